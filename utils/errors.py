@@ -1,0 +1,35 @@
+"""What a user can get wrong: one exception, one line, with the nearest right name."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(Exception):
+    """A mistake of the caller's: unknown key or type, missing file, value out of range.
+
+    The message is one line that names the key, file or flag and what would be right. The entry points print
+    that line on stderr and exit with status 2.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+def closest(name: object, choices: Iterable[str]) -> str | None:
+    """The choice most like `name` (case ignored), or None where nothing is near."""
+    by_lower = {str(choice).lower(): str(choice) for choice in choices}
+    found = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[found[0]] if found else None
+
+
+def unknown(path: str, value: object, choices: Iterable[str], what: str = "name") -> ConfigError:
+    """The error for a misspelt name: `path: unknown what 'value'; did you mean 'x'? (one of a, b, c)`.
+
+    >>> str(unknown("loss.type", "RIDELos", ["RIDELoss", "LDAMLoss"], "loss"))
+    "loss.type: unknown loss 'RIDELos'; did you mean 'RIDELoss'? (one of LDAMLoss, RIDELoss)"
+    """
+    names = sorted(str(choice) for choice in choices)
+    near = closest(value, names)
+    hint = f" did you mean {near!r}?" if near else ""
+    return ConfigError(f"{path}: unknown {what} {str(value)[:80]!r};{hint} (one of {', '.join(names)})")
