@@ -33,3 +33,13 @@ def unknown(path: str, value: object, choices: Iterable[str], what: str = "name"
     near = closest(value, names)
     hint = f" did you mean {near!r}?" if near else ""
     return ConfigError(f"{path}: unknown {what} {str(value)[:80]!r};{hint} (one of {', '.join(names)})")
+
+
+class RunError(Exception):
+    """A run that can't go on for a reason outside the config (a loss that isn't finite, a full disk): exit status 1.
+
+    Like ConfigError the message is one line; unlike it, what was wrong isn't what the caller typed.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))

@@ -1,0 +1,78 @@
+"""Console and info.log."""
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from utils import dist
+
+# pytorch-template's numbers: 0 warnings only, 1 one line an epoch, 2 also a line each log step.
+LEVELS = {0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
+COLOURS = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
+
+
+def colours_wanted(stream: object) -> bool:
+    """Colours only on a terminal, and never where NO_COLOR is set (https://no-color.org)."""
+    return bool(getattr(stream, "isatty", lambda: False)()) and "NO_COLOR" not in os.environ \
+        and os.environ.get("TERM") != "dumb"
+
+
+class ConsoleFormatter(logging.Formatter):
+    """Plain messages; warnings and errors say what they are, in colour on a terminal."""
+
+    def __init__(self, colour: bool):
+        super().__init__("%(message)s")
+        self.colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+            if self.colour and record.levelno in COLOURS:
+                text = f"{COLOURS[record.levelno]}{text}\033[0m"
+        return text
+
+
+class _Stdout(logging.StreamHandler):
+    """Writes to whatever sys.stdout is now, beside a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is not None and getattr(tqdm.tqdm, "_instances", None):
+            tqdm.tqdm.write(self.format(record), file=sys.stdout)
+            return
+        self.stream = sys.stdout
+        super().emit(record)
+
+
+def setup_logging(verbosity: int = 2) -> logging.Logger:
+    """Send the project's log to stdout (rank 0 only). Verbosity 0 warnings, 1 one line an epoch, 2 every log step."""
+    root = logging.getLogger("ltr")
+    root.setLevel(logging.DEBUG)
+    root.propagate = False
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    console = _Stdout(sys.stdout)
+    console.setLevel(LEVELS.get(verbosity, logging.INFO) if dist.is_main() else logging.CRITICAL)
+    console.setFormatter(ConsoleFormatter(colours_wanted(sys.stdout)))
+    root.addHandler(console)
+    return root
+
+
+def log_to_file(folder: Path) -> None:
+    """Add info.log in `folder` (created if absent); rank 0 only. A resumed run goes on in the same file."""
+    if not dist.is_main():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "info.log", encoding="utf-8")
+    handler.setLevel(logging.DEBUG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("ltr").addHandler(handler)
+
+
+def get_logger(name: str = "") -> logging.Logger:
+    """The project's logger, or a child of it."""
+    return logging.getLogger(f"ltr.{name}" if name else "ltr")

@@ -1,0 +1,68 @@
+"""Where a run's files go: `<save_dir>/models/<name>/<run_id>/` and `<save_dir>/log/<name>/<run_id>/`."""
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import ConfigError
+
+CHECKPOINT = re.compile(r"checkpoint-epoch(\d+)\.pth$")
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The two folders of one run. Nothing is created before `create`."""
+
+    models: Path
+    log: Path
+
+    @property
+    def config(self) -> Path:
+        return self.models / "config.json"
+
+    @property
+    def best(self) -> Path:
+        return self.models / "model_best.pth"
+
+    def checkpoint(self, epoch: int) -> Path:
+        return self.models / f"checkpoint-epoch{epoch}.pth"
+
+    def checkpoints(self) -> list[Path]:
+        """The epoch checkpoints that are there, oldest epoch first."""
+        found = [(int(m[1]), p) for p in self.models.glob("checkpoint-epoch*.pth") if (m := CHECKPOINT.search(p.name))]
+        return [path for _, path in sorted(found)]
+
+    def create(self) -> None:
+        """Make both folders; ConfigError where that isn't possible."""
+        for folder in (self.models, self.log):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"trainer.save_dir: can't make the folder {folder}: {error.strerror}; "
+                                  "give one that can be written, e.g. --save_dir saved") from None
+
+
+def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
+    """A run's folders under `save_dir`; without `run_id` the date and time, made unique among existing runs."""
+    for value, key in ((name, "name"), (run_id, "--run_id")):
+        if value is not None and (not value or value in (".", "..") or re.search(r"[/\\\0]", value) or len(value) > 200):
+            raise ConfigError(f"{key}: {value[:80]!r} can't name a folder; use letters, digits, '-' and '_'")
+    base = Path(save_dir)
+    if run_id is None:
+        stamp = run_id = datetime.datetime.now().strftime("%m%d_%H%M%S")
+        number = 1
+        while (base / "models" / name / run_id).exists():
+            number += 1
+            run_id = f"{stamp}_{number}"
+    return RunPaths(base / "models" / name / run_id, base / "log" / name / run_id)
+
+
+def run_of(checkpoint: Path) -> RunPaths:
+    """The folders of the run that wrote `checkpoint`; beside it where the file was moved out of its run."""
+    folder = checkpoint.absolute().parent
+    if folder.parent.parent.name == "models":
+        save_dir = folder.parent.parent.parent
+        return RunPaths(folder, save_dir / "log" / folder.parent.name / folder.name)
+    return RunPaths(folder, folder / "log")
