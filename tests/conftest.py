@@ -1,0 +1,78 @@
+"""What every test shares: one thread, the command line as a subprocess, and one short run to look at."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: on a small machine many threads make short tests slower, and sums differ with
+# their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("suite")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(args, *, cwd=ROOT, env=None, timeout=300, check=False) -> subprocess.CompletedProcess:
+    """Run `python *args` and capture its text output.
+
+    `check` fails the test with both streams shown; without it, look at `returncode`, `stdout` and `stderr`.
+    `env` adds to the environment. stdin is closed, as it is in a batch job.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in (env or {}).items()}}
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, timeout=timeout,
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if check and done.returncode:
+        command = " ".join(map(str, args))
+        pytest.fail(f"python {command}\nexit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def run_cli():
+    """`run_cli(["train.py", "-c", ...], check=True)`, `run_cli(["-m", "utils.report", ...])`: see `run_python`."""
+    return run_python
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    models: Path  # config.json and checkpoints
+    log: Path  # info.log, metrics.csv, TensorBoard events
+    checkpoint: Path  # the last epoch's
+    stdout: str
+
+
+def train_digits(save_dir: Path, run_id: str, *more, config="digits_lt_ride", epochs=2, check=True) -> Run:
+    """Train a digits config for a few epochs into `save_dir`."""
+    done = run_python(["train.py", "-c", f"configs/{config}.json", "-d", "cpu", "--epochs", epochs, "--seed", 0,
+                       "--name", "digits", "--run_id", run_id, "--save_dir", save_dir, *more], check=check)
+    models, log = (Path(save_dir) / part / "digits" / run_id for part in ("models", "log"))
+    return Run(models, log, models / f"checkpoint-epoch{epochs}.pth", done.stdout)
+
+
+@pytest.fixture(scope="session")
+def digits_trainer():
+    """`digits_trainer(save_dir, run_id, *flags, config="digits_lt_ride", epochs=2) -> Run`: a run of one's own."""
+    return train_digits
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> Run:
+    """Two epochs of RIDE with 3 experts on digits-LT, trained once for all tests. Read from it; don't write to it."""
+    return train_digits(tmp_path_factory.mktemp("digits_run"), "run")
