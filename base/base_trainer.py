@@ -1,0 +1,328 @@
+"""When things happen in a run: epochs, validation, keeping the best, checkpoints, stopping, going on.
+
+What one epoch does is a subclass's business (`train_epoch`, `validate`).
+"""
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from logger.log import get_logger, log_to_file
+from logger.metrics_csv import MetricsCSV
+from logger.tensorboard import make_writer
+from utils import dist
+from utils.checkpoint import save_checkpoint
+from utils.errors import ConfigError, RunError
+from utils.files import write_json
+from utils.run_paths import RunPaths
+from utils.seed import rng_state, set_rng_state
+from utils.stop import StopRequest
+
+log = get_logger()
+
+
+def duration(seconds: float) -> str:
+    """A time a person reads at a glance: 8.3 s, 4 min 05 s, 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class BaseTrainer(ABC):
+    """Runs epochs 1 to `trainer.epochs` and leaves checkpoints, metrics.csv, TensorBoard events and a log.
+
+    Args:
+        model: the plain model (not wrapped for data parallel training), on `device`.
+        optimizer, lr_scheduler: the schedule is stepped once an epoch and may be None.
+        config: the effective config, saved with the run and in each checkpoint.
+        train_loader, valid_loader: see `base.BaseDataLoader`; `valid_loader` may be None.
+        paths: the run's folders; None writes nothing at all (a dry run).
+        device: where the model is.
+        data_facts: plain data about the data set, kept in the checkpoint so that a model can be used without it.
+    """
+
+    #: Metrics that `validate` returns; the monitor's name is checked against these with `val_` before them.
+    extra_metrics: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *,
+                 train_loader: Any, valid_loader: Any = None, lr_scheduler: Any = None, paths: RunPaths | None = None,
+                 device: torch.device | str = "cpu", data_facts: dict[str, Any] | None = None):
+        self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
+        self.config, self.options = config, config["trainer"]
+        self.train_loader, self.valid_loader = train_loader, valid_loader
+        self.paths, self.device = paths, torch.device(device)
+        self.data_facts = data_facts or {}
+
+        self.epochs: int = self.options["epochs"]
+        self.save_period: int = self.options.get("save_period") or 1
+        self.keep_last: int | None = self.options.get("keep_last")
+        self.monitor_mode, self.monitor = self._parse_monitor(self.options.get("monitor", "off"))
+        self.early_stop: float = self.options.get("early_stop") or math.inf
+        self.best: float | None = None
+        self.not_improved = 0
+        self.batches_done = 0
+        self.start_epoch, self.start_batch, self.global_step = 1, 0, 0
+        self.scaler = None
+        self.stop = StopRequest()
+        self.writer: Any = make_writer(None)
+        self.is_main = dist.is_main()
+
+    # ------------------------------------------------------------------ what a subclass gives
+
+    @abstractmethod
+    def train_epoch(self, epoch: int, start_batch: int) -> dict[str, float] | None:
+        """Train one epoch from batch `start_batch`; its figures, or None where a stop was asked for inside it."""
+
+    @abstractmethod
+    def validate(self, epoch: int) -> dict[str, float | None]:
+        """Figures on the validation split, without the `val_` prefix. Every rank returns the same."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """More of the subclass's state for the checkpoint (tensors and plain data)."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` returned."""
+
+    def log_epoch(self, epoch: int, figures: dict[str, float | None]) -> None:
+        """Draw more than the scalars (histograms, images); rank 0 only."""
+
+    # ------------------------------------------------------------------ the run
+
+    def train(self) -> Path | None:
+        """Run to the end, or until a stop is asked for. Returns the last checkpoint's path (None in a dry run)."""
+        if self.paths is None:
+            raise ValueError("train() needs paths; a dry run calls dry_run()")
+        self._open_run()
+        began = time.monotonic()
+        last = None
+        # The order of these lines is the recipe of a run; each is explained where it is defined.
+        with self.stop:
+            for epoch in range(self.start_epoch, self.epochs + 1):
+                start_batch = self.start_batch if epoch == self.start_epoch else 0
+                epoch_began = time.monotonic()
+                lr = self.optimizer.param_groups[0]["lr"]
+                trained = self.train_epoch(epoch, start_batch)
+                if trained is None:
+                    return self._stopped(epoch)
+                self.sync_buffers()
+                validated = self.validate(epoch) if self.valid_loader is not None else {}
+                figures = {"loss": None, "val_loss": None, **trained,
+                           **{f"val_{key}": value for key, value in validated.items()}}
+                self._step_schedule(figures)
+                improved = self._is_better(figures)
+                self.not_improved = 0 if improved or self.monitor_mode == "off" else self.not_improved + 1
+                self._report(epoch, lr, figures, time.monotonic() - epoch_began, time.monotonic() - began, improved)
+                ends = epoch == self.epochs or self.not_improved >= self.early_stop
+                if epoch % self.save_period == 0 or ends or start_batch:
+                    last = self.save(epoch)
+                if improved:
+                    self.save(epoch, self.paths.best)
+                self._drop_old()
+                if self.stop.agreed(self.device, True) and not ends:
+                    return self._stopped(epoch, last if last == self.paths.checkpoint(epoch) else None, complete=True)
+                if ends and epoch < self.epochs:
+                    log.info("early stop: %s hasn't improved for %d epochs", self.monitor, self.not_improved)
+                if ends:
+                    break
+        if last is None:
+            log.info("nothing left to train: the checkpoint is of epoch %d of %d", self.start_epoch - 1, self.epochs)
+        log.info("trained in %s", duration(time.monotonic() - began))
+        self.writer.close()
+        return last
+
+    def dry_run(self) -> None:
+        """One training and one validation step; writes nothing."""
+        raise NotImplementedError
+
+    def sync_buffers(self) -> None:
+        """Give every rank rank 0's buffers (norm statistics), so that what is validated is what is saved."""
+        if dist.world_size() > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    # ------------------------------------------------------------------ parts of it
+
+    def _open_run(self) -> None:
+        if self.is_main:
+            self.paths.create()
+            log_to_file(self.paths.log)
+            try:
+                write_json(self.paths.config, self.config)
+            except OSError as error:
+                raise ConfigError(f"trainer.save_dir: can't write in {self.paths.models}: {error.strerror}") from None
+            self.writer = make_writer(self.paths.log, bool(self.options.get("tensorboard", True)),
+                                      self.start_epoch - 1, self.global_step)
+            self.csv = MetricsCSV(self.paths.log / "metrics.csv", self.start_epoch - 1)
+        dist.barrier()
+
+    def _step_schedule(self, figures: dict[str, Any]) -> None:
+        if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            value = figures.get("val_loss") if figures.get("val_loss") is not None else figures["loss"]
+            self.lr_scheduler.step(value)
+        elif self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+    def _report(self, epoch: int, lr: float, figures: dict[str, Any], seconds: float, so_far: float,
+                improved: bool) -> None:
+        """One line an epoch, one row in metrics.csv, one point in TensorBoard."""
+        if not self.is_main:
+            return
+        done = epoch - self.start_epoch + 1
+        left = so_far / done * (self.epochs - epoch)
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items()
+                          if value is not None and not key.endswith(("shot_acc", "class_mean_acc")))
+        groups = [figures.get(f"val_{g}_shot_acc") for g in ("many", "medium", "few")]
+        if any(v is not None for v in groups):
+            shown += "  many/medium/few " + "/".join("-" if v is None else f"{v:.3f}" for v in groups)
+        ending = f"  {duration(left)} left" if epoch < self.epochs else ""
+        log.info("epoch %d/%d  lr %.4g  %s  [%s%s]%s", epoch, self.epochs, lr, shown, duration(seconds), ending,
+                 "  best" if improved else "")
+        self.csv.append({"epoch": epoch, "lr": lr, **figures})
+        self.writer.add_scalar("lr", lr, epoch)
+        for key, value in figures.items():
+            if value is not None:
+                tag = f"{key[4:]}/val" if key.startswith("val_") else f"{key}/train"
+                self.writer.add_scalar(tag, value, epoch)
+        self.log_epoch(epoch, figures)
+        self.writer.flush()
+
+    @staticmethod
+    def _parse_monitor(monitor: str) -> tuple[str, str]:
+        if monitor in ("off", "", None):
+            return "off", ""
+        mode, _, name = monitor.partition(" ")
+        if mode not in ("min", "max") or not name:
+            raise ConfigError(f"trainer.monitor: {monitor!r}; write \"off\", \"max val_accuracy\" or \"min val_loss\"")
+        return mode, name.strip()
+
+    def _is_better(self, figures: dict[str, Any]) -> bool:
+        if self.monitor_mode == "off":
+            return False
+        if self.monitor not in figures:
+            if self.valid_loader is None and self.monitor.startswith("val_"):
+                log.warning("trainer.monitor: no validation split, so %s isn't known; nothing is monitored",
+                            self.monitor)
+            else:
+                log.warning("trainer.monitor: no figure is named %s (there are %s); nothing is monitored",
+                            self.monitor, ", ".join(figures))
+            self.monitor_mode = "off"
+            return False
+        value = figures[self.monitor]
+        if value is None or math.isnan(value):
+            return False
+        better = self.best is None or (value < self.best if self.monitor_mode == "min" else value > self.best)
+        if better:
+            self.best = value
+        return better
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state(self, epoch: int, batch: int | None) -> dict[str, Any]:
+        """Everything a run needs to go on, as tensors and plain data.
+
+        Args:
+            epoch: the epoch that the state belongs to.
+            batch: how many of its batches are done, or None where the epoch is complete.
+        """
+        return {"arch": self.config["arch"]["type"], "epoch": epoch, "batch": batch, "global_step": self.global_step,
+                "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": plain_state(self.lr_scheduler), "scaler": self.scaler and self.scaler.state_dict(),
+                "monitor_best": self.best, "not_improved": self.not_improved, "rng": self._all_rng(), "config": self.config, "data": self.data_facts,
+                "extra": self.extra_state()}
+
+    def _all_rng(self) -> list[dict[str, Any]]:
+        """Every rank's generator states, so that dropout goes on as it would have."""
+        mine = rng_state()
+        if dist.world_size() == 1:
+            return [mine]
+        states: list[Any] = [None] * dist.world_size()
+        torch.distributed.all_gather_object(states, mine)
+        return states
+
+    def save(self, epoch: int, path: Path | None = None, batch: int | None = None) -> Path:
+        """Write a checkpoint, whole or not at all; all ranks call it, rank 0 writes.
+
+        Raises RunError where the disk doesn't take it; what was there before stays.
+        """
+        path = path or self.paths.checkpoint(epoch)
+        state = self.state(epoch, batch)
+        if self.is_main:
+            try:
+                save_checkpoint(path, state)
+            except (OSError, RuntimeError) as error:
+                raise RunError(f"can't write the checkpoint {path}: {error}; earlier checkpoints are intact") from None
+        return path
+
+    def _drop_old(self) -> None:
+        if self.keep_last and self.is_main:
+            for old in self.paths.checkpoints()[:-self.keep_last]:
+                old.unlink(missing_ok=True)
+
+    def _stopped(self, epoch: int, saved: Path | None = None, complete: bool = False) -> Path:
+        path = saved or self.save(epoch, batch=None if complete else self.batches_done)
+        log.info("stopped on request in epoch %d; go on with: python train.py -r %s", epoch, path)
+        self.writer.close()
+        return path
+
+    def resume(self, checkpoint: dict[str, Any], path: Path | None = None) -> None:
+        """Go on from where `checkpoint` was written: mid-epoch if need be, bit for bit on CPU.
+
+        Raises ConfigError where the checkpoint has no such state (weights only, or written by another project).
+        """
+        name = str(path or "the checkpoint")
+        if "optimizer" not in checkpoint or not isinstance(checkpoint.get("epoch"), int):
+            raise ConfigError(f"{name}: holds weights only; start a new run from them with --pretrained {name}")
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{name}: its optimizer state doesn't fit this config ({error}); start a new run from "
+                              f"its weights with --pretrained {name}") from None
+        if self.lr_scheduler is not None and checkpoint.get("lr_scheduler"):
+            self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        elif self.lr_scheduler is not None:
+            # Checkpoints of the RIDE template carry no schedule: bring ours to the same epoch.
+            for _ in range(checkpoint["epoch"]):
+                self.lr_scheduler.step()
+        if self.scaler is not None and checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.best = checkpoint.get("monitor_best")
+        if isinstance(self.best, torch.Tensor):
+            self.best = self.best.item()
+        self.not_improved = checkpoint.get("not_improved") or 0
+        batch = checkpoint.get("batch")
+        self.start_epoch = checkpoint["epoch"] + (batch is None)
+        self.start_batch = batch or 0
+        self.global_step = checkpoint.get("global_step") or checkpoint["epoch"] * len(self.train_loader)
+        if checkpoint.get("extra"):
+            self.load_extra_state(checkpoint["extra"])
+        states = checkpoint.get("rng")
+        if isinstance(states, list) and len(states) == dist.world_size():
+            set_rng_state(states[dist.rank()])
+        elif states:
+            log.warning("the run was saved by %d processes and goes on with %d: dropout will differ", len(states),
+                        dist.world_size())
+
+
+def plain_state(scheduler: Any) -> dict[str, Any] | None:
+    """A schedule's state without the functions some keep in it (they are built from the config)."""
+    if scheduler is None:
+        return None
+    return {key: value for key, value in scheduler.state_dict().items() if is_plain(value)}
+
+
+def is_plain(value: Any) -> bool:
+    """True for what a checkpoint may hold: numbers, strings, None, tensors, and lists and dicts of these."""
+    if type(value) is dict:  # a Counter or a defaultdict isn't
+        return all(is_plain(k) and is_plain(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.Tensor)
+

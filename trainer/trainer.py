@@ -1,0 +1,280 @@
+"""One step and one epoch of training; subclasses change what goes into the forward pass."""
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from base.base_trainer import BaseTrainer
+from logger.log import get_logger
+from model import metric as metrics_module
+from trainer.evaluate import evaluate
+from trainer.watch import Watch
+from utils import dist
+from utils.build import lookup
+from utils.errors import RunError
+from utils.meters import Means
+
+log = get_logger()
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, amp: object) -> contextlib.AbstractContextManager:
+    """Mixed precision as `trainer.amp` asks: "bf16", "fp16" or off."""
+    if amp in (None, False, "off"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, AMP_TYPES[amp])
+
+
+class Trainer(BaseTrainer):
+    """Trains one model with one criterion.
+
+    Args:
+        criterion: called as `criterion(outputs, labels)` with the model's dict; has `set_epoch`.
+        teacher: a model whose logits join the outputs as `teacher` [N, C] (distillation), or None.
+        Others as in BaseTrainer.
+    """
+
+    #: What evaluation keeps of a validation pass beside the config's metrics.
+    kept_figures = ("many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc")
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
+                 config: dict[str, Any], *, teacher: nn.Module | None = None, profile: bool = False, **base: Any):
+        super().__init__(model, optimizer, config, **base)
+        self.criterion = criterion.to(self.device)
+        self.teacher = teacher
+        self.metrics = {name: lookup(vars(metrics_module), name, "metrics")
+                        for name in dict.fromkeys(config.get("metrics") or ["accuracy"])}
+        options = self.options
+        self.amp = options.get("amp")
+        self.memory_format = torch.channels_last if options.get("channels_last", True) else torch.contiguous_format
+        self.clip: float | None = options.get("clip_grad_norm")
+        self.log_step: int = options.get("log_step") or max(1, int(len(self.train_loader) ** 0.5))
+        self.on_nonfinite: str = options.get("on_nonfinite", "stop")
+        self.max_skipped: int = options.get("max_skipped", 100)
+        self.skipped = 0
+        self.model.to(memory_format=self.memory_format)
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if self.amp == "fp16":
+            self.scaler = torch.amp.GradScaler(self.device.type)
+        self.means = Means(self.device)
+        self.watch = Watch(self)
+        self.profile = profile
+        self.step_model = self._wrap(self.model)
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        """The model as the step calls it: compiled, data parallel, or itself."""
+        if self.options.get("compile"):
+            model = torch.compile(model)
+        if dist.world_size() > 1:
+            # Buffers are rank 0's at each epoch's end (sync_buffers); in between each rank's norms see its own images.
+            random_experts = self.config["arch"].get("args", {}).get("use_experts") == "rand"
+            model = nn.parallel.DistributedDataParallel(
+                model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False, find_unused_parameters=random_experts)
+        return model
+
+    # ------------------------------------------------------------------ one step
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """The model's dict for a training batch (images [N, 3, H, W], labels [N])."""
+        outputs = self.step_model(images)
+        if self.teacher is not None:
+            with torch.no_grad():
+                outputs["teacher"] = self.teacher(images)["output"]
+        return outputs
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, n: int, n_global: int) -> dict[str, torch.Tensor]:
+        """One optimizer step on this rank's share of a batch; its figures as tensors on the device.
+
+        n is how many of the images are this rank's own (0 where it was lent one to keep in step), n_global the whole
+        batch over all ranks: the loss is weighted so that the averaged gradient is the whole batch's.
+        """
+        images = images.contiguous(memory_format=self.memory_format)
+        with autocast(self.device, self.amp):
+            outputs = self.forward(images, labels)
+            loss = outputs["loss"] if "loss" in outputs else self.criterion(outputs, labels)
+        weighted = loss if dist.world_size() == 1 else loss * (n * dist.world_size() / n_global)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler.scale(weighted).backward()
+            self.scaler.unscale_(self.optimizer)
+        else:
+            weighted.backward()
+        norm = self._gradient_norm()
+        if self._is_good(loss, norm):
+            if self.scaler is not None:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            else:
+                self.optimizer.step()
+        figures = {"loss": loss.detach()}
+        with torch.no_grad():
+            for name, function in self.metrics.items():
+                figures[name] = function(outputs["output"].detach(), labels)
+        self.watch.after_step(outputs, labels, norm)
+        return figures
+
+    def _gradient_norm(self) -> torch.Tensor:
+        gradients = [p.grad for p in self.trainable if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.clip, norm)
+        return norm
+
+    def _is_good(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        """False where this step must not change the weights.
+
+        On CPU every step is looked at before the weights change. On a GPU looking would make the host wait each
+        step: with `on_nonfinite: stop` the first bad step is noted on the device and read at the next log step
+        (checkpoints are only written after such a read), with `skip` the wait is the price.
+        """
+        value = loss.detach() if self.scaler is not None else loss.detach() + norm
+        if self.device.type == "cuda" and self.on_nonfinite == "stop":
+            here = torch.full_like(self.bad_step, self.global_step)
+            self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(value), here, self.bad_step)
+            return True
+        if dist.world_size() > 1:
+            # The gradients are averaged, so a bad one is bad everywhere; a bad loss may be one rank's alone.
+            value = dist.all_reduce_sum(value.clone())
+        if bool(torch.isfinite(value)):
+            return True
+        self._nonfinite(self.global_step, float(loss), float(norm))
+        if self.scaler is not None:
+            self.scaler.update()
+        return False
+
+    def _nonfinite(self, step: int, loss: float | None = None, norm: float | None = None) -> None:
+        where = (f"epoch {self.epoch}, step {step + 1}, lr {self.optimizer.param_groups[0]['lr']:.4g}"
+                 + ("" if loss is None else f", loss {loss}, gradient norm {norm}"))
+        if self.on_nonfinite == "skip":
+            self.skipped += 1
+            log.warning("skipped a step whose loss or gradient isn't finite (%s), %d so far", where, self.skipped)
+            if self.skipped <= self.max_skipped:
+                return
+            raise RunError(f"more than trainer.max_skipped = {self.max_skipped} steps weren't finite ({where})")
+        kept = self.paths.checkpoints() if self.paths else []
+        raise RunError(f"the loss or its gradient isn't finite at {where}; try a smaller --lr, trainer.clip_grad_norm "
+                       f"or trainer.amp off. Last good checkpoint: {kept[-1] if kept else 'none yet'}")
+
+    # ------------------------------------------------------------------ one epoch
+
+    def train_epoch(self, epoch: int, start_batch: int) -> dict[str, float] | None:
+        """See BaseTrainer. Reads figures from the device every `trainer.log_step` steps only."""
+        self._start_epoch(epoch, start_batch)
+        total = len(self.train_loader)
+        began, images_seen = time.monotonic(), 0
+        pending: list[torch.Tensor] = []
+        self.batches_done = start_batch
+        with self._progress(epoch, total, start_batch) as bar, self._profiler() as profiler:
+            for batch, (images, labels) in enumerate(self.train_loader, start_batch):
+                n, n_global = self.train_loader.share(batch)
+                if self.global_step == 0 and self.writer:
+                    self.watch.input_grid(images)
+                figures = self.step(images, labels, n, n_global)
+                self.means.add(figures, n)
+                pending.append(figures["loss"])
+                images_seen += n_global
+                self.global_step += 1
+                self.batches_done = batch + 1
+                reads = (batch + 1) % self.log_step == 0 or batch + 1 == total
+                if reads:
+                    speed = images_seen / (time.monotonic() - began)
+                    self._log_step(epoch, batch + 1, total, pending, speed, bar)
+                bar.update()
+                if profiler is not None:
+                    profiler.step()
+                if self.stop.agreed(self.device, reads) and batch + 1 < total:
+                    return None
+        return self.means.read(reduce=True)
+
+    def _start_epoch(self, epoch: int, start_batch: int) -> None:
+        self.epoch = epoch
+        self.model.train()
+        self.criterion.train()
+        self.criterion.set_epoch(epoch)
+        self.train_loader.set_epoch(epoch, start_batch)
+        self.bad_step = torch.full((), -1, dtype=torch.long, device=self.device)
+        if start_batch == 0:
+            self.means.reset()
+
+    def _log_step(self, epoch: int, done: int, total: int, pending: list[torch.Tensor], speed: float, bar: Any) -> None:
+        """The one place where the host waits for the device."""
+        losses = torch.stack(pending).tolist()
+        pending.clear()
+        bad = int(self.bad_step) if self.device.type == "cuda" else -1
+        if bad >= 0:
+            self._nonfinite(bad)
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:.0f} images/s", refresh=False)
+        if not bar.shown:
+            log.debug("epoch %d  step %d/%d  loss %.4f  %.0f images/s", epoch, done, total, losses[-1], speed)
+        if self.is_main and self.writer:
+            first = self.global_step - len(losses) + 1
+            for offset, value in enumerate(losses):
+                self.writer.add_scalar("step/loss", value, first + offset)
+            self.writer.add_scalar("step/lr", self.optimizer.param_groups[0]["lr"], self.global_step)
+            self.writer.add_scalar("step/images_per_second", speed, self.global_step)
+            self.watch.log_step(self.global_step)
+
+    def validate(self, epoch: int) -> dict[str, float | None]:
+        """Figures of the unwrapped model (the one that is saved) on the validation split, over all ranks."""
+        result = evaluate(self.model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
+                          groups=self.config.get("groups"), amp=self.amp, memory_format=self.memory_format)
+        self.watch.validated = result
+        return {key: result[key] for key in ("loss", *self.metrics, *self.kept_figures) if key in result}
+
+    def dry_run(self) -> None:
+        """One training step and one validation step; writes nothing."""
+        self._start_epoch(1, 0)
+        images, labels = next(iter(self.train_loader))
+        figures = self.step(images, labels, *self.train_loader.share(0))
+        log.info("dry run: a training step on %d images, loss %.4f", len(images), float(figures["loss"]))
+        if self.valid_loader is not None:
+            result = evaluate(self.model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
+                              groups=self.config.get("groups"), amp=self.amp, memory_format=self.memory_format,
+                              max_batches=1)
+            log.info("dry run: a validation step on %d images, loss %.4f", result["n_samples"], result["loss"])
+
+    # ------------------------------------------------------------------ around it
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"means": self.means.state_dict(), "skipped": self.skipped}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.means.load_state_dict(state["means"])
+        self.skipped = state["skipped"]
+
+    def log_epoch(self, epoch: int, figures: dict[str, float | None]) -> None:
+        self.watch.log_epoch(epoch)
+
+    def _progress(self, epoch: int, total: int, start: int) -> Any:
+        from tqdm import tqdm
+        # A bar on a terminal, plain lines otherwise.
+        shown = self.is_main and sys.stderr.isatty() and self.options.get("progress", True) is not False \
+            and self.options.get("verbosity", 2) > 0
+        bar = tqdm(total=total, initial=start, desc=f"epoch {epoch}/{self.epochs}", leave=False, disable=not shown,
+                   dynamic_ncols=True)
+        bar.shown = shown
+        return bar
+
+    def _profiler(self) -> contextlib.AbstractContextManager:
+        """`--profile`: a trace of a few steps of the first epoch, for TensorBoard or Perfetto."""
+        if not self.profile or self.paths is None or not self.is_main:
+            return contextlib.nullcontext()
+        self.profile = False
+        folder = self.paths.log / "profile"
+
+        def keep(profiler: torch.profiler.profile) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(folder / "trace.pt.trace.json"))
+            log.info("profile written to %s (open it in https://ui.perfetto.dev)", folder / "trace.pt.trace.json")
+
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        return torch.profiler.profile(activities=activities, on_trace_ready=keep, record_shapes=True,
+                                      schedule=torch.profiler.schedule(wait=1, warmup=2, active=3, repeat=1))

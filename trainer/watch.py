@@ -1,0 +1,107 @@
+"""What a run shows beside its scalars: the input grid, histograms, attention, norm statistics, NBN's scales."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
+
+GROUP_NAMES = ("many", "medium", "few")
+
+
+class Watch:
+    """Collects on the device during steps, draws at log steps and epoch ends. Everything off costs nothing."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.validated: dict[str, Any] = {}
+        options = trainer.options
+        self.gradient_norm: torch.Tensor | None = None
+        self.recorder = None
+        if options.get("record_statistics"):
+            from model.norm import StatisticsRecorder
+            self.recorder = StatisticsRecorder(trainer.model, options.get("statistics_layer"))
+        self.block = None
+        if options.get("log_batch_attention"):
+            self.block = getattr(getattr(trainer.model, "backbone", None), "batchformer", None)
+            if self.block is None:
+                raise ConfigError("trainer.log_batch_attention: the model has no BatchFormer; set arch.args.add_bt 1")
+            self.block.record = True
+            self.group_of = self._groups().to(trainer.device)
+            self.attention = torch.zeros(3, 3, device=trainer.device)
+            self.pairs = torch.zeros(3, 3, device=trainer.device)
+
+    def _groups(self) -> torch.Tensor:
+        """Class -> 0 many, 1 medium, 2 few."""
+        limits = self.trainer.config.get("groups") or {}
+        counts = torch.tensor(self.trainer.data_facts["cls_num_list"])
+        return (counts <= limits.get("many", 100)).long() + (counts < limits.get("few", 20)).long()
+
+    # ------------------------------------------------------------------ steps
+
+    def after_step(self, outputs: dict[str, Any], labels: torch.Tensor, norm: torch.Tensor) -> None:
+        """Keep what the next log step will draw; no transfer to the host."""
+        self.gradient_norm = norm
+        if self.block is not None and self.block.last_attention is not None:
+            weights = self.block.last_attention
+            if weights.shape[0] == len(labels):  # the labels of other ranks' images aren't here
+                groups = torch.nn.functional.one_hot(self.group_of[labels], 3).to(weights.dtype)
+                self.attention += groups.T @ weights @ groups
+                self.pairs += groups.sum(0)[:, None]
+
+    def log_step(self, step: int) -> None:
+        """Draw the step's extras over optimizer steps."""
+        writer = self.trainer.writer
+        if self.gradient_norm is not None:
+            writer.add_scalar("step/gradient_norm", float(self.gradient_norm), step)
+        if self.recorder is not None:
+            for name, value in self.recorder.read().items():
+                writer.add_scalar(f"step/statistics/{name}", float(value), step)
+        scale = getattr(getattr(self.trainer.model, "backbone", None), "scale_factor", None)
+        if scale is not None:
+            for expert, value in enumerate(scale.detach().tolist()):
+                writer.add_scalar(f"step/nbn_scale/expert_{expert + 1}", value, step)
+
+    # ------------------------------------------------------------------ epochs
+
+    def input_grid(self, images: torch.Tensor) -> None:
+        """The first training batch as the model sees it, colours put back."""
+        if not self.trainer.is_main or self.trainer.options.get("image_grid") is False:
+            return
+        from torchvision.utils import make_grid
+        loader = self.trainer.train_loader
+        shown = images[:32].detach().float().cpu()
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (loader.mean, loader.std))
+        self.trainer.writer.add_image("input", make_grid((shown * std + mean).clamp(0, 1), nrow=8), 0)
+
+    def log_epoch(self, epoch: int) -> None:
+        """Weight histograms ten times a run, attention and the class-by-class accuracy each epoch."""
+        trainer, writer = self.trainer, self.trainer.writer
+        if not writer:
+            return
+        if epoch == 1:
+            import json
+            writer.add_text("config", "    " + json.dumps(trainer.config, indent=2).replace("\n", "\n    "), 0)
+        every = trainer.options.get("histograms")
+        every = max(1, trainer.epochs // 10) if every is None or every is True else int(every)
+        if every and (epoch % every == 0 or epoch == trainer.epochs):
+            for name, parameter in trainer.model.named_parameters():
+                if parameter.requires_grad and torch.isfinite(parameter).all():
+                    writer.add_histogram(name, parameter.detach().float().cpu(), epoch)
+        if self.block is not None:
+            self._draw_attention(epoch)
+
+    def _draw_attention(self, epoch: int) -> None:
+        """Mean attention that an image of one group (row) pays to the images of another (column)."""
+        weights = (self.attention / self.pairs.clamp(min=1)).cpu()
+        self.attention.zero_()
+        self.pairs.zero_()
+        for i, row in enumerate(GROUP_NAMES):
+            for j, column in enumerate(GROUP_NAMES):
+                self.trainer.writer.add_scalar(f"attention_{row}_to_{column}/train", float(weights[i, j]), epoch)
+        big = weights.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        self.trainer.writer.add_image("attention_by_group", (big / big.max().clamp(min=1e-9))[None], epoch)
