@@ -1,0 +1,155 @@
+"""Every config in configs/: it reads, its model and loss build, and its numbers are the published ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.json"))
+IDS = [path.stem for path in CONFIGS]
+DETECTION = ("CocoDataLoader", "DigitScenesDataLoader")
+
+
+def read(name: str) -> dict:
+    return json.loads((CONFIGS[0].parent / f"{name}.json").read_text())
+
+
+def step(step1, step2, gamma, warmup):
+    return {"type": "CustomLR", "args": {"step1": step1, "step2": step2, "gamma": gamma, "warmup_epoch": warmup}}
+
+
+def cosine(epochs):
+    return {"type": "CosineAnnealingLR", "args": {"T_max": epochs, "eta_min": 0.0}}
+
+
+def crossed(names: str, *, heads=("",)) -> list[str]:
+    return [f"{name}{head}" for name in names.split() for head in heads]
+
+
+RIDE = {"type": "RIDELoss", "reweight": True}
+DISTILLED = {"type": "RIDELossWithDistill", "reweight": True, "distill_temperature": 1.5}
+CIFAR = {"additional_diversity_factor": -0.45, "reweight_epoch": 160}
+IMAGENET = {"additional_diversity_factor": -0.2, "reweight_epoch": 80, "reweight_factor": 0.02}
+INAT = {**IMAGENET, "reweight_factor": 0.015}
+CE = {"type": "CrossEntropyLoss"}
+BIG = crossed("imagenet_lt_resnet10 imagenet_lt_resnet50 imagenet_lt_resnext50")
+
+# names, epochs, batch, learning rate, weight decay, nesterov, schedule, loss (its type and the arguments that matter)
+PUBLISHED = [
+    (crossed("cifar100_lt_ride cifar100_lt_ride_teacher cifar100_lt_ride_bt"),
+     200, 128, 0.1, 5e-4, True, step(160, 180, 0.01, 5), {**RIDE, **CIFAR}),
+    (["cifar100_lt_ride_distill"], 200, 128, 0.1, 5e-4, True, step(160, 180, 0.01, 20), {**DISTILLED, **CIFAR}),
+    (["cifar100_lt_ldam_drw"], 200, 128, 0.1, 2e-4, False, step(160, 180, 0.01, 5),
+     {"type": "LDAMLoss", "reweight_epoch": 160, "max_m": 0.5, "s": 30}),
+    (["cifar100_lt_ride_ea", *(f"{name}_ride_ea" for name in BIG), "inaturalist_resnet50_ride_ea"],
+     5, 512, 0.01, 5e-4, True, cosine(5), CE),
+    ([f"{name}_ride{kind}" for name in BIG for kind in ("", "_teacher")] + ["imagenet_lt_resnext50_ride_bt"],
+     100, 256, 0.1, 2e-4, True, step(60, 80, 0.1, 5), {**RIDE, **IMAGENET}),
+    (["imagenet_lt_resnet10_ride_bt"], 120, 512, 0.1, 2e-4, True, step(60, 80, 0.1, 5), {**RIDE, **IMAGENET}),
+    (["imagenet_lt_resnet50_ride_bt"], 100, 400, 0.1, 2e-4, True, step(60, 80, 0.1, 5), {**RIDE, **IMAGENET}),
+    (["imagenet_lt_resnet50_ride_bt_cosine"], 100, 400, 0.1, 2e-4, True,
+     {"type": "CosLR", "args": {"warmup_epoch": 5}}, {**RIDE, **IMAGENET}),
+    ([f"{name}_ride_distill" for name in BIG], 100, 256, 0.1, 2e-4, True, step(60, 80, 0.1, 5),
+     {**DISTILLED, **IMAGENET}),
+    (["inaturalist_resnet50_ride", "inaturalist_resnet50_ride_teacher"], 100, 512, 0.2, 2e-4, True,
+     step(60, 80, 0.1, 5), {**RIDE, **INAT}),
+    (["inaturalist_resnet50_ride_bt"], 100, 128, 0.2, 2e-4, True, step(60, 80, 0.1, 5), {**RIDE, **INAT}),
+    (["inaturalist_resnet50_ride_distill"], 100, 512, 0.2, 2e-4, True, step(60, 80, 0.1, 5), {**DISTILLED, **INAT}),
+    ([f"{name}_ce" for name in BIG], 90, 512, 0.2, 5e-4, False, cosine(90), CE),
+    ([f"{name}_crt" for name in BIG], 10, 512, 0.2, 5e-4, False, cosine(10), CE),
+    ([f"{name}_lws" for name in BIG], 5, 512, 0.2, 5e-4, False, cosine(5), CE),
+    (["inaturalist_resnet50_ce", "inaturalist_resnet152_ce"], 90, 512, 0.2, 1e-4, False, cosine(90), CE),
+    (["inaturalist_resnet50_crt", "inaturalist_resnet152_crt"], 30, 512, 0.2, 1e-4, False, cosine(30), CE),
+    (["inaturalist_resnet50_lws", "inaturalist_resnet152_lws"], 5, 512, 0.2, 1e-4, False, cosine(5), CE),
+    (["places_lt_resnet152_ce"], 30, 256, 0.01, 5e-4, False, cosine(30), CE),
+    (["places_lt_resnet152_crt"], 10, 256, 0.1, 5e-4, False, cosine(10), CE),
+    (["places_lt_resnet152_lws"], 5, 256, 0.1, 5e-4, False, cosine(5), CE),
+    (["imagenet_lt_resnet50_nbn", "imagenet_lt_resnext50_nbn"], 90, 512, 0.2, 5e-4, False, cosine(90), CE),
+    (["imagenet_lt_resnet50_ride_nbn"], 200, 256, 0.1, 5e-4, False, cosine(200),
+     {"type": "RIDELoss", "max_m": 0.0, "additional_diversity_factor": 0.0, "reweight": False}),
+    (["imagenet_resnet50_mabn"], 120, 256, 0.1, 1e-4, False,
+     {"type": "MultiStepLR", "args": {"milestones": [30, 60, 90], "gamma": 0.1}},
+     {"type": "LabelSmoothingLoss", "smoothing": 0.1}),
+]
+ROWS = [(name, *row) for names, *row in PUBLISHED for name in names]
+
+
+@pytest.mark.parametrize("name, epochs, batch, lr, decay, nesterov, schedule, loss", ROWS, ids=[r[0] for r in ROWS])
+def test_published_settings(name, epochs, batch, lr, decay, nesterov, schedule, loss):
+    config = read(name)
+    optimizer = config["optimizer"]
+    assert config["trainer"]["epochs"] == epochs
+    assert config["data_loader"]["args"]["batch_size"] == batch
+    assert optimizer["type"] == "SGD"
+    assert optimizer["args"]["momentum"] == 0.9
+    assert (optimizer["args"]["lr"], optimizer["args"]["weight_decay"]) == (lr, decay)
+    assert optimizer["args"].get("nesterov", False) is nesterov
+    assert config["lr_scheduler"] == schedule
+    actual = {"type": config["loss"]["type"], **config["loss"].get("args", {})}
+    assert {key: actual.get(key) for key in loss} == loss
+
+
+@pytest.mark.parametrize("name, top", [
+    ("cifar100_lt_ride_ea", 30), ("imagenet_lt_resnet10_ride_ea", 30), ("imagenet_lt_resnet50_ride_ea", 50),
+    ("imagenet_lt_resnext50_ride_ea", 50), ("inaturalist_resnet50_ride_ea", 50)])
+def test_expert_assignment_settings(name, top):
+    config = read(name)
+    args = config["arch"]["args"]
+    assert config["arch"]["type"].endswith("EAModel")
+    assert (args["top_choices_num"], args["pos_weight"], args["num_experts"]) == (top, 100, 3)
+    assert config["data_loader"]["args"]["balanced"] is True
+    assert config["resume_state_dict_only"] is True
+
+
+def test_two_rates_of_places():
+    config = read("places_lt_resnet152_ce")
+    assert (config["optimizer"]["args"]["lr"], config["trainer"]["classifier_lr"]) == (0.01, 0.1)
+
+
+def first_stage(name: str) -> str | None:
+    """The config whose checkpoint `name` starts from."""
+    prefix, _, kind = name.rpartition("_")
+    return {"crt": f"{prefix}_ce", "lws": f"{prefix}_ce", "ea": prefix, "distill": f"{prefix}_teacher"}.get(kind)
+
+
+@pytest.mark.parametrize("name", [name for name in IDS if first_stage(name)])
+def test_stages_of_one_setting_agree(name):
+    """A second stage loads the first one's weights, so the backbones must be the same."""
+    second, first = read(name), read(first_stage(name))
+    if name.endswith("distill"):
+        assert second["distill_arch"] == first["arch"]
+        return
+    for key in ("num_classes", "reduce_dimension", "num_experts", "use_norm"):
+        assert second["arch"]["args"][key] == first["arch"]["args"][key], key
+    assert second["arch"]["type"].replace("EAModel", "Model") == first["arch"]["type"]
+    assert second["data_loader"]["type"] == first["data_loader"]["type"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=IDS)
+def test_config_reads(path):
+    from utils.config import load_config
+
+    config = load_config(path, {})
+    assert config["name"] == path.stem
+    validation = config["data_loader"]["args"].get("validation")
+    if path.stem.startswith(("digits_lt", "cifar")):
+        assert validation == "holdout"  # costs no training image there, and leaves the test images alone
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=IDS)
+def test_model_and_loss_build(path):
+    import torch
+
+    from model.loss import build_loss
+    from model.model import build_model
+
+    config = read(path.stem)
+    if config["data_loader"]["type"] in DETECTION:
+        pytest.skip("detection models bring their own losses")
+    num_classes = config["arch"]["args"].get("num_classes", 7)
+    with torch.device("meta"):  # shapes and names only: 8,142-class teachers would fill a small machine's memory
+        model = build_model(config["arch"], num_classes)
+        teacher = build_model(config["distill_arch"], num_classes) if config.get("distill") else None
+    assert model.num_experts == config["arch"]["args"]["num_experts"]
+    assert teacher is None or teacher.num_experts > model.num_experts
+    build_loss(config["loss"], [max(1, 1000 // (label + 1)) for label in range(num_classes)])
