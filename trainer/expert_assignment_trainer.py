@@ -1,0 +1,23 @@
+"""RIDE's second stage: train the gates that decide how many experts an image needs (Wang 2021)."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trainer.trainer import Trainer
+
+
+class ExpertAssignmentTrainer(Trainer):
+    """A Trainer whose loss comes from the model (binary cross-entropy of the gates).
+
+    Validation says which share of images used 1, 2, ... experts.
+    """
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        return self.step_model(images, target=labels)
+
+    def validate(self, epoch: int) -> dict[str, float | None]:
+        figures = super().validate(epoch)
+        shares = self.watch.validated.get("expert_share", {}).get("all") or []
+        return {**figures, **{f"share_{i}_experts": value for i, value in enumerate(shares, 1)}}

@@ -1,0 +1,74 @@
+"""Which device this process works on, and whether a single command should start several processes."""
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from utils import dist
+from utils.errors import ConfigError
+
+log = logging.getLogger("ltr")
+
+
+def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
+    """The device of this rank.
+
+    Args:
+        flag: `-d`: "cpu", GPU numbers such as "0" or "0,1", or None (GPUs where there are any).
+        n_gpu: how many GPUs the config asks for; more than there are is warned about once.
+    Raises:
+        ConfigError: a GPU number that isn't there.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if flag is not None and flag.strip().lower() == "cpu":
+        return torch.device("cpu")
+    if flag is not None:
+        numbers = gpu_numbers(flag)
+        wrong = [n for n in numbers if n >= available]
+        if wrong:
+            raise ConfigError(f"-d/--device: there is no GPU {wrong[0]} ({available} found); use -d cpu or one of "
+                              f"{list(range(available))}")
+        return torch.device("cuda", numbers[dist.local_rank() % len(numbers)])
+    if available == 0:
+        if n_gpu and dist.is_main():
+            # A config written for GPUs runs on a laptop all the same.
+            level = log.warning if n_gpu > 1 else log.info
+            level("n_gpu is %d but no GPU was found: running on the CPU", n_gpu)
+        return torch.device("cpu")
+    if n_gpu == 0 and dist.world_size() == 1:
+        return torch.device("cpu")
+    return torch.device("cuda", dist.local_rank() % available)
+
+
+def gpu_numbers(flag: str) -> list[int]:
+    """`"0,1"` as [0, 1]; ConfigError where it isn't such a list."""
+    try:
+        numbers = [int(part) for part in flag.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0:
+        raise ConfigError(f"-d/--device: {flag!r} is neither \"cpu\" nor GPU numbers such as 0 or 0,1")
+    return numbers
+
+
+def workers_to_start(flag: str | None, n_gpu: int | None) -> int:
+    """How many processes a plain `python train.py` should start: one a GPU where the config asks for several."""
+    if "RANK" in os.environ or not torch.cuda.is_available():
+        return 1
+    if flag is not None:
+        return 1 if flag.strip().lower() == "cpu" else len(gpu_numbers(flag))
+    available = torch.cuda.device_count()
+    if (n_gpu or 1) > available:
+        log.warning("n_gpu is %d but %d GPUs were found: using %d", n_gpu, available, available)
+    return max(1, min(n_gpu or 1, available))
+
+
+def set_determinism(deterministic: bool) -> None:
+    """The same seed gives the same result twice; `trainer.deterministic: false` trades that for cuDNN's search."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
