@@ -118,6 +118,9 @@ def test_stages_of_one_setting_agree(name):
     second, first = read(name), read(first_stage(name))
     if name.endswith("distill"):
         assert second["distill_arch"] == first["arch"]
+        # Where `train.py -c configs/..._teacher.json --run_id teacher` leaves its last epoch.
+        folder, last = f"saved/models/{first['name']}/teacher", first["trainer"]["epochs"]
+        assert second["distill_checkpoint"] == f"{folder}/checkpoint-epoch{last}.pth"
         return
     for key in ("num_classes", "reduce_dimension", "num_experts", "use_norm"):
         assert second["arch"]["args"][key] == first["arch"]["args"][key], key
