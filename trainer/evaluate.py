@@ -113,7 +113,7 @@ def expert_share(usage: torch.Tensor, cls_num_list: list[int], limits: dict[str,
     return shares
 
 
-def format_table(result: dict[str, Any], title: str = "") -> str:
+def format_result(result: dict[str, Any], title: str = "") -> str:
     """The figures a person looks for first: all, many, medium, few in percent."""
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"

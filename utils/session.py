@@ -4,6 +4,7 @@ This file alone brings models and data together; nothing in the other rooms impo
 """
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from model.loss import build_loss
 from model.model import build_model
 from model.remap import load_weights
 from utils import dist
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, newest_good_checkpoint
 from utils.config import check_config, load_config
 from utils.errors import ConfigError
+from utils.run_paths import new_run
 
 log = get_logger()
 GATES = "backbone.expert_help_pred"
@@ -40,6 +42,39 @@ def config_of(checkpoint: dict[str, Any], path: Path, overrides: list[tuple] = (
     if beside.is_file():
         return load_config(beside, overrides)
     raise ConfigError(f"{path}: holds no config and there is no config.json beside it; name one with -c CONFIG.json")
+
+
+@dataclass
+class Start:
+    """Where a training begins: its config, and the checkpoint that it goes on from or takes weights from."""
+
+    config: dict[str, Any]
+    checkpoint: dict[str, Any] | None = None
+    path: Path | None = None
+    #: True: the same run goes on, in its own folder. False: a new run.
+    goes_on: bool = False
+
+
+def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
+    """Work out what `-c`, `-r`, `--run_id` and `--pretrained` ask for together.
+
+    `-r FILE` alone goes on with the file's run; with `-c` too, a config with `resume_state_dict_only` starts a new run
+    from the file's weights, any other replaces the run's config. `-r auto` takes the newest good checkpoint of the run
+    that `-c` and `--run_id` name, and starts anew where there is none.
+    """
+    if not args.resume:
+        return Start(config)
+    if args.resume == "auto":
+        if config is None or not args.run_id:
+            raise ConfigError("-r auto: needs -c CONFIG.json and --run_id ID, the run to go on with")
+        paths = new_run(config["trainer"]["save_dir"], config["name"], args.run_id)
+        found = newest_good_checkpoint(paths.models)
+        return Start(config) if found is None else Start(config, found[1], found[0], goes_on=True)
+    path = Path(args.resume)
+    checkpoint = load_checkpoint(path)
+    if config is None:
+        return Start(config_of(checkpoint, path, args.overrides), checkpoint, path, goes_on=True)
+    return Start(config, checkpoint, path, goes_on=not config["resume_state_dict_only"])
 
 
 # ---------------------------------------------------------------------- data, model, loss
@@ -77,24 +112,24 @@ def data_facts(loader: BaseDataLoader) -> dict[str, Any]:
             "preprocess": loader.preprocess}
 
 
-def start_from(model: nn.Module, *, resume: Any = None, pretrained: str | None = None, load_crt: str | None = None,
-               resume_name: str = "") -> None:
-    """Load the weights that a run starts from.
+def load_start(model: nn.Module, start: Start) -> None:
+    """Load the weights that a run starts from, and freeze what stage 2 doesn't train.
 
-    Args:
-        resume: a checkpoint (already read) whose weights a new run takes over; gates may be missing from it.
-        pretrained: a file of weights to start from; a classifier of other classes is left new.
-        load_crt: stage 1's file: all but the classifier is loaded, and everything but the classifier frozen
-            (Kang 2020). With the `lws` classifier stage 1's classifier is loaded too and its scales are learned.
+    The config's `pretrained` is a file of weights to start from (a classifier of other classes is left new); its
+    `load_crt` is stage 1's file: all but the classifier is loaded, and everything but the classifier frozen (Kang
+    2020). With the `lws` classifier stage 1's classifier is loaded too and only its scales are learned.
     """
-    if resume is not None:
-        load_weights(model, resume, skip_prefixes=(GATES,), name=resume_name)
-    if pretrained:
-        load_weights(model, pretrained, skip_prefixes=(GATES,), new_head=True)
-    if load_crt:
-        new = tuple(model.retrained_prefixes())
-        load_weights(model, load_crt, skip_prefixes=new)
-        model.freeze_except(new)
+    config = start.config
+    if start.checkpoint is not None:
+        # Stage 1's file has no gates yet; a run that goes on must find everything.
+        load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=() if start.goes_on else (GATES,))
+    elif config.get("pretrained"):
+        load_weights(model, config["pretrained"], skip_prefixes=(GATES,), new_head=True)
+    if config.get("load_crt"):
+        learned = tuple(model.retrained_prefixes())
+        if start.checkpoint is None:
+            load_weights(model, config["load_crt"], skip_prefixes=learned)
+        model.freeze_except(learned)
 
 
 # ---------------------------------------------------------------------- a finished run, for test.py and the tools
