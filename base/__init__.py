@@ -1,0 +1,11 @@
+"""Base classes of the rooms; each is imported when it is first asked for, so that light users stay light."""
+from importlib import import_module
+
+_HOMES = {"BaseModel": "base_model", "BaseTrainer": "base_trainer", "BaseDataLoader": "base_data_loader"}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'base' has no attribute {name!r}")
+    return getattr(import_module(f"base.{_HOMES[name]}"), name)

@@ -1,0 +1,96 @@
+"""BatchFormer: a transformer encoder across the images of a batch (Hou et al., CVPR 2022)."""
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from utils.dist import all_gather_with_grad
+
+# add_bt -> encoder layers; 32 and 33 are one layer with a shared classifier.
+DEPTHS = {0: 0, 1: 1, 12: 8, 13: 6, 32: 1, 33: 1}
+# add_bt -> weights of the losses (after the block, before it) with a shared classifier.
+STREAM_WEIGHTS = {32: (0.01, 1.0)}
+DROPOUT = 0.5
+
+
+class BatchFormerLayer(nn.TransformerEncoderLayer):
+    """One encoder layer over the batch: post-norm, ReLU, feed-forward as wide as the features, dropout 0.5.
+
+    features `[N, E, D]` -> `[N, E, D]`: the N images are the sequence. Experts don't see each other, they take the
+    place that the batch has elsewhere, so one call serves all E with the same weights.
+
+    `record = True` keeps `last_attention` `[N, N]`, detached: row i says how much image i looks at each image, the
+    mean over heads and experts, without attention dropout. Recording changes neither results nor random numbers.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, nhead=4 if width > 128 else 1, dim_feedforward=width, dropout=DROPOUT)
+        self.record = False
+        self.last_attention: torch.Tensor | None = None
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.record:
+            self.last_attention = self._attention(features)
+        return super().forward(features)
+
+    @torch.no_grad()
+    def _attention(self, features: torch.Tensor) -> torch.Tensor:
+        n, experts, width = features.shape
+        heads = self.self_attn.num_heads
+        weight, bias = self.self_attn.in_proj_weight[:2 * width], self.self_attn.in_proj_bias[:2 * width]
+        query_key = nn.functional.linear(features, weight, bias)                            # [N, E, 2D]
+        query, key = query_key.float().view(n, experts, 2, heads, width // heads).permute(2, 1, 3, 0, 4)
+        scores = query @ key.transpose(-1, -2) / (width // heads) ** 0.5                    # [E, heads, N, N]
+        return scores.softmax(-1).mean((0, 1))
+
+
+class BatchFormerStack(nn.Module):
+    """Several layers, one after another, that start equal (as `nn.TransformerEncoder`'s do; the same keys)."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        layer = BatchFormerLayer(width)
+        self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(depth)])
+
+    # What is recorded is the first layer's attention: later ones look at mixtures of images.
+    @property
+    def record(self) -> bool:
+        return self.layers[0].record
+
+    @record.setter
+    def record(self, value: bool) -> None:
+        self.layers[0].record = value
+
+    @property
+    def last_attention(self) -> torch.Tensor | None:
+        return self.layers[0].last_attention
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            features = layer(features)
+        return features
+
+
+def make_block(add_bt: int, width: int) -> nn.Module | None:
+    """The block that `add_bt` asks for (0: none), `width` features wide."""
+    depth = DEPTHS[add_bt]
+    if depth == 0:
+        return None
+    return BatchFormerLayer(width) if depth == 1 else BatchFormerStack(width, depth)
+
+
+def across_ranks(block: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Apply `block` to all ranks' features together and keep this rank's rows; gradients reach every rank.
+
+    features `[n_rank, E, D]` -> `[n_rank, E, D]`; ranks may hold different n. A recorded attention is cut to this
+    rank's images (its rows then sum to less than 1).
+    """
+    everyone, start = all_gather_with_grad(features)
+    own = slice(start, start + len(features))
+    out = block(everyone)[own]
+    if block.record:
+        layer = block.layers[0] if isinstance(block, BatchFormerStack) else block
+        layer.last_attention = layer.last_attention[own, own]
+    return out

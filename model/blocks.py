@@ -1,0 +1,100 @@
+"""Residual blocks and their shortcuts, shared by every ResNet and ResNeXt here (He et al., CVPR 2016)."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.errors import ConfigError
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, groups=groups, bias=False)
+
+
+def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+
+def relu_(x: torch.Tensor) -> torch.Tensor:
+    """ReLU in place. Safe after a norm or an addition: neither needs its own output in the backward pass."""
+    return F.relu(x, inplace=True)
+
+
+class PadShortcut(nn.Module):
+    """Option A: every `stride`-th pixel, zero channels added half before and half after; nothing to learn.
+
+    x `[N, inputs, H, W]` -> `[N, outputs, ceil(H / stride), ceil(W / stride)]`. An odd number of new channels puts
+    the larger half behind; fewer outputs than inputs cut channels off in the same way.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        before = (outputs - inputs) // 2
+        self.stride, self.padding = stride, (0, 0, 0, 0, before, outputs - inputs - before)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x[:, :, ::self.stride, ::self.stride], self.padding)
+
+
+def projection(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """Option B: a 1x1 convolution and a norm."""
+    return nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions. x `[N, inputs, H, W]` -> `[N, planes, H / stride, W / stride]`.
+
+    The attributes are `bn1`, `bn2` whatever norm they hold: old weights are found by these names.
+    """
+
+    expansion = 1
+    last_norm = "bn2"
+
+    def __init__(self, inputs: int, planes: int, stride: int = 1, downsample: nn.Module | None = None):
+        super().__init__()
+        self.conv1 = conv3x3(inputs, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = relu_(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return relu_(out)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (which carries the stride), 1x1. x `[N, inputs, H, W]` -> `[N, 4 * planes, H / stride, W / stride]`.
+
+    `groups` and `base_width` make it ResNeXt's (Xie et al., CVPR 2017): the 3x3 convolution has
+    floor(planes * base_width / 64) channels in each of its groups.
+    """
+
+    expansion = 4
+    last_norm = "bn3"
+
+    def __init__(self, inputs: int, planes: int, stride: int = 1, downsample: nn.Module | None = None,
+                 groups: int = 1, base_width: int = 64):
+        super().__init__()
+        width = planes * base_width // 64 * groups
+        if width < 1:
+            raise ConfigError(f"arch.args: a stage {planes} wide leaves no channel for {groups} groups; "
+                              f"layerN_output_dim must be {-(-64 // base_width)} or more")
+        outputs = planes * self.expansion
+        self.conv1 = conv1x1(inputs, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride, groups)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv1x1(width, outputs)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = relu_(self.bn1(self.conv1(x)))
+        out = relu_(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return relu_(out)

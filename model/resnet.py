@@ -1,0 +1,212 @@
+"""The ResNet family: CIFAR's and ImageNet's, one expert or several on a shared trunk (RIDE; Wang et al., ICLR 2021).
+
+State_dict keys and registration order are RIDE's: stage n is `layer{n}` where it is shared or there is one expert,
+`layer{n}s` where every expert has its own. Experts are therefore no modules: `expert_feat` picks index i out of them.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model import batchformer
+from model.blocks import PadShortcut, projection, relu_
+from model.classifier import make_head
+from utils.errors import ConfigError
+
+
+def init_cifar(module: nn.Module) -> None:
+    """Kaiming-normal, fan-in, for every convolution and plain linear weight (BatchFormer's and the gates' too)."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(part.weight)
+
+
+def init_imagenet(module: nn.Module) -> None:
+    """Convolutions normal(0, sqrt(2 / (k * k * out))); norms 1 and 0; linear layers as torch makes them."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            kernel = part.kernel_size[0] * part.kernel_size[1]
+            nn.init.normal_(part.weight, 0.0, (2 / (kernel * part.out_channels)) ** 0.5)
+        elif isinstance(part, nn.BatchNorm2d):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What tells the two families apart, blocks and depths aside."""
+
+    widths: tuple[int, ...]                 # channels of each stage, before the block's expansion
+    reduced: tuple[int, ...]                # the same with `reduce_dimension`
+    first_private: int                      # the first stage of which every expert has its own
+    stem: dict[str, int]                    # kernel_size, stride, padding of conv1
+    pool: bool                              # 3x3/2 max pool after the stem
+    shortcut: Callable[[int, int, int], nn.Module]
+    init: Callable[[nn.Module], None]
+
+    def stage_widths(self, reduce_dimension: bool, overrides: dict[int, int | None]) -> tuple[int, ...]:
+        """Channels of stages 1, 2, ...: the layout's, with `overrides` (stage -> width, None: keep) put in."""
+        widths = list(self.reduced if reduce_dimension else self.widths)
+        for stage, width in overrides.items():
+            if width is None:
+                continue
+            if stage > len(widths):
+                raise ConfigError(f"arch.args.layer{stage}_output_dim: this architecture has {len(widths)} stages")
+            if width < 1:
+                raise ConfigError(f"arch.args.layer{stage}_output_dim: {width} should be 1 or more")
+            widths[stage - 1] = width
+        return tuple(widths)
+
+
+CIFAR = Layout(widths=(16, 32, 64), reduced=(16, 24, 48), first_private=2,
+               stem=dict(kernel_size=3, stride=1, padding=1), pool=False, shortcut=PadShortcut, init=init_cifar)
+IMAGENET = Layout(widths=(64, 128, 256, 512), reduced=(64, 128, 192, 384), first_private=3,
+                  stem=dict(kernel_size=7, stride=2, padding=3), pool=True, shortcut=projection, init=init_imagenet)
+
+
+class ResNet(nn.Module):
+    """Stem, shared stages, each expert's own stages and head; BatchFormer before the heads where `add_bt` is on.
+
+    x `[N, 3, H, W]` -> dict of `output` `[N, C]` (mean over experts), `logits` `[N, E, C]` and `feat` `[N, E, D]`, the
+    pooled features as the heads get them without BatchFormer. With `shared_classifier`, training adds `logits_old`,
+    `output_old` (the same heads on the features before the block) and `bt_weights` (loss weights after and before).
+
+    BatchFormer runs while its own module is in training mode: a frozen block is in evaluation mode and is skipped.
+    `eval_bt` runs it always. Experts not in `use_experts` take no part; "rand" drops a random one each training step
+    and uses all in evaluation.
+    """
+
+    def __init__(self, *, layout: Layout, block: type[nn.Module], depths: tuple[int, ...], widths: tuple[int, ...],
+                 num_classes: int, num_experts: int = 1, share_layer3: bool = False, classifier: str = "linear",
+                 s: float = 30.0, use_experts: list[int] | str | None = None, dropout: float = 0.0, add_bt: int = 0,
+                 eval_bt: bool = False, shared_classifier: bool = False, bt_gather: bool = False, **block_args: int):
+        super().__init__()
+        self.num_classes, self.num_experts = num_classes, num_experts
+        self.feat_dim = widths[-1] * block.expansion
+        self.use_experts = list(range(num_experts)) if use_experts is None else use_experts
+        self.eval_bt, self.shared_classifier, self.bt_gather = eval_bt, shared_classifier, bt_gather
+        self.bt_weights = batchformer.STREAM_WEIGHTS.get(add_bt, (1.0, 1.0))
+        self.num_stages = len(depths)
+        self.first_private = layout.first_private + (1 if share_layer3 else 0)
+        if num_experts == 1:
+            self.first_private = self.num_stages + 1
+
+        stem = layout.widths[0]
+        self.conv1 = nn.Conv2d(3, stem, **layout.stem, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if layout.pool else nn.Identity()
+
+        inputs = stem
+        for n, (depth, planes) in enumerate(zip(depths, widths, strict=True), start=1):
+            def stage(inputs: int = inputs, depth: int = depth, planes: int = planes,
+                      stride: int = 1 if n == 1 else 2) -> nn.Sequential:
+                outputs = planes * block.expansion
+                shortcut = layout.shortcut(inputs, outputs, stride) if stride != 1 or inputs != outputs else None
+                blocks = [block(inputs, planes, stride, shortcut, **block_args)]
+                blocks += [block(outputs, planes, **block_args) for _ in range(depth - 1)]
+                return nn.Sequential(*blocks)
+
+            if n < self.first_private:
+                self.add_module(f"layer{n}", stage())
+            else:
+                self.add_module(f"layer{n}s", nn.ModuleList([stage() for _ in range(num_experts)]))
+            inputs = planes * block.expansion
+
+        self.encoder_layers = batchformer.make_block(add_bt, self.feat_dim)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        if num_experts == 1:
+            self.linear = make_head(classifier, self.feat_dim, num_classes, s)
+        else:
+            self.linears = nn.ModuleList(make_head(classifier, self.feat_dim, num_classes, s)
+                                         for _ in range(num_experts))
+        layout.init(self)  # last, so that no line above can change the initial weights
+
+    # ---- parts -------------------------------------------------------------------------------------------------
+
+    @property
+    def batchformer(self) -> nn.Module | None:
+        """The BatchFormer block (its keys are RIDE's `encoder_layers`), or None."""
+        return self.encoder_layers
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The classifier of each expert."""
+        return [self.linear] if self.num_experts == 1 else list(self.linears)
+
+    def stage(self, n: int, expert: int = 0) -> nn.Sequential:
+        """Stage n as `expert` sees it."""
+        return getattr(self, f"layer{n}") if n < self.first_private else getattr(self, f"layer{n}s")[expert]
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def trunk(self, x: torch.Tensor) -> torch.Tensor:
+        """What all experts share: x `[N, 3, H, W]` -> map `[N, c, h, w]`."""
+        x = self.maxpool(relu_(self.bn1(self.conv1(x))))
+        for n in range(1, min(self.first_private, self.num_stages + 1)):
+            x = self.stage(n)(x)
+        return x
+
+    def expert_feat(self, shared: torch.Tensor, expert: int) -> torch.Tensor:
+        """The pooled features of one expert: shared map `[N, c, h, w]` -> `[N, D]`."""
+        for n in range(self.first_private, self.num_stages + 1):
+            shared = self.stage(n, expert)(shared)
+        return shared.mean((2, 3))
+
+    def pick_experts(self) -> list[int]:
+        """The experts that take part in this step."""
+        if self.use_experts != "rand":
+            return self.use_experts
+        if not self.training:
+            return list(range(self.num_experts))
+        return sorted(torch.randperm(self.num_experts)[:self.num_experts - 1].tolist())
+
+    def classify(self, feats: torch.Tensor, experts: list[int]) -> torch.Tensor:
+        """Each expert's head on its own features: `[N, E, D]` -> logits `[N, E, C]`."""
+        heads = self.heads
+        return torch.stack([heads[i](feats[:, k]) for k, i in enumerate(experts)], dim=1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | tuple[float, float]]:
+        shared = self.trunk(x)
+        experts = self.pick_experts()
+        feats = self.dropout(torch.stack([self.expert_feat(shared, i) for i in experts], dim=1))  # [N, E, D]
+        block = self.encoder_layers
+        if block is None or not (block.training or self.eval_bt):
+            logits = self.classify(feats, experts)
+            return {"output": logits.mean(1), "logits": logits, "feat": feats}
+        related = batchformer.across_ranks(block, feats) if self.bt_gather else block(feats)
+        logits = self.classify(related, experts)
+        outputs = {"output": logits.mean(1), "logits": logits, "feat": feats}
+        if self.shared_classifier and block.training:
+            before = self.classify(feats, experts)
+            outputs.update(output_old=before.mean(1), logits_old=before, bt_weights=self.bt_weights)
+        return outputs
+
+    # ---- facts for other parts ---------------------------------------------------------------------------------
+
+    def nbn_scope(self, where: str | list[int] = "last") -> list[list[nn.Module]]:
+        """Which norms NBN replaces, a list an expert: those share the expert's scale (Bao et al., TIP 2024).
+
+        `where`: "last" stage, a list of stage numbers (from 1), or "all" (the stem's and every block's norms). With
+        several experts all norms of the stages named; with one expert each block's last norm and its shortcut's,
+        except for "all". Norms of shared stages use expert 0's scale, as there is one set of them.
+        Raises ConfigError for any other `where`.
+        """
+        stages = list(range(1, self.num_stages + 1))
+        chosen = {"last": stages[-1:], "all": stages}.get(where) if isinstance(where, str) else where
+        if not isinstance(chosen, list | tuple) or not chosen or not set(chosen) <= set(stages):
+            raise ConfigError(f"arch.args.norm.args.where: {where!r} should be 'last', 'all' or a list of stages "
+                              f"out of {stages}")
+        inner = where == "all" or self.num_experts > 1
+        scope: list[list[nn.Module]] = [[] for _ in range(self.num_experts)]
+        if where == "all":
+            scope[0].append(self.bn1)
+        for n in sorted(set(chosen)):
+            for expert in range(self.num_experts if n >= self.first_private else 1):
+                for block in self.stage(n, expert):
+                    outer = [getattr(block, block.last_norm), *(block.downsample or nn.Identity()).modules()]
+                    parts = block.modules() if inner else outer
+                    scope[expert] += [part for part in parts if isinstance(part, nn.BatchNorm2d)]
+        return scope

@@ -1,0 +1,154 @@
+"""Expert assignment, RIDE's second stage: which images need another expert (Wang et al., ICLR 2021, section 3.3)."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.resnet import Layout, ResNet
+from utils.errors import ConfigError
+
+HIDDEN = 16
+GATES = "expert_help_pred"
+
+
+class RoutedResNet(ResNet):
+    """A `ResNet` whose experts are asked one after another, each image stopping where its gate says so.
+
+    Gate i < E looks at expert i's unit-length features (linear to 16, ReLU) and at the `top_choices_num` highest logits
+    of the mean over experts 1..i, and gives one logit: "a further expert would help".
+
+    Training: only the gates learn; everything else is frozen, in evaluation mode and untouched (`force_all`: all of it
+    learns). Given `target` `[N]` the dict adds `loss`, the mean over gates of the binary cross-entropy, weighted by
+    `pos_weight`, with the truth "wrong so far, and the mean after some later expert is right". `output` `[N, C]` is
+    the mean over all experts.
+
+    Evaluation: an image goes on to the next expert while sigmoid(gate) > `route_threshold`. The dict has `output`
+    `[N, C]`, its mean over the experts it used, and `sample_num_experts` `[N]`. With `route = False` all experts run
+    for all images and `logits` `[N, E, C]` and `feat` `[N, E, D]` are there too; `output` and `sample_num_experts`
+    stay what the gates decide. `force_all`: every image uses every expert.
+    """
+
+    def __init__(self, *, top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
+                 force_all: bool = False, route_threshold: float = 0.5, num_classes: int, layout: Layout,
+                 **resnet_args: object):
+        for key, value, ok, right in (
+                ("top_choices_num", top_choices_num, top_choices_num >= 1, "1 or more"),
+                ("pos_weight", pos_weight, pos_weight > 0, "above 0"),
+                ("route_threshold", route_threshold, 0 <= route_threshold <= 1, "from 0 to 1")):
+            if not ok:
+                raise ConfigError(f"arch.args.{key}: {value} should be {right}")
+        super().__init__(num_classes=num_classes, layout=layout, **resnet_args)
+        self.top_choices_num = min(top_choices_num, num_classes)
+        self.pos_weight, self.force_all, self.route_threshold = pos_weight, force_all, route_threshold
+        self.route = True
+
+        gates = self.num_experts - 1
+        self.expert_help_pred_hidden_fcs = nn.ModuleList(nn.Linear(self.feat_dim, HIDDEN) for _ in range(gates))
+        layout.init(self.expert_help_pred_hidden_fcs)
+        last = nn.ModuleList(nn.Linear(self.top_choices_num + HIDDEN, 1)
+                             for _ in range(1 if share_expert_help_pred_fc else gates))
+        layout.init(last)
+        if share_expert_help_pred_fc:
+            self.expert_help_pred_fc = last[0]
+        else:
+            self.expert_help_pred_fcs = last
+        if not force_all:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name.startswith(GATES))
+
+    def train(self, mode: bool = True) -> RoutedResNet:
+        """Training mode for the gates; the experts stay in evaluation mode unless `force_all`."""
+        super().train(mode)
+        if not self.force_all:
+            for name, child in self.named_children():
+                if not name.startswith(GATES):
+                    child.eval()
+        return self
+
+    def ask(self, i: int, feat: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Gate i (from 0): features `[N, D]` of expert i, mean logits `[N, C]` so far -> logits `[N]`, "help"."""
+        hidden = F.relu(self.expert_help_pred_hidden_fcs[i](F.normalize(feat, dim=1)))
+        seen = torch.cat([logits.topk(self.top_choices_num, dim=1).values.to(hidden.dtype), hidden], dim=1)
+        gate = self.expert_help_pred_fcs[i] if hasattr(self, "expert_help_pred_fcs") else self.expert_help_pred_fc
+        return gate(seen).squeeze(1)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        if not self.training and self.route and not self.force_all:
+            return self._routed(x)
+        outputs, means = self._all_experts(x)
+        if not self.training:
+            used = self._used(outputs["feat"], means)
+            outputs["output"] = means[torch.arange(len(x), device=x.device), used - 1]
+            outputs["sample_num_experts"] = used
+        elif target is not None:
+            outputs["loss"] = self._loss(outputs["feat"], means, target)
+        return outputs
+
+    def _all_experts(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Every expert on every image; also the running means of the logits `[N, E, C]`, after 1, 2, ... experts."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.force_all):
+            shared = self.trunk(x)
+            experts = list(range(self.num_experts))
+            feats = self.dropout(torch.stack([self.expert_feat(shared, i) for i in experts], dim=1))
+            logits = self.classify(feats, experts)
+            counts = torch.arange(1, len(experts) + 1, device=logits.device).view(-1, 1)
+            means = logits.float().cumsum(1) / counts
+        return {"output": logits.mean(1), "logits": logits, "feat": feats}, means
+
+    def _used(self, feats: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """How many experts each image uses by the gates' word: `[N, E, D]`, `[N, E, C]` -> `[N]`, 1 to E."""
+        used = torch.ones(len(feats), dtype=torch.long, device=feats.device)
+        if self.force_all:
+            return used * self.num_experts
+        going = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
+        for i in range(self.num_experts - 1):
+            going = going & self._wants_more(self.ask(i, feats[:, i], means[:, i]))
+            used = used + going
+        return used
+
+    def _wants_more(self, help_logits: torch.Tensor) -> torch.Tensor:
+        return help_logits.float().sigmoid() > self.route_threshold
+
+    def _loss(self, feats: torch.Tensor, means: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean over gates of the weighted binary cross-entropy against "wrong now, right after some later expert"."""
+        if self.num_experts == 1:
+            # Nothing to decide: a loss that is 0 and has (zero) gradients, so that any loop runs.
+            return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+        right = means.argmax(2) == target.view(-1, 1)                                # [N, E]
+        truth = (~right[:, :-1] & _any_later(right)).float()                                     # [N, E - 1]
+        asked = torch.stack([self.ask(i, feats[:, i], means[:, i]) for i in range(self.num_experts - 1)], dim=1)
+        weight = torch.full((), self.pos_weight, device=asked.device)
+        return F.binary_cross_entropy_with_logits(asked.float(), truth, pos_weight=weight)
+
+    def _routed(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Later experts see only the images that ask for them; each gathers its images' shared maps once."""
+        shared = self.trunk(x)
+        heads = self.heads
+        feat = self.expert_feat(shared, 0)
+        total = heads[0](feat).float()                     # [N, C], summed logits; rows of images still going get more
+        used = torch.ones(len(x), dtype=torch.long, device=x.device)
+        going = torch.arange(len(x), device=x.device)      # images that the current expert saw
+        for i in range(1, self.num_experts):
+            more = self._wants_more(self.ask(i - 1, feat, total[going] / i)).nonzero().squeeze(1)
+            if len(more) == 0:
+                break
+            if len(more) < len(going):
+                shared = _rows(shared, more)
+                going = going[more]
+            feat = self.expert_feat(shared, i)
+            total.index_add_(0, going, heads[i](feat).float())
+            used[going] = i + 1
+        return {"output": total / used.unsqueeze(1), "sample_num_experts": used}
+
+
+def _any_later(right: torch.Tensor) -> torch.Tensor:
+    """`[N, E]` bool -> `[N, E - 1]`: is any later column true?"""
+    return right.flip(1).long().cummax(1).values.flip(1).bool()[:, 1:]
+
+
+def _rows(maps: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """maps[index] in the memory format of `maps`: index_select alone would give NCHW, and slow convolutions."""
+    if maps.is_contiguous(memory_format=torch.channels_last):
+        return maps.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return maps.index_select(0, index)
