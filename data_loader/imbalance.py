@@ -1,0 +1,59 @@
+"""Long-tailed subsets of a balanced set, image for image those of LDAM-DRW (Cao et al., NeurIPS 2019)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from utils.errors import ConfigError, unknown
+
+IMBALANCE_TYPES = ("exp", "step", "none")
+
+
+def img_num_per_cls(img_max: int, cls_num: int, imb_type: str | None, imb_factor: float) -> list[int]:
+    """Training images per class, largest class first, [cls_num].
+
+    imb_type: `exp`: int(img_max · imb_factor^(j / (C - 1))); `step`: the first half of the classes keep img_max, the
+    others int(img_max · imb_factor) (of an odd number the larger half is the small classes); None or `none`: all
+    img_max. imb_factor: the smallest class's share of the largest, in (0, 1]. A class's number can come out as 0.
+
+    Raises ConfigError for an unknown type, a factor outside (0, 1], or sizes under 1.
+    """
+    kind = "none" if imb_type is None else imb_type
+    if kind not in IMBALANCE_TYPES:
+        raise unknown("data_loader.args.imb_type", imb_type, IMBALANCE_TYPES, "type")
+    if img_max < 1 or cls_num < 1:
+        raise ConfigError(f"img_num_per_cls: img_max and cls_num must be 1 or more, not {img_max} and {cls_num}")
+    if kind == "none":
+        return [int(img_max)] * cls_num
+    if not 0 < imb_factor <= 1:
+        raise ConfigError(f"data_loader.args.imb_factor: must be over 0 and at most 1, not {imb_factor}")
+    if kind == "step":
+        head = cls_num // 2
+        return [int(img_max)] * head + [int(img_max * imb_factor)] * (cls_num - head)
+    # The division by C - 1.0 comes before the power, as in the original: another order rounds some classes otherwise.
+    return [int(img_max * imb_factor ** (j / max(cls_num - 1.0, 1.0))) for j in range(cls_num)]
+
+
+def long_tail_indices(targets: Sequence[int] | np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
+    """The indices, class after class in label order, that make a set with `counts` images of each class.
+
+    With one legacy generator `RandomState(seed)`: for each class its indices are shuffled and the first n_j taken,
+    which for seed 0 is the choice of LDAM-DRW's CIFAR sets. The global generator is left alone.
+
+    targets: [N] labels; counts: [C], one for each class that occurs in targets. Returns [sum counts] int64.
+    Raises ConfigError where the numbers of classes differ or a class has fewer images than asked for.
+    """
+    targets = np.asarray(targets)
+    classes = np.unique(targets)
+    if len(classes) != len(counts):
+        raise ConfigError(f"long_tail_indices: counts has {len(counts)} classes, targets {len(classes)}")
+    rng = np.random.RandomState(seed)
+    chosen = []
+    for label, count in zip(classes, counts, strict=True):
+        indices = np.flatnonzero(targets == label)
+        if not 0 <= count <= len(indices):
+            raise ConfigError(f"long_tail_indices: class {label} has {len(indices)} images, {count} were asked for")
+        rng.shuffle(indices)
+        chosen.append(indices[:count])
+    return np.concatenate(chosen).astype(np.int64)

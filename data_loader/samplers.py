@@ -1,0 +1,185 @@
+"""Samplers of decoupled training (Kang et al., ICLR 2020): which images an epoch shows, and how often each class.
+
+A class is drawn with p_j ~ n_j^q: instance-balanced q = 1, square-root 1/2, class-balanced 0. Every epoch's indices
+are a function of (seed, epoch) alone, so a resumed run goes on with the same images, and ranks that slice them share
+the epoch without overlap. Only classes that occur in the targets exist for a sampler; labels need not be contiguous.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from utils.errors import ConfigError
+from utils.seed import numpy_rng
+
+
+class EpochSampler(Sampler):
+    """Base: `epoch_indices` is the epoch, the rest hands it out.
+
+    targets: [N] labels, array, tensor or list. epoch_length: indices per epoch of all ranks together, N where absent.
+    rank, world_size: this process takes every world_size-th index, beginning with its rank-th.
+    """
+
+    def __init__(self, targets: Any, seed: int = 0, *, epoch_length: int | None = None, rank: int = 0,
+                 world_size: int = 1):
+        targets = np.asarray(targets)
+        if targets.ndim != 1 or not len(targets):
+            raise ConfigError("data_loader.args.sampler: needs a non-empty one-dimensional array of labels")
+        if epoch_length is not None and epoch_length < 1:
+            raise ConfigError(f"data_loader.args.sampler.args.epoch_length: must be 1 or more, not {epoch_length}")
+        assert 0 <= rank < world_size
+        self.num_images, self.seed, self.epoch = len(targets), int(seed), 1
+        self.epoch_length = epoch_length or self.num_images
+        self.rank, self.world_size = rank, world_size
+        self._group_by_class(targets)
+
+    def _group_by_class(self, targets: np.ndarray) -> None:
+        """Images in class order: class j's are `by_class[starts[j] : starts[j] + counts[j]]`."""
+        smallest, largest = int(targets.min()), int(targets.max())
+        if largest - smallest < 2**16:  # numpy sorts 16-bit integers by radix, ten times as fast
+            targets = (targets - smallest).astype(np.uint16)
+        self.by_class = np.argsort(targets, kind="stable")
+        in_order = targets[self.by_class]
+        first = np.concatenate([[True], in_order[1:] != in_order[:-1]])
+        self.starts = np.flatnonzero(first)
+        self.counts = np.diff(np.append(self.starts, len(targets)))
+        self.num_classes = len(self.counts)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (1, 2, ...) that iterating gives; 1 before any call."""
+        self.epoch = int(epoch)
+
+    def epoch_indices(self, epoch: int | None = None) -> np.ndarray:
+        """All ranks' indices of an epoch (the one set, where absent), in order: [epoch_length] int64."""
+        epoch = self.epoch if epoch is None else int(epoch)
+        return self._draw(numpy_rng(self.seed, epoch), epoch)
+
+    def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.epoch_indices()[self.rank::self.world_size].tolist())
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.epoch_length, self.world_size))
+
+    def _draw_images(self, classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One image, any with the same chance, for each drawn class [M] -> [M]."""
+        within = (rng.random(len(classes)) * self.counts[classes]).astype(np.int64)
+        return self.by_class[self.starts[classes] + within]
+
+
+class InstanceBalancedSampler(EpochSampler):
+    """q = 1: each image once an epoch in shuffled order (round again for an `epoch_length` over N)."""
+
+    def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
+                 world_size: int = 1):
+        super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
+
+    def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        rounds = -(-self.epoch_length // self.num_images)
+        return np.concatenate([rng.permutation(self.num_images) for _ in range(rounds)])[:self.epoch_length]
+
+
+class SquareRootSampler(EpochSampler):
+    """q = 1/2, with replacement: class j with a chance proportional to the root of its size, then any image of it."""
+
+    def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
+                 world_size: int = 1):
+        super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
+
+    def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        edges = np.cumsum(np.sqrt(self.counts))
+        classes = np.searchsorted(edges, rng.random(self.epoch_length) * edges[-1], side="right")
+        # A product can round up to the last edge.
+        return self._draw_images(np.minimum(classes, self.num_classes - 1), rng)
+
+
+class ClassBalancedSampler(EpochSampler):
+    """q = 0, with replacement: any class with the same chance, then any image of it.
+
+    retain_epoch_size: an epoch has N indices; false, as in RIDE: the largest class's size times the classes.
+    """
+
+    def __init__(self, targets: Any, seed: int = 0, retain_epoch_size: bool = True, epoch_length: int | None = None,
+                 rank: int = 0, world_size: int = 1):
+        super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
+        if not retain_epoch_size and epoch_length is None:
+            self.epoch_length = int(self.counts.max()) * self.num_classes
+
+    def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        return self._draw_images(rng.integers(self.num_classes, size=self.epoch_length), rng)
+
+
+class ProgressivelyBalancedSampler(EpochSampler):
+    """From instance- to class-balanced: epoch k of T mixes (k - 1) / (T - 1) of the latter with the rest of the former.
+
+    Both with replacement. epochs: T; T = 1 is instance-balanced, epochs after T are class-balanced.
+    """
+
+    def __init__(self, targets: Any, epochs: int, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
+                 world_size: int = 1):
+        super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
+        if epochs < 1:
+            raise ConfigError(f"data_loader.args.sampler.args.epochs: must be 1 or more, not {epochs}")
+        self.epochs = int(epochs)
+
+    def class_balanced_share(self, epoch: int) -> float:
+        """The chance, 0 to 1, that a draw of this epoch is class-balanced."""
+        return min(max(epoch - 1, 0) / max(self.epochs - 1, 1), 1.0) if self.epochs > 1 else 0.0
+
+    def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        balanced = rng.random(self.epoch_length) < self.class_balanced_share(epoch)
+        indices = rng.integers(self.num_images, size=self.epoch_length)
+        indices[balanced] = self._draw_images(rng.integers(self.num_classes, size=int(balanced.sum())), rng)
+        return indices
+
+
+class ClassAwareSampler(EpochSampler):
+    """Classes in shuffled cycles, `num_samples_cls` images of a class in a row, its images in shuffled cycles too.
+
+    So class frequencies are equal to within one turn, and no image of a class comes twice before all have come.
+    """
+
+    def __init__(self, targets: Any, seed: int = 0, num_samples_cls: int = 4, epoch_length: int | None = None,
+                 rank: int = 0, world_size: int = 1):
+        super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
+        if num_samples_cls < 1:
+            raise ConfigError("data_loader.args.sampler.args.num_samples_cls: must be 1 or more, "
+                              f"not {num_samples_cls}")
+        self.num_samples_cls = int(num_samples_cls)
+
+    def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        turns = -(-self.epoch_length // self.num_samples_cls)
+        cycles = -(-turns // self.num_classes)
+        classes = np.concatenate([rng.permutation(self.num_classes) for _ in range(cycles)])[:turns]
+        # Cycle r holds each class once, so a turn in it takes places r k ... r k + k - 1 of its class's stream.
+        place = (np.arange(turns) // self.num_classes * self.num_samples_cls)[:, None] + np.arange(self.num_samples_cls)
+        stream, begins = self._image_streams(cycles * self.num_samples_cls, rng)
+        return stream[begins[classes][:, None] + place].ravel()[:self.epoch_length]
+
+    def _image_streams(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """For each class at least `length` images in shuffled cycles, one class after the other.
+
+        Returns the streams in one array and where each class's begins, [C].
+        """
+        rounds = -(-length // self.counts)
+        sizes = rounds * self.counts
+        begins = np.cumsum(sizes) - sizes
+        # Every image once per round of its class; sorting (round of the class, random) shuffles all rounds at once.
+        round_sizes = np.repeat(self.counts, rounds)
+        round_of = np.repeat(np.arange(len(round_sizes)), round_sizes)
+        round_begins = np.cumsum(round_sizes) - round_sizes
+        within = np.arange(len(round_of)) - round_begins[round_of]
+        within = within[np.argsort(round_of + rng.random(len(round_of)))]
+        class_starts = np.repeat(self.starts, sizes)
+        return self.by_class[class_starts + within], begins
+
+
+SAMPLERS: dict[str, type[EpochSampler]] = {
+    "InstanceBalanced": InstanceBalancedSampler, "ClassBalanced": ClassBalancedSampler,
+    "SquareRoot": SquareRootSampler, "ProgressivelyBalanced": ProgressivelyBalancedSampler,
+    "ClassAware": ClassAwareSampler}

@@ -1,0 +1,266 @@
+"""Metrics on predictions: accuracy as a whole, per class and by many / medium / few, macro-F1, calibration, open set.
+
+The functions named in a config's `metrics` take (output [N, C], target [N]) and return a 0-d tensor on the device, so
+that nothing waits for the GPU. `EvalState` gathers everything that `test_metrics.json` holds in counters of the size
+of the classes. The rest works on arrays, tensors or lists.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.class_counts import FEW, GROUPS, MANY, shot_group
+
+ECE_BINS = 15
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Share of images whose largest output is the target's. output: [N, C]; target: [N]. -> 0-d float tensor."""
+    return (output.argmax(1) == target).float().mean()
+
+
+def top_k_acc(output: Tensor, target: Tensor, k: int = 5) -> Tensor:
+    """Share of images whose target is among the k largest outputs; k is cut to C. -> 0-d float tensor."""
+    top = output.topk(min(k, output.shape[1]), dim=1).indices
+    return (top == target[:, None]).any(1).float().mean()
+
+
+def expert_accuracy(logits: Tensor, target: Tensor) -> Tensor:
+    """Each expert's own accuracy. logits: [N, E, C]; target: [N]. -> [E] float tensor."""
+    return (logits.argmax(2) == target[:, None]).float().mean(0)
+
+
+def expert_disagreement(logits: Tensor) -> Tensor:
+    """How often two different experts predict different classes, mean over the pairs. logits: [N, E, C] -> 0-d tensor.
+
+    0 for a single expert.
+    """
+    return _disagreement(logits.argmax(2)).mean()
+
+
+def _disagreement(preds: Tensor) -> Tensor:
+    """Share of an image's expert pairs that differ. preds: [N, E] -> [N] float."""
+    experts = preds.shape[1]
+    differ = (preds[:, :, None] != preds[:, None, :]).float().sum((1, 2))  # each pair counted twice
+    return differ / max(experts * (experts - 1), 1)
+
+
+def as_array(values: Any) -> np.ndarray:
+    """A tensor on any device, an array or a list, as a numpy array."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def class_tally(preds: Any, labels: Any, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right answers and images per class, both [C] int64. Labels outside 0..C-1 (open set: -1) are left out."""
+    preds, labels = as_array(preds).astype(np.int64).ravel(), as_array(labels).astype(np.int64).ravel()
+    known = (labels >= 0) & (labels < num_classes)
+    right = np.bincount(labels[known & (preds == labels)], minlength=num_classes)
+    return right, np.bincount(labels[known], minlength=num_classes)
+
+
+def per_class_acc(preds: Any, labels: Any, num_classes: int) -> list[float | None]:
+    """Each class's accuracy, [C]; None for a class without test images."""
+    return _ratios(*class_tally(preds, labels, num_classes))
+
+
+def _ratios(part: Sequence[float], whole: Sequence[float]) -> list[float | None]:
+    return [float(p) / float(w) if w else None for p, w in zip(part, whole, strict=True)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are there; None where there is none."""
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if there else None
+
+
+def group_means(class_acc: Sequence[float | None], train_cls_num: Sequence[float], many: float = MANY,
+                few: float = FEW) -> dict[str, float | None]:
+    """Mean class accuracy of the many-, medium- and few-shot classes, by training count; None for an empty group.
+
+    A class without test images (None) has no accuracy and doesn't enter its group's mean.
+    """
+    groups = [shot_group(count, many, few) for count in train_cls_num]
+    return {name: _mean([acc for acc, group in zip(class_acc, groups, strict=True) if group == name])
+            for name in GROUPS}
+
+
+def shot_accuracy(preds: Any, labels: Any, train_cls_num: Any, many: float = MANY,
+                  few: float = FEW) -> dict[str, float | None]:
+    """Accuracies by training frequency, as `many`, `medium`, `few` and `all`, fractions from 0 to 1.
+
+    A group is the mean of its classes' accuracies (many: more than `many` training images, few: fewer than `few`,
+    medium: between), None where it has no class with test images. `all` is the share of images that are right.
+
+    preds, labels: [N] class indices; train_cls_num: [C] training images per class. Arrays, tensors or lists.
+    """
+    counts = as_array(train_cls_num).tolist()
+    preds, labels = as_array(preds).ravel(), as_array(labels).ravel()
+    groups = group_means(per_class_acc(preds, labels, len(counts)), counts, many, few)
+    return {**groups, "all": float((preds == labels).mean()) if len(labels) else None}
+
+
+def f1_from_tally(right: Any, predicted: Any, labelled: Any) -> float | None:
+    """Mean F1 over the classes that were predicted or are labelled: 2 right / (predicted + labelled). All: [C]."""
+    return _mean(_ratios(2 * as_array(right).astype(np.float64), as_array(predicted) + as_array(labelled)))
+
+
+def macro_f1(preds: Any, labels: Any, num_classes: int | None = None) -> float | None:
+    """Macro-F1 over the classes that occur in preds or labels (scikit-learn's rule). None without images."""
+    preds, labels = as_array(preds).astype(np.int64).ravel(), as_array(labels).astype(np.int64).ravel()
+    if not len(labels):
+        return None
+    num_classes = num_classes or int(max(preds.max(), labels.max())) + 1
+    right, labelled = class_tally(preds, labels, num_classes)
+    return f1_from_tally(right, np.bincount(preds, minlength=num_classes), labelled)
+
+
+def expected_calibration_error(probs: Any, labels: Any, bins: int = ECE_BINS) -> float | None:
+    """Mean gap between confidence and accuracy over equal-width bins of the confidence (Guo et al., ICML 2017).
+
+    probs: [N, C] probabilities; labels: [N]. A bin holds its upper edge. None without images.
+    """
+    probs, labels = as_array(probs), as_array(labels).ravel()
+    if not len(labels):
+        return None
+    confidence, right = probs.max(1).astype(np.float64), probs.argmax(1) == labels
+    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.bincount(bin_of, confidence, bins) - np.bincount(bin_of, right.astype(np.float64), bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def open_set_f_measure(preds: Any, labels: Any, probs: Any, threshold: float = 0.1) -> float:
+    """F-measure with unknown images among the known (OLTR, Liu et al., CVPR 2019), 0 to 1.
+
+    Unknown images are labelled -1; a prediction whose probability is under `threshold` counts as -1 ("unknown").
+    F = 2PR / (P + R) with P = right / known images taken as known, R = right / (right + unknown images taken as
+    known). 0 where nothing is right.
+
+    preds, labels: [N]; probs: [N] probability of each prediction, or [N, C], whose row maximum is taken.
+    """
+    preds, labels, probs = as_array(preds).ravel(), as_array(labels).ravel(), as_array(probs)
+    probs = probs.max(1) if probs.ndim == 2 else probs
+    taken_as_known = (probs >= threshold) & (preds != -1)
+    known = labels != -1
+    right = int((taken_as_known & known & (preds == labels)).sum())
+    if not right:
+        return 0.0
+    precision = right / int((taken_as_known & known).sum())
+    recall = right / (right + int((taken_as_known & ~known).sum()))
+    return 2 * precision * recall / (precision + recall)
+
+
+class EvalState:
+    """Counters of one evaluation, on the device: `update` per batch without waiting for it, `compute` at the end.
+
+    Memory is proportional to C (times E for `used`), not C², unless `confusion` is asked for. Over several ranks each
+    keeps its own; `utils.dist.all_reduce_sum` on each of `tensors()` merges them (all are plain sums).
+
+    num_experts: with it, `update` also takes each expert's logits, and the number of experts an image used.
+    """
+
+    def __init__(self, num_classes: int, device: str | torch.device = "cpu", num_experts: int = 0,
+                 confusion: bool = False):
+        self.num_classes, self.num_experts = num_classes, num_experts
+        count = {"dtype": torch.int64, "device": device}
+        # Float64 sums keep whole test sets exact enough; where a device has none, float32 does.
+        real = {"dtype": torch.float32 if torch.device(device).type == "mps" else torch.float64, "device": device}
+        self.right, self.predicted, self.labelled = (torch.zeros(num_classes, **count) for _ in range(3))
+        self.bin_right = torch.zeros(ECE_BINS, **real)
+        self.bin_confidence = torch.zeros(ECE_BINS, **real)
+        self.loss_sum = torch.zeros((), **real)
+        self.expert_right = torch.zeros(num_experts, **count)
+        self.disagreement = torch.zeros((), **real)
+        self.expert_images = torch.zeros((), **count)
+        self.used = torch.zeros((num_classes, num_experts), **count)
+        self.matrix = torch.zeros((num_classes, num_classes) if confusion else 0, **count)
+
+    def tensors(self) -> list[Tensor]:
+        """Every counter; the sum over ranks of each is the counter of the whole set."""
+        return [self.right, self.predicted, self.labelled, self.bin_right, self.bin_confidence, self.loss_sum,
+                self.expert_right, self.disagreement, self.expert_images, self.used, self.matrix]
+
+    @torch.no_grad()
+    def update(self, output: Tensor, labels: Tensor, mask: Tensor | None = None, expert_logits: Tensor | None = None,
+               sample_num_experts: Tensor | None = None, loss: Tensor | None = None) -> None:
+        """Count one batch. Images with a label outside 0..C-1 (open set: -1) or mask 0 are left out.
+
+        output: [N, C] logits; labels: [N]; mask: [N], 0 for padding; expert_logits: [N, E, C]; sample_num_experts:
+        [N] from 1 to E; loss: [N] per-image losses, cross-entropy of `output` where absent.
+        """
+        counted = (labels >= 0) & (labels < self.num_classes)
+        if mask is not None:
+            counted = counted & mask.bool()
+        ones, labels = counted.long(), labels.clamp(0, self.num_classes - 1)
+        log_probs = F.log_softmax(output.float(), dim=1)
+        confidence, preds = log_probs.max(1)
+        hits = counted & (preds == labels)
+        # index_add_ and not bincount: bincount asks the GPU for the largest index and so waits for it.
+        self.labelled.index_add_(0, labels, ones)
+        self.predicted.index_add_(0, preds, ones)
+        self.right.index_add_(0, labels, hits.long())
+        losses = -log_probs.gather(1, labels[:, None])[:, 0] if loss is None else loss
+        self.loss_sum += torch.where(counted, losses, 0).to(self.loss_sum.dtype).sum()
+        confidence = confidence.exp().nan_to_num(0)
+        bins = ((confidence * ECE_BINS).ceil().long() - 1).clamp(0, ECE_BINS - 1)
+        real = self.bin_right.dtype
+        self.bin_right.index_add_(0, bins, hits.to(real))
+        self.bin_confidence.index_add_(0, bins, torch.where(counted, confidence, 0).to(real))
+        if self.matrix.numel():
+            self.matrix.view(-1).index_add_(0, labels * self.num_classes + preds, ones)
+        if expert_logits is not None and self.num_experts:
+            expert_preds = expert_logits.argmax(2)
+            self.expert_right += ((expert_preds == labels[:, None]) & counted[:, None]).sum(0)
+            self.disagreement += (_disagreement(expert_preds) * ones).to(real).sum()
+            self.expert_images += ones.sum()
+        if sample_num_experts is not None and self.num_experts:
+            place = labels * self.num_experts + sample_num_experts.long().clamp(1, self.num_experts) - 1
+            self.used.view(-1).index_add_(0, place, ones)
+
+    def compute(self, train_cls_num: Any = None, many: float = MANY, few: float = FEW) -> dict[str, Any]:
+        """The figures of `test_metrics.json` as plain numbers, fractions from 0 to 1, None for what is empty.
+
+        train_cls_num: [C] training images per class; without it the groups are None and their sizes 0. Adds
+        `expert_acc` (list) and `expert_disagreement` where experts' logits were counted, `expert_share` where the
+        number of experts used was. `loss` is None where it isn't finite.
+        """
+        right, labelled = self.right.cpu().numpy(), self.labelled.cpu().numpy()
+        n_samples = int(labelled.sum())
+        class_acc = _ratios(right, labelled)
+        counts = [] if train_cls_num is None else as_array(train_cls_num).tolist()
+        groups = [shot_group(count, many, few) for count in counts]
+        shots = group_means(class_acc, counts, many, few) if counts else dict.fromkeys(GROUPS)
+        loss = float(self.loss_sum) / n_samples if n_samples else math.nan
+        ece = float((self.bin_confidence - self.bin_right).abs().sum()) / n_samples if n_samples else None
+        result: dict[str, Any] = {"accuracy": int(right.sum()) / n_samples if n_samples else None,
+                                  "class_mean_acc": _mean(class_acc)}
+        result |= {f"{name}_shot_acc": shots[name] for name in GROUPS}
+        result |= {f"{name}_class_num": groups.count(name) for name in GROUPS}
+        result |= {"macro_f1": f1_from_tally(right, self.predicted, labelled), "ece": ece,
+                   "loss": loss if math.isfinite(loss) else None, "n_samples": n_samples, "per_class_acc": class_acc}
+        if int(self.expert_images):
+            images = int(self.expert_images)
+            result |= {"expert_acc": [int(n) / images for n in self.expert_right],
+                       "expert_disagreement": float(self.disagreement) / images}
+        used = self.used.cpu().numpy()
+        if used.sum():
+            members = {"all": np.ones(self.num_classes, bool)}
+            members |= {name: np.array([group == name for group in groups] or [False] * self.num_classes)
+                        for name in GROUPS}
+            result["expert_share"] = {name: shares(used[rows].sum(0)) for name, rows in members.items()}
+        return result
+
+    def confusion(self) -> np.ndarray | None:
+        """Images by (label, prediction), [C, C] int64; None unless it was asked for."""
+        return self.matrix.cpu().numpy() if self.matrix.numel() else None
+
+
+def shares(counts: np.ndarray) -> list[float] | None:
+    """Counts [E] over their sum; None where the sum is 0."""
+    total = int(counts.sum())
+    return [int(count) / total for count in counts] if total else None

@@ -1,0 +1,38 @@
+"""Training counts of the classes, checked once here, and the many / medium / few groups that they define."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from utils.errors import ConfigError
+
+MANY, FEW = 100, 20
+GROUPS = ("many", "medium", "few")
+
+
+def class_counts(cls_num_list: Sequence[float], path: str = "cls_num_list") -> list[float]:
+    """The training images of each class as positive floats, [C].
+
+    A class without training images counts as the rarest class that has some: its margin, weight and log frequency
+    stay finite, and nothing changes for the other classes (it is never a target in training).
+
+    Raises ConfigError for an empty list, a negative or non-finite count, or no image at all.
+    """
+    counts = [float(count) for count in cls_num_list]
+    if not all(math.isfinite(count) and count >= 0 for count in counts):
+        raise ConfigError(f"{path}: must be a list of training images per class, each 0 or more")
+    if not any(counts):
+        raise ConfigError(f"{path}: no class has a training image")
+    rarest = min(count for count in counts if count > 0)
+    return [count or rarest for count in counts]
+
+
+def shot_group(count: float, many: float = MANY, few: float = FEW) -> str:
+    """The group of a class with `count` training images: `many` (> many), `few` (< few) or `medium`.
+
+    >>> [shot_group(n) for n in (101, 100, 20, 19)]
+    ['many', 'medium', 'medium', 'few']
+    """
+    if count > many:
+        return "many"
+    return "few" if count < few else "medium"
