@@ -332,21 +332,22 @@ class RIDELoss(PerExpert, LDAMLoss):
         base_loss_factor · LDAM-DRW(z_i, y) + additional_diversity_factor · T̄² · KL(softmax(z̄ / T) ‖ softmax(z_i / T))
 
     with z̄ = `output`. T_j = `base_diversity_temperature`, from epoch `reweight_epoch` + 1 times the distribution-aware
-    d_j = (C n_j / n · `reweight_factor` + 1 - `reweight_factor`) / max. With diversity factor 0 the base loss is
-    taken on z̄ for every expert ("collaborative"). `reweight` false is `reweight_epoch` -1. Without class counts the
+    d_j = (C n_j / n · `reweight_factor` + 1 - `reweight_factor`) / max. `collaborative` takes the base loss on z̄ for
+    every expert; left out, it is so where the diversity factor is 0, as in RIDE. `reweight` false is `reweight_epoch` -1. Without class counts the
     base loss is cross-entropy and the temperature one number.
     """
 
     def __init__(self, cls_num_list: list | None = None, base_diversity_temperature: float = 1.0, max_m: float = 0.5,
                  s: float = 30, reweight: bool = True, reweight_epoch: int = -1, base_loss_factor: float = 1.0,
-                 additional_diversity_factor: float = -0.2, reweight_factor: float = 0.05):
+                 additional_diversity_factor: float = -0.2, reweight_factor: float = 0.05,
+                 collaborative: bool | None = None):
         super().__init__(cls_num_list, max_m, s, reweight_epoch if reweight else -1)
         self.base_diversity_temperature = self.check_temperature(base_diversity_temperature,
                                                                  "base_diversity_temperature")
         self.base_loss_factor = finite(base_loss_factor, "base_loss_factor")
         self.additional_diversity_factor = finite(additional_diversity_factor, "additional_diversity_factor")
         self.reweight_factor = finite(reweight_factor, "reweight_factor")
-        self.collaborative = self.additional_diversity_factor == 0
+        self.collaborative = self.additional_diversity_factor == 0 if collaborative is None else bool(collaborative)
         if self.counts is not None:
             self.temperature_factors()  # a factor that can't be used is said now, not after 160 epochs
 
@@ -365,9 +366,9 @@ class RIDELossWithDistill(RIDELoss):
                  distill_temperature: float = 1.0, ride_loss_factor: float = 1.0,
                  base_diversity_temperature: float = 1.0, max_m: float = 0.5, s: float = 30, reweight: bool = True,
                  reweight_epoch: int = -1, base_loss_factor: float = 1.0, additional_diversity_factor: float = -0.2,
-                 reweight_factor: float = 0.05):
+                 reweight_factor: float = 0.05, collaborative: bool | None = None):
         super().__init__(cls_num_list, base_diversity_temperature, max_m, s, reweight, reweight_epoch,
-                         base_loss_factor, additional_diversity_factor, reweight_factor)
+                         base_loss_factor, additional_diversity_factor, reweight_factor, collaborative)
         self.additional_distill_loss_factor = finite(additional_distill_loss_factor, "additional_distill_loss_factor")
         self.distill_temperature = self.check_temperature(distill_temperature, "distill_temperature")
         self.ride_loss_factor = finite(ride_loss_factor, "ride_loss_factor")

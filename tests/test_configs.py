@@ -66,7 +66,7 @@ PUBLISHED = [
     (["places_lt_resnet152_lws"], 5, 256, 0.1, 5e-4, False, cosine(5), CE),
     (["imagenet_lt_resnet50_nbn", "imagenet_lt_resnext50_nbn"], 90, 512, 0.2, 5e-4, False, cosine(90), CE),
     (["imagenet_lt_resnet50_ride_nbn"], 200, 256, 0.1, 5e-4, False, cosine(200),
-     {"type": "RIDELoss", "max_m": 0.0, "additional_diversity_factor": 0.0, "reweight": False}),
+     {"type": "RIDELoss", "max_m": 0.0, "additional_diversity_factor": 0.0, "reweight": False, "collaborative": False}),
     (["imagenet_resnet50_mabn"], 120, 256, 0.1, 1e-4, False,
      {"type": "MultiStepLR", "args": {"milestones": [30, 60, 90], "gamma": 0.1}},
      {"type": "LabelSmoothingLoss", "smoothing": 0.1}),
@@ -99,6 +99,21 @@ def test_expert_assignment_settings(name, top):
     assert (args["top_choices_num"], args["pos_weight"], args["num_experts"]) == (top, 100, 3)
     assert config["data_loader"]["args"]["balanced"] is True
     assert config["resume_state_dict_only"] is True
+
+
+def test_nbn_ride_is_cross_entropy_summed_over_experts():
+    import torch
+    import torch.nn.functional as F
+
+    from model.loss import build_loss
+
+    config = read("imagenet_lt_resnet50_ride_nbn")
+    logits = torch.randn(8, 3, 5, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    criterion = build_loss(config["loss"], [50, 20, 10, 5, 2])
+    criterion.set_epoch(200)
+    loss = criterion({"output": logits.mean(1), "logits": logits}, target)
+    torch.testing.assert_close(loss, sum(F.cross_entropy(logits[:, expert], target) for expert in range(3)))
 
 
 def test_two_rates_of_places():
