@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.build import build
 from utils.class_counts import class_counts
 from utils.dist import all_reduce_sum
 from utils.errors import ConfigError
@@ -333,8 +334,8 @@ class RIDELoss(PerExpert, LDAMLoss):
 
     with z̄ = `output`. T_j = `base_diversity_temperature`, from epoch `reweight_epoch` + 1 times the distribution-aware
     d_j = (C n_j / n · `reweight_factor` + 1 - `reweight_factor`) / max. `collaborative` takes the base loss on z̄ for
-    every expert; left out, it is so where the diversity factor is 0, as in RIDE. `reweight` false is `reweight_epoch` -1. Without class counts the
-    base loss is cross-entropy and the temperature one number.
+    every expert; left out, it is so where the diversity factor is 0, as in RIDE. `reweight` false is `reweight_epoch`
+    -1. Without class counts the base loss is cross-entropy and the temperature one number.
     """
 
     def __init__(self, cls_num_list: list | None = None, base_diversity_temperature: float = 1.0, max_m: float = 0.5,
@@ -424,7 +425,10 @@ def build_loss(spec: Mapping[str, Any], cls_num_list: list | None = None, path: 
                **extra: Any) -> LongTailLoss:
     """The loss that a config's `{"type": NAME, "args": {...}}` names; `extra` goes to constructors that take it.
 
+    cls_num_list: the training data's images per class; the spec's own list, if it has one, goes before it.
+
     Raises ConfigError, with `path`, for an unknown type, an unknown argument or a value out of range.
     """
-    from utils.build import build  # here, so that the losses can be used without any config
-    return build(LOSSES, spec, path, cls_num_list=cls_num_list, **extra)
+    if cls_num_list is not None and "cls_num_list" not in (spec.get("args") or {}):
+        extra["cls_num_list"] = list(cls_num_list)
+    return build(LOSSES, spec, path, **extra)
