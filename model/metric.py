@@ -260,6 +260,14 @@ class EvalState:
         return self.matrix.cpu().numpy() if self.matrix.numel() else None
 
 
+def evaluate_logits(output: Tensor, labels: Tensor, train_cls_num: Any = None, many: float = MANY,
+                    few: float = FEW) -> dict[str, Any]:
+    """`EvalState.compute` of one whole set at once. output: [N, C] logits; labels: [N]."""
+    state = EvalState(output.shape[1], output.device)
+    state.update(output, labels)
+    return state.compute(train_cls_num, many, few)
+
+
 def shares(counts: np.ndarray) -> list[float] | None:
     """Counts [E] over their sum; None where the sum is 0."""
     total = int(counts.sum())
