@@ -72,10 +72,9 @@ class Trainer(BaseTrainer):
             model = torch.compile(model)
         if dist.world_size() > 1:
             # Buffers are rank 0's at each epoch's end (sync_buffers); in between each rank's norms see its own images.
-            random_experts = self.config["arch"].get("args", {}).get("use_experts") == "rand"
             model = nn.parallel.DistributedDataParallel(
                 model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                broadcast_buffers=False, find_unused_parameters=random_experts)
+                broadcast_buffers=False, find_unused_parameters=not getattr(self.model, "uses_all_parameters", True))
         return model
 
     # ------------------------------------------------------------------ one step
@@ -95,6 +94,8 @@ class Trainer(BaseTrainer):
         batch over all ranks: the loss is weighted so that the averaged gradient is the whole batch's.
         """
         images = images.contiguous(memory_format=self.memory_format)
+        # Losses that are weighted means need the whole batch's weights below the line.
+        self.criterion.share = (n, n_global) if dist.world_size() > 1 else None
         with autocast(self.device, self.amp):
             outputs = self.forward(images, labels)
             loss = outputs["loss"] if "loss" in outputs else self.criterion(outputs, labels)

@@ -126,7 +126,7 @@ def load_start(model: nn.Module, start: Start) -> None:
     elif config.get("pretrained"):
         load_weights(model, config["pretrained"], skip_prefixes=(GATES,), new_head=True)
     if config.get("load_crt"):
-        learned = tuple(model.retrained_prefixes())
+        learned = tuple(model.stage2_prefixes())
         if start.checkpoint is None:
             load_weights(model, config["load_crt"], skip_prefixes=learned)
         model.freeze_except(learned)

@@ -1,0 +1,115 @@
+"""Evaluate a checkpoint on the test split.
+
+    python test.py -r saved/models/<name>/<run_id>/model_best.pth
+    python test.py -r CHECKPOINT --classifier tau --tau 0:2:0.1
+    python test.py -r CHECKPOINT --classifier ncm --feat_type cl2n
+"""
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from utils.cli import parse_test, run_main
+from utils.config import load_config
+from utils.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_test(argv)
+    if args.config:
+        load_config(args.config, args.overrides)  # a mistake in it answers before anything heavy is imported
+    test(args)
+
+
+def test(args: Namespace) -> dict[str, Any]:
+    """The evaluation, step by step; returns what is written to test_metrics.json."""
+    from logger.log import get_logger, setup_logging
+    from trainer.evaluate import evaluate, format_result
+    from utils import dist
+    from utils.device import pick_device, set_determinism
+    from utils.files import write_json
+    from utils.seed import seed_everything
+    from utils.session import open_run
+
+    setup_logging(0 if args.quiet else 2)
+    log = get_logger()
+    device = pick_device(args.device)
+    dist.setup(device.type)
+    run = open_run(args.resume, args.config, args.overrides, device, allow_partial=args.allow_partial)
+    set_determinism(run.config["trainer"]["deterministic"])
+    seed_everything(run.config["seed"])
+
+    loader = run.loader(args.split)
+    check_classes(run, loader)
+    head, note = choose_classifier(args, run)
+    result = evaluate(run.model, loader, groups=run.config["groups"], head=head, keep=bool(args.open_set))
+    result.update(note)
+    if args.open_set:
+        result["open_set"] = open_set(args, run, head, result)
+    for key in ("predictions", "confidences", "labels"):
+        result.pop(key, None)
+
+    log.info("%s", format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
+    target = Path(args.resume).parent / "test_metrics.json"
+    if dist.is_main():
+        try:
+            write_json(target, result)
+        except OSError as error:
+            raise ConfigError(f"{target}: can't be written: {error.strerror}") from None
+        log.info("\nwritten to %s", target)
+        if args.report:
+            from utils.report import write_report
+            log.info("report     %s", write_report(run, result=result, loader=loader))
+    dist.cleanup()
+    return result
+
+
+def check_classes(run: Any, loader: Any) -> None:
+    """The model must know as many classes as the data has."""
+    if run.model.num_classes != loader.num_classes:
+        raise ConfigError(f"data_loader: the data has {loader.num_classes} classes, the model of {run.path} knows "
+                          f"{run.model.num_classes}; give the data it was trained for")
+
+
+def choose_classifier(args: Namespace, run: Any) -> tuple[Any, dict[str, Any]]:
+    """The head that `--classifier` asks for (None: the model's own) and what to note of it in the metrics."""
+    from logger.log import get_logger
+    from trainer.classifiers import ncm_head, sweep_tau, tau_head
+    if args.classifier != "joint":
+        run.model.route = False  # these heads need every expert's features
+    if args.classifier == "ncm":
+        head = ncm_head(run.model, run.loader("train_eval"), run.model.num_classes, args.feat_type)
+        return head, {"classifier": "ncm", "feat_type": args.feat_type}
+    if args.classifier == "tau":
+        taus = args.tau
+        if len(taus) == 1:
+            return tau_head(run.model, taus[0]), {"classifier": "tau", "tau": taus[0]}
+        # Chosen on validation images, reported on test images.
+        best, accuracies = sweep_tau(run.model, run.loader("val"), taus)
+        log = get_logger()
+        for tau, accuracy in zip(taus, accuracies):
+            log.info("tau %.2f  validation accuracy %.4f%s", tau, accuracy, "  <- best" if tau == best else "")
+        return tau_head(run.model, best), {"classifier": "tau", "tau": best,
+                                           "tau_sweep": {"tau": taus, "val_accuracy": accuracies}}
+    return None, {"classifier": "joint"}
+
+
+def open_set(args: Namespace, run: Any, head: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """The F-measure with extra images of no known class among the test images (OLTR; Liu et al., CVPR 2019)."""
+    import numpy as np
+
+    from logger.log import get_logger
+    from model.metric import open_set_f_measure
+    from trainer.evaluate import predict_list
+    preds, probs = predict_list(run, args.open_set, head)
+    labels = np.concatenate([result["labels"], np.full(len(preds), -1)])
+    value = open_set_f_measure(np.concatenate([result["predictions"], preds]), labels,
+                               np.concatenate([result["confidences"], probs]), args.open_threshold)
+    get_logger().info("open set: F-measure %.4f over %d known and %d unknown images, threshold %g", value,
+                      len(result["labels"]), len(preds), args.open_threshold)
+    return {"f_measure": value, "threshold": args.open_threshold, "unknown_images": len(preds)}
+
+
+if __name__ == "__main__":
+    run_main(main)
