@@ -147,7 +147,7 @@ def test_stages_of_one_setting_agree(name):
 def test_config_reads(path):
     from utils.config import load_config
 
-    config = load_config(path, {})
+    config = load_config(path)
     assert config["name"] == path.stem
     validation = config["data_loader"]["args"].get("validation")
     if path.stem.startswith(("digits_lt", "cifar")):
