@@ -1,0 +1,255 @@
+"""Swap the norm layers of any model: one table of norms, one path through the modules."""
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from model.norm.cenconv import CenConv2d
+from model.norm.facts import is_norm, read_facts, write_facts
+from model.norm.grouped import GroupedBatchNorm2d
+from model.norm.mabn import MABN2d
+from model.norm.nbn import NormalizedBatchNorm2d
+from model.norm.plain import GroupNorm2d, InstanceNorm2d, LayerNorm2d, SyncBatchNorm
+from model.norm.renorm import BatchRenorm2d
+from utils.errors import ConfigError, unknown
+
+_log = logging.getLogger(__name__)
+
+
+def _batch_norm(channels, eps=1e-5, momentum=0.1, affine=True, normalization_batch_size=None):
+    if normalization_batch_size is None:
+        return nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=affine)
+    return GroupedBatchNorm2d(channels, eps, momentum, affine, normalization_batch_size)
+
+
+def _nbn(channels, eps=1e-5, momentum=0.1, affine=True):
+    return NormalizedBatchNorm2d(channels, eps=eps, momentum=momentum, affine=affine)
+
+
+def _sync(channels, eps=1e-5, momentum=0.1, affine=True):
+    return SyncBatchNorm(channels, eps=eps, momentum=momentum, affine=affine)
+
+
+def _mabn(channels, B=None, real_B=32, eps=1e-5, momentum=0.98, warmup_iters=100, normalization_batch_size=None):
+    B = B if B is not None else normalization_batch_size or 2
+    return MABN2d(channels, B, real_B, eps, momentum, warmup_iters, normalization_batch_size)
+
+
+def _frozen(channels, eps=1e-5):
+    from torchvision.ops import FrozenBatchNorm2d
+    return FrozenBatchNorm2d(channels, eps=eps)
+
+
+class _Norm(NamedTuple):
+    """One line of the table."""
+    make: Callable[..., nn.Module]             # make(channels, **args)
+    carry_momentum: Callable | None = None     # torch's momentum -> an own one; None: no running statistics
+    own_args: tuple[str, ...] = ()             # arguments of the conversion, not of the layer
+
+
+NORMS: dict[str, _Norm] = {
+    "BatchNorm2d": _Norm(_batch_norm, lambda m: m),
+    "NBN": _Norm(_nbn, lambda m: m, own_args=("where",)),
+    "MABN": _Norm(_mabn, lambda m: 0.98 if m is None else 1 - m, own_args=("centre",)),
+    "BatchRenorm": _Norm(BatchRenorm2d, lambda m: m),
+    "GroupNorm": _Norm(GroupNorm2d),
+    "InstanceNorm": _Norm(InstanceNorm2d),
+    "LayerNorm": _Norm(LayerNorm2d),
+    "SyncBatchNorm": _Norm(_sync, lambda m: m),
+    "Frozen": _Norm(_frozen),
+}
+
+
+def norm_args(type: str) -> list[str]:
+    """The names that `convert_norm(module, type, **args)` takes as args."""
+    norm = NORMS[type]
+    return [name for name in list(inspect.signature(norm.make).parameters)[1:] if name != "affine"] + [*norm.own_args]
+
+
+def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "norm",
+                 calibration_batch: object = None, **args) -> nn.Module:
+    """Make every norm layer of conv maps in `module` one of `type`; in place, and returned.
+
+    Converted are batch norms (frozen and synchronised ones too), NBN, MABN, BatchRenorm, instance and group norms, in
+    any `nn.Module`; 1-d norms and `torch.nn.LayerNorm` are left alone. Names stay (`bn1` stays `bn1`); parameters,
+    their requires_grad, running statistics, device, type and training mode carry over as far as the new norm has them.
+    If `module` is itself a norm, the new layer is returned.
+
+    `type`: a key of `NORMS`; `args`: the arguments of its constructor but the width, the same for all layers:
+    - all: `eps` (default: each layer's own); where there are running statistics `momentum`, in the new norm's own
+      convention (default: the layer's own if it isn't its type's default, else the new type's default).
+    - `BatchNorm2d`, `BatchRenorm`, `MABN`: `normalization_batch_size`, to normalise groups of so many images each by
+      itself; `BatchRenorm`: `r_max d_max warmup_iters r_ramp_iters d_ramp_iters`; `GroupNorm`: `num_groups` (default
+      32, brought to a divisor of the width).
+    - `NBN`: `where`: `last` (default where the model has stages), `all` (default elsewhere), or a list of stages; norms
+      outside become batch norm. One `scale_factor` is registered on the module that has `nbn_scope`, a value an
+      expert, else on `module` itself, one value.
+    - `MABN`: `B` (images in a training batch on a device; default `normalization_batch_size`, else 2), `real_B` (32),
+      `warmup_iters` (100), `centre` (true: convolutions become `CenConv2d`, weights kept, but those of single-element
+      filters, and those with a bias that no norm follows among their siblings: predictors, gates, FPN without norm).
+
+    MABN and NBN change the function of trained weights (no mean, centred filters; normalised parameters).
+    `calibration_batch`: an input of the module; it is run before and after in evaluation mode, and `module.norm_shift`
+    is set to {"relative": |after - before| / |before|, "max": largest difference} over all outputs, and logged.
+
+    Raises ConfigError for an unknown type or argument or one out of range; `path` is what the message calls it.
+    """
+    if type not in NORMS:
+        raise unknown(f"{path}.type", type, NORMS, "norm")
+    for key in args:
+        if key not in norm_args(type):
+            raise unknown(f"{path}.args", key, norm_args(type), f"argument of {type}")
+    norm = NORMS[type]
+    before = None if calibration_batch is None else _outputs(module, calibration_batch)
+    own = {key: args.pop(key) for key in norm.own_args if key in args}
+    scopes = _nbn_scopes(module, own.get("where"), f"{path}.args.where") if type == "NBN" else None
+    scale_owners = {id(m.shared_scale[0]): m.shared_scale[0] for m in module.modules()
+                    if isinstance(m, NormalizedBatchNorm2d) and m.shared_scale}
+
+    # First build all, so that an argument that is wrong leaves the module as it was.
+    inside = None if scopes is None else {id(layer) for scope in scopes[1] for layer in scope}
+    new = {}
+    for layer in filter(is_norm, module.modules()):
+        line = norm if inside is None or id(layer) in inside else NORMS["BatchNorm2d"]
+        new[id(layer)] = _build(layer, line, args)
+    if scopes is not None:
+        _share_scales(*scopes, new)
+    for owner in scale_owners.values():
+        if scopes is None or owner is not scopes[0]:
+            del owner.scale_factor
+    module = _replace(module, new)
+    if type != "MABN":
+        module = _replace(module, {id(m): plain_conv(m) for m in module.modules() if isinstance(m, CenConv2d)})
+    elif own.get("centre", True):
+        module = _replace(module, {id(conv): _centred(conv) for conv in _normed_convs(module)})
+    if before is not None:
+        _report_shift(module, type, before, _outputs(module, calibration_batch))
+    return module
+
+
+def _replace(module: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
+    """Put `new[id(child)]` in every place where a child stands; a layer that stands twice stays shared."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
+    return new.get(id(module), module)
+
+
+def _build(layer: nn.Module, norm: _Norm, args: dict) -> nn.Module:
+    """The layer that takes the place of norm `layer`."""
+    facts = read_facts(layer)
+    args = {"eps": facts.eps, **args}
+    if norm.carry_momentum and facts.momentum_chosen:
+        args = {"momentum": norm.carry_momentum(facts.momentum), **args}
+    if facts.weight is None and "affine" in inspect.signature(norm.make).parameters:
+        args["affine"] = False
+    new = norm.make(facts.channels, **args)
+    like = next((t for t in (facts.weight, facts.var) if t is not None), None)
+    if like is not None:
+        new.to(device=like.device, dtype=like.dtype)
+    write_facts(facts, new)
+    return new.train(layer.training)
+
+
+# ---- NBN: which layers share which scale ---------------------------------------------------------------------------
+
+def _nbn_scopes(module: nn.Module, where: object, path: str) -> tuple[nn.Module, list[list[nn.Module]]]:
+    """The module that gets `scale_factor`, and an expert's norm layers a list."""
+    for owner in module.modules():
+        if callable(getattr(owner, "nbn_scope", None)):
+            return owner, owner.nbn_scope("last" if where is None else where)
+    if where not in (None, "all"):
+        raise ConfigError(f"{path}: {where!r} needs a model with stages; for this one use \"all\"")
+    return module, [[layer for layer in module.modules() if is_norm(layer)]]
+
+
+def _share_scales(owner: nn.Module, scopes: list[list[nn.Module]], new: dict[int, nn.Module]) -> None:
+    """Register `scale_factor` [E] on `owner`, one learned value an expert, and tell the new layers their index.
+
+    A layer that several experts share follows the first of them. Scales that are there already stay as they are.
+    """
+    if id(owner) in new:          # the module given is itself the norm: alone it has scale 1
+        return
+    present = getattr(owner, "scale_factor", None)
+    if present is None or present.shape != (len(scopes),):
+        like = next(owner.parameters())
+        owner.scale_factor = nn.Parameter(torch.ones(len(scopes), device=like.device, dtype=like.dtype))
+    for index, scope in reversed(list(enumerate(scopes))):
+        for layer in scope:
+            new[id(layer)].share_scale(owner, index)
+
+
+# ---- MABN: which convolutions are centred ----------------------------------------------------------------------------
+
+def _normed_convs(module: nn.Module) -> Iterator[nn.Conv2d]:
+    """The plain convolutions that `centre` means; see `convert_norm`."""
+    if type(module) is nn.Conv2d and _centrable(module, False):
+        yield module
+    for parent in module.modules():
+        norm_follows = False
+        for child in reversed(list(parent.children())):
+            norm_follows |= isinstance(child, MABN2d)
+            if type(child) is nn.Conv2d and _centrable(child, norm_follows):
+                yield child
+
+
+def _centrable(conv: nn.Conv2d, norm_follows: bool) -> bool:
+    return conv.weight[0].numel() > 1 and (conv.bias is None or norm_follows)
+
+
+def _centred(conv: nn.Conv2d) -> CenConv2d:
+    return _like_conv(CenConv2d, conv, conv.weight)
+
+
+def plain_conv(conv: CenConv2d) -> nn.Conv2d:
+    """The ordinary convolution that computes what `conv` does: its filters already centred."""
+    weight = nn.Parameter(conv.centred_weight().detach(), requires_grad=conv.weight.requires_grad)
+    return _like_conv(nn.Conv2d, conv, weight)
+
+
+def _like_conv(kind: type, conv: nn.Conv2d, weight: nn.Parameter) -> nn.Conv2d:
+    new = kind(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+               conv.groups, bias=False, padding_mode=conv.padding_mode, device="meta")
+    new.weight, new.bias = weight, conv.bias
+    return new.train(conv.training)
+
+
+# ---- how much the outputs moved --------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def _outputs(module: nn.Module, batch: object) -> list[torch.Tensor]:
+    """The floating point tensors that `module` answers `batch` with in evaluation mode; modes are restored."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        return [t.detach().clone() for t in _tensors(module.eval()(batch)) if t.is_floating_point()]
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _report_shift(module: nn.Module, type: str, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+    """Set and log `module.norm_shift`; outputs whose shape changed (detections) count as not comparable: nan."""
+    if [t.shape for t in before] == [t.shape for t in after] and before:
+        change = torch.cat([(b - a).flatten().double() for a, b in zip(before, after)])
+        size = torch.cat([a.flatten().double() for a in before]).norm().clamp(min=1e-12)
+        module.norm_shift = {"relative": (change.norm() / size).item(), "max": change.abs().max().item()}
+    else:
+        module.norm_shift = {"relative": float("nan"), "max": float("nan")}
+    _log.info("norm converted to %s: outputs moved by %.3g of their size, %.3g at most", type,
+              module.norm_shift["relative"], module.norm_shift["max"])

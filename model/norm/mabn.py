@@ -1,0 +1,212 @@
+"""Moving average batch norm: batch norm for small batches, by moments averaged over the last iterations."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from model.norm.grouped import check_group_size, group_expand, group_mean
+from model.norm.kernels import affine, combine, dot_and_sum, same_format
+from utils.errors import ConfigError
+
+_MAX_CALLS = 64      # forwards between two optimizer steps that a recomputation can still refer to
+
+
+class _Call(NamedTuple):
+    """One training forward's statistics, [G, C] each (G = 1 unless groups are simulated), and its iteration t [1]."""
+    chi: torch.Tensor       # mean of x^2
+    inv_std: torch.Tensor   # 1 / sqrt(var + eps)
+    ratio: torch.Tensor     # r
+    t: torch.Tensor
+
+
+class MABN2d(nn.Module):
+    """Moving Average Batch Normalization (Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of
+    Batch Normalization", ICLR 2020), as its formal implementation defines it.
+
+    x: [N, C, H, W] -> the same shape, type and memory format. Training iteration t = 1, 2, ...; K = real_B / B:
+    - chi = mean of x^2 over N, H, W goes to `buffer_x2[t mod K]`; var = chi while t <= K or t < warmup_iters, then the
+      buffer's mean. z = x / sqrt(var + eps).
+    - r = sqrt(var + eps) / sqrt(running_var + eps), 1 while t <= max(1000, warmup_iters), then clipped to [1/5, 5];
+      y = w r z + b; afterwards running_var = momentum * running_var + (1 - momentum) * var.
+    - Backward: g = dy w r; psi = mean of g z goes to `buffer_gz[t mod K]`; the psi used is psi itself or the buffer's
+      mean, by the same rule; dx = (g - z psi) / sqrt(var + eps); dw = sum of dy r z; db = sum of dy.
+    Evaluation: x / sqrt(running_var + eps) * w + b. No mean is subtracted: see `CenConv2d`.
+
+    `B` is the number of images in a training batch, `real_B` the number whose moments are averaged, a multiple of B.
+    Any batch size works: a batch, a short last one too, counts as one iteration. An empty batch changes nothing.
+    `normalization_batch_size` simulates small batches inside a large one (the paper's ImageNet study): each group of
+    that many images, in order, has its own moments, averaged over the K newest groups, those of earlier iterations
+    included; the buffers then hold the K newest groups, newest last, and running_var follows the mean over the groups.
+    A last group that is short counts as a group.
+
+    Buffers (also the keys and shapes of the authors' checkpoints): running_var [1, C, 1, 1], iters [1] int64,
+    buffer_x2 and buffer_gz [K, C]. All work stays on the device. Values that aren't finite, as mixed precision makes
+    when its loss scale is too high, never enter the buffers.
+    Gradient checkpointing: a forward that is recomputed in the backward pass takes the statistics of the first one and
+    leaves the state alone. DDP: each process has its own statistics; with DDP's default `broadcast_buffers`, rank 0's
+    are copied to the others before each forward, so rank 0's history is what all are normalised by.
+    `torch.compile`: the training forward runs outside the graph (the backward pass updates a buffer).
+    """
+
+    def __init__(self, channels: int, B: int, real_B: int, eps: float = 1e-5, momentum: float = 0.98,
+                 warmup_iters: int = 100, normalization_batch_size: int | None = None):
+        super().__init__()
+        if B < 1 or real_B < B or real_B % B:
+            raise ConfigError(f"MABN: real_B {real_B} must be a multiple of B {B}, and B at least 1")
+        if not 0 <= momentum <= 1 or eps < 0:
+            raise ConfigError(f"MABN: momentum {momentum} must be between 0 and 1, and eps {eps} not below 0")
+        self.num_features, self.B, self.real_B = channels, B, real_B
+        self.eps, self.momentum, self.warmup_iters = eps, momentum, warmup_iters
+        self.normalization_batch_size = check_group_size(normalization_batch_size)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(1, channels, 1, 1))
+        self.register_buffer("iters", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("buffer_x2", torch.zeros(real_B // B, channels))
+        self.register_buffer("buffer_gz", torch.zeros(real_B // B, channels))
+        self._calls: list[_Call] = []
+        self._calls_version = -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+        if self.training and x.numel():
+            return self._train_forward(x)
+        variance = self.running_var.view(-1)
+        return F.batch_norm(x, torch.zeros_like(variance), variance, self.weight, self.bias, False, 0.0, self.eps)
+
+    @torch._disable_dynamo
+    def _train_forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = same_format(x, like=x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            call = self._statistics(x.detach())
+        return _Normalise.apply(x, self.weight, self.bias, call.inv_std, call.ratio, call.t, self)
+
+    def _statistics(self, x: torch.Tensor) -> _Call:
+        """This forward's statistics; the state moves on by one iteration unless this is a recomputation."""
+        chi = self._pool(dot_and_sum(x, x, self._grouped)[0], x)              # [G, C]
+        if torch._C._current_graph_task_id() != -1 and self._calls:           # we are inside a backward pass
+            return self._recall(chi)
+        self.iters.add_(1)
+        t = self.iters.clone()
+        var = self._average(self.buffer_x2, chi, t)                           # [G, C]
+        running = self.running_var.view(1, -1).to(var.dtype)
+        std = (var + self.eps).sqrt()
+        ratio = (std / (running + self.eps).sqrt()).clamp_(1 / 5, 5)
+        ratio = torch.where(t <= max(1000, self.warmup_iters), torch.ones_like(ratio), ratio)
+        moved = running.lerp(var.mean(0, keepdim=True), 1 - self.momentum)
+        self.running_var.copy_(torch.where(moved.isfinite(), moved, running).view_as(self.running_var))
+        call = _Call(chi, std.reciprocal(), ratio, t)
+        self._remember(call)
+        return call
+
+    @property
+    def _grouped(self) -> bool:
+        return self.normalization_batch_size is not None
+
+    def _pool(self, sums: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Means over a group's values from sums over x's values: [1, C] -> [1, C], or [N, C] -> [G, C]."""
+        if self._grouped:
+            return group_mean(sums, self.normalization_batch_size) / (x.shape[2] * x.shape[3])
+        return sums / (x.numel() // x.shape[1])
+
+    def _spread(self, per_group: torch.Tensor, n: int) -> torch.Tensor:
+        """What each sample takes of its group: [1, C] stays, [G, C] -> [N, C], n = N."""
+        return group_expand(per_group, self.normalization_batch_size, n) if self._grouped else per_group
+
+    def _average(self, buffer: torch.Tensor, new: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Enter iteration t's moments `new` [G, C] in `buffer` [K, C] and return those to use, [G, C]."""
+        size = len(buffer)
+        if self._grouped:
+            kept = torch.where(new.isfinite(), new, buffer[-1:].to(new.dtype))
+            history = torch.cat([buffer.to(new.dtype), kept])                 # [K + G, C]
+            buffer.copy_(history[-size:])
+            averaged = history.unfold(0, size, 1)[1:].mean(-1)                # group g's K newest: [G, C]
+        else:
+            slot = t % size
+            buffer.index_copy_(0, slot, torch.where(new.isfinite(), new, buffer[slot].to(new.dtype)).to(buffer.dtype))
+            averaged = buffer.mean(0, keepdim=True, dtype=new.dtype)
+        return torch.where((t <= size) | (t < self.warmup_iters), new, averaged)
+
+    def _remember(self, call: _Call) -> None:
+        """Keep the call for a recomputation; calls from before the last optimizer step can't be asked for any more."""
+        if self.weight._version != self._calls_version:
+            self._calls_version = self.weight._version
+            self._calls.clear()
+        self._calls.append(call)
+        del self._calls[:-_MAX_CALLS]
+
+    def _recall(self, chi: torch.Tensor) -> _Call:
+        """The earlier call on this input: the one of the nearest chi, as a layer may be called several times a step."""
+        alike = [call for call in self._calls if call.chi.shape == chi.shape]
+        if len(alike) == 1:
+            return alike[0]
+        columns = _Call(*(torch.stack(column) for column in zip(*alike)))     # [calls, G, C]
+        nearest = (columns.chi - chi).abs().sum((1, 2)).argmin().view(1)
+        return _Call(*(column.index_select(0, nearest)[0] for column in columns))
+
+    def train(self, mode: bool = True) -> MABN2d:
+        self._calls.clear()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        simulated = f", normalization_batch_size={self.normalization_batch_size}" if self._grouped else ""
+        return (f"{self.num_features}, B={self.B}, real_B={self.real_B}, eps={self.eps}, momentum={self.momentum}, "
+                f"warmup_iters={self.warmup_iters}{simulated}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Take the authors' two kinds of checkpoints (running_var [1, C, 1, 1] or [C]; the classification demo's
+        `sta_matrix pre_x2 pre_gz` are dropped) and a batch norm's (its second moment is variance + mean^2).
+
+        A history that isn't there, or is of another K, is filled with what is known of its mean.
+        """
+        for name in ("sta_matrix", "pre_x2", "pre_gz", "num_batches_tracked"):
+            state_dict.pop(prefix + name, None)
+        mean = state_dict.pop(prefix + "running_mean", None)
+        moment = state_dict.get(prefix + "running_var")
+        if moment is not None and moment.numel() == self.num_features:
+            moment = (moment if mean is None else moment + mean.to(moment) ** 2).reshape(1, -1)
+            state_dict[prefix + "running_var"] = moment.view_as(self.running_var)
+            state_dict.setdefault(prefix + "iters", torch.zeros_like(self.iters))
+            for name, known in (("buffer_x2", moment), ("buffer_gz", torch.zeros_like(moment))):
+                history = state_dict.get(prefix + name, known)
+                if history.shape[1:] == moment.shape[1:] and len(history) != len(self.buffer_x2):
+                    history = history.mean(0, keepdim=True).expand_as(self.buffer_x2)
+                state_dict[prefix + name] = history.expand_as(self.buffer_x2)
+        self._calls.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Normalise(torch.autograd.Function):
+    """y = w r z + b and its gradient by averaged moments. `inv_std`, `ratio`: [G, C]; `t`: [1]; `layer`: the MABN2d."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, inv_std, ratio, t, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight, inv_std, ratio, t)
+        wide = inv_std.dtype
+        scale = layer._spread(weight.to(wide) * ratio * inv_std, len(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return affine(x, scale, bias.to(wide).expand_as(scale))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, inv_std, ratio, t = ctx.saved_tensors
+        layer = ctx.layer
+        with torch.autocast(x.device.type, enabled=False):
+            dy = same_format(dy, like=x)
+            dot, total = dot_and_sum(dy, x, layer._grouped)          # sums of dy x and of dy: [1, C] or [N, C]
+            per_z = ratio * inv_std                                  # r z = x * per_z
+            scale = weight.to(per_z.dtype) * per_z                   # g = dy * scale * sqrt(var + eps)
+            psi = layer._average(layer.buffer_gz, scale * layer._pool(dot, x), t)
+            n = len(x)
+            dx = combine(dy, layer._spread(scale, n), x, layer._spread(-psi * inv_std * inv_std, n))
+            d_weight = (dot * layer._spread(per_z, n)).sum(0).to(weight.dtype)
+        return dx, d_weight, total.sum(0).to(weight.dtype), None, None, None, None
+
+

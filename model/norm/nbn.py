@@ -1,0 +1,61 @@
+"""Normalised batch norm: batch norm whose affine parameters have unit length times one learned scale."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_TINY = 1e-6   # the authors' guard against a zero vector
+
+
+class NormalizedBatchNorm2d(nn.BatchNorm2d):
+    """NBN (Bao et al., "Normalizing Batch Normalization for Long-Tailed Recognition", TIP 2024).
+
+    x: [N, C, H, W] -> [N, C, H, W]. With w, b the layer's parameters and a its scale,
+    w' = w / (|w|_2 + 1e-6) * a and b' = b / (|b|_2 + 1e-6) * a stand where batch norm has w and b.
+
+    One a serves all NBN layers of an expert, so it isn't the layer's: `share_scale(owner, e)` makes the layer read
+    `owner.scale_factor[e]`, a parameter registered once, on the owner. A layer alone has a = 1.
+    Constructor arguments, buffers and errors are those of `torch.nn.BatchNorm2d`.
+    """
+
+    # (module that owns `scale_factor`, index). A plain tuple: the owner must not become a child of its own layer.
+    # The owner and not the parameter, so that whatever replaces the parameter there (loading with assign=True,
+    # torch.func.functional_call, export) is seen here.
+    shared_scale: tuple[nn.Module, int] | None = None
+
+    def share_scale(self, owner: nn.Module, index: int = 0) -> None:
+        """Take the scale from `owner.scale_factor[index]` from now on."""
+        self.shared_scale = (owner, int(index))
+
+    @property
+    def scale(self) -> torch.Tensor | float:
+        """The scale a: a 0-d tensor with gradient where shared, else 1.0."""
+        if self.shared_scale is None:
+            return 1.0
+        owner, index = self.shared_scale
+        return owner.scale_factor[index]
+
+    def effective_affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(w', b'), each [C]; (None, None) for a layer built with affine=False."""
+        if self.weight is None:
+            return None, None
+        scale = self.scale
+        return tuple(p * (scale / (torch.linalg.vector_norm(p) + _TINY)) for p in (self.weight, self.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_input_dim(x)
+        weight, bias = self.effective_affine()
+        factor = next_average_factor(self)
+        tracked = not self.training or self.track_running_stats
+        return F.batch_norm(x, self.running_mean if tracked else None, self.running_var if tracked else None,
+                            weight, bias, self.training or self.running_mean is None, factor, self.eps)
+
+
+def next_average_factor(layer: nn.modules.batchnorm._NormBase) -> float:
+    """Count a training step of `layer` and return the weight of its new statistics, as torch's batch norms do:
+    `momentum`, or 1 / (steps so far) where `momentum` is None; 0.0 where nothing is tracked."""
+    if not (layer.training and layer.track_running_stats):
+        return 0.0
+    layer.num_batches_tracked.add_(1)
+    return 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum

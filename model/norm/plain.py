@@ -1,0 +1,98 @@
+"""The norms of other papers that NBN and MABN are compared with, made safe for every map size and device."""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model.norm.nbn import next_average_factor
+from utils.errors import ConfigError
+
+
+def group_count(channels: int, num_groups: int | None = None) -> int:
+    """How many groups GroupNorm gets for `channels`: `num_groups` where that divides, else their common divisor.
+
+    Where nobody chose (None) it is 32 (Wu & He, ECCV 2018), and narrow layers keep at least two channels a group:
+    with one a group norm would be an instance norm.
+    """
+    if num_groups is not None:
+        if num_groups < 1:
+            raise ConfigError(f"GroupNorm: num_groups {num_groups} must be at least 1")
+        return math.gcd(num_groups, channels)
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels // groups < 2:
+        groups //= 2
+    return groups
+
+
+class GroupNorm2d(nn.GroupNorm):
+    """Group norm of maps [N, C, H, W], `num_groups` brought to a divisor of C (see `group_count`)."""
+
+    def __init__(self, num_channels: int, num_groups: int | None = None, eps: float = 1e-5, affine: bool = True):
+        super().__init__(group_count(num_channels, num_groups), num_channels, eps=eps, affine=affine)
+
+
+class LayerNorm2d(nn.GroupNorm):
+    """Layer norm of maps as the norm papers compare it: mean and variance over C, H, W of an image, affine per channel.
+
+    x: [N, C, H, W] -> the same; this is group norm with one group.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-5, affine: bool = True):
+        super().__init__(1, num_channels, eps=eps, affine=affine)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """Instance norm (Ulyanov 2016) of maps [N, C, H, W]: affine, without running statistics.
+
+    On 1x1 maps, where torch refuses, each value is its own mean: the output is the bias.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True):
+        super().__init__(num_features, eps=eps, affine=affine, track_running_stats=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 4 and x.shape[2] * x.shape[3] == 1:
+            zero = x - x
+            return zero if self.weight is None else zero * self._column(self.weight) + self._column(self.bias)
+        return super().forward(x)
+
+    @staticmethod
+    def _column(p: torch.Tensor) -> torch.Tensor:
+        return p[:, None, None]
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm`, on CPU processes (gloo) too, where torch has only the GPU kernel.
+
+    x: [N, C, ...] -> the same, normalised by the mean and variance over all ranks' batches; their sizes may differ.
+    Without a process group it is batch norm.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not shared or x.device.type != "cpu":
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # its backward sums the gradients over the ranks
+        dims = [0, *range(2, x.dim())]
+        count = x.new_tensor([x.numel() / x.shape[1]], dtype=torch.float32)
+        wide = x.float()
+        total = all_reduce(torch.cat([wide.sum(dims), count]))
+        mean = total[:-1] / total[-1].detach()
+        column = (-1, *[1] * (x.dim() - 2))
+        centred = wide - mean.view(column)
+        count = total[-1].detach()
+        var = all_reduce(centred.square().sum(dims)) / count
+        factor = next_average_factor(self)
+        if factor:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, factor)
+                self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), factor)
+        scale = (var + self.eps).rsqrt()
+        out = centred * (scale if self.weight is None else scale * self.weight).view(column)
+        return (out if self.bias is None else out + self.bias.view(column)).to(x.dtype)
+
+
+__all__ = ["GroupNorm2d", "InstanceNorm2d", "LayerNorm2d", "SyncBatchNorm"]
