@@ -1,0 +1,229 @@
+"""What a type annotation says about a JSON value: `int`, `float | None`, `list[int]`, `Literal["exp", "step"]`, ...
+
+Annotations are read from their source text (or syntax tree), never by importing: the same words work for a
+constructor that is only read and for one that is already imported.
+"""
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_SAID = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "none": "null",
+         "any": "any value", "foreign": "a Python object"}
+_CONTAINERS = {"list": "list", "List": "list", "Sequence": "list", "Iterable": "list", "Collection": "list",
+               "MutableSequence": "list", "tuple": "tuple", "Tuple": "tuple", "dict": "dict", "Dict": "dict",
+               "Mapping": "dict", "MutableMapping": "dict"}
+_ATOMS = {"int": "int", "float": "float", "bool": "bool", "str": "str", "None": "none", "NoneType": "none",
+          "Any": "any", "object": "any", "Path": "str", "PathLike": "str"}
+
+
+@dataclass(frozen=True)
+class Type:
+    """A kind (`int float bool str none any foreign list tuple dict union literal`) and what it is made of.
+
+    `foreign` is anything JSON can't hold: a tensor, a module, a function.
+    """
+
+    kind: str
+    items: tuple = ()
+
+    @property
+    def jsonable(self) -> bool:
+        """Can a JSON value ever be one?"""
+        if self.kind == "union":
+            return any(item.jsonable for item in self.items)
+        if self.kind in ("list", "dict"):
+            return all(item.jsonable for item in self.items)
+        if self.kind == "tuple":
+            return all(item.jsonable for item in self.items)
+        return self.kind != "foreign"
+
+    def describe(self) -> str:
+        """In words: "a whole number", "a number or null", "one of 'exp', 'step'"."""
+        if self.kind == "union":
+            said = dict.fromkeys(item.describe() for item in self.items if item.jsonable)
+            return " or ".join(said) or _SAID["foreign"]
+        if self.kind == "literal":
+            words = ", ".join(json.dumps(item) for item in self.items)
+            return f"one of {words}" if len(self.items) > 1 else words
+        if self.kind == "tuple" and self.items:
+            return f"a list of {len(self.items)} values ({', '.join(item.describe() for item in self.items)})"
+        if self.kind in ("list", "tuple"):
+            plain = self.items and self.items[0].kind in ("int", "float", "str")
+            return {"int": "a list of whole numbers", "float": "a list of numbers",
+                    "str": "a list of texts"}[self.items[0].kind] if plain else "a list"
+        return "an object {...}" if self.kind == "dict" else _SAID[self.kind]
+
+
+ANY = Type("any")
+FOREIGN = Type("foreign")
+
+
+@dataclass
+class Aliases:
+    """Names that stand for other annotations in one module (`NormSpec = str | dict`), and which are being read."""
+
+    named: Mapping[str, ast.expr] = field(default_factory=dict)
+    reading: tuple[str, ...] = ()
+
+
+def parse(annotation: str | ast.expr | None, named: Mapping[str, ast.expr] | None = None) -> Type:
+    """The type an annotation stands for; no annotation at all is `any`, one that can't be read `foreign`."""
+    return _parse(annotation, Aliases(named or {}))
+
+
+def _parse(node: str | ast.expr | None, aliases: Aliases) -> Type:
+    if node is None:
+        return ANY
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        node = node.value
+    if isinstance(node, str):
+        try:
+            node = ast.parse(node.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError):
+            return FOREIGN
+    if isinstance(node, ast.Constant):
+        return Type("none") if node.value is None else FOREIGN
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _union([_parse(node.left, aliases), _parse(node.right, aliases)])
+    if isinstance(node, ast.Subscript):
+        return _subscript(node, aliases)
+    name = _last_name(node)
+    if name in _ATOMS:
+        return Type(_ATOMS[name])
+    if name in _CONTAINERS:
+        return Type(_CONTAINERS[name])
+    if isinstance(node, ast.Name) and name in aliases.named and name not in aliases.reading:
+        return _parse(aliases.named[name], Aliases(aliases.named, (*aliases.reading, name)))
+    return FOREIGN
+
+
+def _subscript(node: ast.Subscript, aliases: Aliases) -> Type:
+    name = _last_name(node.value)
+    items = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
+    if name == "Literal":
+        return Type("literal", tuple(_constant(item) for item in items))
+    if name in ("Annotated", "Final", "Required"):
+        return _parse(items[0], aliases)
+    if name == "Optional":
+        return _union([_parse(items[0], aliases), Type("none")])
+    if name == "Union":
+        return _union([_parse(item, aliases) for item in items])
+    kind = _CONTAINERS.get(name)
+    if kind is None:
+        return FOREIGN
+    if kind == "dict":
+        return Type("dict", (_parse(items[-1], aliases),))
+    if kind == "tuple" and isinstance(items[-1], ast.Constant) and items[-1].value is Ellipsis:
+        return Type("list", (_parse(items[0], aliases),))
+    return Type(kind, tuple(_parse(item, aliases) for item in items))
+
+
+def _union(types: list[Type]) -> Type:
+    flat = [item for kind in types for item in (kind.items if kind.kind == "union" else (kind,))]
+    return Type("union", tuple(dict.fromkeys(flat)))
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _constant(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
+
+
+def of_default(value: Any) -> Type:
+    """What an unannotated parameter takes, judged by its default: a number for 0 or 0.1, true or false for True."""
+    if isinstance(value, bool):
+        return Type("bool")
+    if isinstance(value, int | float):
+        return Type("float")
+    return ANY
+
+
+class Mismatch(Exception):
+    """A value isn't of its type; the message says where inside it (`[2]`) and what it should be."""
+
+    def __init__(self, where: str, expected: Type, value: Any):
+        super().__init__(where, expected, value)
+        self.where, self.expected, self.value = where, expected, value
+
+
+def convert(value: Any, kind: Type, where: str = "") -> Any:
+    """`value` as `kind` would hold it: 0 and 1 become false and true for a bool, 1 becomes 1.0 for a float.
+
+    An int is never made of a bool or of 1.0; numbers must be finite. Raises Mismatch.
+    """
+    if kind.kind == "any":
+        return value
+    if kind.kind == "union":
+        return _convert_union(value, kind, where)
+    if kind.kind == "literal":
+        for item in kind.items:
+            if type(item) is type(value) and item == value:
+                return item
+    elif kind.kind in ("list", "tuple") and isinstance(value, list | tuple):
+        return _convert_list(value, kind, where)
+    elif kind.kind == "dict" and isinstance(value, Mapping):
+        inner = kind.items[0] if kind.items else ANY
+        return {key: convert(item, inner, f"{where}.{key}") for key, item in value.items()}
+    elif kind.kind in _SIMPLE:
+        fits, as_kind = _SIMPLE[kind.kind]
+        if fits(value):
+            return as_kind(value)
+    raise Mismatch(where, kind, value)
+
+
+def _convert_list(value: Any, kind: Type, where: str) -> list:
+    if kind.kind == "tuple" and kind.items:
+        if len(value) != len(kind.items):
+            raise Mismatch(where, kind, value)
+        return [convert(item, inner, f"{where}[{i}]") for i, (item, inner) in enumerate(zip(value, kind.items))]
+    inner = kind.items[0] if kind.items else ANY
+    return [convert(item, inner, f"{where}[{i}]") for i, item in enumerate(value)]
+
+
+def _convert_union(value: Any, kind: Type, where: str) -> Any:
+    """The member whose Python type is the value's own goes first: 1 stays 1 in `bool | int`, true stays true."""
+    own = {bool: "bool", int: "int", float: "float", str: "str", type(None): "none"}.get(type(value))
+    members = sorted((item for item in kind.items if item.jsonable), key=lambda item: item.kind not in (own, "literal"))
+    inside = None
+    for item in members:
+        try:
+            return convert(value, item, where)
+        except Mismatch as mismatch:
+            # A list with one wrong element is told about the element, not about the whole union.
+            inside = mismatch if mismatch.where != where else inside
+    raise inside or Mismatch(where, kind, value)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+_SIMPLE = {
+    "none": (lambda value: value is None, lambda value: value),
+    "bool": (lambda value: isinstance(value, bool) or (type(value) is int and value in (0, 1)), bool),
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), int),
+    "float": (_is_number, float),
+    "str": (lambda value: isinstance(value, str), str),
+}
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as the user wrote it in JSON, cut where it is long."""
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(type(value).__name__)
+    return text if len(text) <= limit else text[:limit - 3] + "..."
