@@ -146,7 +146,7 @@ def _check_nested(name: str, args: dict[str, Any], texts: Mapping[str, str]) -> 
 
 
 def _norm_signature(kind: str, path: str) -> Signature:
-    """What a norm of model/norm takes, read from its table there: the builder's arguments and `extra` ones."""
+    """What a norm of model/norm takes, read from its table there: the builder's arguments and `own_args`."""
     file = ROOT / "model/norm/convert.py"
     table = signature.table_of(file, "NORMS")
     if kind not in table:
@@ -155,7 +155,7 @@ def _norm_signature(kind: str, path: str) -> Signature:
     maker = row.args[0] if isinstance(row, ast.Call) and row.args else row
     found = signature.of_name(maker.id, file)
     first = next(iter(found.parameters))
-    extra = next((item.value for item in getattr(row, "keywords", ()) if item.arg == "extra"), None)
+    extra = next((item.value for item in getattr(row, "keywords", ()) if item.arg == "own_args"), None)
     more = {name: Parameter(name, ANY, False) for name in (ast.literal_eval(extra) if extra is not None else ())}
     return Signature(kind, {**found.without(first, "affine").parameters, **more})
 
