@@ -1,6 +1,8 @@
 """The public architectures: each name is a line of data given to the one ResNet family; norms are converted here."""
 from __future__ import annotations
 
+import re
+
 import torch
 
 from base import BaseModel
@@ -81,8 +83,8 @@ class Model(BaseModel):
         family = {"layout": IMAGENET, **self.family}
         layout = family["layout"]
         _require(num_classes is not None, "num_classes", "missing; give the number of classes")
-        _require(num_classes >= 1, "num_classes", f"{num_classes} should be 1 or more")
-        _require(num_experts >= 1, "num_experts", f"{num_experts} should be 1 or more")
+        for key, value in (("num_classes", num_classes), ("num_experts", num_experts)):
+            _require(type(value) is int and value >= 1, key, f"{value!r} should be a whole number, 1 or more")
         _require(s > 0, "s", f"{s} should be above 0")
         _require(0 <= (dropout or 0) < 1, "dropout", f"{dropout} should be at least 0 and below 1")
         _require(add_bt in batchformer.DEPTHS, "add_bt", f"{add_bt} should be one of {list(batchformer.DEPTHS)}")
@@ -116,12 +118,13 @@ class Model(BaseModel):
 
     def _convert_norms(self, norm: str | dict) -> None:
         spec = {"type": norm} if isinstance(norm, str) else norm
-        _require(isinstance(spec, dict) and set(spec) <= {"type", "args"} and "type" in spec, "norm",
+        _require(isinstance(spec, dict) and set(spec) <= {"type", "args"} and isinstance(spec.get("type"), str)
+                 and isinstance(spec.get("args", {}), dict), "norm",
                  'should be a type name or {"type": name, "args": {...}}')
         if spec["type"] == "BatchNorm2d" and not spec.get("args"):
             return
         from model.norm import convert_norm
-        convert_norm(self.backbone, spec["type"], **spec.get("args", {}))
+        convert_norm(self.backbone, spec["type"], path="arch.args.norm", **spec.get("args", {}))
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return self.backbone(x, target) if self.routed else self.backbone(x)
@@ -141,7 +144,7 @@ class Model(BaseModel):
     def uses_all_parameters(self) -> bool:
         """Whether every trained parameter takes part in every step (DDP must be told where not)."""
         experts = self.backbone.use_experts
-        return not self.routed and experts != "rand" and len(experts) == self.num_experts
+        return experts != "rand" and len(experts) == self.num_experts
 
     @property
     def route(self) -> bool:
@@ -242,4 +245,4 @@ def build_model(arch: dict, num_classes: int | None = None, path: str = "arch") 
         return build(ARCHS, arch, path, num_classes=num_classes if given is None else given)
     except ConfigError as error:
         # The constructors don't know where in the config they were named.
-        raise ConfigError(str(error).replace("arch.args.", f"{path}.args.", 1)) from None
+        raise ConfigError(re.sub(r"^arch\.args", f"{path}.args", str(error))) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -67,6 +68,16 @@ IMAGENET = Layout(widths=(64, 128, 256, 512), reduced=(64, 128, 192, 384), first
                   stem=dict(kernel_size=7, stride=2, padding=3), pool=True, shortcut=projection, init=init_imagenet)
 
 
+def make_stage(layout: Layout, block: type[nn.Module], inputs: int, planes: int, depth: int, stride: int,
+               block_args: dict[str, int]) -> nn.Sequential:
+    """`depth` blocks; the first one strides, and has a shortcut of its own where it changes the shape."""
+    outputs = planes * block.expansion
+    shortcut = layout.shortcut(inputs, outputs, stride) if stride != 1 or inputs != outputs else None
+    blocks = [block(inputs, planes, stride, shortcut, **block_args)]
+    blocks += [block(outputs, planes, **block_args) for _ in range(depth - 1)]
+    return nn.Sequential(*blocks)
+
+
 class ResNet(nn.Module):
     """Stem, shared stages, each expert's own stages and head; BatchFormer before the heads where `add_bt` is on.
 
@@ -101,14 +112,7 @@ class ResNet(nn.Module):
 
         inputs = stem
         for n, (depth, planes) in enumerate(zip(depths, widths, strict=True), start=1):
-            def stage(inputs: int = inputs, depth: int = depth, planes: int = planes,
-                      stride: int = 1 if n == 1 else 2) -> nn.Sequential:
-                outputs = planes * block.expansion
-                shortcut = layout.shortcut(inputs, outputs, stride) if stride != 1 or inputs != outputs else None
-                blocks = [block(inputs, planes, stride, shortcut, **block_args)]
-                blocks += [block(outputs, planes, **block_args) for _ in range(depth - 1)]
-                return nn.Sequential(*blocks)
-
+            stage = partial(make_stage, layout, block, inputs, planes, depth, 1 if n == 1 else 2, block_args)
             if n < self.first_private:
                 self.add_module(f"layer{n}", stage())
             else:

@@ -27,6 +27,8 @@ class RoutedResNet(ResNet):
     `[N, C]`, its mean over the experts it used, and `sample_num_experts` `[N]`. With `route = False` all experts run
     for all images and `logits` `[N, E, C]` and `feat` `[N, E, D]` are there too; `output` and `sample_num_experts`
     stay what the gates decide. `force_all`: every image uses every expert.
+
+    A BatchFormer block (`add_bt`) is there so that a first stage's weights fit; it takes no part.
     """
 
     def __init__(self, *, top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
@@ -56,6 +58,8 @@ class RoutedResNet(ResNet):
         if not force_all:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(name.startswith(GATES))
+        if self.encoder_layers is not None:
+            self.encoder_layers.requires_grad_(False)
 
     def train(self, mode: bool = True) -> RoutedResNet:
         """Training mode for the gates; the experts stay in evaluation mode unless `force_all`."""
@@ -93,7 +97,7 @@ class RoutedResNet(ResNet):
             feats = self.dropout(torch.stack([self.expert_feat(shared, i) for i in experts], dim=1))
             logits = self.classify(feats, experts)
             counts = torch.arange(1, len(experts) + 1, device=logits.device).view(-1, 1)
-            means = logits.float().cumsum(1) / counts
+            means = _wide(logits).cumsum(1) / counts
         return {"output": logits.mean(1), "logits": logits, "feat": feats}, means
 
     def _used(self, feats: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
@@ -108,7 +112,7 @@ class RoutedResNet(ResNet):
         return used
 
     def _wants_more(self, help_logits: torch.Tensor) -> torch.Tensor:
-        return help_logits.float().sigmoid() > self.route_threshold
+        return _wide(help_logits).sigmoid() > self.route_threshold
 
     def _loss(self, feats: torch.Tensor, means: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Mean over gates of the weighted binary cross-entropy against "wrong now, right after some later expert"."""
@@ -116,17 +120,17 @@ class RoutedResNet(ResNet):
             # Nothing to decide: a loss that is 0 and has (zero) gradients, so that any loop runs.
             return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
         right = means.argmax(2) == target.view(-1, 1)                                # [N, E]
-        truth = (~right[:, :-1] & _any_later(right)).float()                                     # [N, E - 1]
-        asked = torch.stack([self.ask(i, feats[:, i], means[:, i]) for i in range(self.num_experts - 1)], dim=1)
-        weight = torch.full((), self.pos_weight, device=asked.device)
-        return F.binary_cross_entropy_with_logits(asked.float(), truth, pos_weight=weight)
+        truth = ~right[:, :-1] & _any_later(right)                                  # [N, E - 1]
+        asked = _wide(torch.stack([self.ask(i, feats[:, i], means[:, i]) for i in range(self.num_experts - 1)], dim=1))
+        weight = asked.new_tensor(self.pos_weight)
+        return F.binary_cross_entropy_with_logits(asked, truth.to(asked.dtype), pos_weight=weight)
 
     def _routed(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Later experts see only the images that ask for them; each gathers its images' shared maps once."""
         shared = self.trunk(x)
         heads = self.heads
         feat = self.expert_feat(shared, 0)
-        total = heads[0](feat).float()                     # [N, C], summed logits; rows of images still going get more
+        total = _wide(heads[0](feat))                      # [N, C], summed logits; rows of images still going get more
         used = torch.ones(len(x), dtype=torch.long, device=x.device)
         going = torch.arange(len(x), device=x.device)      # images that the current expert saw
         for i in range(1, self.num_experts):
@@ -137,9 +141,14 @@ class RoutedResNet(ResNet):
                 shared = _rows(shared, more)
                 going = going[more]
             feat = self.expert_feat(shared, i)
-            total.index_add_(0, going, heads[i](feat).float())
+            total.index_add_(0, going, _wide(heads[i](feat)))
             used[going] = i + 1
         return {"output": total / used.unsqueeze(1), "sample_num_experts": used}
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: sums and sigmoids of half-precision logits lose the digits that decide."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _any_later(right: torch.Tensor) -> torch.Tensor:
