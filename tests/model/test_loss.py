@@ -413,3 +413,21 @@ def test_build_loss():
         build_loss({"type": "RIDELos"}, COUNTS)
     with pytest.raises(ConfigError, match="reweight_epoch"):
         build_loss({"type": "LDAMLoss", "args": {"reweight_epoc": 3}}, COUNTS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu_it_is_the_same_and_never_waits(name):
+    criterion = LOSSES[name](cls_num_list=COUNTS, **CASES[name][0])
+    criterion.set_epoch(3)
+    outputs, target = make()
+    there = {key: value.cuda() for key, value in outputs.items()}
+    on_gpu = target.cuda()
+    values = [criterion(there, on_gpu)]  # the tables are copied to the GPU here, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values.append(criterion(there, on_gpu))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = criterion(outputs, target).item()
+    assert [v.item() for v in values] == pytest.approx([expected] * 2, rel=1e-10)

@@ -179,3 +179,17 @@ def test_eval_state_memory_grows_with_classes_not_their_square():
     state = EvalState(8142, num_experts=3)
     assert sum(t.numel() for t in state.tensors()) < 8142 * 8
     assert state.confusion() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_eval_state_on_a_gpu_never_waits_in_update():
+    logits, labels = make()
+    state = EvalState(5, "cuda", num_experts=3, confusion=True)
+    there, on_gpu = logits.cuda(), labels.cuda()
+    used = torch.ones_like(on_gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        state.update(there.mean(1), on_gpu, expert_logits=there, sample_num_experts=used)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert state.compute(TRAIN)["accuracy"] == pytest.approx(accuracy(logits.mean(1), labels).item())
