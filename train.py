@@ -82,8 +82,7 @@ def train(args: Namespace, config: dict[str, Any] | None) -> None:
         else new_run(options["save_dir"], config["name"], dist.broadcast_object(args.run_id))
     trainer = trainer_class(options["type"])(
         model, criterion, optimizer, config, teacher=teacher, train_loader=train_loader, valid_loader=valid_loader,
-        lr_scheduler=scheduler, paths=paths, device=device, data_facts=session.data_facts(train_loader),
-        profile=args.profile)
+        lr_scheduler=scheduler, paths=paths, device=device, data_facts=session.data_facts(train_loader))
     if start.goes_on:
         trainer.resume(start.checkpoint, start.path)
     if args.dry_run:

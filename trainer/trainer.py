@@ -43,7 +43,7 @@ class Trainer(BaseTrainer):
     kept_figures = ("many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc")
 
     def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
-                 config: dict[str, Any], *, teacher: nn.Module | None = None, profile: bool = False, **base: Any):
+                 config: dict[str, Any], *, teacher: nn.Module | None = None, **base: Any):
         super().__init__(model, optimizer, config, **base)
         self.criterion = criterion.to(self.device)
         self.teacher = teacher
@@ -58,12 +58,14 @@ class Trainer(BaseTrainer):
         self.max_skipped: int = options.get("max_skipped", 100)
         self.skipped = 0
         self.model.to(memory_format=self.memory_format)
+        if options.get("bt_gather"):
+            self.model.backbone.bt_gather = True
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         if self.amp == "fp16":
             self.scaler = torch.amp.GradScaler(self.device.type)
         self.means = Means(self.device)
         self.watch = Watch(self)
-        self.profile = profile
+        self.profile = bool(options.get("profile"))
         self.step_model = self._wrap(self.model)
 
     def _wrap(self, model: nn.Module) -> nn.Module:

@@ -93,7 +93,6 @@ TRAINER = (
     Row("histograms", "bool | int | None", None,
         "weight histograms to TensorBoard every so many epochs; null: ten times a run; false: never", low=0),
     Row("profile", "bool", False, "write a torch.profiler trace of a few steps"),
-    Row("len_epoch", "int | None", None, "steps that count as an epoch; null: one pass over the loader", low=1),
     Row("iterations", "int | None", None, "train so many steps in all, whatever the epochs; null: by epochs", low=1),
 )
 

@@ -121,8 +121,9 @@ def load_start(model: nn.Module, start: Start) -> None:
     """
     config = start.config
     if start.checkpoint is not None:
-        # Stage 1's file has no gates yet; a run that goes on must find everything.
-        load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=() if start.goes_on else (GATES,))
+        # Stage 1's file has no gates yet; any other must bring everything.
+        stage1 = not start.goes_on and not any(GATES in key for key in start.checkpoint.get("state_dict") or {})
+        load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=(GATES,) if stage1 else ())
     elif config.get("pretrained"):
         load_weights(model, config["pretrained"], skip_prefixes=(GATES,), new_head=True)
     if config.get("load_crt"):
