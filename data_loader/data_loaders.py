@@ -1,0 +1,133 @@
+"""The public loaders, `data_loader.type` in a config: each says where its images are and how they are treated."""
+from __future__ import annotations
+
+import sys as _sys
+from typing import Any as _Any
+
+from data_loader import datasets as _datasets
+from data_loader import files as _files
+from data_loader.image_loader import ImageDataLoader as _ImageDataLoader
+from data_loader.imbalance import img_num_per_cls as _img_num_per_cls
+from utils.build import build as _build
+
+CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+class DigitsLTDataLoader(_ImageDataLoader):
+    """scikit-learn's handwritten digits, 32 x 32: 120 training images of 0 falling to 2 of 9, 50 test images a class.
+
+    Comes with scikit-learn: no data_dir. `split_seed` picks which images. A mirrored digit is another sign: no flips.
+    """
+
+    statistics = ((0.31, 0.31, 0.31), (0.35, 0.35, 0.35))
+    default_size = 32
+    flips = False
+    holdout_cap = 30
+
+    def __init__(self, data_dir: str | None = None, *more: _Any, imb_factor: float | None = 0.02, **args: _Any):
+        super().__init__(data_dir, *more, imb_factor=imb_factor, **args)
+
+    def read(self, training: bool) -> _datasets.Splits:
+        counts = _img_num_per_cls(120, 10, None if self.imb_factor is None else self.imb_type, self.imb_factor or 1)
+        return _datasets.read_digits(self.split_seed, counts, size=self.image_size)
+
+    def _imbalanced(self, splits: _datasets.Splits) -> tuple:
+        return splits.train, splits.spare  # read_digits has taken the counts already
+
+
+class _CifarDataLoader(_ImageDataLoader):
+    kind: _datasets.CifarKind
+    statistics = CIFAR10_STATISTICS
+    default_size = 32
+    may_download = True
+
+    @property
+    def holdout_cap(self) -> int:
+        return 5000 // self.kind.classes  # a tenth of what CIFAR has of each class
+
+    def read(self, training: bool) -> _datasets.Splits:
+        return _datasets.read_cifar(self.data_dir, self.kind, self.download)
+
+
+class CIFAR100DataLoader(_CifarDataLoader):
+    """CIFAR-100, all 500 images of each class (unless `imb_factor` is given)."""
+
+    kind = _datasets.CIFAR100
+    statistics = ((0.50707, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615))
+
+
+class ImbalanceCIFAR100DataLoader(_CifarDataLoader):
+    """CIFAR-100-LT (Cao et al., NeurIPS 2019): 500 images falling to 5 with the default factor 0.01."""
+
+    kind = _datasets.CIFAR100
+
+    def __init__(self, data_dir: str, *more: _Any, imb_factor: float | None = 0.01, **args: _Any):
+        super().__init__(data_dir, *more, imb_factor=imb_factor, **args)
+
+
+class ImbalanceCIFAR10DataLoader(ImbalanceCIFAR100DataLoader):
+    """CIFAR-10-LT: 5,000 images falling to 50 with the default factor 0.01."""
+
+    kind = _datasets.CIFAR10
+
+
+class _ListDataLoader(_ImageDataLoader):
+    """Images listed in text files, one `path label` a line."""
+
+    lists: tuple[str, str | None, str | None]   # file names of train, val and test
+    folder = ""                                 # where under data_dir the lists may also be
+
+    def read(self, training: bool) -> _datasets.Splits:
+        return _files.read_lists(self.data_dir, self.lists, self.folder, training, self.allow_outside)
+
+
+class ImageNetLTDataLoader(_ListDataLoader):
+    """ImageNet-LT (Liu et al., CVPR 2019): ImageNet_LT_train.txt, _val.txt and _test.txt in data_dir."""
+
+    lists = ("ImageNet_LT_train.txt", "ImageNet_LT_val.txt", "ImageNet_LT_test.txt")
+    folder = "ImageNet_LT"
+    jitter = 0.4
+
+
+class PlacesLTDataLoader(_ListDataLoader):
+    """Places-LT (Liu et al., CVPR 2019): Places_LT_train.txt, _val.txt and _test.txt in data_dir."""
+
+    lists = ("Places_LT_train.txt", "Places_LT_val.txt", "Places_LT_test.txt")
+    folder = "Places_LT"
+    jitter = 0.4
+
+
+class iNaturalistDataLoader(_ListDataLoader):  # the name that configs use
+    """iNaturalist 2018: iNaturalist18_train.txt and _val.txt in data_dir; val is the test split."""
+
+    lists = ("iNaturalist18_train.txt", None, "iNaturalist18_val.txt")
+    folder = "iNaturalist18"
+    statistics = ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
+
+
+class ListFileDataLoader(_ListDataLoader):
+    """One's own images, listed: train.txt, val.txt and test.txt in data_dir (without test.txt, val is the test split).
+    """
+
+    lists = ("train.txt", "val.txt", "test.txt")
+    jitter = 0.4
+
+
+class ImageFolderLTDataLoader(_ImageDataLoader):
+    """One's own images, a folder a class: data_dir/train/CLASS/*, and val and test alike where they exist; else
+    data_dir/CLASS/*, of which `test_share` is set aside for testing.
+    """
+
+    jitter = 0.4
+
+    def read(self, training: bool) -> _datasets.Splits:
+        return _files.read_folders(self.data_dir, self.test_share, self.split_seed, self.allow_outside)
+
+
+def build_loader(spec: dict, *, path: str = "data_loader", **more: _Any) -> _ImageDataLoader:
+    """The loader of a config's `{"type": ..., "args": {...}}`.
+
+    more: seed, device, rank, world_size, epochs, training and the like; they win over the config's.
+    Raises ConfigError naming the key under `path`.
+    """
+    return _build(_sys.modules[__name__], spec, path, **more)

@@ -1,0 +1,188 @@
+"""What the loaders read: the images of each split with their labels, and the data sets that come as arrays."""
+from __future__ import annotations
+
+import os
+import tarfile
+import tempfile
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_loader.array_pickle import read_arrays
+from utils.errors import ConfigError
+
+
+@dataclass
+class ImageSet:
+    """The images of one split: labels, and either the pixels or where the files are.
+
+    targets: np.int64 [N]. pixels: uint8 [N, S, S, 3] or None. paths: file names, or None for arrays.
+    """
+
+    targets: np.ndarray
+    pixels: np.ndarray | None = None
+    paths: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.targets = np.asarray(self.targets, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def subset(self, indices: np.ndarray) -> ImageSet:
+        """The images at `indices`, in that order."""
+        return ImageSet(self.targets[indices], None if self.pixels is None else self.pixels[indices],
+                        None if self.paths is None else [self.paths[i] for i in indices])
+
+
+@dataclass
+class Splits:
+    """A data set as read: `train` (None where only the test split was asked for and there is no training list),
+    `val` where the data come with validation images of their own, `spare` images that no split uses, the classes'
+    names, and what was noticed on the way (`notes`, lines for the user)."""
+
+    train: ImageSet | None
+    test: ImageSet | None
+    val: ImageSet | None = None
+    spare: ImageSet | None = None
+    class_names: list[str] | None = None
+    num_classes: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_digits(split_seed: int, img_num: list[int], test_per_class: int = 50, size: int = 32) -> Splits:
+    """scikit-learn's handwritten digits (1,797 scans of 8 x 8 pixels), enlarged to `size`.
+
+    Of each class, shuffled by `split_seed`, the first 50 images are for testing, the next `img_num[class]` for
+    training; the rest is spare.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # ink is 0 to 16
+    grey = np.stack([np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BILINEAR))
+                     for scan in small])
+    every = ImageSet(digits.target, np.repeat(grey[..., None], 3, axis=3))
+    shuffle = np.random.RandomState(split_seed)
+    test, train, spare = [], [], []
+    for label, count in enumerate(img_num):
+        own = shuffle.permutation(np.flatnonzero(every.targets == label))
+        if len(own) < test_per_class + count:
+            raise ConfigError(f"data_loader.args: class {label} of the digits has {len(own)} images, "
+                              f"{test_per_class} to test and {count} to train are too many")
+        test.append(own[:test_per_class])
+        train.append(own[test_per_class:test_per_class + count])
+        spare.append(own[test_per_class + count:])
+    parts = [every.subset(np.concatenate(part)) for part in (train, test, spare)]
+    return Splits(*parts[:2], spare=parts[2], class_names=[str(digit) for digit in range(10)], num_classes=10)
+
+
+@dataclass(frozen=True)
+class CifarKind:
+    """How one of the two CIFAR sets lies on disk (the official python version)."""
+
+    folder: str
+    url: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    meta: str
+    label_key: str
+    names_key: str
+    classes: int
+
+
+CIFAR10 = CifarKind("cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                    tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",), "batches.meta",
+                    "labels", "label_names", 10)
+CIFAR100 = CifarKind("cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+                     ("train",), ("test",), "meta", "fine_labels", "fine_label_names", 100)
+
+
+def read_cifar(data_dir: str, kind: CifarKind, download: bool = True) -> Splits:
+    """CIFAR in its official python layout, from `data_dir/<folder>` or `data_dir` itself; downloaded only if absent.
+
+    Checked by content (shapes, dtypes, label range), not by checksum. Raises ConfigError naming the file.
+    """
+    folder = _find_cifar(Path(data_dir), kind, download)
+    train = _read_cifar_files([folder / name for name in kind.train], kind)
+    test = _read_cifar_files([folder / name for name in kind.test], kind)
+    names = None
+    if (folder / kind.meta).exists():
+        meta = read_arrays(folder / kind.meta)
+        names = meta.get(kind.names_key) if isinstance(meta, dict) else None
+        if not isinstance(names, list) or len(names) != kind.classes or not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"{folder / kind.meta}: holds no list {kind.names_key} of {kind.classes} names")
+    for split, path in ((train, kind.train[0]), (test, kind.test[0])):
+        missing = np.setdiff1d(np.arange(kind.classes), split.targets)
+        if len(missing):
+            raise ConfigError(f"{folder / path}: no image of class {missing[0]} ({len(missing)} classes are missing)")
+    return Splits(train, test, class_names=names, num_classes=kind.classes)
+
+
+def _find_cifar(data_dir: Path, kind: CifarKind, download: bool) -> Path:
+    needed = (*kind.train, *kind.test)
+    candidates = (data_dir / kind.folder, data_dir)
+    for folder in candidates:
+        if all((folder / name).is_file() for name in needed):
+            return folder
+    partial = [folder / name for folder in candidates[:1] if folder.is_dir()
+               for name in needed if not (folder / name).is_file()]
+    if partial:
+        raise ConfigError(f"{partial[0]}: no such file; the folder of the official python version is incomplete, "
+                          "remove it and fetch it again")
+    advice = f"unpack the official python version ({kind.url}) there, as {kind.folder}/"
+    if not download:
+        raise ConfigError(f"data_loader.args.data_dir: {data_dir} holds no {kind.folder}; {advice}")
+    try:
+        _download(kind.url, data_dir)
+    except Exception as error:
+        raise ConfigError(f"data_loader.args.data_dir: {data_dir} holds no {kind.folder}, and the download failed "
+                          f"({type(error).__name__}: {error}); {advice}") from None
+    return _find_cifar(data_dir, kind, download=False)
+
+
+def _download(url: str, data_dir: Path) -> None:
+    """Fetch and unpack an archive; what arrives half is removed."""
+    made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
+    data_dir.mkdir(parents=True, exist_ok=True)
+    handle, archive = tempfile.mkstemp(dir=data_dir, suffix=".part")
+    os.close(handle)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as source, open(archive, "wb") as target:
+            while block := source.read(1 << 20):
+                target.write(block)
+        with tarfile.open(archive) as packed:
+            packed.extractall(data_dir, filter="data")
+    except BaseException:
+        os.unlink(archive)
+        for folder in made:  # leave no empty folders where nothing could be fetched
+            folder.rmdir()
+        raise
+    os.unlink(archive)
+
+
+def _read_cifar_files(paths: list[Path], kind: CifarKind) -> ImageSet:
+    images, labels = [], []
+    for path in paths:
+        batch = read_arrays(path)
+        if not isinstance(batch, dict) or "data" not in batch or kind.label_key not in batch:
+            raise ConfigError(f"{path}: not {kind.folder}'s layout (a dict with data and {kind.label_key})")
+        pixels, own = batch["data"], batch[kind.label_key]
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (len(pixels), 3072):
+            raise ConfigError(f"{path}: data must be a uint8 array of N rows of 3,072 bytes")
+        try:
+            own = np.asarray(own)
+        except (ValueError, TypeError):
+            own = np.empty(0)
+        if own.shape != (len(pixels),) or own.dtype.kind not in "iu":
+            raise ConfigError(f"{path}: {kind.label_key} must be {len(pixels)} whole numbers, one an image")
+        if len(own) and not (own.min() >= 0 and own.max() < kind.classes):
+            raise ConfigError(f"{path}: {kind.label_key} must lie in 0 to {kind.classes - 1}, "
+                              f"found {own.min()} to {own.max()}")
+        images.append(pixels)
+        labels.append(own)
+    pixels = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return ImageSet(np.concatenate(labels), np.ascontiguousarray(pixels))

@@ -1,0 +1,275 @@
+"""The loader behind every classification data set: splits, imbalance, validation, samplers, and where pixels live.
+
+A data set is a subclass that says how to read its splits (`read`) and which statistics it is normalised with.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from base.base_data_loader import AUGMENT, BaseDataLoader
+from data_loader.datasets import ImageSet, Splits
+from data_loader.files import check_data_dir
+from data_loader.imbalance import img_num_per_cls, long_tail_indices
+from data_loader.memory import MemoryImages, Recipe
+from data_loader.samplers import SAMPLERS, ClassBalancedSampler
+from data_loader.splitting import holdout_of_spare, summary, take_share
+from data_loader.transforms import IMAGENET_STATISTICS, LARGEST_RESIZED, test_preprocess
+from data_loader.workers import FileBatches, Sources, decode_all, worker_count
+from utils.build import build
+from utils.errors import ConfigError
+
+LARGEST_SMALL = 64          # up to this image_size, images are augmented by the batch
+CACHE_LIMIT = 1 << 30       # bytes of decoded images that `cache: "auto"` keeps
+
+
+class ImageDataLoader(BaseDataLoader):
+    """Batches of (images [n, 3, S, S] float, labels [n] long) of a data set's training or test split.
+
+    data_dir: where the data set is. batch_size: over all ranks together.
+    num_workers: processes that decode files (None: chosen; images in memory need none).
+    training: the training split, augmented; false: the test split.
+    balanced: class-balanced sampling; retain_epoch_size false makes its epochs classes x largest class long.
+    sampler: {"type": "ClassAware", "args": {...}}, see `data_loader.samplers`.
+    validation: `test`: the published convention (the data set's validation images where it has some, else its test
+        images); `holdout`: never the test images: the validation images, or images that no split uses, or a share
+        `val_share` of each class's training images; `none`.
+    imb_type, imb_factor: make the training split long-tailed; imb_factor null leaves it as it is.
+    image_size: of what the model gets. split_seed: which images a split made here takes, whatever `seed` is.
+    test_share: of each class, for folders without a test split. flip: false for images that mustn't be mirrored.
+    allow_outside: images may lie outside data_dir. download: fetch what is missing, where that is possible.
+    cache: decoded small images held in memory: true, false, or "auto" (up to 1 GiB).
+    pin_memory: null: where the device is a GPU. prefetch: batches each worker prepares ahead.
+    transform: a function of a PIL image for the training images instead of the loader's own (Python only).
+    distributed: as in old configs; ignored, `torchrun` decides.
+    epochs: what ProgressivelyBalanced takes as its number of epochs.
+
+    Raises ConfigError, naming the argument or the file, for anything wrong with either.
+    """
+
+    statistics: tuple[tuple, tuple] = IMAGENET_STATISTICS
+    default_size = 224
+    flips = True
+    jitter = 0.0                 # colour jitter of large training images
+    holdout_cap = 50             # validation images a class at most, where they cost no training image
+    degrees = 15.0
+
+    def __init__(self, data_dir: str, batch_size: int = 128, shuffle: bool = True, num_workers: int | None = None,
+                 training: bool = True, balanced: bool = False, retain_epoch_size: bool = True, *,
+                 sampler: dict | None = None, validation: Literal["test", "holdout", "none"] | None = "test",
+                 val_share: float = 0.1, imb_type: str | None = "exp", imb_factor: float | None = None,
+                 image_size: int | None = None, split_seed: int = 0, test_share: float = 0.2,
+                 flip: bool | None = None, allow_outside: bool = False, download: bool = True,
+                 cache: bool | str = "auto", pin_memory: bool | None = None, prefetch: int = 4,
+                 distributed: bool | None = None, seed: int = 0, device: str | torch.device = "cpu", rank: int = 0,
+                 world_size: int = 1, epochs: int | None = None, transform: Callable | None = None):
+        self.data_dir = data_dir
+        self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
+        self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
+        self.allow_outside, self.download, self.cache, self.transform = allow_outside, download, cache, transform
+        self.image_size = self.default_size if image_size is None else image_size
+        self.flip = self.flips if flip is None else flip
+        self.imb_type, self.imb_factor = imb_type, imb_factor
+        self.validation = validation or "none"
+        self._check()
+        self.mean, self.std = self.statistics
+        self.preprocess = test_preprocess(self.image_size, self.mean, self.std)
+        if data_dir is not None:
+            check_data_dir(data_dir, may_be_made=self.may_download and download)
+        splits = self.read(training)
+        self.notes = list(splits.notes)
+        self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
+        train, self._val, self.validation_note = self._divide(splits)
+        self.cls_num_list = [0] * self.num_classes if train is None else \
+            np.bincount(train.targets, minlength=self.num_classes).tolist()
+        self._test_counts = np.bincount(splits.test.targets[splits.test.targets >= 0], minlength=self.num_classes)
+        images = train if training else splits.test
+        order = self._sampler(sampler, balanced, retain_epoch_size, images.targets, seed, epochs) if training else None
+        super().__init__(images.targets, batch_size, shuffle=shuffle, training=training, seed=seed, device=device,
+                         rank=rank, world_size=world_size, sampler=order)
+        self._attach(images, augment=training)
+
+    may_download = False
+
+    def read(self, training: bool) -> Splits:
+        """The data set's splits; `train` may be None where `training` is false."""
+        raise NotImplementedError
+
+    def _check(self) -> None:
+        def refuse(name: str, wanted: str) -> ConfigError:
+            return ConfigError(f"data_loader.args.{name}: must be {wanted}, not {getattr(self, name)!r}")
+        if self.validation not in ("test", "holdout", "none"):
+            raise refuse("validation", '"test", "holdout" or "none"')
+        for name in ("val_share", "test_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise refuse(name, "over 0 and under 1")
+        if self.cache not in (True, False, "auto"):
+            raise refuse("cache", 'true, false or "auto"')
+        if not 1 <= self.image_size <= 4096:
+            raise refuse("image_size", "1 to 4096")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise refuse("num_workers", "0 or more")
+        if self.prefetch < 1:
+            raise refuse("prefetch", "1 or more")
+        if self.imb_factor is not None:
+            img_num_per_cls(1, 1, self.imb_type, self.imb_factor)
+        if self.split_seed not in range(2**32):
+            raise refuse("split_seed", "0 to 4294967295")
+
+    # -- splits ------------------------------------------------------------------------------------------------------
+    def _divide(self, splits: Splits) -> tuple[ImageSet | None, ImageSet | None, str | None]:
+        """(training images, validation images, what to say about them)."""
+        if splits.train is None:
+            return None, None, None
+        train, spare = self._imbalanced(splits)
+        if self.validation == "none":
+            return train, None, None
+        if splits.val is not None and len(splits.val):
+            return train, splits.val, None
+        if self.validation == "test":
+            return train, splits.test, ("validation: \"test\": the best epoch is picked on the test images, as the "
+                                        "published code does; the last epoch's figures are the honest ones")
+        if spare is not None and len(spare):
+            chosen, missing = holdout_of_spare(spare.targets, self.num_classes, self.holdout_cap, self.split_seed)
+            note = f"validation: \"holdout\": {len(chosen)} images that neither training nor test uses"
+            if missing:
+                note += f"; {missing} of {self.num_classes} classes have none left over"
+            return train, spare.subset(chosen), note
+        kept, held = take_share(train.targets, self.val_share, self.split_seed, keep_rare=5)
+        if not len(held):
+            return train, None, "validation: \"holdout\": no class has enough images to spare one; there is none"
+        return train.subset(kept), train.subset(held), (
+            f"validation: \"holdout\": {len(held)} of the training images are held out")
+
+    def _imbalanced(self, splits: Splits) -> tuple[ImageSet, ImageSet | None]:
+        """The long-tailed training subset, and the images outside it."""
+        train = splits.train
+        if self.imb_factor is None or self.imb_type in (None, "none"):
+            return train, splits.spare
+        present = np.bincount(train.targets, minlength=self.num_classes)
+        wanted = img_num_per_cls(int(present.max()), self.num_classes, self.imb_type, self.imb_factor)
+        wanted = np.maximum(np.minimum(wanted, present), np.minimum(present, 1))
+        chosen = long_tail_indices(train.targets, wanted[present > 0].tolist(), seed=self.split_seed)
+        rest = np.setdiff1d(np.arange(len(train)), chosen)
+        return train.subset(chosen), train.subset(rest)
+
+    @staticmethod
+    def _sampler(spec: dict | None, balanced: bool, retain_epoch_size: bool, targets: np.ndarray, seed: int,
+                 epochs: int | None) -> Any:
+        if spec is None:
+            return ClassBalancedSampler(targets, seed=seed, retain_epoch_size=retain_epoch_size) if balanced else None
+        if balanced:
+            raise ConfigError("data_loader.args.sampler: give a sampler or \"balanced\": true, not both")
+        own = spec.get("args") or {} if isinstance(spec, dict) else {}
+        extra = {name: value for name, value in (("seed", seed), ("epochs", epochs))
+                 if name not in own and value is not None}
+        return build(SAMPLERS, spec, "data_loader.args.sampler", targets=targets, **extra)
+
+    # -- other splits of the same data -------------------------------------------------------------------------------
+    def split_validation(self) -> ImageDataLoader | None:
+        """The validation split's loader, in order and not augmented; None where there is none."""
+        return None if self._val is None or not self.training else self._sibling(self._val)
+
+    def train_eval_loader(self) -> ImageDataLoader:
+        """The training images in order, not augmented (for class means). Of a test loader: its images again."""
+        return self._sibling(self.images, self.store)
+
+    def _sibling(self, images: ImageSet, store: MemoryImages | None = None) -> ImageDataLoader:
+        other = copy.copy(self)
+        BaseDataLoader.__init__(other, images.targets, self.batch_size, shuffle=False, training=False, seed=self.seed,
+                                device=self.device, rank=self.rank, world_size=self.world_size)
+        other._attach(images, augment=False, store=store)
+        return other
+
+    # -- pixels ------------------------------------------------------------------------------------------------------
+    def _attach(self, images: ImageSet, augment: bool, store: MemoryImages | None = None) -> None:
+        """Make `images` the ones iterated: held in memory, or decoded by workers."""
+        if not len(images):
+            raise ConfigError(f"data_loader.args.data_dir: {self.data_dir}: the "
+                              f"{'training' if self.training else 'evaluation'} split has no image")
+        self.images, self.augment, self.store, self.files = images, augment, store, None
+        self.paths = images.paths
+        self._draws: tuple[int, Any] = (0, None)
+        small = self.image_size <= LARGEST_SMALL
+        self.recipe = Recipe(self.image_size, self.mean, self.std, degrees=self.degrees, flip=self.flip,
+                             border=self.image_size // 8 if self.image_size <= LARGEST_RESIZED else 0)
+        if store is not None or (self.transform is not None and augment and images.pixels is None):
+            pass
+        elif images.pixels is not None:
+            self.store = MemoryImages(images.pixels, self.recipe, self.device)
+            self.images = ImageSet(images.targets)  # the pixels are held once
+        elif small and self.cache is not False and (self.cache is True or self._bytes(images) <= CACHE_LIMIT):
+            self.store = MemoryImages(decode_all(images.paths, self.preprocess), self.recipe, self.device)
+        elif self.cache is True:
+            raise ConfigError(f"data_loader.args.cache: only images of {LARGEST_SMALL} pixels or less are kept in "
+                              f"memory, image_size is {self.image_size}")
+        if self.store is None or (self.transform is not None and augment):
+            source = Sources(images.paths, self.store, self.preprocess, seed=self.seed, jitter=self.jitter,
+                             flip=self.flip, transform=self.transform if augment else None,
+                             mode="base" if small else "train" if augment else "test")
+            workers = worker_count(self.num_workers, self.world_size, in_memory=images.paths is None)
+            pin = self.device.type == "cuda" if self.pin_memory is None else self.pin_memory
+            self.files = FileBatches(source, self.targets, workers, pin and torch.cuda.is_available(), self.prefetch)
+
+    def _bytes(self, images: ImageSet) -> int:
+        side = self.preprocess["resize"] + 2 * self.recipe.border
+        return 4 * len(images) * side * side
+
+    def raw_image(self, index: int) -> np.ndarray:
+        """Image `index` of the split iterated, before resizing and normalising where it is a file: uint8 [H, W, 3]."""
+        if self.paths is not None:
+            from data_loader.images import read_rgb
+            return np.asarray(read_rgb(self.paths[index]))
+        return self.store.raw(index)
+
+    def _batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = self.epoch_order(epoch)
+        if self.files is not None:
+            keys = ((epoch, position, order[position]) for position in (self.positions(b) for b in batches))
+            yield from self._file_batches(epoch, keys)
+            return
+        labels = torch.from_numpy(self.targets[order]).to(self.device)
+        index = torch.from_numpy(order).to(self.device)
+        draws = self._epoch_draws(epoch) if self.augment else None
+        for batch in batches:
+            mine = torch.from_numpy(self.positions(batch)).to(self.device)
+            images = self.store.plain(index[mine]) if draws is None else \
+                self.store.augmented(index[mine], draws[mine])
+            yield images, labels[mine]
+
+    def _epoch_draws(self, epoch: int) -> Any:
+        """The random numbers of all positions of an epoch, drawn at once."""
+        if self._draws[0] != epoch:
+            side = self.store.side if self.store is not None else self.preprocess["resize"] + 2 * self.recipe.border
+            draws = self.recipe.draw(self.epoch_size, side - self.image_size, self.seed, epoch, AUGMENT)
+            self._draws = (epoch, draws.to(self.device))
+        return self._draws[1]
+
+    def _file_batches(self, epoch: int, keys: Iterator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        small = self.image_size <= LARGEST_SMALL and not (self.transform is not None and self.augment)
+        draws = self._epoch_draws(epoch) if small and self.augment else None
+        scale = (1 / (255 * torch.tensor(self.std))).view(3, 1, 1).to(self.device)
+        shift = (-torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1).to(self.device)
+        for pixels, labels, positions in self.files.batches(keys):
+            pixels = pixels.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            if small:  # decoded by workers, augmented here as if they were in memory
+                some, every = MemoryImages(pixels, self.recipe, self.device), torch.arange(len(labels))
+                every = every.to(self.device)
+                images = some.plain(every) if draws is None else some.augmented(every, draws[positions.to(self.device)])
+            elif pixels.dtype == torch.uint8:  # [n, S, S, 3]
+                images = torch.empty(len(pixels), 3, *pixels.shape[1:3], device=self.device)
+                for channel in range(3):
+                    images[:, channel] = pixels[..., channel]
+                torch.addcmul(shift, images, scale, out=images)
+            else:  # a custom transform's floats
+                images = pixels
+            yield images, labels
+
+    def summary(self) -> list[str]:
+        """What the data look like, for the log: classes, counts, imbalance, few-shot classes, and warnings."""
+        return summary(self.cls_num_list, self._test_counts, self.class_names, self.notes)

@@ -1,0 +1,77 @@
+"""Reading one image file into eight-bit RGB, or saying in one line what is wrong with it.
+
+What odd files give: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; transparency is
+dropped; of an animation the first frame counts; the EXIF orientation is not applied (as in the published pipelines).
+JPEGs of any size are read, reduced while decoding; other formats up to 179 megapixels, Pillow's own limit.
+"""
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, JpegImagePlugin
+
+from utils.errors import ConfigError
+
+MOST_PIXELS = 178_956_970
+EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
+_WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` in mode RGB. Raises ValueError for floating-point images, whose range nobody knows."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in _WIDE_GREY:  # convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+    elif "transparency" in image.info:  # without this detour Pillow warns
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def shown(path: str) -> str:
+    """A file name that can be printed, whatever bytes it has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_rgb(path: str, plan: Callable[[int, int], int] | None = None) -> Image.Image:
+    """The image in file `path`, mode RGB.
+
+    plan: given the full (width, height), the factor (1, 2, 4, 8) by which a JPEG may be reduced while it is decoded.
+    Raises ConfigError naming the path: missing, no image, truncated, damaged or too large.
+    """
+    try:
+        with open(path, "rb") as handle, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _read(handle, plan)
+    except FileNotFoundError:
+        raise ConfigError(f"{shown(path)}: no such image") from None
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        reason = str(error).replace(str(path), "").strip(": ") or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image in a known format, or empty"
+        raise ConfigError(f"{shown(path)}: can't be read as an image ({reason}); replace or remove it") from None
+
+
+def _read(handle: BinaryIO, plan: Callable[[int, int], int] | None) -> Image.Image:
+    start = handle.read(3)
+    handle.seek(0)
+    if start == b"\xff\xd8\xff":  # opened directly: Image.open refuses large headers before we can reduce
+        image = JpegImagePlugin.JpegImageFile(handle)
+        width, height = image.size
+        factor = plan(width, height) if plan else 1
+        while factor < 8 and (width // factor) * (height // factor) > MOST_PIXELS:
+            factor *= 2
+        if factor > 1:
+            image.draft(None, (max(width // factor, 1), max(height // factor, 1)))
+    else:
+        image = Image.open(handle)
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too many; make it smaller")
+    image.load()
+    return to_rgb(image)

@@ -1,0 +1,137 @@
+"""Small images held in memory, augmented by the batch: crop, flip and rotation are one gather.
+
+What torchvision's per-image `RandomCrop(S, pad)`, `RandomHorizontalFlip`, `RandomRotation(degrees)` do one after the
+other is, for nearest-neighbour rotation, a choice of one source pixel (or black) for each output pixel. The choice is
+computed in the 16.16 fixed point that Pillow uses, so the pixels are the same to the last one.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from utils.seed import generator
+
+
+@dataclass
+class Draws:
+    """The random numbers of L images, each a tensor [L]; `turn` is the angle as `MemoryImages` uses it."""
+
+    top: torch.Tensor     # int32, 0 to side - size: row of the crop's corner
+    left: torch.Tensor    # int32, as top
+    flip: torch.Tensor    # int32, 0 or 1
+    angle: torch.Tensor   # float32, degrees counter-clockwise
+    turn: torch.Tensor    # [L, 6], the inverse affine map in 16.16 fixed point
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Draws:
+        return Draws(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def to(self, device: torch.device) -> Draws:
+        return Draws(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How small images are augmented: a crop of `size` pixels out of the image with `border` black pixels around it,
+    a flip for half of them, a rotation by up to `degrees` either way; then (x / 255 - mean) / std."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    border: int = 4
+    degrees: float = 15.0
+    flip: bool = True
+
+    def draw(self, count: int, span: int, *seeds: int) -> Draws:
+        """Random numbers for `count` images with `span` + 1 places for the crop along each side; a function of the
+        seeds alone, made on the CPU, so that every device sees the same."""
+        source = generator(*seeds)
+        corner = torch.randint(0, span + 1, (2, count), generator=source, dtype=torch.int32)
+        flip = torch.randint(0, 2, (count,), generator=source, dtype=torch.int32) * self.flip
+        angle = (torch.rand(count, generator=source) * 2 - 1) * self.degrees
+        return Draws(*corner, flip, angle, rotation(angle, self.size))
+
+
+def rotation(angle: torch.Tensor, size: int) -> torch.Tensor:
+    """Pillow's inverse affine map of `Image.rotate(angle)` for a square image, in 16.16 fixed point: int32 [L, 6].
+
+    Row (a, b, c, d, e, f): output pixel (x, y) comes from column (a x + b y + c) >> 16, row (d x + e y + f) >> 16.
+    """
+    radians = -torch.deg2rad(angle.double() % 360)
+    cos, sin = torch.round(radians.cos(), decimals=15), torch.round(radians.sin(), decimals=15)
+    half = size / 2
+    offset_x, offset_y = cos * -half + sin * -half + half, -sin * -half + cos * -half + half
+    rows = (cos, sin, offset_x + cos * 0.5 + sin * 0.5, -sin, cos, offset_y + -sin * 0.5 + cos * 0.5)
+    return torch.floor(torch.stack(rows, 1) * 65536 + 0.5).to(torch.int32)
+
+
+class MemoryImages:
+    """N square images on `device`, four bytes a pixel (red, green, blue, 0), with the recipe's border around them.
+
+    pixels: uint8 [N, P, P, 3], P + 2 border >= size.
+    Four bytes read as one int32 make a gather of 1,024 numbers of a 32 x 32 image, not of 3,072. Word 0 is black: what
+    rotation turns in.
+    """
+
+    def __init__(self, pixels: np.ndarray | torch.Tensor, recipe: Recipe, device: str | torch.device = "cpu"):
+        pixels = torch.as_tensor(pixels)
+        n, inner, width, channels = pixels.shape
+        border = recipe.border
+        self.side = side = inner + 2 * border
+        assert pixels.dtype == torch.uint8 and inner == width and channels == 3 and side >= recipe.size
+        self.n, self.inner, self.recipe, self.device = n, inner, recipe, torch.device(device)
+        store = torch.zeros(1 + n * side * side, 4, dtype=torch.uint8)
+        store[1:].view(n, side, side, 4)[:, border:border + inner, border:border + inner, :3] = pixels
+        self.words = store.view(torch.int32).view(-1).to(self.device)
+        self.index_dtype = torch.int32 if len(self.words) < 2**31 else torch.int64
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (recipe.mean, recipe.std))
+        self.scale, self.shift = ((v).float().to(self.device) for v in (1 / (255 * std), -mean / std))
+        self.ramp = torch.arange(recipe.size, dtype=self.index_dtype, device=self.device)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def raw(self, index: int) -> np.ndarray:
+        """Image `index` as it was given, uint8 [P, P, 3]."""
+        area, border = self.side ** 2, self.recipe.border
+        words = self.words[1 + index * area: 1 + (index + 1) * area].cpu()
+        image = words.view(torch.uint8).view(self.side, self.side, 4)
+        return image[border:border + self.inner, border:border + self.inner, :3].numpy()
+
+    def draw(self, count: int, *seeds: int) -> Draws:
+        """Random numbers for `count` of these images, on their device."""
+        return self.recipe.draw(count, self.side - self.recipe.size, *seeds).to(self.device)
+
+    def plain(self, index: torch.Tensor) -> torch.Tensor:
+        """The centres of images `index` [n], normalised: float [n, 3, size, size]."""
+        corner = int(round((self.side - self.recipe.size) / 2))  # as torchvision's CenterCrop rounds
+        base = self._first_word(index) + corner * (self.side + 1)
+        return self._normalised(base + self.ramp.view(-1, 1) * self.side + self.ramp)
+
+    def augmented(self, index: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Images `index` [n], each with its crop, flip and rotation, normalised: float [n, 3, size, size]."""
+        last, side = self.recipe.size - 1, self.side
+        a, b, c, d, e, f = (t.view(-1, 1, 1) for t in draws.turn.to(self.index_dtype).unbind(1))
+        down = self.ramp.view(-1, 1)
+        # Source column and row, in the cropped and flipped image, of each output pixel: [n, size, size].
+        x = (self.ramp * a + (down * b + c)).bitwise_right_shift_(16)
+        y = (self.ramp * d + (down * e + f)).bitwise_right_shift_(16)
+        # Outside where any of x, y, last - x, last - y is negative: their sign bits, together.
+        outside = (last - x).bitwise_or_(last - y).bitwise_or_(x).bitwise_or_(y) < 0
+        flip, top, left = (t.to(self.index_dtype).view(-1, 1, 1) for t in (draws.flip, draws.top, draws.left))
+        base = self._first_word(index) + top * side + left + flip * last
+        place = x.mul_(1 - 2 * flip).add_(y, alpha=side).add_(base).masked_fill_(outside, 0)
+        return self._normalised(place)
+
+    def _first_word(self, index: torch.Tensor) -> torch.Tensor:
+        return 1 + index.to(self.index_dtype).view(-1, 1, 1) * self.side ** 2
+
+    def _normalised(self, place: torch.Tensor) -> torch.Tensor:
+        n, size = len(place), self.recipe.size
+        words = torch.index_select(self.words, 0, place.view(-1))
+        pixels = words.view(torch.uint8).view(n, size, size, 4)
+        images = torch.empty(n, 3, size, size, device=self.device)
+        for channel in range(3):  # plane by plane is faster on CPUs than one pass over triples
+            images[:, channel] = pixels[..., channel]
+        return torch.addcmul(self.shift, images, self.scale, out=images)

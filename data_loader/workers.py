@@ -1,0 +1,143 @@
+"""Image files decoded by worker processes that live as long as the loader, a batch at a time."""
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from base.base_data_loader import AUGMENT
+from data_loader.images import read_rgb
+from data_loader.memory import MemoryImages
+from data_loader.transforms import base_pixels, read_for_test, read_for_training, test_pixels
+from utils.errors import ConfigError
+from utils.seed import mix, numpy_rng
+
+Key = tuple[int, int, int]   # epoch, position in the epoch, index of the image
+
+
+def worker_count(wanted: int | None, world_size: int, in_memory: bool = False) -> int:
+    """How many worker processes: as wanted, else one a core that this process may use, 8 at most; 0 for memory."""
+    if in_memory:
+        return 0
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
+
+
+@dataclass
+class Failure:
+    """A user's mistake met in a worker: torch would wrap the exception in a page of traceback."""
+
+    message: str
+
+
+class Sources(Dataset):
+    """Key -> (uint8 pixels or a custom transform's tensor, index, position), a function of (seed, key) alone.
+
+    mode: `train`: random crops of large images; `test`: the test's pixels; `base`: the square that small images are
+    cropped from later, by the batch.
+    """
+
+    def __init__(self, paths: list[str] | None, store: MemoryImages | None, preprocess: dict[str, Any], *, seed: int,
+                 mode: str, jitter: float = 0.0, flip: bool = True, transform: Callable | None = None):
+        # One block of bytes instead of many strings: workers share its pages with the parent.
+        self.paths = None if paths is None else np.array([os.fsencode(path) for path in paths])
+        self.store, self.preprocess, self.seed, self.mode = store, preprocess, seed, mode
+        self.jitter, self.flip, self.transform = jitter, flip, transform
+
+    def __getitem__(self, key: Key) -> tuple[Any, int, int] | Failure:
+        epoch, position, index = key
+        try:
+            return self._pixels(epoch, position, index), index, position
+        except ConfigError as error:
+            return Failure(str(error))
+
+    def _pixels(self, epoch: int, position: int, index: int) -> Any:
+        path = None if self.paths is None else os.fsdecode(bytes(self.paths[index]))
+        if self.transform is not None:
+            image = Image.fromarray(self.store.raw(index)) if path is None else read_rgb(path)
+            with _seeded(mix(self.seed, epoch, AUGMENT, position)):
+                return self.transform(image)
+        if self.mode == "train":
+            rng = numpy_rng(self.seed, epoch, AUGMENT, position)
+            return read_for_training(path, rng, self.preprocess["image_size"], self.flip, self.jitter)
+        image = read_for_test(path, self.preprocess)
+        return (test_pixels if self.mode == "test" else base_pixels)(image, self.preprocess)
+
+
+@contextmanager
+def _seeded(value: int) -> Iterator[None]:
+    """The global generators that custom transforms draw from, seeded for one image and put back."""
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+class FileBatches:
+    """A torch DataLoader whose batches of keys are set anew for each epoch, so its workers never restart."""
+
+    def __init__(self, source: Sources, targets: np.ndarray, workers: int, pin_memory: bool, prefetch: int):
+        self.targets = torch.from_numpy(targets)
+        self.keys: Iterable[list[Key]] = ()
+        more = {"persistent_workers": True, "prefetch_factor": prefetch} if workers else {}
+        with warnings.catch_warnings():  # torch advises against more workers than cores; the user has decided
+            warnings.simplefilter("ignore")
+            self.loader = DataLoader(source, batch_sampler=self, num_workers=workers, pin_memory=pin_memory,
+                                     collate_fn=_collate, **more)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return 0  # torch asks, nobody reads it
+
+    def batches(self, keys: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """(pixels, labels [n], positions [n]) for each (epoch, positions [n], indices [n]). Raises ConfigError."""
+        self.keys = ([(epoch, int(p), int(i)) for p, i in zip(positions, indices, strict=True)]
+                     for epoch, positions, indices in keys)
+        for batch in self.loader:
+            if isinstance(batch, Failure):
+                raise ConfigError(batch.message)
+            pixels, indices, positions = batch
+            yield pixels, self.targets[indices], positions
+
+
+def _collate(items: list) -> Any:
+    for item in items:
+        if isinstance(item, Failure):
+            return item
+    pixels, indices, positions = zip(*items, strict=True)
+    whole = torch.from_numpy(np.stack(pixels)) if isinstance(pixels[0], np.ndarray) else torch.stack(pixels)
+    return whole, torch.tensor(indices), torch.tensor(positions)
+
+
+def decode_all(paths: list[str], preprocess: dict[str, Any]) -> np.ndarray:
+    """All images as `base_pixels` gives them, uint8 [N, R, R, 3]. Raises ConfigError naming the first bad file."""
+    side = preprocess["resize"]
+    pixels = np.empty((len(paths), side, side, 3), dtype=np.uint8)
+
+    def decode(index: int) -> None:
+        pixels[index] = base_pixels(read_for_test(paths[index], preprocess), preprocess)
+
+    with ThreadPoolExecutor(worker_count(None, 1)) as pool:
+        for _ in pool.map(decode, range(len(paths))):
+            pass
+    return pixels
