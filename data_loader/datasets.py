@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_loader.array_pickle import read_arrays
 from utils.errors import ConfigError
+from utils.safe_pickle import read_arrays
 
 
 @dataclass
