@@ -114,6 +114,8 @@ class Model(BaseModel):
             shared_classifier=bool(shared_classifier and add_bt), bt_gather=bool(bt_gather),
             **(gates if self.routed else {}))
         self._convert_norms(norm)
+        if self.routed:
+            self.backbone.freeze_experts()   # NBN's scales are newer than the gates
         self.num_classes, self.num_experts, self.feat_dim = num_classes, num_experts, self.backbone.feat_dim
 
     def _convert_norms(self, norm: str | dict) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from model import batchformer
 from model.blocks import PadShortcut, projection, relu_
 from model.classifier import make_head
+from model.norm.facts import is_norm
 from utils.errors import ConfigError
 
 
@@ -212,5 +213,5 @@ class ResNet(nn.Module):
                 for block in self.stage(n, expert):
                     outer = [getattr(block, block.last_norm), *(block.downsample or nn.Identity()).modules()]
                     parts = block.modules() if inner else outer
-                    scope[expert] += [part for part in parts if isinstance(part, nn.BatchNorm2d)]
+                    scope[expert] += [part for part in parts if is_norm(part)]
         return scope

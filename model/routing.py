@@ -55,11 +55,14 @@ class RoutedResNet(ResNet):
             self.expert_help_pred_fc = last[0]
         else:
             self.expert_help_pred_fcs = last
-        if not force_all:
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_(name.startswith(GATES))
-        if self.encoder_layers is not None:
-            self.encoder_layers.requires_grad_(False)
+        self.freeze_experts()
+
+    def freeze_experts(self) -> None:
+        """Let only the gates learn (with `force_all`: everything but BatchFormer, which takes no part here)."""
+        for name, parameter in self.named_parameters():
+            block = name.startswith("encoder_layers.")
+            parameter.requires_grad_(not block if self.force_all else name.startswith(GATES))
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> RoutedResNet:
         """Training mode for the gates; the experts stay in evaluation mode unless `force_all`."""

@@ -132,3 +132,11 @@ def test_nbn_scope_of_one_expert_is_outer_norms():
     names = {id(part): name for name, part in backbone.named_modules()}
     assert [names[id(norm)] for norm in backbone.nbn_scope("last")[0]] == [
         "layer4.0.bn3", "layer4.0.downsample.1", "layer4.1.bn3", "layer4.2.bn3"]
+
+
+def test_nbn_after_another_norm():
+    from model.norm import NormalizedBatchNorm2d, convert_norm
+    model = model_of(num_experts=2, norm="GroupNorm")
+    convert_norm(model, "NBN")
+    assert sum(isinstance(part, NormalizedBatchNorm2d) for part in model.modules()) == 20
+    assert model.state_dict()["backbone.scale_factor"].shape == (2,)

@@ -123,16 +123,17 @@ def test_loss_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["ResNet32EAModel", "ResNet10EAModel"])
-@pytest.mark.parametrize("args", [{}, {"add_bt": 1, "dropout": 0.5, "classifier": "linear_fcbn"}])
-def test_training_leaves_stage_one_alone(kind, args):
+@pytest.mark.parametrize("args", [{}, {"add_bt": 1, "dropout": 0.5, "classifier": "linear_fcbn"},
+                                  {"norm": "NBN"}, {"norm": "MABN"}])
+@pytest.mark.parametrize("prepare", [lambda model: None, lambda model: model.backbone.eval().train()])
+def test_training_leaves_stage_one_alone(kind, args, prepare):
     model = model_of(kind, **args)
-    model.backbone.train()   # even so
-    model.train()
+    prepare(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(2):
         optimizer.zero_grad()
-        model(torch.randn(6, 3, 64, 64), target=torch.arange(6))["loss"].backward()
+        model(torch.randn(6, 3, 32, 32), target=torch.arange(6))["loss"].backward()
         optimizer.step()
     after = model.state_dict()
     moved = {key for key in after if not torch.equal(after[key], before[key])}
