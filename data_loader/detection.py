@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from base.base_data_loader import AUGMENT, ORDER, BaseDataLoader
 from data_loader.coco import CocoSplit, box_corners, read_coco
 from data_loader.digit_scenes import make_scenes
+from utils.class_counts import FEW
 from utils.errors import ConfigError, unknown
 from utils.rle import to_mask
 from utils.seed import generator, numpy_rng
@@ -132,18 +133,19 @@ class CocoDataLoader(BaseDataLoader):
         keep_empty: train on pictures without instances too (they are background); by default they are left out.
         skip_degenerate: leave boxes without width or height out instead of refusing the file (COCO 2017 has two).
         train_annotations, train_images, val_annotations, val_images: paths under `data_dir`.
-        balanced: the same as sampler RepeatFactor.
-        sampler: {"type": "InstanceBalanced"} or {"type": "RepeatFactor", "args": {"threshold": 0.001}}.
-        retain_epoch_size: accepted for its sake elsewhere; epochs always keep their length here.
+        balanced: images of classes that fewer than `repeat_threshold` of the images have come more often.
+        sampler: only {"type": "InstanceBalanced"} means something for pictures with many objects.
+        retain_epoch_size: taken for the other loaders' sake; epochs always keep their length here.
         validation: `test` (the val split), `holdout` (`holdout_fraction` of the training images) or `none`.
     """
 
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    batch_limit: int | None = None
 
     def __init__(self, data_dir: str, batch_size: int = 16, shuffle: bool = True, num_workers: int = 0,
                  training: bool = True, balanced: bool = False, retain_epoch_size: bool = True,
-                 sampler: dict | None = None, min_size: int | list[int] = 800, max_size: int = 1333,
-                 flip: float = 0.5, group_by_aspect: bool = True, keep_empty: bool = False,
+                 sampler: str | dict | None = None, repeat_threshold: float = 0.001,
+                 min_size: int | list[int] = 800, max_size: int = 1333, flip: float = 0.5, group_by_aspect: bool = True, keep_empty: bool = False,
                  skip_degenerate: bool = False, train_annotations: str = "annotations/instances_train2017.json",
                  train_images: str = "train2017", val_annotations: str = "annotations/instances_val2017.json",
                  val_images: str = "val2017", validation: str = "test", holdout_fraction: float = 0.1,
@@ -173,8 +175,9 @@ class CocoDataLoader(BaseDataLoader):
                 split = split.subset(full)
                 split.notes = [*split.notes, f"{empty} training images without instances left out"]
         self.split = split
+        self.seed = options["seed"]
         super().__init__(np.zeros(len(split.images)), options["batch_size"], shuffle=options["shuffle"],
-                         training=training, seed=options["seed"], device=options["device"], rank=options["rank"],
+                         training=training, seed=self.seed, device=options["device"], rank=options["rank"],
                          world_size=options["world_size"], sampler=self._sampler(split) if training else None)
         self.dataset = DetectionDataset(split, training, self.min_size, options["max_size"], options["flip"],
                                         options["seed"])
@@ -243,6 +246,22 @@ class CocoDataLoader(BaseDataLoader):
             whole = whole.subset(self._held_out(whole)[1])
         return whole.counts()
 
+    def summary(self) -> list[str]:
+        """What there is to learn from, for the log."""
+        counts = self.cls_num_list or []
+        instances = sum(map(len, self.split.annotations))
+        lines = [f"{self.split.file}: {self.num_classes} classes, {self.n_samples:,} images, {instances:,} instances"]
+        if any(counts):
+            most, least = max(counts), min(n for n in counts if n)
+            lines.append(f"training instances a class: {most:,} ({self.class_names[counts.index(most)]}) to {least:,} "
+                         f"({self.class_names[counts.index(least)]}), imbalance {most / least:.4g} : 1; few-shot "
+                         f"(under {FEW}): {sum(n < FEW for n in counts)} classes")
+        untrained = [name for name, n in zip(self.class_names, counts) if not n]
+        if untrained:
+            lines.append(f"warning: {len(untrained)} classes have no training instance: {', '.join(untrained[:5])}"
+                         + (", ..." if len(untrained) > 5 else ""))
+        return lines + self.notes
+
     def ground_truth(self) -> dict[str, Any]:
         """The split's annotations as one COCO dict, crowds included."""
         return self.split.ground_truth()
@@ -253,16 +272,17 @@ class CocoDataLoader(BaseDataLoader):
 
     # ------------------------------------------------------------------ batches
 
+    def __len__(self) -> int:
+        """Batches an epoch, or `batch_limit` where the last one ends early (`trainer.iterations`)."""
+        return super().__len__() if self.batch_limit is None else min(super().__len__(), self.batch_limit)
+
     def _sampler(self, split: CocoSplit) -> RepeatFactor | None:
-        spec = self.options["sampler"] or {"type": "RepeatFactor" if self.options["balanced"] else "InstanceBalanced"}
-        if spec.get("type") == "InstanceBalanced":
-            return None
-        if spec.get("type") != "RepeatFactor":
-            raise unknown("data_loader.args.sampler.type", spec.get("type"), ["InstanceBalanced", "RepeatFactor"])
-        threshold = (spec.get("args") or {}).get("threshold", 0.001)
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold <= 0:
-            raise ConfigError(f"data_loader.args.sampler.args.threshold: {threshold!r}; it must be a number above 0")
-        return RepeatFactor(split, float(threshold), self.options["seed"])
+        spec = self.options["sampler"] or "InstanceBalanced"
+        kind = spec.get("type") if isinstance(spec, dict) else spec
+        if kind != "InstanceBalanced":
+            raise ConfigError(f"data_loader.args.sampler.type: {kind!r} draws single labels, which pictures with many "
+                              "objects don't have; use \"balanced\": true (repeat factors)")
+        return RepeatFactor(split, self.options["repeat_threshold"], self.seed) if self.options["balanced"] else None
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """As in the base, then regrouped so that a batch's pictures are all wide or all high (the last few mixed)."""
@@ -305,15 +325,15 @@ class DigitScenesDataLoader(CocoDataLoader):
 
     def __init__(self, data_dir: str = "data/digit_scenes", batch_size: int = 2, shuffle: bool = True,
                  num_workers: int = 0, training: bool = True, balanced: bool = False, retain_epoch_size: bool = True,
-                 sampler: dict | None = None, min_size: int | list[int] = 128, max_size: int = 256, flip: float = 0.0,
-                 group_by_aspect: bool = True, validation: str = "test", holdout_fraction: float = 0.1,
-                 image_size: int = 128, n_max: int = 300, imb_factor: float = 0.02, n_val: int = 40,
-                 scene_seed: int = 0, seed: int = 0, device: str | torch.device = "cpu", rank: int = 0,
-                 world_size: int = 1):
+                 sampler: str | dict | None = None, repeat_threshold: float = 0.1, min_size: int | list[int] = 128,
+                 max_size: int = 256, flip: float = 0.0, group_by_aspect: bool = True, validation: str = "test",
+                 holdout_fraction: float = 0.1, image_size: int = 128, n_max: int = 300, imb_factor: float = 0.02,
+                 n_val: int = 40, scene_seed: int = 0, seed: int = 0, device: str | torch.device = "cpu",
+                 rank: int = 0, world_size: int = 1):
         folder = make_scenes(data_dir, image_size=image_size, n_max=n_max, imb_factor=imb_factor, n_val=n_val,
                              scene_seed=scene_seed)
         super().__init__(str(folder), batch_size, shuffle, num_workers, training, balanced, retain_epoch_size,
-                         sampler, min_size, max_size, flip, group_by_aspect, validation=validation,
+                         sampler, repeat_threshold, min_size, max_size, flip, group_by_aspect, validation=validation,
                          holdout_fraction=holdout_fraction, seed=seed, device=device, rank=rank,
                          world_size=world_size)
 
@@ -323,6 +343,8 @@ def _check(options: dict[str, Any], min_size: list[int]) -> None:
     if not min_size or min(min_size) < 1 or options["max_size"] < max(min_size):
         raise ConfigError(f"{where}.min_size: {options['min_size']}; it must be above 0 and at most max_size "
                           f"({options['max_size']})")
+    if options["repeat_threshold"] <= 0:
+        raise ConfigError(f"{where}.repeat_threshold: {options['repeat_threshold']} should be above 0")
     if not 0 <= options["flip"] <= 1:
         raise ConfigError(f"{where}.flip: {options['flip']}; it is a probability, 0 to 1")
     if not 0 < options["holdout_fraction"] < 1:

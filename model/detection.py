@@ -20,7 +20,6 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from base import BaseModel
 from model.detection_weights import fit_weights
-from utils.checkpoint import load_checkpoint
 from utils.errors import ConfigError, unknown
 
 #: The ResNet's parts from the last to the first, as `trainable_layers` counts them.
@@ -71,8 +70,6 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
         num_classes: C, the background not counted (it is added here, as label 0). Comes from the data where left out.
         norm: as for the classifiers, or "Frozen": fixed norms in the backbone, none in pyramid and heads. `MABN`
             centres the filters of the backbone, the pyramid and both heads.
-        pretrained: a file to start from: ImageNet weights of a ResNet-50 (this project's, torchvision's, or MABN's
-            R50-wc.pth) or a whole detector's. Read by `load_pretrained`, when a new run starts.
         trainable_layers: how many parts of the ResNet learn, from the last: 5 all, 3 without conv1 and layer1, 0 none.
         min_size, max_size: evaluation resizes the shorter side to `min_size`, or less where the longer one would pass
             `max_size`.
@@ -86,7 +83,7 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
     num_experts = 1
     uses_all_parameters = True
 
-    def __init__(self, num_classes: int | None = None, norm: str | dict = "BatchNorm2d", pretrained: str | None = None,
+    def __init__(self, num_classes: int | None = None, norm: str | dict = "BatchNorm2d",
                  trainable_layers: int = 5, min_size: int = 800, max_size: int = 1333, box_head: str = "4conv1fc",
                  fpn_channels: int = 256, head_channels: int = 256, fc_dim: int = 1024,
                  anchor_sizes: list[int] = (32, 64, 128, 256, 512),  # a default that can't be changed by accident
@@ -119,7 +116,7 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
             mask_head=MaskHead(fpn_channels, [head_channels] * 4, 1, norm_layer=norm_layer),
             mask_predictor=MaskRCNNPredictor(head_channels, head_channels, num_classes + 1),
             _skip_resize=True)
-        self.num_classes, self.feat_dim, self.pretrained = num_classes, fc_dim, pretrained
+        self.num_classes, self.feat_dim = num_classes, fc_dim
         self._convert_norms(kind, norm_args)
         trained = STAGES[:trainable_layers] + (("bn1",) if trainable_layers == 5 else ())
         for name, parameter in self.backbone.body.named_parameters():
@@ -144,15 +141,17 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
 
     # ---- what the trainer asks ---------------------------------------------------------------------------------
 
-    def load_pretrained(self, path: str | None = None) -> str | None:
-        """Start from the weights in `path` (default: `pretrained`); a line for the log, None where there is nothing.
+    def load_pretrained(self, checkpoint: dict[str, Any], name: str) -> str:
+        """Start from a file's weights; a line for the log.
 
-        Raises ConfigError, naming the file, where it holds neither a ResNet-50 nor this detector.
+        Args:
+            checkpoint: ImageNet weights of a ResNet-50 (this project's, torchvision's, or MABN's R50-wc.pth), or a
+                whole detector's (what depends on the number of classes may differ).
+            name: the file's, for messages.
+        Raises:
+            ConfigError: it holds neither, or of other shapes.
         """
-        path = path or self.pretrained
-        if path is None:
-            return None
-        return fit_weights(self, load_checkpoint(path), str(path))
+        return fit_weights(self, checkpoint, name)
 
     def classifier_prefixes(self) -> list[str]:
         """Beginnings of the names of what depends on the classes."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ import torch
 
 from utils import dist
 from utils.errors import ConfigError
-from utils.rle import encode
+from utils.files import write_text
+from utils.rle import encode, unpack
 
 KINDS = ("bbox", "segm")
 #: Name, IoU threshold (None: the mean over 0.5, 0.55, ..., 0.95), area range.
@@ -129,8 +132,9 @@ class CocoEvaluator:
         images = [image for image in self.ground_truth["images"] if image["id"] in set(self.image_ids)]
         truth = {**self.ground_truth, "images": images}
         # As the tool itself reads a results file, which it can't if there is no result in it.
-        found = [{**entry, "id": n + 1, "iscrowd": 0, "area": box_area(entry["bbox"]) if kind == "bbox"
-                  else mask_area(entry["segmentation"])} for n, entry in enumerate(self.results)]
+        area = box_area if kind == "bbox" else mask_area
+        found = [{**entry, "id": n + 1, "iscrowd": 0, "area": area(entry)} for n, entry in
+                 enumerate(results_of(self.results, kind))]
         with contextlib.redirect_stdout(io.StringIO()):
             pair = []
             for content in (truth, {**truth, "annotations": found}):
@@ -148,13 +152,21 @@ class CocoEvaluator:
         return np.asarray(evaluation.eval["precision"])[..., -1], parameters
 
 
-def box_area(box: Sequence[float]) -> float:
-    return box[2] * box[3]
+def results_of(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The results for one kind of score, `bbox` or `segm`, as they are written to its file.
+
+    With boxes in the file pycocotools takes an object's size from its box; a mask's size is its own area.
+    """
+    dropped = "segmentation" if kind == "bbox" else "bbox"
+    return [{key: value for key, value in entry.items() if key != dropped} for entry in results]
 
 
-def mask_area(rle: dict[str, Any]) -> int:
-    from utils.rle import unpack
-    return sum(unpack(rle["counts"])[1::2])
+def box_area(entry: dict[str, Any]) -> float:
+    return entry["bbox"][2] * entry["bbox"][3]
+
+
+def mask_area(entry: dict[str, Any]) -> int:
+    return sum(unpack(entry["segmentation"]["counts"])[1::2])
 
 
 def mean_known(precision: np.ndarray) -> float | None:
@@ -187,24 +199,47 @@ def gather_texts(text: str) -> list[str]:
 
 
 @torch.no_grad()
-def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, int] | None = None,
+def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, int] | None = None, amp: object = None,
                       cls_num_list: list[int] | None = None, max_batches: int | None = None,
-                      autocast: contextlib.AbstractContextManager | None = None) -> tuple[dict[str, Any], list[dict]]:
-    """(figures, detections in COCO's results format) of `model` on `loader`'s split; all ranks return the same."""
+                      keep: bool = False) -> dict[str, Any]:
+    """The figures of `model` on `loader`'s split (see `CocoEvaluator.compute`); all ranks return the same.
+
+    Args:
+        cls_num_list: training instances of each class, for the groups; the loader's where left out.
+        max_batches: stop early (a dry run).
+        keep: also return `detections`, in COCO's results format.
+    """
+    # Imported here: the trainer imports this module.
+    from trainer.trainer import autocast
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    began = time.monotonic()
     evaluator = CocoEvaluator(loader.ground_truth(), cls_num_list or loader.cls_num_list, groups)
     for batch, (images, targets) in enumerate(loader):
         if max_batches is not None and batch >= max_batches:
             break
         n, _ = loader.share(batch)
         if n:
-            with autocast or contextlib.nullcontext():
+            with autocast(device, amp):
                 detections = model(images[:n])["detections"]
             evaluator.update([target["image_id"] for target in targets[:n]], detections)
     evaluator.gather()
     model.train(was_training)
-    return evaluator.compute(), evaluator.results
+    figures = evaluator.compute()
+    figures["seconds"] = time.monotonic() - began
+    if keep:
+        figures["detections"] = evaluator.results
+    return figures
+
+
+def write_results(folder: Path, results: list[dict[str, Any]]) -> list[Path]:
+    """Write detections_bbox.json and detections_segm.json, which COCO tools score; returns their paths."""
+    paths = []
+    for kind in KINDS:
+        paths.append(folder / f"detections_{kind}.json")
+        write_text(paths[-1], json.dumps(results_of(results, kind), allow_nan=False))
+    return paths
 
 
 def format_detection(figures: dict[str, Any], title: str = "") -> str:

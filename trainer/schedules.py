@@ -37,12 +37,27 @@ def cos_lr(epochs: int, warmup_epoch: int = 0) -> Callable[[int], float]:
     return factor
 
 
+def iteration_lr(milestones: list[int], gamma: float = 0.1, warmup_iters: int = 500,
+                 warmup_factor: float = 1 / 3) -> Callable[[int], float]:
+    """Detection's schedule as a factor of the base rate, by optimizer step t = 0, 1, ...
+
+    From `warmup_factor` up to 1 in a line over the first `warmup_iters` steps (Goyal 2017); times gamma from each
+    milestone on.
+    """
+    def factor(step: int) -> float:
+        value = gamma ** sum(step >= milestone for milestone in milestones)
+        if step < warmup_iters:
+            value *= warmup_factor + (1 - warmup_factor) * step / warmup_iters
+        return value
+    return factor
+
+
 def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimizer, epochs: int,
                     path: str = "lr_scheduler") -> torch_schedulers.LRScheduler | None:
     """The schedule a config names, stepped once an epoch; None where the config has none.
 
     Args:
-        spec: {"type": CustomLR | CosLR | any name in torch.optim.lr_scheduler, "args": {...}}.
+        spec: {"type": CustomLR | CosLR | IterationLR | any name in torch.optim.lr_scheduler, "args": {...}}.
         epochs: the run's length, for CosLR.
     Raises:
         ConfigError: unknown type or arguments.
@@ -58,6 +73,10 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
     if spec["type"] == "CosLR":
         # Old configs carry CustomLR's steps along; the cosine has no use for them.
         return torch_schedulers.LambdaLR(optimizer, cos_lr(epochs, args.get("warmup_epoch", 0)))
+    if spec["type"] == "IterationLR":
+        schedule = torch_schedulers.LambdaLR(optimizer, iteration_lr(**args))
+        schedule.by_iteration = True  # the trainer steps it after each optimizer step, not after each epoch
+        return schedule
     try:
         return build(torch_schedulers, spec, path, optimizer)
     except (TypeError, ValueError) as error:

@@ -101,6 +101,16 @@ class Trainer(BaseTrainer):
         with autocast(self.device, self.amp):
             outputs = self.forward(images, labels)
             loss = outputs["loss"] if "loss" in outputs else self.criterion(outputs, labels)
+        norm = self._update(loss, n, n_global)
+        figures = {"loss": loss.detach()}
+        with torch.no_grad():
+            for name, function in self.metrics.items():
+                figures[name] = function(outputs["output"].detach(), labels)
+        self.watch.after_step(outputs, labels, norm)
+        return figures
+
+    def _update(self, loss: torch.Tensor, n: int, n_global: int) -> torch.Tensor:
+        """Backward pass and optimizer step for this rank's share of a batch; the gradient's norm."""
         weighted = loss if dist.world_size() == 1 else loss * (n * dist.world_size() / n_global)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
@@ -115,12 +125,7 @@ class Trainer(BaseTrainer):
                 self.scaler.update()
             else:
                 self.optimizer.step()
-        figures = {"loss": loss.detach()}
-        with torch.no_grad():
-            for name, function in self.metrics.items():
-                figures[name] = function(outputs["output"].detach(), labels)
-        self.watch.after_step(outputs, labels, norm)
-        return figures
+        return norm
 
     def _gradient_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.trainable if p.grad is not None]

@@ -93,7 +93,8 @@ TRAINER = (
     Row("histograms", "bool | int | None", None,
         "weight histograms to TensorBoard every so many epochs; null: ten times a run; false: never", low=0),
     Row("profile", "bool", False, "write a torch.profiler trace of a few steps"),
-    Row("iterations", "int | None", None, "train so many steps in all, whatever the epochs; null: by epochs", low=1),
+    Row("iterations", "int | None", None,
+        "detection: stop after so many steps, if `epochs` don't end before; null: by epochs", low=1),
 )
 
 #: What model/model.py defines beside the architectures.
@@ -118,7 +119,8 @@ SECTIONS = {
 }
 
 #: Schedules of our own: config name -> (function in trainer/schedules.py, arguments of old configs without a use).
-OWN_SCHEDULES = {"CustomLR": ("custom_lr", {}), "CosLR": ("cos_lr", {"step1": "int", "step2": "int", "gamma": "float"})}
+OWN_SCHEDULES = {"CustomLR": ("custom_lr", {}), "CosLR": ("cos_lr", {"step1": "int", "step2": "int", "gamma": "float"}),
+                 "IterationLR": ("iteration_lr", {})}
 SCHEDULES_FILE = "trainer/schedules.py"
 
 #: Figures that can be monitored beside the loss and the config's metrics.
