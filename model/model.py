@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +15,9 @@ from model.resnet import CIFAR, IMAGENET, ResNet
 from model.routing import RoutedResNet
 from utils.build import build
 from utils.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from model.detection import MaskRCNNR50FPNModel  # noqa: F401
 
 
 def _require(ok: bool, key: str, message: str) -> None:
@@ -234,17 +239,30 @@ ARCHS: dict[str, type[BaseModel]] = {
 }
 
 
+#: Architectures whose module is imported when they are asked for: torchvision alone takes a second.
+ELSEWHERE = {"MaskRCNNR50FPNModel": "model.detection"}
+
+
+def __getattr__(name: str) -> type[BaseModel]:
+    if name not in ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(ELSEWHERE[name]), name)
+
+
 def build_model(arch: dict, num_classes: int | None = None, path: str = "arch") -> BaseModel:
     """The model that `arch` = {"type", "args"} describes.
 
     `num_classes` is the data's, filled in where the config has none. Raises ConfigError, with `path` in the message,
     for an unknown type, for values out of range, and where config and data disagree about the number of classes.
     """
-    given = (arch.get("args") or {}).get("num_classes")
+    kind, given = arch.get("type"), (arch.get("args") or {}).get("num_classes")
+    if kind not in ARCHS and kind not in ELSEWHERE:
+        raise unknown(f"{path}.type", kind, [*ARCHS, *ELSEWHERE], "architecture")
     if None not in (given, num_classes) and given != num_classes:
         raise ConfigError(f"{path}.args.num_classes: {given}, but the data has {num_classes} classes")
     try:
-        return build(ARCHS, arch, path, num_classes=num_classes if given is None else given)
+        table = ARCHS if kind in ARCHS else {kind: __getattr__(kind)}
+        return build(table, arch, path, num_classes=num_classes if given is None else given)
     except ConfigError as error:
         # The constructors don't know where in the config they were named.
         raise ConfigError(re.sub(r"^arch\.args", f"{path}.args", str(error))) from None

@@ -57,7 +57,16 @@ def test_all_public_names_are_there():
     names = {f"{kind}{depth}{ea}Model" for kind, depths in (("ResNet", (10, 32, 50, 101, 152)),
                                                             ("ResNeXt", (50, 101, 152)))
              for depth in depths for ea in ("", "EA")}
-    assert names <= set(ARCHS)
+    assert names == set(ARCHS)
+
+
+def test_the_detector_is_found_by_its_name_but_imported_only_then():
+    import model.model
+    with pytest.raises(ConfigError, match="MaskRCNNR50FPNModel"):
+        build_model({"type": "MaskRCNNModel"}, 7)
+    assert model.model.MaskRCNNR50FPNModel.__name__ == "MaskRCNNR50FPNModel"
+    with pytest.raises(AttributeError):
+        _ = model.model.ResNet31Model
 
 
 @pytest.mark.parametrize("experts", [1, 3])
