@@ -36,6 +36,9 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         the figures of test_metrics.json, each metric, and `seconds`; where the model's dict has each expert's logits
         also `expert_acc` and `expert_disagreement`; for expert-assignment models `expert_share`.
     """
+    if hasattr(loader, "ground_truth"):  # detectors are scored by average precision
+        from trainer.coco_eval import evaluate_detector
+        return evaluate_detector(model, loader, groups=groups, amp=amp, max_batches=max_batches, keep=keep)
     # Imported here: the trainer imports this module.
     from trainer.trainer import autocast
     device = next(model.parameters()).device
@@ -87,6 +90,10 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
 
 def format_result(result: dict[str, Any], title: str = "") -> str:
     """The figures a person looks for first: all, many, medium, few in percent."""
+    if "bbox_AP" in result:
+        from trainer.coco_eval import format_detection
+        return format_detection(result, title)
+
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
     header = f"{title:<16}" + "".join(f"{name:>9}" for name in ("all", "many", "medium", "few"))
