@@ -87,7 +87,9 @@ def _parse(node: str | ast.expr | None, aliases: Aliases) -> Type:
         except (SyntaxError, ValueError, RecursionError):
             return FOREIGN
     if isinstance(node, ast.Constant):
-        return Type("none") if node.value is None else FOREIGN
+        # Quoted inside quotes once more, or None.
+        return _parse(node.value, aliases) if isinstance(node.value, str) else \
+            Type("none") if node.value is None else FOREIGN
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _union([_parse(node.left, aliases), _parse(node.right, aliases)])
     if isinstance(node, ast.Subscript):

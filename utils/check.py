@@ -63,7 +63,7 @@ def _parts(path: str, spec: Any, overrides: Sequence[Any] = (), may_be_empty: bo
     if kind is None:
         for item in overrides:
             if item.path.startswith(f"{path}.args."):
-                raise ConfigError(f"{item.path}: the config has no {path}.type for this to act on")
+                raise ConfigError(f"{item.path}: the config has no {path}.type, so there is nothing to change")
         if may_be_empty and not args:
             return None, {}
         raise ConfigError(f"{path}.type: missing")
@@ -117,12 +117,12 @@ def check_within(value: Any, path: str, low: float | None = None, high: float | 
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
-        if low is not None and number < low:
-            raise ConfigError(f"{path}: must be at least {low}, not {shown(number)}")
-        if high is not None and number > high:
-            raise ConfigError(f"{path}: must be at most {high}, not {shown(number)}")
-        if above is not None and number <= above:
-            raise ConfigError(f"{path}: must be greater than {above}, not {shown(number)}")
+        wrong = (f"at least {low}" if low is not None and number < low else
+                 f"at most {high}" if high is not None and number > high else
+                 f"greater than {above}" if above is not None and number <= above else "")
+        if wrong:
+            said = int(number) if number == int(number) else number
+            raise ConfigError(f"{path}: must be {wrong}, not {shown(said)}")
 
 
 def _check_limits(name: str, args: dict[str, Any]) -> None:
@@ -154,10 +154,11 @@ def _norm_signature(kind: str, path: str) -> Signature:
     row = table[kind]
     maker = row.args[0] if isinstance(row, ast.Call) and row.args else row
     found = signature.of_name(maker.id, file)
-    first = next(iter(found.parameters))
-    extra = next((item.value for item in getattr(row, "keywords", ()) if item.arg == "own_args"), None)
-    more = {name: Parameter(name, ANY, False) for name in (ast.literal_eval(extra) if extra is not None else ())}
-    return Signature(kind, {**found.without(first, "affine").parameters, **more})
+    first = next(iter(found.parameters))  # the width, which convert_norm gives
+    more = [name for item in getattr(row, "keywords", ()) if isinstance(item.value, ast.Tuple)
+            for name in ast.literal_eval(item.value)]  # arguments of convert_norm's own
+    return Signature(kind, {**found.without(first, "affine").parameters,
+                            **{name: Parameter(name, ANY, False) for name in more}})
 
 
 def _sampler_signature(kind: str, path: str) -> Signature:

@@ -65,6 +65,9 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message.removeprefix("argument "))
 
 
+Parser = _Parser  # for the tools' own command lines
+
+
 class _SetNamed(argparse.Action):
     """A named override: append (path, value, flag, text) to `overrides`, in the order of the command line."""
 
@@ -323,8 +326,8 @@ def _number(text: str, flag: str) -> float:
 def run_main(main: Callable[[], Any]) -> NoReturn:
     """Run an entry point's `main` and exit: 0 done; 2 with one line on stderr for a ConfigError; 1 for anything else.
 
-    Python's warnings, and what is logged before logging is set up, go to stdout, so that stderr holds that line alone. Where every rank of a torchrun makes the same
-    mistake before they have joined, only rank 0 says so.
+    Python's warnings, and what is logged before logging is set up, go to stdout, so that stderr holds that line alone.
+    Where every rank of a torchrun makes the same mistake before they have joined, only rank 0 says so.
     """
     warnings.showwarning = _show_on_stdout
     logging.lastResort = logging.StreamHandler(sys.stdout)
