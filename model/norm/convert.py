@@ -21,7 +21,8 @@ from utils.errors import ConfigError, unknown
 _log = logging.getLogger(__name__)
 
 
-def _batch_norm(channels, eps=1e-5, momentum=0.1, affine=True, normalization_batch_size=None):
+def _batch_norm(channels, eps=1e-5, momentum=0.1, affine=True,
+                normalization_batch_size: int | None = None):
     if normalization_batch_size is None:
         return nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=affine)
     return GroupedBatchNorm2d(channels, eps, momentum, affine, normalization_batch_size)
@@ -35,7 +36,8 @@ def _sync(channels, eps=1e-5, momentum=0.1, affine=True):
     return SyncBatchNorm(channels, eps=eps, momentum=momentum, affine=affine)
 
 
-def _mabn(channels, B=None, real_B=32, eps=1e-5, momentum=0.98, warmup_iters=100, normalization_batch_size=None):
+def _mabn(channels, B: int | None = None, real_B: int = 32, eps=1e-5, momentum=0.98, warmup_iters: int = 100,
+          normalization_batch_size: int | None = None):
     B = B if B is not None else normalization_batch_size or 2
     return MABN2d(channels, B, real_B, eps, momentum, warmup_iters, normalization_batch_size)
 
