@@ -6,6 +6,8 @@ parameter gradients of its backward are sum(a * b) and sum(a).
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 
 _native = torch.ops.aten.native_batch_norm.default
@@ -49,9 +51,9 @@ def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.T
     return torch.addcmul(_column(shift), x, _column(scale)).to(x.dtype)
 
 
-def combine(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
-    """a * a_scale + b * b_scale in a's type and format; a, b [N, C, H, W]; the scales [1, C] or [N, C]."""
-    return torch.mul(a, _column(a_scale)).addcmul_(b, _column(b_scale)).to(a.dtype)
+def difference(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
+    """a * a_scale - b * b_scale in a's type and format; a, b [N, C, H, W]; the scales [1, C] or [N, C]."""
+    return torch.mul(a, _column(a_scale)).addcmul_(b, _column(b_scale), value=-1).to(a.dtype)
 
 
 def _column(per_channel: torch.Tensor) -> torch.Tensor:
@@ -59,5 +61,12 @@ def _column(per_channel: torch.Tensor) -> torch.Tensor:
 
 
 def _zeros_ones(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = wide_type(x.dtype)
-    return (torch.zeros(channels, dtype=wide, device=x.device), torch.ones(channels, dtype=wide, device=x.device))
+    key = (channels, wide_type(x.dtype), x.device)
+    return _constants(*key) if type(x) is torch.Tensor else _constants.__wrapped__(*key)    # no fake tensor is kept
+
+
+@functools.lru_cache(maxsize=512)
+def _constants(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros and ones [channels] that are only ever read: made once, as making them costs what a small layer costs."""
+    with torch.inference_mode(False):
+        return torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)

@@ -9,18 +9,29 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from model.norm.grouped import check_group_size, group_expand, group_mean
-from model.norm.kernels import affine, combine, dot_and_sum, same_format
+from model.norm.kernels import affine, difference, dot_and_sum, same_format
 from utils.errors import ConfigError
 
 _MAX_CALLS = 64      # forwards between two optimizer steps that a recomputation can still refer to
 
 
 class _Call(NamedTuple):
-    """One training forward's statistics, [G, C] each (G = 1 unless groups are simulated), and its iteration t [1]."""
+    """One training forward's statistics, [G, C] each (G = 1 unless groups are simulated), and its iteration t."""
     chi: torch.Tensor       # mean of x^2
     inv_std: torch.Tensor   # 1 / sqrt(var + eps)
-    ratio: torch.Tensor     # r
-    t: torch.Tensor
+    per_x: torch.Tensor     # r / sqrt(var + eps): r z = x * per_x
+    t: int | torch.Tensor
+
+
+# The state is advanced by the same lines on every device. On the CPU the iteration t and all conditions on it are Python
+# values, and small tensor operations are saved; on a GPU they are tensors, so that no step waits for the device.
+
+def _plain(value: torch.Tensor) -> object:
+    return value.item() if value.device.type == "cpu" else value
+
+
+def _choose(condition: bool | torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    return torch.where(condition, yes, no) if isinstance(condition, torch.Tensor) else yes if condition else no
 
 
 class MABN2d(nn.Module):
@@ -84,7 +95,7 @@ class MABN2d(nn.Module):
         x = same_format(x, like=x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             call = self._statistics(x.detach())
-        return _Normalise.apply(x, self.weight, self.bias, call.inv_std, call.ratio, call.t, self)
+        return _Normalise.apply(x, self.weight, self.bias, call.inv_std, call.per_x, call.t, self)
 
     def _statistics(self, x: torch.Tensor) -> _Call:
         """This forward's statistics; the state moves on by one iteration unless this is a recomputation."""
@@ -92,15 +103,15 @@ class MABN2d(nn.Module):
         if torch._C._current_graph_task_id() != -1 and self._calls:           # we are inside a backward pass
             return self._recall(chi)
         self.iters.add_(1)
-        t = self.iters.clone()
-        var = self._average(self.buffer_x2, chi, t)                           # [G, C]
+        t = _plain(self.iters.clone())
+        var, finite = self._average(self.buffer_x2, chi, t)                   # [G, C]
         running = self.running_var.view(1, -1).to(var.dtype)
-        std = (var + self.eps).sqrt()
-        ratio = (std / (running + self.eps).sqrt()).clamp_(1 / 5, 5)
-        ratio = torch.where(t <= max(1000, self.warmup_iters), torch.ones_like(ratio), ratio)
-        moved = running.lerp(var.mean(0, keepdim=True), 1 - self.momentum)
-        self.running_var.copy_(torch.where(moved.isfinite(), moved, running).view_as(self.running_var))
-        call = _Call(chi, std.reciprocal(), ratio, t)
+        inv_std = (var + self.eps).rsqrt_()
+        ratio = ((running + self.eps).sqrt_() * inv_std).reciprocal_().clamp_(1 / 5, 5)
+        per_x = _choose(t <= max(1000, self.warmup_iters), inv_std, ratio * inv_std)
+        moved = running.lerp(var if len(var) == 1 else var.mean(0, keepdim=True), 1 - self.momentum)
+        self.running_var.copy_(_choose(finite, moved, running).view_as(self.running_var))
+        call = _Call(chi, inv_std, per_x, t)
         self._remember(call)
         return call
 
@@ -118,19 +129,22 @@ class MABN2d(nn.Module):
         """What each sample takes of its group: [1, C] stays, [G, C] -> [N, C], n = N."""
         return group_expand(per_group, self.normalization_batch_size, n) if self._grouped else per_group
 
-    def _average(self, buffer: torch.Tensor, new: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Enter iteration t's moments `new` [G, C] in `buffer` [K, C] and return those to use, [G, C]."""
+    def _average(self, buffer: torch.Tensor, new: torch.Tensor, t: int | torch.Tensor) -> tuple:
+        """Enter iteration t's moments `new` [G, C] in `buffer` [K, C], if all are finite.
+
+        Returns the moments to use [G, C], and whether they were finite.
+        """
         size = len(buffer)
+        finite = _plain(new.sum().isfinite())
         if self._grouped:
-            kept = torch.where(new.isfinite(), new, buffer[-1:].to(new.dtype))
-            history = torch.cat([buffer.to(new.dtype), kept])                 # [K + G, C]
-            buffer.copy_(history[-size:])
+            history = torch.cat([buffer.to(new.dtype), new])                  # [K + G, C]
+            buffer.copy_(_choose(finite, history[-size:], buffer))
             averaged = history.unfold(0, size, 1)[1:].mean(-1)                # group g's K newest: [G, C]
         else:
             slot = t % size
-            buffer.index_copy_(0, slot, torch.where(new.isfinite(), new, buffer[slot].to(new.dtype)).to(buffer.dtype))
+            buffer[slot] = _choose(finite, new.to(buffer.dtype), buffer[slot])
             averaged = buffer.mean(0, keepdim=True, dtype=new.dtype)
-        return torch.where((t <= size) | (t < self.warmup_iters), new, averaged)
+        return _choose((t <= size) | (t < self.warmup_iters), new, averaged), finite
 
     def _remember(self, call: _Call) -> None:
         """Keep the call for a recomputation; calls from before the last optimizer step can't be asked for any more."""
@@ -145,9 +159,7 @@ class MABN2d(nn.Module):
         alike = [call for call in self._calls if call.chi.shape == chi.shape]
         if len(alike) == 1:
             return alike[0]
-        columns = _Call(*(torch.stack(column) for column in zip(*alike)))     # [calls, G, C]
-        nearest = (columns.chi - chi).abs().sum((1, 2)).argmin().view(1)
-        return _Call(*(column.index_select(0, nearest)[0] for column in columns))
+        return alike[(torch.stack([call.chi for call in alike]) - chi).abs().sum((1, 2)).argmin().item()]
 
     def train(self, mode: bool = True) -> MABN2d:
         self._calls.clear()
@@ -182,31 +194,27 @@ class MABN2d(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """y = w r z + b and its gradient by averaged moments. `inv_std`, `ratio`: [G, C]; `t`: [1]; `layer`: the MABN2d."""
+    """y = w r z + b and its gradient by averaged moments. `inv_std`, `per_x`, t: of _Call; `layer`: the MABN2d."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, inv_std, ratio, t, layer):
-        ctx.layer = layer
-        ctx.save_for_backward(x, weight, inv_std, ratio, t)
-        wide = inv_std.dtype
-        scale = layer._spread(weight.to(wide) * ratio * inv_std, len(x))
+    def forward(ctx, x, weight, bias, inv_std, per_x, t, layer):
+        ctx.layer, ctx.t = layer, t
+        ctx.save_for_backward(x, weight, inv_std, per_x)
         with torch.autocast(x.device.type, enabled=False):
-            return affine(x, scale, bias.to(wide).expand_as(scale))
+            scale = layer._spread(weight * per_x, len(x))                      # [1, C] or [N, C]
+            return affine(x, scale, bias.to(scale.dtype).expand_as(scale))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, inv_std, ratio, t = ctx.saved_tensors
-        layer = ctx.layer
+        x, weight, inv_std, per_x = ctx.saved_tensors
+        layer, n = ctx.layer, len(x)
         with torch.autocast(x.device.type, enabled=False):
             dy = same_format(dy, like=x)
-            dot, total = dot_and_sum(dy, x, layer._grouped)          # sums of dy x and of dy: [1, C] or [N, C]
-            per_z = ratio * inv_std                                  # r z = x * per_z
-            scale = weight.to(per_z.dtype) * per_z                   # g = dy * scale * sqrt(var + eps)
-            psi = layer._average(layer.buffer_gz, scale * layer._pool(dot, x), t)
-            n = len(x)
-            dx = combine(dy, layer._spread(scale, n), x, layer._spread(-psi * inv_std * inv_std, n))
-            d_weight = (dot * layer._spread(per_z, n)).sum(0).to(weight.dtype)
-        return dx, d_weight, total.sum(0).to(weight.dtype), None, None, None, None
-
-
+            dot, total = dot_and_sum(dy, x, layer._grouped)                    # sums of dy x and of dy: [1, C] or [N, C]
+            scale = weight * per_x                                             # g / sqrt(var + eps) = dy * scale
+            psi, _ = layer._average(layer.buffer_gz, scale * layer._pool(dot, x), ctx.t)
+            # dx = g / sqrt(var + eps) - psi * z / sqrt(var + eps), z = x * inv_std
+            dx = difference(dy, layer._spread(scale, n), x, layer._spread(psi * inv_std * inv_std, n))
+            d_weight = dot * layer._spread(per_x, n)
+        return dx, d_weight.sum(0).to(weight.dtype), total.sum(0).to(weight.dtype), None, None, None, None

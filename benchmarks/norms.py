@@ -1,0 +1,91 @@
+"""How long the norms take: MABN and NBN against batch norm in training, folded against plain networks in evaluation.
+
+    python -m benchmarks.norms [--json FILE] [--threads N] [--rounds N]
+
+Every ratio is the median over rounds of (ours / torch.nn.BatchNorm2d), both timed in the same round; quartiles follow.
+"""
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from benchmarks.timing import finish, interleave, machine, parser, spread
+from model.norm import MABN2d, NormalizedBatchNorm2d, convert_norm
+
+SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32))
+LIMITS = {"MABN": 1.25, "NBN": 1.05}       # what we hold ourselves to
+
+
+def training_step(layer: nn.Module, shape: tuple[int, ...], memory_format: torch.memory_format):
+    """A function that runs `layer` forward and backward once on a fixed float32 input."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for _ in range(2))
+    x.requires_grad_()
+
+    def step():
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+        layer(x).backward(dy)
+    return step
+
+
+def layers(channels: int) -> dict[str, nn.Module]:
+    """Batch norm and ours, MABN past its warm-up so that the buffers are in use."""
+    mabn = MABN2d(channels, B=2, real_B=32)
+    mabn.iters.fill_(1001)
+    mabn.buffer_x2.fill_(1.0)
+    owner = nn.Module()
+    owner.scale_factor = nn.Parameter(torch.ones(1))
+    nbn = NormalizedBatchNorm2d(channels)
+    nbn.share_scale(owner)
+    return {"BN": nn.BatchNorm2d(channels), "MABN": mabn, "NBN": nbn}
+
+
+def time_training(rounds: int) -> list[dict]:
+    results = []
+    for shape in SHAPES:
+        for name, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+            timing = interleave({norm: training_step(layer, shape, memory_format)
+                                 for norm, layer in layers(shape[1]).items()}, rounds, warmup=5)
+            for norm, limit in LIMITS.items():
+                ratio = timing.ratio(norm, "BN")
+                results.append({"norm": norm, "shape": shape, "format": name, "ratio": ratio, "limit": limit,
+                                "bn_ms": timing.median("BN") * 1e3})
+                print(f"{norm:5} {str(list(shape)):18} {name:14} {spread(ratio):24} limit {limit:.2f}x   "
+                      f"(BN {timing.median('BN') * 1e3:.2f} ms)")
+    return results
+
+
+@torch.no_grad()
+def time_folding(rounds: int) -> list[dict]:
+    """Images per second of a ResNet-18 at 128 x 128, each norm as it stands and folded, against plain batch norm."""
+    import torchvision
+    images = torch.randn(8, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    nets = {norm: convert_norm(torchvision.models.resnet18(), norm).eval()
+            for norm in ("BatchNorm2d", "MABN", "GroupNorm", "LayerNorm", "InstanceNorm")}
+    #nets |= {"BatchNorm2d, folded": fold_norm(nets["BatchNorm2d"]), "MABN, folded": fold_norm(nets["MABN"])}
+    timing = interleave({name: (lambda net=net: net(images)) for name, net in nets.items()}, rounds)
+    results = []
+    for name in nets:
+        speed_up = timing.speed_up(name, "BatchNorm2d")
+        rate = len(images) / timing.median(name)
+        results.append({"network": name, "speed_up": speed_up, "images_per_second": rate})
+        print(f"{name:20} {rate:7.1f} images/s   {spread(speed_up)} of BatchNorm2d's speed")
+    return results
+
+
+def main() -> int:
+    args = parser(__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"{machine(args.threads)}\n\nTraining, forward + backward, float32: time over BatchNorm2d's")
+    results = {"training": time_training(args.rounds or 60)}
+    print("\nEvaluation, ResNet-18, 8 images of 128 x 128")
+    results["inference"] = time_folding(args.rounds or 20)
+    finish("norms", results, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Fair timing on a shared machine: the sides of a comparison run in turns, and medians of paired ratios are reported."""
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Timing:
+    """Seconds of each side, round by round: `seconds[name][i]` all belong to round i."""
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, baseline: str) -> dict[str, float]:
+        """How many times as long `name` takes as `baseline`: median, lower and upper quartile over the rounds."""
+        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[baseline])]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        return {"median": middle, "low": low, "high": high}
+
+    def speed_up(self, name: str, baseline: str) -> dict[str, float]:
+        """How many times as fast `name` is as `baseline`."""
+        ratio = self.ratio(name, baseline)
+        return {"median": 1 / ratio["median"], "low": 1 / ratio["high"], "high": 1 / ratio["low"]}
+
+
+def interleave(sides: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2,
+               budget: float | None = None) -> Timing:
+    """Time every side once a round, starting with another side each round, so that drift hits all alike.
+
+    `warmup` rounds aren't counted. `budget` (seconds): no new round once it is used up (at least 3 are run).
+    On a GPU a side must synchronise at its end.
+    """
+    names = list(sides)
+    timing = Timing({name: [] for name in names})
+    begun = time.perf_counter()
+    for r in range(-warmup, rounds):
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            sides[name]()
+            if r >= 0:
+                timing.seconds[name].append(time.perf_counter() - start)
+        if budget is not None and r >= 2 and time.perf_counter() - begun > budget:
+            break
+    return timing
+
+
+def parser(description: str, threads: int = 2) -> argparse.ArgumentParser:
+    """The flags all benchmarks share: --json FILE, --threads N (default `threads`), --rounds N."""
+    flags = argparse.ArgumentParser(description=description)
+    flags.add_argument("--json", metavar="FILE", help="also write the results there")
+    flags.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", threads)),
+                       help="CPU threads (default: OMP_NUM_THREADS, else %(default)s)")
+    flags.add_argument("--rounds", type=int, default=None, help="timed rounds of each comparison")
+    return flags
+
+
+def machine(threads: int | None = None) -> dict[str, object]:
+    """What the figures were measured on, for the JSON and the first line printed."""
+    import torch
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as info:
+            name = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), name)
+    except OSError:
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": name, "cores": os.cpu_count(), "threads": threads or torch.get_num_threads(), "gpu": gpu,
+            "torch": torch.__version__, "python": platform.python_version()}
+
+
+def finish(name: str, results: object, args: argparse.Namespace) -> None:
+    """Write `{"benchmark", "machine", "results"}` to --json's file, if one was named."""
+    if args.json:
+        from utils.files import write_json
+        write_json(args.json, {"benchmark": name, "machine": machine(args.threads), "results": results})
+        print(f"written to {args.json}")
+
+
+def spread(ratio: dict[str, float]) -> str:
+    """`1.07x (1.03 to 1.12)` of a ratio from `Timing`."""
+    return f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
