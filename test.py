@@ -42,14 +42,19 @@ def test(args: Namespace) -> dict[str, Any]:
 
     loader = run.loader(args.split)
     check_classes(run, loader)
+    detects = hasattr(loader, "ground_truth")
+    if detects and (args.classifier != "joint" or args.open_set):
+        raise ConfigError(f"{'--open_set' if args.open_set else '--classifier'}: is for classifiers; {args.resume} is a "
+                          "detector")
     head, note = choose_classifier(args, run)
-    result = evaluate(run.model, loader, groups=run.config["groups"], head=head, keep=bool(args.open_set))
+    result = evaluate(run.model, loader, groups=run.config["groups"], head=head, keep=bool(args.open_set) or detects)
     result.update(note)
     if args.open_set:
         result["open_set"] = open_set(args, run, head, result)
     for key in ("predictions", "confidences", "labels"):
         result.pop(key, None)
 
+    found = result.pop("detections", None)
     log.info("%s", format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
     target = Path(args.resume).parent / "test_metrics.json"
     if dist.is_main():
@@ -57,6 +62,10 @@ def test(args: Namespace) -> dict[str, Any]:
             write_json(target, result)
         except OSError as error:
             raise ConfigError(f"{target}: can't be written: {error.strerror}") from None
+        if found is not None:
+            from trainer.coco_eval import write_results
+            for path in write_results(target.parent, found):
+                log.info("detections in %s", path)
         log.info("\nwritten to %s", target)
         if args.report:
             from utils.report import write_report

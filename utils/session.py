@@ -124,6 +124,8 @@ def load_start(model: nn.Module, start: Start) -> None:
         # Stage 1's file has no gates yet; any other must bring everything.
         stage1 = not start.goes_on and not any(GATES in key for key in start.checkpoint.get("state_dict") or {})
         load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=(GATES,) if stage1 else ())
+    elif config.get("pretrained") and hasattr(model, "load_pretrained"):
+        log.info(model.load_pretrained(load_checkpoint(config["pretrained"]), config["pretrained"]))
     elif config.get("pretrained"):
         load_weights(model, config["pretrained"], skip_prefixes=(GATES,), new_head=True)
     if config.get("load_crt"):
