@@ -7,6 +7,7 @@ configuration, and on old torch versions it was itself not safe.
 """
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -53,9 +54,10 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
         with atomic_write(path) as handle:
             torch.save(plain, handle)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise OSError(getattr(cause, "errno", None), f"{path}: the checkpoint can't be written ({reason})") from error
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
 
 
 def strip_module(key: str) -> str:
@@ -322,6 +324,33 @@ def find_weights(checkpoint: dict) -> tuple[str, dict] | None:
             return key, checkpoint[key]
     bare = any(isinstance(value, (torch.Tensor, np.ndarray)) for value in checkpoint.values())
     return ("", checkpoint) if bare else None
+
+
+def recover_config(checkpoint: dict) -> dict | None:
+    """The config in a checkpoint as plain data: a dict, or the `_config` of RIDE's pickled ConfigParser; else None."""
+    config = checkpoint.get("config")
+    if isinstance(config, Inert):
+        config = config.attribute("_config")
+    config = plain_data(config)
+    return config if isinstance(config, dict) and config else None
+
+
+def plain_data(value: Any, depth: int = 0, budget: list[int] | None = None) -> Any:
+    """`value` with text for keys and without inert objects: kinds of dict and list as such, any other as None.
+
+    Raises ConfigError for data nested deeper than 50 levels or of more than a million parts.
+    """
+    budget = [1_000_000] if budget is None else budget
+    budget[0] -= 1
+    if depth > 50 or budget[0] < 0:
+        raise ConfigError("the checkpoint: its data is nested too deeply")
+    if isinstance(value, Inert):
+        value = value.pairs or value.items or None
+    if isinstance(value, dict):
+        return {key: plain_data(item, depth + 1, budget) for key, item in value.items() if not isinstance(key, Inert)}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain_data(item, depth + 1, budget) for item in value)
+    return value
 
 
 def _check_weights(checkpoint: Any) -> None:
