@@ -112,6 +112,7 @@ class BaseTrainer(ABC):
                 trained = self.train_epoch(epoch, start_batch)
                 if trained is None:
                     return self._stopped(epoch)
+                train_seconds = time.monotonic() - epoch_began
                 self.sync_buffers()
                 validated = self.validate(epoch) if self.valid_loader is not None else {}
                 figures = {"loss": None, "val_loss": None, **trained,
@@ -120,6 +121,7 @@ class BaseTrainer(ABC):
                 improved = self._is_better(figures)
                 self.not_improved = 0 if improved or self.monitor_mode == "off" else self.not_improved + 1
                 self._report(epoch, lr, figures, time.monotonic() - epoch_began, time.monotonic() - began, improved)
+                self._report_time(epoch, start_batch, train_seconds, time.monotonic() - epoch_began)
                 ends = epoch == self.epochs or self.not_improved >= self.early_stop
                 if epoch % self.save_period == 0 or ends or start_batch:
                     last = self.save(epoch)
@@ -161,6 +163,7 @@ class BaseTrainer(ABC):
             self.writer = make_writer(self.paths.log, bool(self.options.get("tensorboard", True)),
                                       self.start_epoch - 1, self.global_step)
             self.csv = MetricsCSV(self.paths.log / "metrics.csv", self.start_epoch - 1)
+            self.times = MetricsCSV(self.paths.log / "timing.csv", self.start_epoch - 1)
         dist.barrier()
 
     def _step_schedule(self, figures: dict[str, Any]) -> None:
@@ -193,6 +196,16 @@ class BaseTrainer(ABC):
                 self.writer.add_scalar(tag, value, epoch)
         self.log_epoch(epoch, figures)
         self.writer.flush()
+
+    def _report_time(self, epoch: int, start_batch: int, train_seconds: float, seconds: float) -> None:
+        """A row of timing.csv: what `utils.compare` shows as wall time and images/s.
+
+        A file of its own, because metrics.csv is the same for the same seed and times never are.
+        """
+        if self.is_main:
+            images = sum(self.train_loader.share(b)[1] for b in range(start_batch, len(self.train_loader)))
+            self.times.append({"epoch": epoch, "seconds": round(seconds, 3),
+                               "images_per_second": round(images / max(train_seconds, 1e-9), 2)})
 
     @staticmethod
     def _parse_monitor(monitor: str) -> tuple[str, str]:
