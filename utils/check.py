@@ -82,6 +82,8 @@ def _signature(name: str, kind: str, section: Section) -> tuple[Signature, Mappi
     names = known_types(name)
     if kind not in names:
         raise unknown(f"{name}.type", kind, names, section.what)
+    if kind in section.refused:
+        raise ConfigError(f"{name}.type: {kind} can't be used: {section.refused[kind]}")
     found = signature.of_name(kind, path, root)
     for key, item in found.parameters.items():
         # torch's LambdaLR wants a function, SequentialLR other schedules.

@@ -40,6 +40,8 @@ class Section:
     reserved: Mapping[str, str] = field(default_factory=dict)
     #: Arguments of old configs that do nothing any more, and are dropped.
     dropped: Mapping[str, str] = field(default_factory=dict)
+    #: Types that exist but can't work here: name -> why.
+    refused: Mapping[str, str] = field(default_factory=dict)
     required: bool = True
 
 
@@ -86,6 +88,7 @@ TRAINER = (
     Row("max_skipped", "int", 100, "with on_nonfinite skip: give up after so many skipped steps", low=1),
     Row("no_decay_scale", "bool", False, "no weight decay on NBN's learned scales"),
     Row("classifier_lr", "float | None", None, "a base rate of the classifier's own (Places-LT)", above=0),
+    Row("bt_gather", "bool", False, "BatchFormer attends over all processes' features"),
     Row("log_batch_attention", "bool", False, "BatchFormer's class-by-class attention, to TensorBoard"),
     Row("record_statistics", "bool", False, "one norm layer's forward and backward statistics, to TensorBoard"),
     Row("statistics_layer", "str | None", None, "that layer's name; null takes the last norm layer"),
@@ -110,7 +113,9 @@ SECTIONS = {
         reserved={"seed": "the top-level key seed", "device": "the flag -d", "rank": "torchrun",
                   "world_size": "torchrun", "epochs": "trainer.epochs"},
         dropped={"distributed": "bool"}),
-    "optimizer": Section("optimizer", "torch/optim/__init__.py", skip=("Optimizer",), provided=("params",)),
+    "optimizer": Section("optimizer", "torch/optim/__init__.py", skip=("Optimizer",), provided=("params",),
+                         refused={"LBFGS": "it evaluates the loss several times a step, which training doesn't",
+                                  "SparseAdam": "it takes sparse gradients only, and these models have none"}),
     "loss": Section("loss", "model/loss.py", "Loss", skip=("LongTailLoss", "PerExpert"), provided=("cls_num_list",),
                     required=False),
     "lr_scheduler": Section("schedule", "torch/optim/lr_scheduler.py", skip=("LRScheduler", "Optimizer", "Tensor"),

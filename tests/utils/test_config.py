@@ -162,6 +162,7 @@ WRONG = [  # path, value, what the line must hold
     ("optimizer.args.lr", float("inf"), "finite"), ("optimizer.args.lr", None, "must be a number"),
     ("optimizer.args.momentun", 0.9, "did you mean 'momentum'?"),
     ("optimizer.args.params", [], "optimizer.args.params"),
+    ("optimizer", {"type": "LBFGS"}, "optimizer.type: LBFGS can't be used"),
     ("lr_scheduler.type", "CustomLr", "did you mean 'CustomLR'?"),
     ("lr_scheduler.args.step3", 4, "unknown argument of CustomLR 'step3'"),
     ("lr_scheduler.args.step1", ..., "lr_scheduler.args.step1: missing; CustomLR needs it"),
