@@ -112,7 +112,8 @@ def _read_split(root: Path, data_dir: Path, name: str, train: ImageSet | None, a
         at = int(wrong[0])
         limit = f"0 to {classes - 1}, as in training" if train is not None else \
             f"0, 1, 2, ... without gaps ({classes} images can't fill more than {classes} classes)"
-        raise ConfigError(f"{shown(str(file))}, line {lines[at]}: label {labels[at]} is out of range; labels are {limit}")
+        raise ConfigError(f"{shown(str(file))}, line {lines[at]}: label {labels[at]} is out of range; "
+                          f"labels are {limit}")
     # Images are relative to data_dir; official lists may lie, with their images, in a folder of it.
     base = root if not os.path.lexists(data_dir / names[0]) and os.path.lexists(root / names[0]) else data_dir
     return ImageSet(labels, paths=check_paths(base, names, allow_outside, shown(str(file)), lines))

@@ -18,7 +18,7 @@ from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from data_loader.memory import MemoryImages, Recipe
 from data_loader.samplers import SAMPLERS, ClassBalancedSampler
 from data_loader.splitting import holdout_of_spare, summary, take_share
-from data_loader.transforms import IMAGENET_STATISTICS, LARGEST_RESIZED, test_preprocess
+from data_loader.transforms import IMAGENET_STATISTICS, LARGEST_RESIZED, Normalise, test_preprocess
 from data_loader.workers import FileBatches, Sources, decode_all, worker_count
 from utils.build import build
 from utils.errors import ConfigError
@@ -252,8 +252,7 @@ class ImageDataLoader(BaseDataLoader):
     def _file_batches(self, epoch: int, keys: Iterator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         small = self.image_size <= LARGEST_SMALL and not (self.transform is not None and self.augment)
         draws = self._epoch_draws(epoch) if small and self.augment else None
-        scale = (1 / (255 * torch.tensor(self.std))).view(3, 1, 1).to(self.device)
-        shift = (-torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1).to(self.device)
+        normalise = Normalise(self.mean, self.std, self.device)
         for pixels, labels, positions in self.files.batches(keys):
             pixels = pixels.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
@@ -261,13 +260,8 @@ class ImageDataLoader(BaseDataLoader):
                 some, every = MemoryImages(pixels, self.recipe, self.device), torch.arange(len(labels))
                 every = every.to(self.device)
                 images = some.plain(every) if draws is None else some.augmented(every, draws[positions.to(self.device)])
-            elif pixels.dtype == torch.uint8:  # [n, S, S, 3]
-                images = torch.empty(len(pixels), 3, *pixels.shape[1:3], device=self.device)
-                for channel in range(3):
-                    images[:, channel] = pixels[..., channel]
-                torch.addcmul(shift, images, scale, out=images)
-            else:  # a custom transform's floats
-                images = pixels
+            else:  # a custom transform's floats are taken as they are
+                images = normalise(pixels) if pixels.dtype == torch.uint8 else pixels
             yield images, labels
 
     def summary(self) -> list[str]:

@@ -43,7 +43,7 @@ class Failure:
 
 
 class Sources(Dataset):
-    """Key -> (uint8 pixels or a custom transform's tensor, index, position), a function of (seed, key) alone.
+    """Key -> (uint8 pixels, or a custom transform's tensor, index, position), a function of (seed, key) alone.
 
     mode: `train`: random crops of large images; `test`: the test's pixels; `base`: the square that small images are
     cropped from later, by the batch.
@@ -125,14 +125,13 @@ def _collate(items: list) -> Any:
         if isinstance(item, Failure):
             return item
     pixels, indices, positions = zip(*items, strict=True)
-    whole = torch.from_numpy(np.stack(pixels)) if isinstance(pixels[0], np.ndarray) else torch.stack(pixels)
-    return whole, torch.tensor(indices), torch.tensor(positions)
+    return torch.stack(pixels), torch.tensor(indices), torch.tensor(positions)
 
 
-def decode_all(paths: list[str], preprocess: dict[str, Any]) -> np.ndarray:
+def decode_all(paths: list[str], preprocess: dict[str, Any]) -> torch.Tensor:
     """All images as `base_pixels` gives them, uint8 [N, R, R, 3]. Raises ConfigError naming the first bad file."""
     side = preprocess["resize"]
-    pixels = np.empty((len(paths), side, side, 3), dtype=np.uint8)
+    pixels = torch.empty(len(paths), side, side, 3, dtype=torch.uint8)
 
     def decode(index: int) -> None:
         pixels[index] = base_pixels(read_for_test(paths[index], preprocess), preprocess)
