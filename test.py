@@ -47,12 +47,13 @@ def test(args: Namespace) -> dict[str, Any]:
         raise ConfigError(f"{'--open_set' if args.open_set else '--classifier'}: is for classifiers; {args.resume} is a "
                           "detector")
     head, note = choose_classifier(args, run)
-    result = evaluate(run.model, loader, groups=run.config["groups"], head=head, keep=bool(args.open_set) or detects)
+    result = evaluate(run.model, loader, groups=run.config["groups"], head=head,
+                      keep=bool(args.open_set) or detects or args.report)
     result.update(note)
     if args.open_set:
         result["open_set"] = open_set(args, run, head, result)
-    for key in ("predictions", "confidences", "labels"):
-        result.pop(key, None)
+    by_image = {key: result.pop(key) for key in ("predictions", "confidences", "labels", "expert_predictions")
+                if key in result}
 
     found = result.pop("detections", None)
     log.info("%s", format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
@@ -69,7 +70,7 @@ def test(args: Namespace) -> dict[str, Any]:
         log.info("\nwritten to %s", target)
         if args.report:
             from utils.report import write_report
-            log.info("report     %s", write_report(run, result=result, loader=loader))
+            log.info("report     %s", write_report(run, result={**result, **by_image}, loader=loader))
     dist.cleanup()
     return result
 

@@ -30,7 +30,8 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         groups: {"many": 100, "few": 20}, the limits of training counts.
         head: other logits [N, C] from the model's dict (NCM, tau-normalised), in place of `output`.
         max_batches: stop early (a dry run).
-        keep: also return `predictions`, `confidences`, `labels` by image (this rank's, on the CPU).
+        keep: also return `predictions`, `confidences`, `labels` by image (this rank's, on the CPU) and, where the
+            experts' logits are known, `expert_predictions` [N, E].
         confusion: also return `confusion` [C, C], images by (label, prediction).
     Returns:
         the figures of test_metrics.json, each metric, and `seconds`; where the model's dict has each expert's logits
@@ -72,7 +73,9 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         means.add(figures, n)
         if keep:
             confidence, prediction = logits.softmax(-1).max(-1)
-            kept.append((prediction.cpu(), confidence.cpu(), labels.cpu()))
+            experts = own.get("expert_logits")
+            kept.append((prediction.cpu(), confidence.cpu(), labels.cpu(),
+                         torch.empty(n, 0) if experts is None else experts.argmax(2).cpu()))
     for tensor in state.tensors():
         dist.all_reduce_sum(tensor)
     result = state.compute(loader.cls_num_list, **{"many": MANY, "few": FEW, **(groups or {})})
@@ -81,9 +84,12 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
     if confusion:
         result["confusion"] = state.confusion()
     if keep:
-        empty = (torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0, dtype=torch.long))
-        parts = [torch.cat(part) for part in zip(*kept)] if kept else empty
-        result["predictions"], result["confidences"], result["labels"] = (part.numpy() for part in parts)
+        none = torch.empty(0, dtype=torch.long)
+        parts = [torch.cat(part) for part in zip(*kept)] if kept else (none, torch.empty(0), none, torch.empty(0, 0))
+        *parts, experts = (part.numpy() for part in parts)
+        result["predictions"], result["confidences"], result["labels"] = parts
+        if experts.size:
+            result["expert_predictions"] = experts
     model.train(was_training)
     return result
 
