@@ -22,12 +22,12 @@ from utils.checkpoint import (
     load_checkpoint,
     newest_good_checkpoint,
     plain_data,
-    read_torch_file,
     recover_config,
     save_checkpoint,
 )
 from utils.errors import ConfigError
 from utils.safe_pickle import Inert
+from utils.torch_file import read_torch_file
 
 FORMATS = ("zip", "stacked", "pickle")
 
