@@ -53,7 +53,7 @@ def time_training(rounds: int) -> list[dict]:
                 ratio = timing.ratio(norm, "BN")
                 results.append({"norm": norm, "shape": shape, "format": name, "ratio": ratio, "limit": limit,
                                 "bn_ms": timing.median("BN") * 1e3})
-                print(f"{norm:5} {str(list(shape)):18} {name:14} {spread(ratio):24} limit {limit:.2f}x   "
+                print(f"{norm:5} {list(shape)!s:18} {name:14} {spread(ratio):24} limit {limit:.2f}x   "
                       f"(BN {timing.median('BN') * 1e3:.2f} ms)")
     return results
 

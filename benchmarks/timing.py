@@ -1,4 +1,4 @@
-"""Fair timing on a shared machine: the sides of a comparison run in turns, and medians of paired ratios are reported."""
+"""Fair timing on a shared machine: the sides of a comparison run in turns; reported are medians of paired ratios."""
 from __future__ import annotations
 
 import argparse

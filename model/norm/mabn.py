@@ -1,6 +1,7 @@
 """Moving average batch norm: batch norm for small batches, by moments averaged over the last iterations."""
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,25 +10,30 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from model.norm.grouped import check_group_size, group_expand, group_mean
-from model.norm.kernels import affine, difference, dot_and_sum, same_format
+from model.norm.kernels import affine, difference, dot_and_sum, same_format, without_autocast
 from utils.errors import ConfigError
 
 _MAX_CALLS = 64      # forwards between two optimizer steps that a recomputation can still refer to
 
 
 class _Call(NamedTuple):
-    """One training forward's statistics, [G, C] each (G = 1 unless groups are simulated), and its iteration t."""
+    """One training forward's statistics, [C] each ([G, C] where groups are simulated), and its iteration t."""
     chi: torch.Tensor       # mean of x^2
     inv_std: torch.Tensor   # 1 / sqrt(var + eps)
     per_x: torch.Tensor     # r / sqrt(var + eps): r z = x * per_x
     t: int | torch.Tensor
 
 
-# The state is advanced by the same lines on every device. On the CPU the iteration t and all conditions on it are Python
-# values, and small tensor operations are saved; on a GPU they are tensors, so that no step waits for the device.
+# The state is advanced by the same lines on every device. On the CPU the iteration t and all conditions on it are plain
+# Python values, which saves small tensor operations; on a GPU they are tensors, so that no step waits for the device.
 
-def _plain(value: torch.Tensor) -> object:
-    return value.item() if value.device.type == "cpu" else value
+def _iteration(iters: torch.Tensor) -> int | torch.Tensor:
+    return iters.item() if iters.device.type == "cpu" else iters.clone()
+
+
+def _all_finite(values: torch.Tensor) -> bool | torch.Tensor:
+    total = values.sum()
+    return math.isfinite(total.item()) if values.device.type == "cpu" else total.isfinite()
 
 
 def _choose(condition: bool | torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
@@ -93,24 +99,23 @@ class MABN2d(nn.Module):
     @torch._disable_dynamo
     def _train_forward(self, x: torch.Tensor) -> torch.Tensor:
         x = same_format(x, like=x)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(x):
             call = self._statistics(x.detach())
         return _Normalise.apply(x, self.weight, self.bias, call.inv_std, call.per_x, call.t, self)
 
     def _statistics(self, x: torch.Tensor) -> _Call:
         """This forward's statistics; the state moves on by one iteration unless this is a recomputation."""
-        chi = self._pool(dot_and_sum(x, x, self._grouped)[0], x)              # [G, C]
+        chi = self._pool(dot_and_sum(x, x, self._grouped)[0], x)
         if torch._C._current_graph_task_id() != -1 and self._calls:           # we are inside a backward pass
             return self._recall(chi)
-        self.iters.add_(1)
-        t = _plain(self.iters.clone())
-        var, finite = self._average(self.buffer_x2, chi, t)                   # [G, C]
-        running = self.running_var.view(1, -1).to(var.dtype)
+        t = _iteration(self.iters.add_(1))
+        var, finite = self._average(self.buffer_x2, chi, t)
+        running = self.running_var.view(-1)
         inv_std = (var + self.eps).rsqrt_()
         ratio = ((running + self.eps).sqrt_() * inv_std).reciprocal_().clamp_(1 / 5, 5)
         per_x = _choose(t <= max(1000, self.warmup_iters), inv_std, ratio * inv_std)
-        moved = running.lerp(var if len(var) == 1 else var.mean(0, keepdim=True), 1 - self.momentum)
-        self.running_var.copy_(_choose(finite, moved, running).view_as(self.running_var))
+        newest = var.mean(0) if self._grouped else var
+        running.copy_(_choose(finite, running.lerp(newest.to(running.dtype), 1 - self.momentum), running))
         call = _Call(chi, inv_std, per_x, t)
         self._remember(call)
         return call
@@ -120,30 +125,30 @@ class MABN2d(nn.Module):
         return self.normalization_batch_size is not None
 
     def _pool(self, sums: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Means over a group's values from sums over x's values: [1, C] -> [1, C], or [N, C] -> [G, C]."""
+        """Means over a group's values from sums over x's values: [C] -> [C], or [N, C] -> [G, C]."""
         if self._grouped:
             return group_mean(sums, self.normalization_batch_size) / (x.shape[2] * x.shape[3])
         return sums / (x.numel() // x.shape[1])
 
     def _spread(self, per_group: torch.Tensor, n: int) -> torch.Tensor:
-        """What each sample takes of its group: [1, C] stays, [G, C] -> [N, C], n = N."""
+        """What each of n samples takes of its group: [C] stays, [G, C] -> [n, C]."""
         return group_expand(per_group, self.normalization_batch_size, n) if self._grouped else per_group
 
     def _average(self, buffer: torch.Tensor, new: torch.Tensor, t: int | torch.Tensor) -> tuple:
-        """Enter iteration t's moments `new` [G, C] in `buffer` [K, C], if all are finite.
+        """Enter iteration t's moments `new` [C] or [G, C] in `buffer` [K, C], if all are finite.
 
-        Returns the moments to use [G, C], and whether they were finite.
+        Returns the moments to use, shaped like `new`, and whether `new` was finite.
         """
         size = len(buffer)
-        finite = _plain(new.sum().isfinite())
+        finite = _all_finite(new)
         if self._grouped:
             history = torch.cat([buffer.to(new.dtype), new])                  # [K + G, C]
-            buffer.copy_(_choose(finite, history[-size:], buffer))
+            buffer.copy_(_choose(finite, history[-size:].to(buffer.dtype), buffer))
             averaged = history.unfold(0, size, 1)[1:].mean(-1)                # group g's K newest: [G, C]
         else:
             slot = t % size
             buffer[slot] = _choose(finite, new.to(buffer.dtype), buffer[slot])
-            averaged = buffer.mean(0, keepdim=True, dtype=new.dtype)
+            averaged = buffer.mean(0, dtype=new.dtype)
         return _choose((t <= size) | (t < self.warmup_iters), new, averaged), finite
 
     def _remember(self, call: _Call) -> None:
@@ -159,7 +164,7 @@ class MABN2d(nn.Module):
         alike = [call for call in self._calls if call.chi.shape == chi.shape]
         if len(alike) == 1:
             return alike[0]
-        return alike[(torch.stack([call.chi for call in alike]) - chi).abs().sum((1, 2)).argmin().item()]
+        return alike[(torch.stack([call.chi for call in alike]) - chi).abs().flatten(1).sum(1).argmin().item()]
 
     def train(self, mode: bool = True) -> MABN2d:
         self._calls.clear()
@@ -194,14 +199,14 @@ class MABN2d(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """y = w r z + b and its gradient by averaged moments. `inv_std`, `per_x`, t: of _Call; `layer`: the MABN2d."""
+    """y = w r z + b and its gradient by averaged moments. `inv_std`, `per_x`, `t`: see _Call; `layer`: the MABN2d."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, inv_std, per_x, t, layer):
         ctx.layer, ctx.t = layer, t
         ctx.save_for_backward(x, weight, inv_std, per_x)
-        with torch.autocast(x.device.type, enabled=False):
-            scale = layer._spread(weight * per_x, len(x))                      # [1, C] or [N, C]
+        with without_autocast(x):
+            scale = layer._spread(weight * per_x, len(x))                      # [C] or [N, C]
             return affine(x, scale, bias.to(scale.dtype).expand_as(scale))
 
     @staticmethod
@@ -209,12 +214,14 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, inv_std, per_x = ctx.saved_tensors
         layer, n = ctx.layer, len(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dy = same_format(dy, like=x)
-            dot, total = dot_and_sum(dy, x, layer._grouped)                    # sums of dy x and of dy: [1, C] or [N, C]
-            scale = weight * per_x                                             # g / sqrt(var + eps) = dy * scale
+            dot, total = dot_and_sum(dy, x, layer._grouped)                    # sums of dy x and of dy: [C] or [N, C]
+            scale = weight * per_x                                             # dy * scale = g / sqrt(var + eps)
             psi, _ = layer._average(layer.buffer_gz, scale * layer._pool(dot, x), ctx.t)
-            # dx = g / sqrt(var + eps) - psi * z / sqrt(var + eps), z = x * inv_std
-            dx = difference(dy, layer._spread(scale, n), x, layer._spread(psi * inv_std * inv_std, n))
+            psi = psi * inv_std * inv_std                                      # x * that = z psi / sqrt(var + eps)
+            dx = difference(dy, layer._spread(scale, n), x, layer._spread(psi, n))
             d_weight = dot * layer._spread(per_x, n)
-        return dx, d_weight.sum(0).to(weight.dtype), total.sum(0).to(weight.dtype), None, None, None, None
+            if layer._grouped:
+                d_weight, total = d_weight.sum(0), total.sum(0)
+        return dx, d_weight.to(weight.dtype), total.to(weight.dtype), None, None, None, None
