@@ -19,7 +19,7 @@ from model.loss import build_loss
 from model.model import build_model
 from model.remap import load_weights
 from utils import dist
-from utils.checkpoint import load_checkpoint, newest_good_checkpoint
+from utils.checkpoint import load_checkpoint, newest_good_checkpoint, recover_config
 from utils.config import check_config, load_config
 from utils.errors import ConfigError
 from utils.run_paths import new_run
@@ -31,12 +31,12 @@ GATES = "backbone.expert_help_pred"
 # ---------------------------------------------------------------------- configs of checkpoints
 
 def config_of(checkpoint: dict[str, Any], path: Path, overrides: list[tuple] = ()) -> dict[str, Any]:
-    """The config that goes with a checkpoint: inside it, or config.json beside it (RIDE's custom).
+    """The config that goes with a checkpoint: inside it (RIDE's pickled parser included), or config.json beside.
 
     Raises ConfigError where there is neither.
     """
-    config = checkpoint.get("config")
-    if isinstance(config, dict) and "arch" in config:
+    config = recover_config(checkpoint)
+    if config is not None and "arch" in config:
         return check_config(config, overrides)
     beside = path.parent / "config.json"
     if beside.is_file():
