@@ -112,6 +112,7 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.slow
 def test_commands_of_methods_run(tmp_path, run_cli):
     """docs/methods.md from top to bottom, an epoch each: every method starts from what the one before it left."""
     for command in commands(ROOT / "docs" / "methods.md"):
