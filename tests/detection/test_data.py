@@ -1,0 +1,251 @@
+"""COCO files and scenes: what is refused, what a batch holds, and that it is a function of seed, epoch and position."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from data_loader.coco import read_coco
+from data_loader.detection import CocoDataLoader, DigitScenesDataLoader
+from tests.detection.conftest import SCENES, coco_content
+from utils.errors import ConfigError
+from utils.rle import decode
+
+
+def broken(**changes):
+    content = coco_content()
+    for key, change in changes.items():
+        change(content[key])
+    return content
+
+
+WRONG = {
+    "missing image": (broken(images=lambda i: i[0].update(file_name="gone.png")), "image 10: missing image .*gone.png"),
+    "image size": (broken(images=lambda i: i[0].update(width=0)), "image 10: width 0"),
+    "duplicate image": (broken(images=lambda i: i[1].update(id=10)), "image 10: duplicate id"),
+    "duplicate annotation": (broken(annotations=lambda a: a[1].update(id=1)), "annotation 1: duplicate id"),
+    "duplicate category": (broken(categories=lambda c: c[1].update(id=7)), "category 7: duplicate id"),
+    "no id": (broken(annotations=lambda a: a[1].pop("id")), "annotation number 1: id None"),
+    "unknown image": (broken(annotations=lambda a: a[0].update(image_id=99)), "annotation 1: image_id 99"),
+    "unknown category": (broken(annotations=lambda a: a[0].update(category_id=5)),
+                         "annotation 1: unknown category 5.*3, 7"),
+    "box outside": (broken(annotations=lambda a: a[0].update(bbox=[60, 5, 20, 30])), "annotation 1: box .* outside"),
+    "box far outside": (broken(annotations=lambda a: a[0].update(bbox=[-50, 5, 20, 30])), "annotation 1: box .*outs"),
+    "empty box": (broken(annotations=lambda a: a[0].update(bbox=[4, 5, 0, 30])), "annotation 1: degenerate .*skip_deg"),
+    "negative box": (broken(annotations=lambda a: a[0].update(bbox=[4, 5, -2, 30])), "annotation 1: degenerate box"),
+    "three numbers": (broken(annotations=lambda a: a[0].update(bbox=[4, 5, 3])), "annotation 1: bbox .*four numbers"),
+    "text for a number": (broken(annotations=lambda a: a[0].update(bbox=[4, 5, "3", 3])), "annotation 1: bbox"),
+    "no polygon": (broken(annotations=lambda a: a[0].update(segmentation=[])), "annotation 1: empty polygon"),
+    "empty polygon": (broken(annotations=lambda a: a[0].update(segmentation=[[]])), "annotation 1: empty polygon"),
+    "two points": (broken(annotations=lambda a: a[0].update(segmentation=[[1, 2, 3, 4]])), "annotation 1: polygon of"),
+    "no mask": (broken(annotations=lambda a: a[0].pop("segmentation")), "annotation 1: no segmentation"),
+    "short runs": (broken(annotations=lambda a: a[3]["segmentation"].update(counts=[4])), "annotation 4: bad run"),
+    "runs of another size": (broken(annotations=lambda a: a[3]["segmentation"].update(size=[3, 3])), "annotation 4: r"),
+    "crowd": (broken(annotations=lambda a: a[0].update(iscrowd=2)), "annotation 1: iscrowd 2"),
+    "annotation is text": (broken(annotations=lambda a: a.append("x")), "annotation number 4"),
+    "category without name": (broken(categories=lambda c: c[0].pop("name")), "category 7: needs"),
+    "no categories": ({**coco_content(), "categories": []}, "categories is empty"),
+    "no images": ({**coco_content(), "images": [], "annotations": []}, "images is empty"),
+    "not COCO": ({"images": []}, "not a COCO annotation file.*annotations, categories missing"),
+    "a list": ([1, 2], "not a COCO annotation file"),
+    "not JSON": ("{", "not JSON"),
+    "nothing to learn": ({**coco_content(), "annotations": []}, "no image has an instance"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_gets_one_clear_line(name, coco_folder):
+    content, message = WRONG[name]
+    root = coco_folder(content)
+    with pytest.raises(ConfigError) as error:
+        CocoDataLoader(str(root))
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400 and "instances_train2017.json" in text
+    assert re.search(message, text), text
+
+
+def test_missing_files_and_folders_are_named(coco_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"data_dir: no folder .*nowhere"):
+        CocoDataLoader(str(tmp_path / "nowhere"))
+    root = coco_folder()
+    with pytest.raises(ConfigError, match=r"no annotation file .*other.json"):
+        CocoDataLoader(str(root), train_annotations="other.json")
+    with pytest.raises(ConfigError, match=r"no image folder .*other"):
+        CocoDataLoader(str(root), train_images="other")
+
+
+def test_unreadable_and_wrongly_sized_pictures_are_named(coco_folder):
+    root = coco_folder()
+    (root / "train2017" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"0\.png: not a readable image"):
+        list(CocoDataLoader(str(root), batch_size=2, num_workers=1))
+    content = coco_content()
+    content["images"][0].update(width=70)
+    with pytest.raises(ConfigError, match=r"64x48 pixels, but .* says 70x48"):
+        list(CocoDataLoader(str(coco_folder(content)), batch_size=2))
+
+
+@pytest.mark.parametrize("args, message", [
+    ({"batch_size": 0}, "batch_size"), ({"min_size": 2000}, "min_size"), ({"flip": 2.0}, "flip"),
+    ({"validation": "some"}, "validation.*holdout"), ({"holdout_fraction": 0.0}, "holdout_fraction"),
+    ({"sampler": {"type": "ClassBalanced"}}, "sampler.type.*balanced"), ({"repeat_threshold": 0.0}, "repeat_threshold"),
+])
+def test_wrong_arguments_are_named(args, message, coco_folder):
+    with pytest.raises(ConfigError, match=message):
+        CocoDataLoader(str(coco_folder()), **args)
+
+
+def test_degenerate_boxes_can_be_left_out(coco_folder):
+    content = broken(annotations=lambda a: a[0].update(bbox=[4, 5, 0, 30]))
+    loader = CocoDataLoader(str(coco_folder(content)), skip_degenerate=True)
+    assert any("1 boxes without width or height left out" in line for line in loader.summary())
+    assert loader.cls_num_list == [1, 1]
+
+
+def test_boxes_that_stick_out_by_a_fraction_are_clipped(coco_folder):
+    content = broken(annotations=lambda a: a[0].update(bbox=[44.5, 5, 20, 30]))
+    split = read_coco(coco_folder(content) / "annotations/instances_train2017.json", coco_folder(content) / "train2017")
+    assert split.annotations[0][0]["bbox"] == [44.5, 5, 19.5, 30]
+
+
+def test_a_batch_holds_boxes_labels_and_masks_of_the_resized_picture(coco_folder):
+    loader = CocoDataLoader(str(coco_folder()), batch_size=2, shuffle=False, min_size=96, max_size=200, flip=0.0)
+    assert loader.class_names == ["dog", "cat"] and loader.num_classes == 2 and loader.cls_num_list == [1, 2]
+    assert loader.n_samples == 2 and "1 training images without instances left out" in loader.summary()[-1]
+    (images, targets), = list(loader)
+    assert [tuple(image.shape) for image in images] == [(3, 96, 128)] * 2
+    assert images[0].min() >= 0 and images[0].max() <= 1
+    assert targets[0]["boxes"].tolist() == [[8, 10, 48, 70], [60, 16, 92, 48]]
+    assert targets[0]["labels"].tolist() == [2, 1] and targets[0]["image_id"] == 10
+    assert targets[0]["masks"].sum(dim=(1, 2)).tolist() == [40 * 60, 32 * 32]
+    assert targets[0]["masks"][0, 10:70, 8:48].all()
+    assert targets[1]["boxes"].shape == (1, 4)  # the crowd isn't trained on
+
+
+def test_flips_mirror_picture_boxes_and_masks(coco_folder):
+    args = {"batch_size": 2, "shuffle": False, "min_size": 48}
+    plain, mirrored = (next(iter(CocoDataLoader(str(coco_folder()), flip=flip, **args))) for flip in (0.0, 1.0))
+    assert torch.equal(mirrored[0][0], plain[0][0].flip(-1))
+    for i, (x0, y0, x1, y1) in enumerate(plain[1][0]["boxes"].tolist()):
+        assert mirrored[1][0]["boxes"][i].tolist() == [64 - x1, y0, 64 - x0, y1]
+        assert mirrored[1][0]["masks"][i, int(y0):int(y1), int(64 - x1):int(64 - x0)].all()
+
+
+def test_pictures_without_instances_can_be_trained_on(coco_folder):
+    loader = CocoDataLoader(str(coco_folder()), batch_size=3, shuffle=False, min_size=48, keep_empty=True)
+    (images, targets), = list(loader)
+    assert len(images) == 3 and targets[2]["boxes"].shape == (0, 4) and targets[2]["masks"].shape == (0, 48, 64)
+
+
+def test_evaluation_gives_pictures_as_they_are_and_passes_crowds_on(coco_folder):
+    loader = CocoDataLoader(str(coco_folder()), batch_size=2, min_size=96).split_validation()
+    images = [image for batch, _ in loader for image in batch]
+    assert [tuple(image.shape) for image in images] == [(3, 48, 64)] * 3
+    crowds = [a for a in loader.ground_truth()["annotations"] if a["iscrowd"]]
+    assert len(crowds) == 1 and decode(crowds[0]["segmentation"])[:, 32:].all()
+    assert loader.cls_num_list == [1, 2] and not loader.training and loader.raw_image(0).shape == (48, 64, 3)
+
+
+def test_validation_categories_must_be_the_training_ones(coco_folder):
+    root = coco_folder()
+    content = coco_content()
+    content["categories"].append({"id": 9, "name": "cow"})
+    (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"instances_val2017.json: unknown category 9 \('cow'\)"):
+        CocoDataLoader(str(root)).split_validation()
+
+
+def test_splits(scenes):
+    test = DigitScenesDataLoader(str(scenes), training=False, **SCENES)
+    loader = DigitScenesDataLoader(str(scenes), validation="holdout", holdout_fraction=0.3, **SCENES)
+    held = loader.split_validation()
+    assert not {*held.paths} & {*loader.paths} and held.cls_num_list == loader.cls_num_list
+    assert DigitScenesDataLoader(str(scenes), validation="none", **SCENES).split_validation() is None
+    assert test.paths == DigitScenesDataLoader(str(scenes), **SCENES).split_validation().paths
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True)) and \
+        all(torch.equal(x["masks"], y["masks"]) and torch.equal(x["boxes"], y["boxes"])
+            for x, y in zip(a[1], b[1], strict=True))
+
+
+def test_batches_depend_on_seed_epoch_and_position_alone(scenes):
+    args = {**SCENES, "batch_size": 2, "min_size": [48, 64], "flip": 0.5, "seed": 3}
+    loader = DigitScenesDataLoader(str(scenes), **args)
+    loader.set_epoch(2)
+    whole = list(loader)
+    assert len(whole) == len(loader)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    later = DigitScenesDataLoader(str(scenes), num_workers=2, **args)
+    later.set_epoch(2, 1)
+    assert all(same(a, b) for a, b in zip(whole[1:], later, strict=True))
+    assert torch.equal(state, torch.get_rng_state())  # a resumed run's dropout and sampling don't notice the loader
+    loader.set_epoch(3)
+    assert not all(same(a, b) for a, b in zip(whole, loader, strict=True))
+
+
+def test_ranks_share_a_batch(scenes):
+    args = {**SCENES, "batch_size": 3, "seed": 1}
+    whole = DigitScenesDataLoader(str(scenes), **args)
+    ranks = [DigitScenesDataLoader(str(scenes), rank=r, world_size=2, **args) for r in range(2)]
+    for batch, (one, first, second) in enumerate(zip(whole, *ranks, strict=True)):
+        shares = [rank.share(batch) for rank in ranks]
+        assert shares[0][0] + shares[1][0] == shares[0][1] == len(one[0])
+        ids = [[target["image_id"] for target in part[1]] for part in (one, first, second)]
+        assert ids[0][::2] == ids[1]
+        assert ids[0][1::2] == ids[2][: shares[1][0]]
+
+
+def test_batches_are_grouped_by_aspect_and_lose_no_picture(scenes):
+    loader = DigitScenesDataLoader(str(scenes), **{**SCENES, "n_max": 40}, batch_size=4)
+    order = loader.epoch_order(5)
+    assert sorted(order.tolist()) == list(range(loader.n_samples))
+    wide = np.array([loader.split.images[i]["width"] >= loader.split.images[i]["height"] for i in order])
+    full = len(order) // 4
+    mixed = sum(len(set(wide[4 * b:4 * b + 4])) > 1 for b in range(full))
+    assert mixed <= 1  # at most one batch joins what is left of both groups
+
+
+def test_balanced_draws_pictures_of_rare_classes_more_often(scenes):
+    args = {**SCENES, "n_max": 60, "imb_factor": 0.05}
+    loader = DigitScenesDataLoader(str(scenes), balanced=True, repeat_threshold=0.5, **args)
+    has_rare = np.array([any(a["category_id"] == 10 for a in found) for found in loader.split.annotations])
+    drawn = np.concatenate([loader.epoch_order(epoch) for epoch in range(1, 9)])
+    assert len(drawn) == 8 * loader.n_samples
+    assert has_rare[drawn].mean() > 1.5 * has_rare.mean()
+
+
+def test_scenes_are_long_tailed_seeded_and_written_once(scenes, tmp_path):
+    loader = DigitScenesDataLoader(str(scenes), **SCENES)
+    assert loader.cls_num_list == [max(1, int(8 * 0.25 ** (k / 9))) for k in range(10)]
+    annotations = loader.root / "annotations/instances_train2017.json"
+    written = annotations.stat().st_mtime_ns
+    again = DigitScenesDataLoader(str(scenes), **SCENES)
+    assert again.root == loader.root and annotations.stat().st_mtime_ns == written
+    other = DigitScenesDataLoader(str(tmp_path), **SCENES)
+    assert (other.raw_image(0) == loader.raw_image(0)).all()
+    seeded = DigitScenesDataLoader(str(tmp_path), **{**SCENES, "scene_seed": 1})
+    assert not np.array_equal(seeded.raw_image(0), loader.raw_image(0))
+    for found in loader.split.annotations:
+        for instance in found:
+            mask = decode(instance["segmentation"])
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            x, y, w, h = instance["bbox"]
+            assert (x, y, x + w, y + h) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+
+
+@pytest.mark.parametrize("args, key", [({"image_size": 8}, "image_size"), ({"n_max": 0}, "n_max"),
+                                       ({"imb_factor": 2.0}, "imb_factor"), ({"n_val": 0}, "n_val")])
+def test_wrong_scene_settings_are_named(args, key, tmp_path):
+    with pytest.raises(ConfigError, match=f"data_loader.args.{key}"):
+        DigitScenesDataLoader(str(tmp_path), **args)
+
+
+def test_half_written_scenes_are_made_again(tmp_path):
+    loader = DigitScenesDataLoader(str(tmp_path), **SCENES)
+    (loader.root / "scenes.json").unlink()
+    (loader.root / "annotations/instances_train2017.json").unlink()
+    assert DigitScenesDataLoader(str(tmp_path), **SCENES).n_samples == loader.n_samples

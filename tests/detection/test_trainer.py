@@ -1,0 +1,142 @@
+"""Detectors through the trainer and the command line: schedules by iteration, exact resume, AP in the run's files."""
+import csv
+import json
+
+import pytest
+import torch
+
+from tests.conftest import run_python
+from tests.detection.conftest import SCENES, SMALL, coco_content
+from trainer.coco_eval import KINDS
+from trainer.detection_trainer import DetectionTrainer
+from trainer.schedules import build_optimizer, build_scheduler
+from utils.config import check_config
+from utils.run_paths import new_run
+from utils.seed import seed_everything
+
+pytest.importorskip("pycocotools")
+CONFIGS = ("coco_maskrcnn_mabn_scratch_2x", "coco_maskrcnn_syncbn_scratch_2x", "coco_maskrcnn_bn_scratch_2x")
+
+
+def config_for(scenes, save_dir, epochs=2, norm="BatchNorm2d", **trainer):
+    return check_config({
+        "name": "scenes", "arch": {"type": "MaskRCNNR50FPNModel", "args": {**SMALL, "norm": norm}},
+        "data_loader": {"type": "DigitScenesDataLoader",
+                        "args": {**SCENES, "data_dir": str(scenes), "batch_size": 2, "min_size": [48, 64]}},
+        "optimizer": {"type": "SGD", "args": {"lr": 0.01, "momentum": 0.9}},
+        "lr_scheduler": {"type": "IterationLR", "args": {"milestones": [4], "gamma": 0.1, "warmup_iters": 2}},
+        "trainer": {"epochs": epochs, "save_dir": str(save_dir), "save_period": 1, "histograms": False, **trainer}})
+
+
+def make(config, run_id, checkpoint=None, dry=False):
+    from utils import session
+    seed_everything(0)
+    loader = session.make_loader(config)
+    model = session.make_model(config, loader.num_classes)
+    if checkpoint is not None:
+        session.load_weights(model, checkpoint, name="checkpoint")
+    optimizer = build_optimizer(config["optimizer"], model, config["trainer"])
+    scheduler = build_scheduler(config["lr_scheduler"], optimizer, config["trainer"]["epochs"])
+    paths = None if dry else new_run(config["trainer"]["save_dir"], config["name"], run_id)
+    trainer = DetectionTrainer(model, session.make_criterion(config, loader.cls_num_list), optimizer, config,
+                               train_loader=loader, valid_loader=loader.split_validation(), lr_scheduler=scheduler,
+                               paths=paths, data_facts=session.data_facts(loader))
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    return trainer
+
+
+@pytest.mark.parametrize("norm", ["BatchNorm2d", {"type": "MABN", "args": {"B": 2, "real_B": 4, "warmup_iters": 1}}],
+                         ids=["BatchNorm2d", "MABN"])
+def test_a_run_stopped_inside_an_epoch_goes_on_exactly(scenes, tmp_path, norm):
+    from utils.checkpoint import load_checkpoint
+    config = config_for(scenes, tmp_path, norm=norm)
+    whole = make(config, "whole")
+    assert len(whole.train_loader) >= 3
+    whole.train()
+    stopped = make(config, "stopped")
+    calls = iter([False, True])
+    stopped.stop.agreed = lambda *_: next(calls, True)
+    path = stopped.train()
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["batch"] == 2
+    resumed = make(config, "resumed", checkpoint)
+    torch.manual_seed(99)  # whatever else was drawn meanwhile
+    resumed.resume(checkpoint)
+    resumed.train()
+    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    files = [(tmp_path / f"log/scenes/{run}/metrics.csv").read_text().splitlines() for run in ("whole", "resumed")]
+    assert files[0] == files[1]
+
+
+def test_iterations_end_the_run_and_the_schedule_follows_steps(scenes, tmp_path):
+    config = config_for(scenes, tmp_path, epochs=9, iterations=5)
+    trainer = make(config, "short")
+    per_epoch = len(trainer.train_loader)
+    assert trainer.epochs == -(-5 // per_epoch)
+    rates = []
+    step = trainer.step
+    trainer.step = lambda *args: (rates.append(trainer.optimizer.param_groups[0]["lr"]), step(*args))[1]
+    last = trainer.train()
+    assert trainer.global_step == 5 and last.name == f"checkpoint-epoch{trainer.epochs}.pth"
+    assert rates == pytest.approx([0.01 / 3, 0.01 * 2 / 3, 0.01, 0.01, 0.001])
+    rows = list(csv.DictReader(open(tmp_path / "log/scenes/short/metrics.csv", encoding="utf-8")))
+    assert len(rows) == trainer.epochs
+    assert {"epoch", "lr", "loss", "val_loss", "loss_mask", "val_bbox_AP", "val_segm_AP"} <= set(rows[0])
+
+
+def test_losses_and_pictures_go_to_tensorboard(scenes, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = make(config_for(scenes, tmp_path, epochs=1), "drawn")
+    trainer.train()
+    events = reader.EventAccumulator(str(tmp_path / "log/scenes/drawn"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss_mask/train", "bbox_AP/val", "step/loss_box_reg"} <= set(tags["scalars"])
+    assert {"input/0", "detections/0"} <= set(tags["images"])
+
+
+def test_epochs_that_end_before_the_iterations_win(scenes, tmp_path):
+    assert make(config_for(scenes, tmp_path, epochs=1, iterations=10_000), "x", dry=True).epochs == 1
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def settings(values):
+    return [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def flags(**more):
+    small = {f"arch.args.{key}": value for key, value in SMALL.items()}
+    return settings({**small, "data_loader.args.min_size": 64, "data_loader.args.num_workers": 0, **more})
+
+
+def test_a_coco_config_passes_its_dry_run_on_three_pictures(coco_folder):
+    done = run_python(["train.py", "-c", f"configs/{CONFIGS[0]}.json", "--data_dir", coco_folder(), "--dry_run", "-d",
+                       "cpu", *flags()], check=True)
+    assert "a training step on 2 images" in done.stdout and "nothing was written" in done.stdout
+
+
+def test_a_wrong_annotation_ends_the_command_with_one_line(coco_folder):
+    content = coco_content()
+    content["annotations"][0]["category_id"] = 5
+    done = run_python(["train.py", "-c", f"configs/{CONFIGS[2]}.json", "--data_dir", coco_folder(content), "-d", "cpu",
+                       *flags()])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "annotation 1: unknown category 5" in done.stderr
+
+
+def test_train_and_test_from_the_command_line(scenes, tmp_path):
+    scene = {f"data_loader.args.{key}": value for key, value in SCENES.items()}
+    run_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_mabn.json", "--data_dir", scenes, "--save_dir", tmp_path,
+                "--run_id", "a", "--epochs", 1, "-d", "cpu", *flags(**scene)], check=True)
+    models = tmp_path / "models/digit_scenes_maskrcnn_mabn/a"
+    done = run_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu"], check=True)
+    assert "AP50" in done.stdout
+    figures = json.loads((models / "test_metrics.json").read_text())
+    for kind in KINDS:
+        assert 0 <= figures[f"{kind}_AP"] <= 1 and len(figures[f"{kind}_per_class_AP"]) == 10
+        assert f"{kind}_AP_few" in figures and isinstance(json.loads((models / f"detections_{kind}.json").read_text()), list)
+    refused = run_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu", "--classifier", "ncm"])
+    assert refused.returncode == 2 and "--classifier" in refused.stderr
