@@ -63,6 +63,10 @@ class DetectionTrainer(Trainer):
         if not self.by_iteration:
             super()._step_schedule(figures)
 
+    def _report(self, epoch: int, lr: float, *more: Any) -> None:
+        # A rate that changes within the epoch is reported as it ended, wherever a resumed run began.
+        super()._report(epoch, self.optimizer.param_groups[0]["lr"] if self.by_iteration else lr, *more)
+
     # ------------------------------------------------------------------ evaluation
 
     def _evaluate(self, loader: Any, max_batches: int | None = None) -> dict[str, Any]:

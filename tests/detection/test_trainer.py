@@ -81,7 +81,7 @@ def test_iterations_end_the_run_and_the_schedule_follows_steps(scenes, tmp_path)
     last = trainer.train()
     assert trainer.global_step == 5 and last.name == f"checkpoint-epoch{trainer.epochs}.pth"
     assert rates == pytest.approx([0.01 / 3, 0.01 * 2 / 3, 0.01, 0.01, 0.001])
-    rows = list(csv.DictReader(open(tmp_path / "log/scenes/short/metrics.csv", encoding="utf-8")))
+    rows = list(csv.DictReader((tmp_path / "log/scenes/short/metrics.csv").read_text().splitlines()))
     assert len(rows) == trainer.epochs
     assert {"epoch", "lr", "loss", "val_loss", "loss_mask", "val_bbox_AP", "val_segm_AP"} <= set(rows[0])
 
@@ -129,14 +129,15 @@ def test_a_wrong_annotation_ends_the_command_with_one_line(coco_folder):
 
 def test_train_and_test_from_the_command_line(scenes, tmp_path):
     scene = {f"data_loader.args.{key}": value for key, value in SCENES.items()}
-    run_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_mabn.json", "--data_dir", scenes, "--save_dir", tmp_path,
-                "--run_id", "a", "--epochs", 1, "-d", "cpu", *flags(**scene)], check=True)
+    run_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_mabn.json", "--data_dir", scenes, "--save_dir",
+                tmp_path, "--run_id", "a", "--epochs", 1, "-d", "cpu", *flags(**scene)], check=True)
     models = tmp_path / "models/digit_scenes_maskrcnn_mabn/a"
     done = run_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu"], check=True)
     assert "AP50" in done.stdout
     figures = json.loads((models / "test_metrics.json").read_text())
     for kind in KINDS:
         assert 0 <= figures[f"{kind}_AP"] <= 1 and len(figures[f"{kind}_per_class_AP"]) == 10
-        assert f"{kind}_AP_few" in figures and isinstance(json.loads((models / f"detections_{kind}.json").read_text()), list)
+        assert f"{kind}_AP_few" in figures
+        assert isinstance(json.loads((models / f"detections_{kind}.json").read_text()), list)
     refused = run_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu", "--classifier", "ncm"])
     assert refused.returncode == 2 and "--classifier" in refused.stderr
