@@ -21,28 +21,28 @@ from utils.errors import ConfigError, unknown
 _log = logging.getLogger(__name__)
 
 
-def _batch_norm(channels, eps=1e-5, momentum=0.1, affine=True,
+def _batch_norm(channels, eps: float = 1e-5, momentum: float | None = 0.1, affine=True,
                 normalization_batch_size: int | None = None):
     if normalization_batch_size is None:
         return nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=affine)
     return GroupedBatchNorm2d(channels, eps, momentum, affine, normalization_batch_size)
 
 
-def _nbn(channels, eps=1e-5, momentum=0.1, affine=True):
+def _nbn(channels, eps: float = 1e-5, momentum: float | None = 0.1, affine=True):
     return NormalizedBatchNorm2d(channels, eps=eps, momentum=momentum, affine=affine)
 
 
-def _sync(channels, eps=1e-5, momentum=0.1, affine=True):
+def _sync(channels, eps: float = 1e-5, momentum: float | None = 0.1, affine=True):
     return SyncBatchNorm(channels, eps=eps, momentum=momentum, affine=affine)
 
 
-def _mabn(channels, B: int | None = None, real_B: int = 32, eps=1e-5, momentum=0.98, warmup_iters: int = 100,
-          normalization_batch_size: int | None = None):
+def _mabn(channels, B: int | None = None, real_B: int = 32, eps: float = 1e-5, momentum: float = 0.98,
+          warmup_iters: int = 100, normalization_batch_size: int | None = None):
     B = B if B is not None else normalization_batch_size or 2
     return MABN2d(channels, B, real_B, eps, momentum, warmup_iters, normalization_batch_size)
 
 
-def _frozen(channels, eps=1e-5):
+def _frozen(channels, eps: float = 1e-5):
     from torchvision.ops import FrozenBatchNorm2d
     return FrozenBatchNorm2d(channels, eps=eps)
 
@@ -118,23 +118,26 @@ def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "n
     new = {}
     for layer in filter(is_norm, module.modules()):
         line = norm if inside is None or id(layer) in inside else NORMS["BatchNorm2d"]
-        new[id(layer)] = _build(layer, line, args)
+        try:
+            new[id(layer)] = _build(layer, line, args)
+        except (ConfigError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}.args: {error}") from error
     if scopes is not None:
         _share_scales(*scopes, new)
     for owner in scale_owners.values():
         if scopes is None or owner is not scopes[0]:
             del owner.scale_factor
-    module = _replace(module, new)
+    module = replace_modules(module, new)
     if type != "MABN":
-        module = _replace(module, {id(m): plain_conv(m) for m in module.modules() if isinstance(m, CenConv2d)})
+        module = replace_modules(module, {id(m): plain_conv(m) for m in module.modules() if isinstance(m, CenConv2d)})
     elif own.get("centre", True):
-        module = _replace(module, {id(conv): _centred(conv) for conv in _normed_convs(module)})
+        module = replace_modules(module, {id(conv): _centred(conv) for conv in _normed_convs(module)})
     if before is not None:
         _report_shift(module, type, before, _outputs(module, calibration_batch))
     return module
 
 
-def _replace(module: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
+def replace_modules(module: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
     """Put `new[id(child)]` in every place where a child stands; a layer that stands twice stays shared."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
