@@ -1,0 +1,136 @@
+"""What a caller can get wrong: exit status 2, one line on stderr that names it, no traceback, nothing written."""
+
+import json
+
+import pytest
+
+DIGITS = "configs/digits_lt_ride.json"
+
+
+def config(tmp_path, text=None, **changes):
+    """A digits config with changes (dotted keys with `__` for dots; `...` removes a key), as a file."""
+    value = json.loads(open(DIGITS, encoding="utf-8").read())
+    for path, new in changes.items():
+        *parents, last = path.split("__")
+        place = value
+        for key in parents:
+            place = place.setdefault(key, {})
+        if new is ...:
+            place.pop(last, None)
+        else:
+            place[last] = new
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(value) if text is None else text, encoding="utf-8")
+    return file
+
+
+# name, config changes or text, flags, what the line must contain
+CASES = [
+    ("unknown_top_key", {"lerning": 1}, [], ["lerning"]),
+    ("misspelt_section", {"optimiser": {"type": "SGD"}}, [], ["optimiser", "optimizer"]),
+    ("unknown_trainer_key", {"trainer__epoch": 3}, [], ["trainer.epoch", "epochs"]),
+    ("unknown_arch", {"arch__type": "ResNet23Model"}, [], ["arch.type", "ResNet23Model", "ResNet32Model"]),
+    ("unknown_arch_arg", {"arch__args__num_expert": 3}, [], ["arch.args.num_expert", "num_experts"]),
+    ("unknown_norm", {"arch__args__norm": "NBM"}, [], ["norm", "NBM", "NBN"]),
+    ("unknown_norm_arg", {"arch__args__norm": {"type": "NBN", "args": {"were": 1}}}, [], ["were", "where"]),
+    ("unknown_classifier", {"arch__args__classifier": "cosin"}, [], ["classifier", "cosin", "cosine"]),
+    ("unknown_loss", {"loss__type": "RIDELos"}, [], ["loss.type", "RIDELos", "RIDELoss"]),
+    ("unknown_loss_arg", {"loss__args__reweight_epochs": 1}, [], ["reweight_epochs", "reweight_epoch"]),
+    ("unknown_loader", {"data_loader__type": "DigitLTDataLoader"}, [], ["DigitLTDataLoader", "DigitsLTDataLoader"]),
+    ("unknown_loader_arg", {"data_loader__args__batchsize": 8}, [], ["batchsize", "batch_size"]),
+    ("unknown_sampler", {"data_loader__args__sampler": {"type": "ClassBalance"}}, [], ["ClassBalance", "ClassBalanced"]),
+    ("unknown_optimizer", {"optimizer__type": "SDG"}, [], ["optimizer.type", "SDG", "SGD"]),
+    ("unknown_schedule", {"lr_scheduler__type": "CustomRL"}, [], ["lr_scheduler.type", "CustomRL", "CustomLR"]),
+    ("unknown_metric", {"metrics": ["acuracy"]}, [], ["metrics", "acuracy", "accuracy"]),
+    ("epochs_zero", {}, ["--epochs", "0"], ["--epochs", "1"]),
+    ("epochs_text", {"trainer__epochs": "ten"}, [], ["trainer.epochs", "ten"]),
+    ("batch_size_zero", {}, ["--bs", "0"], ["--bs", "1"]),
+    ("experts_zero", {}, ["--num_experts", "0"], ["--num_experts", "1"]),
+    ("experts_fraction", {}, ["--num_experts", "2.5"], ["--num_experts", "2.5"]),
+    ("lr_negative", {}, ["--lr", "-0.1"], ["--lr", "-0.1"]),
+    ("lr_infinite", {}, ["--lr", "inf"], ["--lr"]),
+    ("lr_nan_in_file", '{"optimizer": {"args": {"lr": NaN}}}', [], ["NaN"]),
+    ("bad_monitor", {"trainer__monitor": "highest val_accuracy"}, [], ["trainer.monitor"]),
+    ("bad_amp", {"trainer__amp": "bf8"}, [], ["trainer.amp", "bf8"]),
+    ("not_json", "{'name': 1}", [], ["config.json", "line 1"]),
+    ("not_an_object", "[1, 2]", [], ["config.json"]),
+    ("duplicate_key", '{"name": "a", "name": "b"}', [], ["name"]),
+    ("missing_arch", {"arch": ...}, [], ["arch"]),
+    ("set_without_value", {}, ["--set", "trainer.epochs"], ["--set"]),
+    ("set_unknown", {}, ["--set", "trainer.epohcs=3"], ["trainer.epohcs", "epochs"]),
+    ("unknown_flag", {}, ["--num_expert", "3"], ["--num_expert", "--num_experts"]),
+    ("bad_device", {}, ["-d", "gpu"], ["-d", "gpu"]),
+    ("bad_run_id", {}, ["--run_id", "a/b"], ["--run_id"]),
+    ("distil_without_teacher", {"distill": True}, [], ["distill"]),
+    ("teacher_flag_without_teacher", {}, ["--add_bt_teacher", "1"], ["--add_bt_teacher"]),
+    ("no_such_pretrained", {}, ["--pretrained", "nowhere.pth"], ["--pretrained", "nowhere.pth"]),
+    ("no_such_load_crt", {}, ["--load_crt", "nowhere.pth"], ["--load_crt", "nowhere.pth"]),
+    ("no_such_resume", {}, ["-r", "nowhere.pth"], ["-r", "nowhere.pth"]),
+    ("auto_without_run_id", {}, ["-r", "auto"], ["--run_id"]),
+]
+
+
+def check_refused(done, folder, words):
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not folder.exists(), list(folder.rglob("*"))
+
+
+@pytest.mark.parametrize(("changes", "flags", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_config_and_flags(run_cli, tmp_path, changes, flags, words):
+    file = config(tmp_path, changes) if isinstance(changes, str) else config(tmp_path, **changes)
+    saved = tmp_path / "saved"
+    # A text case may not even be an object to put save_dir into: the flag would hide the first mistake.
+    place = [] if isinstance(changes, str) else ["--save_dir", saved]
+    check_refused(run_cli(["train.py", "-c", file, "-d", "cpu", *place, *flags]), saved, words)
+
+
+# Seen only once data, models or files are read, so each of these starts PyTorch.
+LATE_CASES = [
+    ("no_such_data", {"data_loader__type": "ImbalanceCIFAR100DataLoader",
+                      "data_loader__args__data_dir": "/nowhere/cifar", "data_loader__args__download": False}, [],
+     ["/nowhere/cifar"]),
+    ("classes_differ", {"arch__args__num_classes": 7}, [], ["num_classes", "7", "10"]),
+    ("negative_temperature", {"loss__args__reweight_factor": 9.0}, [], ["reweight_factor"]),
+    ("bad_add_bt", {}, ["--add_bt", "7"], ["add_bt", "7"]),
+    ("statistics_of_no_layer", {"trainer__record_statistics": True, "trainer__statistics_layer": "layer9.bn"}, [],
+     ["layer9.bn"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "flags", "words"), [case[1:] for case in LATE_CASES],
+                         ids=[case[0] for case in LATE_CASES])
+def test_data_and_models(run_cli, tmp_path, changes, flags, words):
+    saved = tmp_path / "saved"
+    file = config(tmp_path, **changes)
+    check_refused(run_cli(["train.py", "-c", file, "-d", "cpu", "--save_dir", saved, *flags]), saved, words)
+
+
+def test_checkpoints_that_are_none(run_cli, tmp_path):
+    """A text file as checkpoint, for test.py and train.py."""
+    text = tmp_path / "notes.pth"
+    text.write_text("not a checkpoint")
+    for script in ("test.py", "train.py"):
+        check_refused(run_cli([script, "-r", text, "-d", "cpu"]), tmp_path / "saved", ["notes.pth"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.pth"]
+
+
+@pytest.mark.parametrize("flags", [[], ["-r", "x.pth", "--tau", "a:b"], ["-r", "x.pth", "--classifier", "knn"]])
+def test_flags_of_test_py(run_cli, flags):
+    done = run_cli(["test.py", *flags])
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_needs_a_config(run_cli, tmp_path):
+    done = run_cli(["train.py"])
+    assert done.returncode == 2
+    assert "-c" in done.stderr
+    done = run_cli(["train.py", "-c", tmp_path / "none.json"])
+    assert done.returncode == 2
+    assert "none.json" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
