@@ -6,6 +6,8 @@ computed in the 16.16 fixed point that Pillow uses, so the pixels are the same t
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -85,6 +87,7 @@ class MemoryImages:
         store[1:].view(n, side, side, 4)[:, border:border + inner, border:border + inner, :3] = pixels
         self.words = store.view(torch.int32).view(-1).to(self.device)
         self.index_dtype = torch.int32 if len(self.words) < 2**31 else torch.int64
+        self.sign_bit = torch.iinfo(self.index_dtype).bits - 1
         mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (recipe.mean, recipe.std))
         self.scale, self.shift = ((v).float().to(self.device) for v in (1 / (255 * std), -mean / std))
         self.ramp = torch.arange(recipe.size, dtype=self.index_dtype, device=self.device)
@@ -107,31 +110,54 @@ class MemoryImages:
         """The centres of images `index` [n], normalised: float [n, 3, size, size]."""
         corner = int(round((self.side - self.recipe.size) / 2))  # as torchvision's CenterCrop rounds
         base = self._first_word(index) + corner * (self.side + 1)
-        return self._normalised(base + self.ramp.view(-1, 1) * self.side + self.ramp)
+        with _one_thread():
+            return self._normalised(base + self.ramp.view(-1, 1) * self.side + self.ramp)
 
     def augmented(self, index: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Images `index` [n], each with its crop, flip and rotation, normalised: float [n, 3, size, size]."""
+        with _one_thread():
+            return self._normalised(self._places(index, draws))
+
+    def _places(self, index: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """The word that each output pixel takes, [n, size, size]."""
         last, side = self.recipe.size - 1, self.side
-        a, b, c, d, e, f = (t.view(-1, 1, 1) for t in draws.turn.to(self.index_dtype).unbind(1))
-        down = self.ramp.view(-1, 1)
-        # Source column and row, in the cropped and flipped image, of each output pixel: [n, size, size].
-        x = (self.ramp * a + (down * b + c)).bitwise_right_shift_(16)
-        y = (self.ramp * d + (down * e + f)).bitwise_right_shift_(16)
-        # Outside where any of x, y, last - x, last - y is negative: their sign bits, together.
-        outside = (last - x).bitwise_or_(last - y).bitwise_or_(x).bitwise_or_(y) < 0
+        turn = draws.turn.to(self.index_dtype).t().contiguous().view(2, 3, -1, 1, 1)
+        across, down, start = turn[:, 0], turn[:, 1], turn[:, 2]
+        # Source column and row, in the cropped and flipped image, of each output pixel: [2, n, size, size].
+        source = (self.ramp * across).add(down * self.ramp.view(-1, 1) + start).bitwise_right_shift_(16)
+        # Inside where neither x, y, last - x nor last - y is negative: all bits set, or none, from their sign bits.
+        signs = (last - source).bitwise_or_(source)
+        inside = signs[0].bitwise_or_(signs[1]).bitwise_right_shift_(self.sign_bit).bitwise_not_()
         flip, top, left = (t.to(self.index_dtype).view(-1, 1, 1) for t in (draws.flip, draws.top, draws.left))
         base = self._first_word(index) + top * side + left + flip * last
-        place = x.mul_(1 - 2 * flip).add_(y, alpha=side).add_(base).masked_fill_(outside, 0)
-        return self._normalised(place)
+        x, y = source
+        place = x.mul_(1 - 2 * flip).add_(y, alpha=side).add_(base)
+        return place.bitwise_and_(inside)
 
     def _first_word(self, index: torch.Tensor) -> torch.Tensor:
         return 1 + index.to(self.index_dtype).view(-1, 1, 1) * self.side ** 2
 
     def _normalised(self, place: torch.Tensor) -> torch.Tensor:
         n, size = len(place), self.recipe.size
-        words = torch.index_select(self.words, 0, place.view(-1))
-        pixels = words.view(torch.uint8).view(n, size, size, 4)
+        words = torch.index_select(self.words, 0, place.view(-1)).view(n, size, size)
         images = torch.empty(n, 3, size, size, device=self.device)
-        for channel in range(3):  # plane by plane is faster on CPUs than one pass over triples
-            images[:, channel] = pixels[..., channel]
-        return torch.addcmul(self.shift, images, self.scale, out=images)
+        byte = torch.empty_like(words)
+        for channel in range(3):  # plane by plane and by whole words: every step runs over contiguous numbers
+            images[:, channel] = torch.bitwise_and(words, 255, out=byte)
+            words.bitwise_right_shift_(8)
+        return images.mul_(self.scale).add_(self.shift)  # addcmul isn't vectorised for broadcast factors
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch's CPU operators on this thread.
+
+    They take microseconds each: a second thread gains little, and where other programs use the cores, waiting for it
+    at every operator's end costs a hundred times the work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

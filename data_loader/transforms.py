@@ -49,7 +49,8 @@ class Normalise:
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         images = pixels.to(torch.float32)
-        return torch.addcmul(self.shift, images, self.scale, out=images if pixels.dtype == torch.uint8 else None)
+        images = images.mul_(self.scale) if images is not pixels else images * self.scale
+        return images.add_(self.shift)
 
 
 def resize(image: Image.Image, height: int, width: int) -> torch.Tensor:
