@@ -48,7 +48,7 @@ def method_of(config: dict[str, Any]) -> str:
         parts.append(norm)
     if config.get("load_crt"):
         parts.append("LWS" if args.get("classifier") == "lws" else "cRT")
-    elif sampler_of(config):
+    elif sampler_of(config) and not routed:
         parts.append(f"{sampler_of(config)} sampling")
     return " + ".join(part for part in parts if part)
 
@@ -168,7 +168,7 @@ def read_run(models: Path) -> RunRecord:
         raise ConfigError(f"{models}: has checkpoints but no config.json")
     config = read_json(config_path, "config")
     for section in ("arch", "data_loader", "trainer"):
-        if not isinstance(config.get(section), dict) or section != "trainer" and "type" not in config[section]:
+        if not isinstance(config.get(section), dict) or (section != "trainer" and "type" not in config[section]):
             raise ConfigError(f"{config_path}: isn't a run's config, it has no {section}")
     run = RunRecord(run_of(models / "checkpoint"), config)
     tested = models / "test_metrics.json"
