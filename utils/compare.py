@@ -35,8 +35,9 @@ COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", 
 def row_of(run: RunRecord, costs: bool = True) -> Row:
     """A run as a row: the columns' keys, None for what isn't known."""
     asked = run.config["trainer"].get("epochs")
-    cost = cost_of(json.dumps({key: run.config[key] for key in ("arch", "data_loader")}, sort_keys=True)) if costs \
-        else (None, None)
+    described = json.dumps({key: run.config[key] for key in ("arch", "data_loader")}, sort_keys=True)
+    shares = (run.figures.get("expert_share") or {}).get("all")
+    cost = cost_of(described, tuple(shares) if shares else None) if costs else (None, None)
     notes = [{"test": "", "val": "validation figures"}.get(run.split, "no figures yet")]
     if run.split != "test" and asked and run.epochs_done < asked:
         notes.append(f"{run.epochs_done} of {asked} epochs")
@@ -64,12 +65,15 @@ def _sameness(run: RunRecord) -> str:
 
 
 @cache
-def cost_of(described: str) -> tuple[int | None, float | None]:
-    """(parameters, GFLOPs of one image) of a config's arch, given as JSON with its data_loader; None if unknown."""
+def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[int | None, float | None]:
+    """(parameters, GFLOPs of one image) of a config's arch, given as JSON with its data_loader; None if unknown.
+
+    shares: of an expert-assignment model, the share of test images that used 1, 2, ... experts.
+    """
     config = json.loads(described)
     try:
         from utils.gflops import gflops_of
-        cost = gflops_of(config)
+        cost = gflops_of(config, shares)
         return cost["parameters"], cost["gflops"]
     except Exception:  # a run of another version, or a model that can't be built here, still has a row
         return None, None

@@ -1,0 +1,391 @@
+"""A grid of methods and seeds, run to the end and compared.
+
+    python -m utils.sweep sweep.json
+    python -m utils.sweep sweep.json --dry_run
+    python -m utils.sweep sweep.json --gpus 0,1
+
+    {"name": "digits", "save_dir": "saved/", "base": "configs/digits_lt_ce.json", "seeds": [0, 1, 2],
+     "set": {"trainer.epochs": 20},
+     "methods": {"ce": {},
+                 "ride": {"config": "configs/digits_lt_ride.json"},
+                 "crt": {"config": "configs/digits_lt_crt.json", "set": {"load_crt": "{ce}"}},
+                 "ride_ea": {"config": "configs/digits_lt_ride_ea.json", "start": "ride"}}}
+
+`set` holds config values under dotted keys, for all methods and then for one. `{ce}` in a value stands for the last
+checkpoint of method "ce" with the same seed; `start` is a method whose checkpoint is given as `-r`. Each run is
+`<save_dir>/models/<name>_<method>/seed<N>`. Call it again after a stop: finished runs are skipped, cut-off ones go on.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.cli import Parser, check_device, run_main, value_of
+from utils.config import Override, check_config, load_config, read_json
+from utils.errors import ConfigError, RunError, unknown
+from utils.run_paths import RunPaths, new_run
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = ("name", "save_dir", "base", "methods", "seeds", "set")
+METHOD_KEYS = ("config", "set", "start")
+PLACE = re.compile(r"\{(\w[\w.-]*)\}")
+
+
+@dataclass
+class Job:
+    """One run of the grid: a method with a seed."""
+
+    method: str
+    seed: int
+    config: str                                   # the config file
+    settings: dict[str, Any]                      # dotted key -> value; `{method}` still in it
+    paths: RunPaths
+    start: str | None = None                      # the method whose checkpoint goes to -r
+    needs: tuple[str, ...] = ()                   # methods that must be done before, with the same seed
+    state: str = "waiting"                        # then: running, done, failed
+    problem: str = ""
+    seconds: float = 0.0
+    effective: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} seed {self.seed}"
+
+    @property
+    def last(self) -> Path | None:
+        """The newest epoch's checkpoint, where there is one."""
+        found = self.paths.checkpoints()
+        return found[-1] if found else None
+
+    @property
+    def finished(self) -> bool:
+        """Trained to the end and tested since."""
+        tested = self.paths.models / "test_metrics.json"
+        return self.last is not None and tested.is_file() and tested.stat().st_mtime >= self.last.stat().st_mtime
+
+
+# ---------------------------------------------------------------------- the file
+
+def read_sweep(path: str) -> tuple[list[Job], Path]:
+    """(the jobs of a sweep file, each after what it needs; its save_dir).
+
+    Raises ConfigError for anything wrong in it or in one of its configs, before anything runs.
+    """
+    sweep = read_json(path, "the sweep file")
+    for key in sweep:
+        if key not in KEYS:
+            raise unknown(path, key, KEYS, "key")
+    name = _expect(path, sweep, "name", str, Path(path).stem)
+    save_dir = _expect(path, sweep, "save_dir", str, "saved/")
+    methods = _expect(path, sweep, "methods", dict, {})
+    seeds = _expect(path, sweep, "seeds", list, [0])
+    shared = _expect(path, sweep, "set", dict, {})
+    if not methods:
+        raise ConfigError(f"{path}: methods: give at least one, e.g. {{\"ce\": {{\"config\": \"configs/x.json\"}}}}")
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{path}: seeds: must be different whole numbers from 0, such as [0, 1, 2]")
+    jobs = [_job(path, sweep, save_dir, name, method, spec, shared, seed)
+            for method, spec in methods.items() for seed in seeds]
+    return _in_order(path, jobs), Path(save_dir)
+
+
+def _expect(path: str, table: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = table.get(key, default)
+    if not isinstance(value, kind):
+        names = {str: "text", dict: "an object", list: "a list"}
+        raise ConfigError(f"{path}: {key}: must be {names[kind]}, not {value!r}")
+    return value
+
+
+def _job(path: str, sweep: dict[str, Any], save_dir: str, name: str, method: str, spec: Any, shared: dict[str, Any],
+         seed: int) -> Job:
+    where = f"{path}: methods.{method}"
+    if not isinstance(spec, dict):
+        raise ConfigError(f"{where}: must be an object such as {{\"config\": \"configs/x.json\"}}, not {spec!r}")
+    for key in spec:
+        if key not in METHOD_KEYS:
+            raise unknown(where, key, METHOD_KEYS, "key")
+    config = spec.get("config", sweep.get("base"))
+    if not isinstance(config, str):
+        raise ConfigError(f"{where}: has no config, and the sweep no base")
+    settings = {**shared, **_expect(path, spec, "set", dict, {})}
+    start = _expect(path, spec, "start", str, "") or None
+    used = [match for value in settings.values() if isinstance(value, str) for match in PLACE.findall(value)]
+    needs = tuple(dict.fromkeys([*used, *([start] if start else [])]))
+    for needed in needs:
+        if needed not in sweep["methods"]:
+            raise unknown(where, needed, sweep["methods"], "method")
+    job = Job(method, seed, config, settings, new_run(save_dir, f"{name}_{method}", f"seed{seed}"), start, needs)
+    # Checked whole now: a slip in the last method shouldn't show after a night. Files of runs to come aren't there yet.
+    known = [(key, value, f"{where}: {key}") for key, value in settings.items()
+             if not (isinstance(value, str) and PLACE.search(value))]
+    job.effective = load_config(config, [*known, *_identity(job)], flag=f"{where}: config")
+    return job
+
+
+def _identity(job: Job) -> list[Override]:
+    """The overrides that make a run this job's."""
+    # A start from another run's checkpoint is a new run; without this key it would go on in the other's folder.
+    starts = [Override("resume_state_dict_only", True, "start")] if job.start else []
+    return [Override("seed", job.seed, "seeds"), Override("name", job.paths.models.parent.name, "name"),
+            Override("trainer.save_dir", str(job.paths.models.parent.parent.parent), "save_dir"), *starts]
+
+
+def _in_order(path: str, jobs: list[Job]) -> list[Job]:
+    """Jobs after those that they need."""
+    ordered: list[Job] = []
+    while len(ordered) < len(jobs):
+        done = {(job.method, job.seed) for job in ordered}
+        ready = [job for job in jobs if job not in ordered and all((need, job.seed) in done for need in job.needs)]
+        if not ready:
+            stuck = next(job for job in jobs if job not in ordered)
+            raise ConfigError(f"{path}: methods.{stuck.method}: needs itself, through {', '.join(stuck.needs)}")
+        ordered += ready
+    return ordered
+
+
+def check_unchanged(job: Job) -> None:
+    """A run that is there must be of the config that the sweep asks for now. Raises ConfigError naming what differs."""
+    if not job.paths.config.is_file():
+        return
+    from utils.compare import COSMETIC
+    before = check_config(read_json(job.paths.config, "config"))
+    left_out = {"pretrained", "load_crt", "distill_checkpoint", "n_gpu", "arch.args.num_classes",
+                "distill_arch.args.num_classes", *(f"trainer.{key}" for key in COSMETIC)}
+    old, new = (_flat({**config}) for config in (before, job.effective))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in left_out and old.get(key) != new.get(key):
+            raise ConfigError(f"{job.paths.models}: was run with {key} {old.get(key)!r}, the sweep now says "
+                              f"{new.get(key)!r}; delete the folder or give the sweep another name")
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """A nested dict with dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
+
+
+# ---------------------------------------------------------------------- commands
+
+def train_command(job: Job, jobs: Sequence[Job], device: str | None) -> list[str]:
+    """The train.py call that begins the job's run, or goes on with it."""
+    checkpoints = {other.method: str(other.last or other.paths.models / "checkpoint-epochN.pth") for other in jobs
+                   if other.seed == job.seed}
+    command = [sys.executable, str(ROOT / "train.py"), "-c", job.config, "--run_id", job.paths.models.name]
+    resume = "auto" if job.last or not job.start else checkpoints[job.start]
+    command += ["-r", resume]
+    for item in _identity(job):
+        command += ["--set", f"{item.path}={written(item.value)}"]
+    for key, value in job.settings.items():
+        if isinstance(value, str):
+            value = PLACE.sub(lambda match: checkpoints[match[1]], value)
+        command += ["--set", f"{key}={written(value)}"]
+    return command + (["-d", device] if device is not None else [])
+
+
+def written(value: Any) -> str:
+    """A value as `--set` reads it: text as it is, where that wouldn't be taken for a number or the like."""
+    return value if isinstance(value, str) and value_of(value) == value else json.dumps(value)
+
+
+def evaluation_command(job: Job, device: str | None) -> list[str]:
+    """The test.py call for the job's last checkpoint."""
+    return [sys.executable, str(ROOT / "test.py"), "-r", str(job.last), *(["-d", device] if device is not None else [])]
+
+
+# ---------------------------------------------------------------------- running
+
+class Runner:
+    """Runs jobs one after another on each device; a job waits for those that it needs."""
+
+    def __init__(self, jobs: Sequence[Job], devices: Sequence[str | None], logs: Path):
+        self.jobs, self.devices, self.logs = jobs, devices, logs
+        self.changed = threading.Condition()
+        self.children: set[subprocess.Popen] = set()
+        self.stopping = False
+
+    def run(self) -> None:
+        """Until nothing is left to do, or a stop was asked for (SIGINT, SIGTERM): then the runs save and end."""
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        workers = [threading.Thread(target=self._work, args=(device,)) for device in self.devices]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():  # joined in slices, so that signals are seen
+                worker.join(0.2)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, *_: Any) -> None:
+        self.stopping = True
+        for child in list(self.children):
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM)
+
+    def _next(self) -> Job | None:
+        """A job whose needs are done; waits for one. None when there is nothing more to do."""
+        with self.changed:
+            while not self.stopping:
+                state = {(job.method, job.seed): job.state for job in self.jobs}
+                waiting = [job for job in self.jobs if job.state == "waiting"]
+                for job in waiting:
+                    needed = [state[need, job.seed] for need in job.needs]
+                    if "failed" in needed:
+                        job.state, job.problem = "failed", f"needs {' and '.join(job.needs)}, which failed"
+                        self.changed.notify_all()
+                        break
+                    if all(one == "done" for one in needed):
+                        job.state = "running"
+                        return job
+                else:
+                    if not waiting:
+                        return None
+                    self.changed.wait(0.5)
+            return None
+
+    def _work(self, device: str | None) -> None:
+        while (job := self._next()) is not None:
+            began = time.monotonic()
+            problem = self._run(job, device)
+            with self.changed:
+                job.seconds = time.monotonic() - began
+                job.problem, job.state = problem, "failed" if problem else "done"
+                if self.stopping:
+                    job.state = "waiting"
+                self._say(job)
+                self.changed.notify_all()
+
+    def _run(self, job: Job, device: str | None) -> str:
+        """Train and test; "" or what went wrong."""
+        if job.finished:
+            return ""
+        log = self.logs / f"{job.method}_seed{job.seed}.log"
+        self._print(job, f"{'goes on' if job.last else 'trains'}, log in {log}")
+        for what, command in (("train.py", lambda: train_command(job, self.jobs, device)),
+                              ("test.py", lambda: evaluation_command(job, device))):
+            if self.stopping:
+                return "stopped"
+            status, last = self._call(command(), log)
+            if status:
+                return f"{what} ended with status {status}: {last}"
+            if job.last is None:
+                return "train.py left no checkpoint"
+        return ""
+
+    def _call(self, command: list[str], log: Path) -> tuple[int, str]:
+        """(exit status, last line of the log)."""
+        with open(log, "ab") as out:
+            out.write(f"$ {shlex.join(command)}\n".encode())
+            out.flush()
+            # A session of its own: Ctrl-C reaches the runs once, through us.
+            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                     start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+            self.children.add(child)
+            if self.stopping:
+                child.send_signal(signal.SIGTERM)
+            status = child.wait()
+            self.children.discard(child)
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return status, lines[-1] if lines else ""
+
+    def _say(self, job: Job) -> None:
+        from utils.run_table import clock
+        if self.stopping:
+            self._print(job, "stopped")
+        elif job.state == "failed":
+            self._print(job, f"failed: {job.problem}")
+        else:
+            figures = _accuracy(job)
+            took = f", {clock(job.seconds)}" if job.seconds > 1 else ", was finished before"
+            self._print(job, f"done{figures}{took}")
+
+    def _print(self, job: Job, text: str) -> None:
+        print(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.title}: {text}", flush=True)
+
+
+def _accuracy(job: Job) -> str:
+    from utils.runs import read_run
+    try:
+        value = read_run(job.paths.models).figures.get("accuracy")
+    except ConfigError:
+        return ""
+    return "" if value is None else f", {100 * value:.1f} % of the test images"
+
+
+# ---------------------------------------------------------------------- the command
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    parser = Parser(prog="python -m utils.sweep", allow_abbrev=False,
+                    description="Run a grid of methods and seeds, and compare them.")
+    parser.add_argument("sweep", metavar="SWEEP.json", help="the grid: see the top of utils/sweep.py")
+    parser.add_argument("--gpus", metavar="N,N", help="run on these GPUs, one run each at a time")
+    parser.add_argument("-d", "--device", metavar="D", help="run one after another on this device: cpu, or GPU numbers")
+    parser.add_argument("--dry_run", action="store_true", help="list the runs and their commands, start nothing")
+    args = parser.parse_args(argv)
+    for device in (args.gpus, args.device):
+        if device is not None:
+            check_device(device)
+    if args.gpus is not None and args.device is not None:
+        raise ConfigError("--gpus: says where to run; leave out -d")
+    if args.gpus == "cpu":
+        raise ConfigError("--gpus: takes GPU numbers such as 0,1; for the CPU write -d cpu")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    jobs, save_dir = read_sweep(args.sweep)
+    for job in jobs:
+        check_unchanged(job)
+    devices = args.gpus.split(",") if args.gpus else [args.device]
+    if args.dry_run:
+        for job in jobs:
+            state = "finished" if job.finished else "goes on" if job.last else "to do"
+            print(f"{job.title} ({state})\n  {shlex.join(train_command(job, jobs, devices[0]))}")
+        print(f"{len(jobs)} runs, {sum(job.finished for job in jobs)} finished")
+        return 0
+    logs = save_dir / "sweeps" / Path(args.sweep).stem
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"save_dir: can't make the folder {logs}: {error.strerror}") from None
+    runner = Runner(jobs, devices, logs)
+    runner.run()
+    if runner.stopping:
+        raise RunError(f"stopped; go on with: python -m utils.sweep {args.sweep}")
+    print_table(jobs, save_dir)
+    failed = [job for job in jobs if job.state == "failed"]
+    for job in failed:
+        print(f"failed: {job.title}: {job.problem}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def print_table(jobs: Sequence[Job], save_dir: Path) -> None:
+    """The comparison of this sweep's runs, and how to see it again."""
+    from utils.compare import arrange, row_of
+    from utils.run_table import text_table
+    from utils.runs import read_run
+    rows = []
+    for job in jobs:
+        with contextlib.suppress(ConfigError):
+            rows.append(row_of(read_run(job.paths.models)))
+    if rows:
+        print(f"\n{text_table(arrange(rows))}\n\nonce more, or as a page: python -m utils.compare {save_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main)
