@@ -8,40 +8,49 @@ Nothing heavy is imported before the config is known to be good, so that a mista
 """
 from __future__ import annotations
 
+import contextlib
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import parse_train, run_main
 from utils.config import load_config
 from utils.errors import ConfigError
+from utils.stop import StopRequest
+
+if TYPE_CHECKING:
+    from utils.run_paths import RunPaths
+    from utils.session import Start
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse_train(argv)
     config = load_config(args.config, args.overrides) if args.config else None
-    if not launch_workers(args, config, sys.argv[1:] if argv is None else argv):
-        train(args, config)
+    workers = workers_wanted(args, config)
+    if workers > 1:
+        from utils.launch import run_workers
+        return run_workers(workers, [str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)])
+    stop = StopRequest()
+    # Heard from here on: what isn't begun yet is saved as such. A dry run has nothing to save.
+    with contextlib.nullcontext() if args.dry_run else stop:
+        train(args, config, stop)
+    return 0
 
 
-def launch_workers(args: Namespace, config: dict[str, Any] | None, argv: list[str]) -> bool:
-    """Start one process a GPU where the config asks for several; False where this process trains alone."""
+def workers_wanted(args: Namespace, config: dict[str, Any] | None) -> int:
+    """How many processes a plain `python train.py` starts: one a GPU where the config asks for several."""
+    if config is None:  # a run goes on with as many as it had
+        with contextlib.suppress(ConfigError):
+            config = load_config(Path(args.resume).with_name("config.json"), args.overrides)
     wanted = (config or {}).get("n_gpu") or 1
     if wanted <= 1 and not (args.device and "," in args.device):
-        return False
+        return 1
     from utils.device import workers_to_start
-    workers = workers_to_start(args.device, wanted)
-    if workers <= 1:
-        return False
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", max_restarts=0)
-    elastic_launch(launch, sys.executable)("-u", str(Path(__file__).resolve()), *argv)
-    return True
+    return workers_to_start(args.device, wanted)
 
 
-def train(args: Namespace, config: dict[str, Any] | None) -> None:
+def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> None:
     """The run, step by step."""
     from logger.log import get_logger, setup_logging
     from trainer import trainer_class
@@ -49,7 +58,7 @@ def train(args: Namespace, config: dict[str, Any] | None) -> None:
     from trainer.schedules import build_optimizer, build_scheduler
     from utils import dist, session
     from utils.device import pick_device, set_determinism
-    from utils.run_paths import new_run, run_of
+    from utils.launch import note_stop
     from utils.seed import seed_everything
 
     start = session.find_start(args, config)
@@ -57,9 +66,12 @@ def train(args: Namespace, config: dict[str, Any] | None) -> None:
     options = config["trainer"]
     setup_logging(options["verbosity"])
     log = get_logger()
+    if args.ignored:
+        log.warning("%s: taken for old command lines' sake, without effect (torchrun starts several processes)",
+                    ", ".join(dict.fromkeys(args.ignored)))
 
     device = pick_device(args.device, config["n_gpu"])
-    dist.setup(device.type)
+    dist.setup(device)
     set_determinism(options["deterministic"])
     seed_everything(config["seed"], dist.rank())
 
@@ -78,11 +90,9 @@ def train(args: Namespace, config: dict[str, Any] | None) -> None:
     optimizer = build_optimizer(config["optimizer"], model, options)
     scheduler = build_scheduler(config["lr_scheduler"], optimizer, options["epochs"])
 
-    paths = None if args.dry_run else run_of(start.path) if start.goes_on \
-        else new_run(options["save_dir"], config["name"], dist.broadcast_object(args.run_id))
     trainer = trainer_class(options["type"])(
         model, criterion, optimizer, config, teacher=teacher, train_loader=train_loader, valid_loader=valid_loader,
-        lr_scheduler=scheduler, paths=paths, device=device, data_facts=session.data_facts(train_loader))
+        lr_scheduler=scheduler, device=device, data_facts=session.data_facts(train_loader), stop=stop)
     if start.goes_on:
         trainer.resume(start.checkpoint, start.path)
     if args.dry_run:
@@ -90,15 +100,36 @@ def train(args: Namespace, config: dict[str, Any] | None) -> None:
         log.info("dry run: everything builds and runs; nothing was written")
         return
 
+    trainer.paths = paths = run_folders(args, start)
     checkpoint = trainer.train() or start.path
-    if trainer.stop.signal is None:
+    if not trainer.finished:
+        note_stop()
+        dist.cleanup()
+        return
+    if not stop.agreed(device, True):
         # What the run is worth, on images that no choice was made on.
         test_loader = session.make_loader(config, device, training=False)
         result = trainer.test(test_loader)
         log.info("\n%s", format_result(result, f"test, epoch {options['epochs']}"))
-        log.info("\ncheckpoint   %s\nevaluate     python test.py -r %s\nlook at it   tensorboard --logdir %s",
-                 checkpoint, checkpoint, paths.log)
+    log.info("\ncheckpoint   %s\nevaluate     python test.py -r %s\nlook at it   tensorboard --logdir %s",
+             checkpoint, checkpoint, paths.log)
     dist.cleanup()
+
+
+def run_folders(args: Namespace, start: Start) -> RunPaths:
+    """Where the run's files go: a new place, or where it goes on. Another run's files are never written over."""
+    from utils import dist
+    from utils.run_paths import new_run, run_of
+    if start.goes_on:
+        return run_of(start.path)
+
+    def claim() -> RunPaths:
+        paths = new_run(start.config["trainer"]["save_dir"], start.config["name"], args.run_id)
+        if args.resume != "auto" and paths.checkpoints():
+            raise ConfigError(f"--run_id: {args.run_id} is a run already, with {paths.checkpoints()[-1]}; go on with it "
+                              f"(-r auto --run_id {args.run_id}) or choose another name")
+        return paths
+    return dist.on_main(claim)
 
 
 def describe_data(loader: Any, config: dict[str, Any]) -> None:

@@ -4,9 +4,11 @@ What one epoch does is a subclass's business (`train_epoch`, `validate`).
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class BaseTrainer(ABC):
         paths: the run's folders; None writes nothing at all (a dry run).
         device: where the model is.
         data_facts: plain data about the data set, kept in the checkpoint so that a model can be used without it.
+        stop: who hears SIGTERM and SIGINT; one that listens during `train` only, where absent.
     """
 
     #: Metrics that `validate` returns; the monitor's name is checked against these with `val_` before them.
@@ -53,7 +56,8 @@ class BaseTrainer(ABC):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *,
                  train_loader: Any, valid_loader: Any = None, lr_scheduler: Any = None, paths: RunPaths | None = None,
-                 device: torch.device | str = "cpu", data_facts: dict[str, Any] | None = None):
+                 device: torch.device | str = "cpu", data_facts: dict[str, Any] | None = None,
+                 stop: StopRequest | None = None):
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.config, self.options = config, config["trainer"]
         self.train_loader, self.valid_loader = train_loader, valid_loader
@@ -69,8 +73,11 @@ class BaseTrainer(ABC):
         self.not_improved = 0
         self.batches_done = 0
         self.start_epoch, self.start_batch, self.global_step = 1, 0, 0
+        self.finished = True         # False where a stop ended the run before its last epoch did
+        self.resumed_inside = False  # an epoch: its checkpoint is of the middle until the end is written
         self.scaler = None
-        self.stop = StopRequest()
+        #: train.py's own, where it listens from the start.
+        self.stop = StopRequest() if stop is None else stop
         self.writer: Any = make_writer(None)
         self.is_main = dist.is_main()
 
@@ -78,14 +85,20 @@ class BaseTrainer(ABC):
 
     @abstractmethod
     def train_epoch(self, epoch: int, start_batch: int) -> dict[str, float] | None:
-        """Train one epoch from batch `start_batch`; its figures, or None where a stop was asked for inside it."""
+        """Train one epoch from batch `start_batch`; its figures, or None where a stop was asked for inside it.
+
+        Sets `batches_done`.
+        """
 
     @abstractmethod
-    def validate(self, epoch: int) -> dict[str, float | None]:
-        """Figures on the validation split, without the `val_` prefix. Every rank returns the same."""
+    def validate(self, epoch: int) -> dict[str, float | None] | None:
+        """Figures on the validation split, without the `val_` prefix; None where a stop was asked for before it ended.
+
+        Every rank returns the same. It draws no random numbers, so that it can be done again.
+        """
 
     def extra_state(self) -> dict[str, Any]:
-        """More of the subclass's state for the checkpoint (tensors and plain data)."""
+        """More of the subclass's state for the checkpoint (tensors and plain data); called on every rank."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -105,7 +118,7 @@ class BaseTrainer(ABC):
         last = None
         # The order of these lines is the recipe of a run; each is explained where it is defined.
         with self.stop:
-            for epoch in range(self.start_epoch, self.epochs + 1):
+            for epoch in self._epochs_left():
                 start_batch = self.start_batch if epoch == self.start_epoch else 0
                 epoch_began = time.monotonic()
                 lr = self.optimizer.param_groups[0]["lr"]
@@ -115,28 +128,37 @@ class BaseTrainer(ABC):
                 train_seconds = time.monotonic() - epoch_began
                 self.sync_buffers()
                 validated = self.validate(epoch) if self.valid_loader is not None else {}
+                if validated is None:
+                    return self._stopped(epoch)
                 figures = {"loss": None, "val_loss": None, **trained,
                            **{f"val_{key}": value for key, value in validated.items()}}
                 self._step_schedule(figures)
                 improved = self._is_better(figures)
                 self.not_improved = 0 if improved or self.monitor_mode == "off" else self.not_improved + 1
-                self._report(epoch, lr, figures, time.monotonic() - epoch_began, time.monotonic() - began, improved)
-                self._report_time(epoch, start_batch, train_seconds, time.monotonic() - epoch_began)
+                with self._writing():
+                    self._report(epoch, lr, figures, time.monotonic() - epoch_began, time.monotonic() - began, improved)
+                    self._report_time(epoch, start_batch, train_seconds, time.monotonic() - epoch_began)
                 ends = epoch == self.epochs or self.not_improved >= self.early_stop
-                if epoch % self.save_period == 0 or ends or start_batch:
+                inside = self.resumed_inside and epoch == self.start_epoch
+                if epoch % self.save_period == 0 or ends or inside:
                     last = self.save(epoch)
                 if improved:
                     self.save(epoch, self.paths.best)
-                self._drop_old()
+                self._drop_old(epoch)
                 if self.stop.agreed(self.device, True) and not ends:
                     return self._stopped(epoch, last if last == self.paths.checkpoint(epoch) else None, complete=True)
                 if ends and epoch < self.epochs:
                     log.info("early stop: %s hasn't improved for %d epochs", self.monitor, self.not_improved)
                 if ends:
                     break
-        if last is None:
-            log.info("nothing left to train: the checkpoint is of epoch %d of %d", self.start_epoch - 1, self.epochs)
-        log.info("trained in %s", duration(time.monotonic() - began))
+        if last is not None:
+            log.info("trained in %s", duration(time.monotonic() - began))
+        elif self.not_improved >= self.early_stop:
+            log.info("nothing left to train: %s hasn't improved for %d epochs (trainer.early_stop is %d)", self.monitor,
+                     self.not_improved, self.early_stop)
+        else:
+            log.info("nothing left to train: the checkpoint is of epoch %d of %d; --epochs N trains longer",
+                     self.start_epoch - 1, self.epochs)
         self.writer.close()
         return last
 
@@ -153,18 +175,40 @@ class BaseTrainer(ABC):
     # ------------------------------------------------------------------ parts of it
 
     def _open_run(self) -> None:
-        if self.is_main:
-            self.paths.create()
+        dist.on_main(self._open_files)
+
+    def _open_files(self) -> None:
+        """The run's folders and logs, by rank 0. Raises ConfigError where they can't be written."""
+        self.paths.create()
+        try:
             log_to_file(self.paths.log)
-            try:
-                write_json(self.paths.config, self.config)
-            except OSError as error:
-                raise ConfigError(f"trainer.save_dir: can't write in {self.paths.models}: {error.strerror}") from None
+            write_json(self.paths.config, self.config)
             self.writer = make_writer(self.paths.log, bool(self.options.get("tensorboard", True)),
                                       self.start_epoch - 1, self.global_step)
-            self.csv = MetricsCSV(self.paths.log / "metrics.csv", self.start_epoch - 1)
-            self.times = MetricsCSV(self.paths.log / "timing.csv", self.start_epoch - 1)
-        dist.barrier()
+        except OSError as error:
+            raise ConfigError(f"trainer.save_dir: can't write in {error.filename or self.paths.models}: "
+                              f"{error.strerror}") from None
+        self.csv = MetricsCSV(self.paths.log / "metrics.csv", self.start_epoch - 1)
+        self.times = MetricsCSV(self.paths.log / "timing.csv", self.start_epoch - 1)
+        for half in self.paths.models.glob(".*.pth.*.tmp"):  # a killed run was writing it
+            half.unlink(missing_ok=True)
+
+    def _epochs_left(self) -> range:
+        first = self.start_epoch
+        return range(first, first if self.not_improved >= self.early_stop else self.epochs + 1)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what writes logs: a disk that is full ends the run with a line that says so."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"can't write {error.filename or self.paths.log}: {error.strerror}; checkpoints are "
+                           f"intact, the newest is {self._newest()}") from None
+
+    def _newest(self) -> str:
+        kept = self.paths.checkpoints() if self.paths else []
+        return str(kept[-1]) if kept else "none yet"
 
     def _step_schedule(self, figures: dict[str, Any]) -> None:
         if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -248,8 +292,8 @@ class BaseTrainer(ABC):
         return {"arch": self.config["arch"]["type"], "epoch": epoch, "batch": batch, "global_step": self.global_step,
                 "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": plain_state(self.lr_scheduler), "scaler": self.scaler and self.scaler.state_dict(),
-                "monitor_best": self.best, "not_improved": self.not_improved, "rng": self._all_rng(), "config": self.config, "data": self.data_facts,
-                "extra": self.extra_state()}
+                "monitor_best": self.best, "not_improved": self.not_improved, "rng": self._all_rng(),
+                "config": self.config, "data": self.data_facts, "extra": self.extra_state()}
 
     def _all_rng(self) -> list[dict[str, Any]]:
         """Every rank's generator states, so that dropout goes on as it would have."""
@@ -263,25 +307,38 @@ class BaseTrainer(ABC):
     def save(self, epoch: int, path: Path | None = None, batch: int | None = None) -> Path:
         """Write a checkpoint, whole or not at all; all ranks call it, rank 0 writes.
 
-        Raises RunError where the disk doesn't take it; what was there before stays.
+        Raises RunError, on every rank, where the disk doesn't take it; what was there before stays.
         """
         path = path or self.paths.checkpoint(epoch)
         state = self.state(epoch, batch)
-        if self.is_main:
+
+        def write() -> None:
             try:
                 save_checkpoint(path, state)
-            except (OSError, RuntimeError) as error:
-                raise RunError(f"can't write the checkpoint {path}: {error}; earlier checkpoints are intact") from None
+            except OSError as error:
+                raise RunError(f"can't write the checkpoint {path}: {error.strerror}; earlier checkpoints are intact, "
+                               f"the newest is {self._newest()}") from None
+        dist.on_main(write)
         return path
 
-    def _drop_old(self) -> None:
-        if self.keep_last and self.is_main:
-            for old in self.paths.checkpoints()[:-self.keep_last]:
+    def _drop_old(self, epoch: int) -> None:
+        """Keep `keep_last` checkpoints. Those of later epochs are of a course that this run has left (it was resumed
+        from before them): they are renamed, or `-r auto` would take one of them."""
+        if not self.is_main:
+            return
+        kept = [path for path in self.paths.checkpoints() if self.paths.epoch_of(path) <= epoch]
+        for later in set(self.paths.checkpoints()) - set(kept):
+            later.replace(later.with_name(f"superseded-{later.name}"))
+        if self.keep_last:
+            for old in kept[:-self.keep_last]:
                 old.unlink(missing_ok=True)
 
     def _stopped(self, epoch: int, saved: Path | None = None, complete: bool = False) -> Path:
         path = saved or self.save(epoch, batch=None if complete else self.batches_done)
-        log.info("stopped on request in epoch %d; go on with: python train.py -r %s", epoch, path)
+        self.finished = False
+        where = f"after epoch {epoch}" if complete else \
+            f"in epoch {epoch}, after {self.batches_done} of its {len(self.train_loader)} steps"
+        log.info("stopped on request %s; go on with: %s -r %s", where, dist.command("train.py"), path)
         self.writer.close()
         return path
 
@@ -311,9 +368,11 @@ class BaseTrainer(ABC):
             self.best = self.best.item()
         self.not_improved = checkpoint.get("not_improved") or 0
         batch = checkpoint.get("batch")
+        self.resumed_inside = batch is not None
         self.start_epoch = checkpoint["epoch"] + (batch is None)
         self.start_batch = batch or 0
-        self.global_step = checkpoint.get("global_step") or checkpoint["epoch"] * len(self.train_loader)
+        step = checkpoint.get("global_step")
+        self.global_step = checkpoint["epoch"] * len(self.train_loader) if step is None else step
         if checkpoint.get("extra"):
             self.load_extra_state(checkpoint["extra"])
         states = checkpoint.get("rng")

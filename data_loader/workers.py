@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,10 +99,13 @@ class FileBatches:
         self.targets = torch.from_numpy(targets)
         self.keys: Iterable[list[Key]] = ()
         more = {"persistent_workers": True, "prefetch_factor": prefetch} if workers else {}
+        # A generator of its own: torch would draw the workers' seeds from the global one, and a run that goes on in the
+        # middle of an epoch would see other random numbers than one that never stopped.
         with warnings.catch_warnings():  # torch advises against more workers than cores; the user has decided
             warnings.simplefilter("ignore")
             self.loader = DataLoader(source, batch_sampler=self, num_workers=workers, pin_memory=pin_memory,
-                                     collate_fn=_collate, **more)
+                                     collate_fn=_collate, generator=torch.Generator(),
+                                     worker_init_fn=_leave_stops_to_parent, **more)
 
     def __iter__(self) -> Iterator[list[Key]]:
         return iter(self.keys)
@@ -118,6 +122,12 @@ class FileBatches:
                 raise ConfigError(batch.message)
             pixels, indices, positions = batch
             yield pixels, self.targets[indices], positions
+
+
+def _leave_stops_to_parent(worker: int) -> None:
+    """A batch system sends SIGTERM, and a terminal SIGINT, to every process: the parent still needs its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: list) -> Any:

@@ -47,6 +47,18 @@ class _Stdout(logging.StreamHandler):
         super().emit(record)
 
 
+class _InfoLog(logging.FileHandler):
+    """A log file that gives up, with one warning, where its disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logging.getLogger("ltr").removeHandler(self)
+        logging.getLogger("ltr").warning("%s can't be written: %s", self.baseFilename, error.strerror)
+
+
 def setup_logging(verbosity: int = 2) -> logging.Logger:
     """Send the project's log to stdout (rank 0 only). Verbosity 0 warnings, 1 one line an epoch, 2 every log step."""
     root = logging.getLogger("ltr")
@@ -67,7 +79,7 @@ def log_to_file(folder: Path) -> None:
     if not dist.is_main():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "info.log", encoding="utf-8")
+    handler = _InfoLog(folder / "info.log", encoding="utf-8")
     handler.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("ltr").addHandler(handler)

@@ -65,6 +65,5 @@ def make_writer(folder: Path | None, enabled: bool = True, epoch: int = 0, step:
     except ImportError:
         log.warning("TensorBoard isn't installed: no event files are written (pip install tensorboard)")
         return NoWriter()
-    if epoch or step:
-        prune(folder, epoch, step)
+    prune(folder, epoch, step)  # a run that begins anew too: it may have been killed before its first checkpoint
     return SummaryWriter(str(folder))

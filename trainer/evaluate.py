@@ -20,7 +20,8 @@ Head = Callable[[dict[str, Any]], torch.Tensor]
 def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = None,
              metrics: dict[str, Callable] | None = None, groups: dict[str, int] | None = None, amp: object = None,
              memory_format: torch.memory_format = torch.channels_last, head: Head | None = None,
-             max_batches: int | None = None, keep: bool = False, confusion: bool = False) -> dict[str, Any]:
+             max_batches: int | None = None, keep: bool = False, confusion: bool = False,
+             stop: Callable[[int], bool] | None = None) -> dict[str, Any] | None:
     """Evaluate `model` on `loader`'s split; every rank sees its share and all get the same figures.
 
     Args:
@@ -33,6 +34,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         keep: also return `predictions`, `confidences`, `labels` by image (this rank's, on the CPU) and, where the
             experts' logits are known, `expert_predictions` [N, E].
         confusion: also return `confusion` [C, C], images by (label, prediction).
+        stop: asked before each batch, on every rank; where it answers True, evaluation ends and returns None.
     Returns:
         the figures of test_metrics.json, each metric, and `seconds`; where the model's dict has each expert's logits
         also `expert_acc` and `expert_disagreement`; for expert-assignment models `expert_share`.
@@ -55,10 +57,12 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
     for batch, (images, labels) in enumerate(loader):
         if max_batches is not None and batch >= max_batches:
             break
+        if stop is not None and stop(batch):
+            model.train(was_training)
+            return None
+        # A rank with no image of its own has been lent one: it knows the figures' names, and counts none of it.
         n, _ = loader.share(batch)
-        if n == 0:
-            continue
-        images, labels = images[:n].contiguous(memory_format=memory_format), labels[:n]
+        images, labels = images[:max(n, 1)].contiguous(memory_format=memory_format), labels[:max(n, 1)]
         with autocast(device, amp):
             outputs = model(images)
         logits = (outputs["output"] if head is None else head(outputs)).float()
@@ -66,11 +70,13 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
                                            "sample_num_experts": outputs.get("sample_num_experts")}
         if own.get("expert_logits") is not None and own["expert_logits"].shape[1] != num_experts:
             own["expert_logits"] = None  # `use_experts` left some out
-        state.update(logits, labels, **own)
         figures = {name: function(logits, labels) for name, function in (metrics or {}).items()}
         if criterion is not None and head is None:
             figures["loss"] = criterion(outputs, labels)
         means.add(figures, n)
+        if n == 0:
+            continue
+        state.update(logits, labels, **own)
         if keep:
             confidence, prediction = logits.softmax(-1).max(-1)
             experts = own.get("expert_logits")

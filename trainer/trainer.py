@@ -56,7 +56,7 @@ class Trainer(BaseTrainer):
         self.log_step: int = options.get("log_step") or max(1, int(len(self.train_loader) ** 0.5))
         self.on_nonfinite: str = options.get("on_nonfinite", "stop")
         self.max_skipped: int = options.get("max_skipped", 100)
-        self.skipped = 0
+        self.skipped, self.step_was_good = 0, True
         self.model.to(memory_format=self.memory_format)
         if options.get("bt_gather"):
             self.model.backbone.bt_gather = True
@@ -96,6 +96,7 @@ class Trainer(BaseTrainer):
         batch over all ranks: the loss is weighted so that the averaged gradient is the whole batch's.
         """
         images = images.contiguous(memory_format=self.memory_format)
+        self._remember_buffers()
         # Losses that are weighted means need the whole batch's weights below the line.
         self.criterion.share = (n, n_global) if dist.world_size() > 1 else None
         with autocast(self.device, self.amp):
@@ -119,7 +120,8 @@ class Trainer(BaseTrainer):
         else:
             weighted.backward()
         norm = self._gradient_norm()
-        if self._is_good(loss, norm):
+        self.step_was_good = self._is_good(loss, norm)
+        if self.step_was_good:
             if self.scaler is not None:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
@@ -154,7 +156,13 @@ class Trainer(BaseTrainer):
         self._nonfinite(self.global_step, float(loss), float(norm))
         if self.scaler is not None:
             self.scaler.update()
+        for buffer, before in zip(self.model.buffers(), self.buffers_before):
+            buffer.copy_(before)
         return False
+
+    def _remember_buffers(self) -> None:
+        """With `on_nonfinite: skip`, keep the norms' statistics: a batch whose step is skipped mustn't spoil them."""
+        self.buffers_before = [buffer.clone() for buffer in self.model.buffers()] if self.on_nonfinite == "skip" else []
 
     def _nonfinite(self, step: int, loss: float | None = None, norm: float | None = None) -> None:
         where = (f"epoch {self.epoch}, step {step + 1}, lr {self.optimizer.param_groups[0]['lr']:.4g}"
@@ -165,9 +173,8 @@ class Trainer(BaseTrainer):
             if self.skipped <= self.max_skipped:
                 return
             raise RunError(f"more than trainer.max_skipped = {self.max_skipped} steps weren't finite ({where})")
-        kept = self.paths.checkpoints() if self.paths else []
         raise RunError(f"the loss or its gradient isn't finite at {where}; try a smaller --lr, trainer.clip_grad_norm "
-                       f"or trainer.amp off. Last good checkpoint: {kept[-1] if kept else 'none yet'}")
+                       f"or trainer.amp off. Last good checkpoint: {self._newest()}")
 
     # ------------------------------------------------------------------ one epoch
 
@@ -178,13 +185,15 @@ class Trainer(BaseTrainer):
         began, images_seen = time.monotonic(), 0
         pending: list[torch.Tensor] = []
         self.batches_done = start_batch
+        if self.stop.agreed(self.device, True):
+            return None
         with self._progress(epoch, total, start_batch) as bar, self._profiler() as profiler:
             for batch, (images, labels) in enumerate(self.train_loader, start_batch):
                 n, n_global = self.train_loader.share(batch)
                 if self.global_step == 0 and self.writer:
                     self.watch.input_grid(images)
                 figures = self.step(images, labels, n, n_global)
-                self.means.add(figures, n)
+                self.means.add(figures, n if self.step_was_good else 0)
                 pending.append(figures["loss"])
                 images_seen += n_global
                 self.global_step += 1
@@ -196,7 +205,9 @@ class Trainer(BaseTrainer):
                 bar.update()
                 if profiler is not None:
                     profiler.step()
-                if self.stop.agreed(self.device, reads) and batch + 1 < total:
+                if self.stop.agreed(self.device, reads):
+                    if pending:  # what is saved must be known to be finite
+                        self._log_step(epoch, batch + 1, total, pending, images_seen / (time.monotonic() - began), bar)
                     return None
         return self.means.read(reduce=True)
 
@@ -228,10 +239,13 @@ class Trainer(BaseTrainer):
             self.writer.add_scalar("step/images_per_second", speed, self.global_step)
             self.watch.log_step(self.global_step)
 
-    def validate(self, epoch: int) -> dict[str, float | None]:
+    def validate(self, epoch: int) -> dict[str, float | None] | None:
         """Figures of the unwrapped model (the one that is saved) on the validation split, over all ranks."""
         result = evaluate(self.model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
-                          groups=self.config.get("groups"), amp=self.amp, memory_format=self.memory_format)
+                          groups=self.config.get("groups"), amp=self.amp, memory_format=self.memory_format,
+                          stop=lambda batch: self.stop.agreed(self.device, batch % 10 == 0))
+        if result is None:
+            return None
         self.watch.validated = result
         return {key: result[key] for key in ("loss", *self.metrics, *self.kept_figures) if key in result}
 
@@ -255,7 +269,7 @@ class Trainer(BaseTrainer):
     # ------------------------------------------------------------------ around it
 
     def extra_state(self) -> dict[str, Any]:
-        return {"means": self.means.state_dict(), "skipped": self.skipped}
+        return {"means": self.means.state_dict(reduce=True), "skipped": self.skipped}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.means.load_state_dict(state["means"])

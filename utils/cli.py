@@ -134,6 +134,22 @@ def _parser(prog: str, what: str, examples: str) -> _Parser:
     return parser
 
 
+def tool_parser(prog: str, what: str, examples: str = "", overrides: bool = False) -> argparse.ArgumentParser:
+    """The beginning of a tool's command line: -c, -r, -d, --help and, if asked for, the config's overrides.
+
+    Read it with `parse_tool`, which knows the nearest right name of a misspelt flag.
+    """
+    parser = _parser(prog, what, examples)
+    if overrides:
+        _add_overrides(parser)
+    return parser
+
+
+def parse_tool(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """A tool's flags. Raises ConfigError as the parsers of train.py and test.py do."""
+    return _parse(parser, argv, parser.parse_known_intermixed_args)
+
+
 def _add_overrides(parser: _Parser) -> None:
     group = parser.add_argument_group("config values", "instead of what the config says")
     group.add_argument("--set", action=_SetAny, metavar="KEY=V", dest=argparse.SUPPRESS, default=argparse.SUPPRESS,
@@ -237,9 +253,9 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _parse(parser: _Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(parser: _Parser, argv: Sequence[str] | None, read: Callable | None = None) -> argparse.Namespace:
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
-    args, left = parser.parse_known_args(_joined(list(sys.argv[1:] if argv is None else argv), flags))
+    args, left = (read or parser.parse_known_args)(_joined(list(sys.argv[1:] if argv is None else argv), flags))
     if left:
         name = left[0].partition("=")[0]
         if not name.startswith("-"):
@@ -333,21 +349,26 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     logging.lastResort = logging.StreamHandler(sys.stdout)
     try:
         status = main() or 0
-    except ConfigError as error:
-        status = _fail(str(error), 2)
-    except RunError as error:
-        status = _fail(str(error), 1)
+    except (ConfigError, RunError) as error:
+        status = 2 if isinstance(error, ConfigError) else 1
+        if not error.told:
+            _fail(str(error), status)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
             traceback.print_exc()
             status = 1
         else:
             status = _fail(f"{error.filename or 'writing'}: {error.strerror}", 1)
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as error:
+        if _joined_ranks() and any(name in str(error) for name in ("gloo", "NCCL")):
+            # The other process has shown what happened to it; our traceback would bury that.
+            status = _fail(f"lost another process of the run, whose error is above or on its own machine "
+                           f"({str(error).splitlines()[0][:200]})", 1)
+        else:
+            traceback.print_exc()
+            status = 1
     _flush()
     sys.exit(status)
 

@@ -21,7 +21,7 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
     Raises:
         ConfigError: a GPU number that isn't there.
     """
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = gpu_count()
     if flag is not None and flag.strip().lower() == "cpu":
         return torch.device("cpu")
     if flag is not None:
@@ -42,6 +42,11 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
     return torch.device("cuda", dist.local_rank() % available)
 
 
+def gpu_count() -> int:
+    """GPUs that can be used here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def gpu_numbers(flag: str) -> list[int]:
     """`"0,1"` as [0, 1]; ConfigError where it isn't such a list."""
     try:
@@ -55,11 +60,11 @@ def gpu_numbers(flag: str) -> list[int]:
 
 def workers_to_start(flag: str | None, n_gpu: int | None) -> int:
     """How many processes a plain `python train.py` should start: one a GPU where the config asks for several."""
-    if "RANK" in os.environ or not torch.cuda.is_available():
+    available = gpu_count()
+    if "RANK" in os.environ or available == 0:
         return 1
     if flag is not None:
         return 1 if flag.strip().lower() == "cpu" else len(gpu_numbers(flag))
-    available = torch.cuda.device_count()
     if (n_gpu or 1) > available:
         log.warning("n_gpu is %d but %d GPUs were found: using %d", n_gpu, available, available)
     return max(1, min(n_gpu or 1, available))

@@ -3,10 +3,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from utils.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+#: Set in the environment of workers that a plain `python train.py` started: resumed likewise.
+LAUNCHED_HERE = "LTR_LAUNCHED_BY_PYTHON"
 
 
 def _initialised() -> bool:
@@ -29,18 +36,37 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def command(program: str) -> str:
+    """How `program` was started, as one would type it: with python, or with torchrun and as many processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or LAUNCHED_HERE in os.environ:
+        return f"python {program}"
+    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    return f"torchrun {f'--nnodes {nodes} ' if nodes != '1' else ''}--nproc_per_node {each} {program}"
+
+
 def is_main() -> bool:
     """True in the one process that writes files and prints."""
     return rank() == 0
 
 
-def setup(device_type: str, timeout_s: float = 600) -> None:
-    """Join the process group where torchrun started us: nccl on GPUs, gloo on CPU. No-op for a single process."""
+def setup(device: torch.device | str, timeout_s: float = 600) -> None:
+    """Join the process group where torchrun started us: nccl on GPUs, gloo on CPU. No-op for a single process.
+
+    Raises ConfigError where WORLD_SIZE is set but the rest of what torchrun sets isn't.
+    """
     if world_size() == 1 or _initialised():
         return
-    import torch.distributed as dist
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(seconds=timeout_s))
+    import torch
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # nccl's object collectives use the current device
+    try:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(seconds=timeout_s))
+    except ValueError as error:
+        raise ConfigError(f"WORLD_SIZE is {world_size()} but the processes can't be joined ({error}); start them with "
+                          "torchrun --nproc_per_node N train.py ...") from None
 
 
 def cleanup() -> None:
@@ -73,6 +99,30 @@ def broadcast_object(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and return its value (plain data) on every rank; all ranks must call it.
+
+    Where it fails, every rank raises: ranks that went on would wait for rank 0 in vain. Only rank 0's error is shown.
+    """
+    if not _initialised():
+        return work()
+    failed: Exception | None = None
+    value, message = None, None
+    if is_main():
+        try:
+            value = work()
+        except Exception as error:
+            failed, message = error, (isinstance(error, ConfigError), str(error))
+    value, message = broadcast_object((value, message))
+    if failed is not None:
+        raise failed
+    if message is not None:
+        error = (ConfigError if message[0] else RunError)(message[1])
+        error.told = True
+        raise error
+    return value
 
 
 def all_gather_with_grad(features: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -14,6 +14,8 @@ class ConfigError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+        #: True on a rank that only repeats what rank 0 says (see utils.dist.on_main).
+        self.told = False
 
 
 def closest(name: object, choices: Iterable[str]) -> str | None:
@@ -43,3 +45,4 @@ class RunError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+        self.told = False

@@ -48,11 +48,17 @@ class Means:
         *sums, count = packed.tolist()
         return {name: value / count if count else float("nan") for name, value in zip(self.sums, sums)}
 
-    def state_dict(self) -> dict[str, object]:
-        """For the checkpoint of an epoch that isn't finished."""
-        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "count": self.count}
+    def state_dict(self, reduce: bool = False) -> dict[str, object]:
+        """For the checkpoint of an epoch that isn't finished. `reduce` sums over all ranks; all must call it."""
+        sums = {name: value.clone() for name, value in self.sums.items()}
+        count = torch.tensor(float(self.count), dtype=self.dtype, device=self.device)
+        if reduce:
+            for value in (*sums.values(), count):
+                dist.all_reduce_sum(value)
+        return {"sums": {name: value.cpu() for name, value in sums.items()}, "count": int(count)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back what `state_dict` returned."""
-        self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
-        self.count = state["count"]
+        """Take back what `state_dict(reduce=True)` returned: rank 0 holds the sums so far, other ranks begin at 0."""
+        here = float(dist.is_main())
+        self.sums = {name: value.to(self.device) * here for name, value in state["sums"].items()}
+        self.count = state["count"] if dist.is_main() else 0

@@ -29,10 +29,15 @@ class RunPaths:
     def checkpoint(self, epoch: int) -> Path:
         return self.models / f"checkpoint-epoch{epoch}.pth"
 
+    @staticmethod
+    def epoch_of(path: Path) -> int:
+        """The epoch in a checkpoint's name."""
+        return int(CHECKPOINT.search(path.name)[1])
+
     def checkpoints(self) -> list[Path]:
         """The epoch checkpoints that are there, oldest epoch first."""
-        found = [(int(m[1]), p) for p in self.models.glob("checkpoint-epoch*.pth") if (m := CHECKPOINT.search(p.name))]
-        return [path for _, path in sorted(found)]
+        found = [p for p in self.models.glob("checkpoint-epoch*.pth") if CHECKPOINT.search(p.name)]
+        return sorted(found, key=self.epoch_of)
 
     def create(self) -> None:
         """Make both folders; ConfigError where that isn't possible."""
@@ -40,12 +45,33 @@ class RunPaths:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConfigError(f"trainer.save_dir: can't make the folder {folder}: {error.strerror}; "
-                                  "give one that can be written, e.g. --save_dir saved") from None
+                raise _cant_make(folder, error) from None
+
+
+def _claimed(folder: Path) -> bool:
+    """Make `folder`; False where it is there already. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True)
+        return True
+    except FileExistsError:
+        if folder.is_dir():
+            return False
+        raise ConfigError(f"trainer.save_dir: {folder} is in the way") from None
+    except OSError as error:
+        raise _cant_make(folder, error) from None
+
+
+def _cant_make(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"trainer.save_dir: can't make the folder {folder}: {error.strerror}; "
+                       "give one that can be written, e.g. --save_dir saved")
 
 
 def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
-    """A run's folders under `save_dir`; without `run_id` the date and time, made unique among existing runs."""
+    """A run's folders under `save_dir`; without `run_id` the date and time, made unique among existing runs.
+
+    Nothing is made, except that without `run_id` the models folder is, to claim the name: of two runs that start in
+    the same second each has its own.
+    """
     for value, key in ((name, "name"), (run_id, "--run_id")):
         if value is not None and (not value or value in (".", "..") or re.search(r"[/\\\0]", value) or len(value) > 200):
             raise ConfigError(f"{key}: {value[:80]!r} can't name a folder; use letters, digits, '-' and '_'")
@@ -53,7 +79,7 @@ def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
     if run_id is None:
         stamp = run_id = datetime.datetime.now().strftime("%m%d_%H%M%S")
         number = 1
-        while (base / "models" / name / run_id).exists():
+        while not _claimed(base / "models" / name / run_id):
             number += 1
             run_id = f"{stamp}_{number}"
     return RunPaths(base / "models" / name / run_id, base / "log" / name / run_id)

@@ -1,37 +1,69 @@
 """SIGTERM and SIGINT end a run at a step's end instead of anywhere."""
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
-
-import torch
+from typing import TYPE_CHECKING
 
 from utils import dist
 
+if TYPE_CHECKING:
+    import torch
+
 
 class StopRequest:
-    """Remembers that a stop was asked for. A second SIGINT interrupts at once, as people expect of Ctrl-C."""
+    """Remembers that a stop was asked for. A second SIGINT interrupts at once, as people expect of Ctrl-C.
+
+    Used as a context, which may be nested: the outermost one decides how long signals are caught. (No torch is
+    imported here, so that a run can listen before anything slow begins.)
+    """
+
+    #: A terminal's Ctrl-C reaches a rank twice, by itself and through torchrun: only a later one is the user's second.
+    PATIENCE_S = 1.0
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
+        self._depth = 0
+        self._process = os.getpid()
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if self._depth == 0 and threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._remember)
+        self._depth += 1
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old.clear()
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
+            self._old.clear()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if os.getpid() != self._process:
+            return  # a worker that was forked with this handler: its parent will end it
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+            self._say(f"{signal.Signals(number).name}: stopping as soon as the run can be saved"
+                      + ("; Ctrl-C once more stops at once" if number == signal.SIGINT else ""))
+        elif number == signal.SIGINT and time.monotonic() - self._since > self.PATIENCE_S:
             raise KeyboardInterrupt
-        self.signal = number
+
+    @staticmethod
+    def _say(line: str) -> None:
+        """Print from inside a signal handler, where the log and sys.stdout may be in the middle of a line."""
+        if dist.is_main():
+            try:
+                os.write(1, f"\n{line}\n".encode())
+            except OSError:
+                pass  # nobody reads any more
 
     def agreed(self, device: torch.device, is_sync_point: bool) -> bool:
         """Has any rank been asked to stop? Every rank gets the same answer.
@@ -44,5 +76,6 @@ class StopRequest:
             return self.signal is not None
         if device.type == "cuda" and not is_sync_point:
             return False
+        import torch
         flag = torch.tensor(float(self.signal is not None), device=device)
         return bool(dist.all_reduce_sum(flag).item())

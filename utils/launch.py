@@ -1,0 +1,61 @@
+"""Several training processes from one plain command, by torch's elastic launcher (what torchrun is made of)."""
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from utils.dist import LAUNCHED_HERE
+from utils.errors import RunError
+
+#: Seconds that workers have, after a SIGTERM or SIGINT, to finish their step and save.
+PATIENCE_S = 120
+
+
+def run_workers(workers: int, command: list[str]) -> int:
+    """Run `python *command` in `workers` processes that train together; their exit status, as one process would give.
+
+    The workers say what is to be said, errors included; the launcher itself stays silent. A stop by SIGTERM or SIGINT
+    is passed on to them. Raises RunError for a worker that was killed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    logging.disable(logging.CRITICAL)
+    wished = {"shutdown_timeout": PATIENCE_S}  # newer torch has it; older ones wait 30 s
+    known = {entry.name for entry in dataclasses.fields(LaunchConfig)}
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", max_restarts=0,
+                          **{name: value for name, value in wished.items() if name in known})
+    with tempfile.TemporaryDirectory() as notes:
+        os.environ[LAUNCHED_HERE] = notes
+        try:
+            elastic_launch(config, sys.executable)("-u", *command)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                raise RunError(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}; go on with "
+                               "-r and the run's newest checkpoint") from None
+            return 2 if failure.exitcode == 2 else 1
+        except SignalException:
+            return 0 if stopped_note(notes).exists() else 1
+        finally:
+            del os.environ[LAUNCHED_HERE]
+            logging.disable(logging.NOTSET)
+    return 0
+
+
+def note_stop() -> None:
+    """Tell the launcher that the run was saved on its way out; nothing where there is none."""
+    folder = os.environ.get(LAUNCHED_HERE)
+    if folder and Path(folder).is_dir():
+        stopped_note(folder).touch()
+
+
+def stopped_note(folder: str) -> Path:
+    """The file that says so."""
+    return Path(folder) / "stopped"
