@@ -48,7 +48,7 @@ def time_training(rounds: int) -> list[dict]:
     for shape in SHAPES:
         for name, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
             timing = interleave({norm: training_step(layer, shape, memory_format)
-                                 for norm, layer in layers(shape[1]).items()}, rounds, warmup=5)
+                                 for norm, layer in layers(shape[1]).items()}, rounds, warmup=5, budget=15)
             for norm, limit in LIMITS.items():
                 ratio = timing.ratio(norm, "BN")
                 results.append({"norm": norm, "shape": shape, "format": name, "ratio": ratio, "limit": limit,
@@ -66,7 +66,7 @@ def time_folding(rounds: int) -> list[dict]:
     nets = {norm: convert_norm(torchvision.models.resnet18(), norm).eval()
             for norm in ("BatchNorm2d", "MABN", "GroupNorm", "LayerNorm", "InstanceNorm")}
     nets |= {"BatchNorm2d, folded": fold_norm(nets["BatchNorm2d"]), "MABN, folded": fold_norm(nets["MABN"])}
-    timing = interleave({name: (lambda net=net: net(images)) for name, net in nets.items()}, rounds)
+    timing = interleave({name: (lambda net=net: net(images)) for name, net in nets.items()}, rounds, budget=30)
     results = []
     for name in nets:
         speed_up = timing.speed_up(name, "BatchNorm2d")

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.norm.kernels import wide_type
 from model.norm.nbn import next_average_factor
 from utils.errors import ConfigError
 
@@ -75,24 +76,40 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         shared = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if not shared or x.device.type != "cpu":
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # its backward sums the gradients over the ranks
         dims = [0, *range(2, x.dim())]
-        count = x.new_tensor([x.numel() / x.shape[1]], dtype=torch.float32)
-        wide = x.float()
-        total = all_reduce(torch.cat([wide.sum(dims), count]))
+        wide = x.to(wide_type(x.dtype))
+        count = wide.new_tensor([x.numel() / x.shape[1]])
+        total = _SumOverRanks.apply(torch.cat([wide.sum(dims), count]))
         mean = total[:-1] / total[-1].detach()
         column = (-1, *[1] * (x.dim() - 2))
         centred = wide - mean.view(column)
         count = total[-1].detach()
-        var = all_reduce(centred.square().sum(dims)) / count
+        var = _SumOverRanks.apply(centred.square().sum(dims)) / count
         factor = next_average_factor(self)
         if factor:
             with torch.no_grad():
-                self.running_mean.lerp_(mean, factor)
-                self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), factor)
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
         scale = (var + self.eps).rsqrt()
         out = centred * (scale if self.weight is None else scale * self.weight).view(column)
         return (out if self.bias is None else out + self.bias.view(column)).to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors, on each; every rank's gradient reaches every rank's tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 __all__ = ["GroupNorm2d", "InstanceNorm2d", "LayerNorm2d", "SyncBatchNorm"]

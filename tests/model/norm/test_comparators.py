@@ -1,4 +1,5 @@
 """Batch renorm, batch norm in groups, instance and layer norm against slow versions from their definitions."""
+import copy
 import os
 import socket
 
@@ -7,8 +8,15 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from model.norm import (BatchRenorm2d, GroupedBatchNorm2d, InstanceNorm2d, LayerNorm2d, MABN2d, SyncBatchNorm,
-                        convert_norm)
+from model.norm import (
+    BatchRenorm2d,
+    GroupedBatchNorm2d,
+    InstanceNorm2d,
+    LayerNorm2d,
+    MABN2d,
+    SyncBatchNorm,
+    convert_norm,
+)
 
 
 def slow_renorm(layer, x, state, r_max, d_max):
@@ -121,7 +129,6 @@ def test_autocast_gives_finite_half_precision(kind, group):
 def test_compiled_training_equals_eager():
     torch.manual_seed(2)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    import copy
     for kind in ("MABN", "NBN"):
         eager = convert_norm(copy.deepcopy(net), kind)
         twin = copy.deepcopy(eager)
@@ -152,6 +159,8 @@ def _two_ranks(rank, port, queue):
         grads = [p.grad.flatten().tolist() for p in mabn.parameters()]
         queue.put((rank, y.detach().numpy(), mine.grad.numpy(), layer.running_var.numpy(), grads,
                    mabn.module[1].iters.item()))
+    except Exception as error:
+        queue.put((rank, repr(error)))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -169,6 +178,7 @@ def test_two_processes():
     results = sorted((queue.get(timeout=60) for _ in workers), key=lambda item: item[0])
     for worker in workers:
         worker.join(30)
+    assert all(len(result) == 6 for result in results), results
     x = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.double).requires_grad_()
     plain = nn.BatchNorm2d(3).double()
     y = plain(x)

@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from model.norm import (NORMS, BatchRenorm2d, CenConv2d, GroupedBatchNorm2d, GroupNorm2d, InstanceNorm2d, LayerNorm2d,
-                        MABN2d, NormalizedBatchNorm2d, SyncBatchNorm, convert_norm)
+from model.norm import (
+    NORMS,
+    BatchRenorm2d,
+    CenConv2d,
+    GroupedBatchNorm2d,
+    GroupNorm2d,
+    InstanceNorm2d,
+    LayerNorm2d,
+    MABN2d,
+    NormalizedBatchNorm2d,
+    SyncBatchNorm,
+    convert_norm,
+)
 from utils.errors import ConfigError
 
 CLASSES = {"BatchNorm2d": nn.BatchNorm2d, "NBN": NormalizedBatchNorm2d, "MABN": MABN2d, "BatchRenorm": BatchRenorm2d,

@@ -277,7 +277,8 @@ def test_checkpoints_of_the_authors_and_of_batch_norm_load():
     assert all(torch.equal(layer.state_dict()[k], v) for k, v in formal.items())
 
     demo = {"weight": torch.rand(2), "bias": torch.rand(2), "running_var": torch.rand(2),
-            "iters": torch.tensor([600.0]), "sta_matrix": torch.ones(16, 32), "pre_x2": torch.ones(16, 2), "pre_gz": torch.ones(16, 2)}
+            "iters": torch.tensor([600.0]), "sta_matrix": torch.ones(16, 32),
+            "pre_x2": torch.ones(16, 2), "pre_gz": torch.ones(16, 2)}
     keys = set(demo)
     layer.load_state_dict(demo)
     assert set(demo) == keys                          # the caller's dict is left alone
