@@ -86,7 +86,7 @@ class RoutedResNet(ResNet):
         outputs, means = self._all_experts(x)
         if not self.training:
             used = self._used(outputs["feat"], means)
-            outputs["output"] = means[torch.arange(len(x), device=x.device), used - 1]
+            outputs["output"] = means[torch.arange(x.shape[0], device=x.device), used - 1]
             outputs["sample_num_experts"] = used
         elif target is not None:
             outputs["loss"] = self._loss(outputs["feat"], means, target)
@@ -105,10 +105,11 @@ class RoutedResNet(ResNet):
 
     def _used(self, feats: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """How many experts each image uses by the gates' word: `[N, E, D]`, `[N, E, C]` -> `[N]`, 1 to E."""
-        used = torch.ones(len(feats), dtype=torch.long, device=feats.device)
+        n = feats.shape[0]  # not len(): that is a constant to exporters, and the batch must stay free
+        used = torch.ones(n, dtype=torch.long, device=feats.device)
         if self.force_all:
             return used * self.num_experts
-        going = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
+        going = torch.ones(n, dtype=torch.bool, device=feats.device)
         for i in range(self.num_experts - 1):
             going = going & self._wants_more(self.ask(i, feats[:, i], means[:, i]))
             used = used + going
