@@ -35,7 +35,7 @@ def test(args: Namespace) -> dict[str, Any]:
     setup_logging(0 if args.quiet else 2)
     log = get_logger()
     device = pick_device(args.device)
-    dist.setup(device.type)
+    dist.setup(device)
     run = open_run(args.resume, args.config, args.overrides, device, allow_partial=args.allow_partial)
     set_determinism(run.config["trainer"]["deterministic"])
     seed_everything(run.config["seed"])
@@ -44,8 +44,8 @@ def test(args: Namespace) -> dict[str, Any]:
     check_classes(run, loader)
     detects = hasattr(loader, "ground_truth")
     if detects and (args.classifier != "joint" or args.open_set):
-        raise ConfigError(f"{'--open_set' if args.open_set else '--classifier'}: is for classifiers; {args.resume} is a "
-                          "detector")
+        raise ConfigError(f"{'--open_set' if args.open_set else '--classifier'}: is for classifiers; {args.resume} is "
+                          "a detector")
     head, note = choose_classifier(args, run)
     result = evaluate(run.model, loader, groups=run.config["groups"], head=head,
                       keep=bool(args.open_set) or detects or args.report)
@@ -111,8 +111,11 @@ def open_set(args: Namespace, run: Any, head: Any, result: dict[str, Any]) -> di
 
     from logger.log import get_logger
     from model.metric import open_set_f_measure
-    from trainer.evaluate import predict_list
-    preds, probs = predict_list(run, args.open_set, head)
+    from utils import dist
+    from utils.classify import classify_list
+    if dist.world_size() > 1:
+        raise ConfigError("--open_set: needs all test images in one process; run it without torchrun")
+    preds, probs = classify_list(run, args.open_set, head)
     labels = np.concatenate([result["labels"], np.full(len(preds), -1)])
     value = open_set_f_measure(np.concatenate([result["predictions"], preds]), labels,
                                np.concatenate([result["confidences"], probs]), args.open_threshold)
