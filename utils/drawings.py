@@ -12,6 +12,7 @@ from utils.class_counts import GROUPS
 from utils.figures import GROUP_LABELS
 from utils.plot_style import to_array
 from utils.report_facts import RunFacts
+from utils.runs import read_table
 
 MATRIX_CLASSES = 100  # a full confusion matrix is drawn up to here
 
@@ -81,6 +82,14 @@ def _matrix(facts: RunFacts) -> Any:
         order = np.argsort(-np.array(facts.counts), kind="stable")
     return figures.confusion_matrix(facts.confusion()[np.ix_(order, order)], [facts.names[i] for i in order],
                                     [facts.groups[i] for i in order])
+
+
+def facts_of_training(trainer: Any, result: dict[str, Any]) -> RunFacts:
+    """The facts of a training that has just ended. result: what `evaluate` gave, with keep=True for all figures."""
+    data = trainer.data_facts
+    history = read_table(trainer.paths.log / "metrics.csv") if trainer.paths else []
+    return RunFacts(trainer.config, result, list(data["cls_num_list"]), data.get("class_names"), history,
+                    norm_figures.norm_facts(trainer.model))
 
 
 def figures_to_tensorboard(writer: Any, facts: RunFacts, epoch: int) -> None:

@@ -32,7 +32,9 @@ border-top:4px solid var(--tone)}
 font-size:.9rem}
 .facts div{display:flex;gap:.6em;justify-content:space-between;border-bottom:1px solid var(--grid);padding:5px 0}
 .facts dd{margin:0;text-align:right;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-figure{margin:12px 0 0;background:var(--surface);border:1px solid var(--grid);border-radius:10px;padding:18px 20px 14px}
+figure{margin:12px 0 0;background:var(--surface);border:1px solid var(--grid);border-radius:10px;padding:18px 20px 14px;
+overflow-x:auto}
+figure.wide svg{min-width:600px}
 figure svg{display:block;width:100%%;height:auto;max-width:var(--width,100%%);margin:0 auto}
 figcaption{font-size:.9rem;margin-top:10px;max-width:82ch}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%%,400px),1fr));gap:14px}
@@ -42,7 +44,8 @@ th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid var(--grid)
 th{color:var(--soft);font-weight:600}
 .num{text-align:right}
 .scroll{overflow-x:auto;background:var(--surface);border:1px solid var(--grid);border-radius:10px;padding:8px 18px}
-.runs{white-space:nowrap}
+.runs{white-space:nowrap;font-size:.83rem}
+.runs th,.runs td{padding-right:11px}
 .runs tr:last-child td{border-bottom:0}
 .runs .mean td{font-weight:650;background:color-mix(in srgb,var(--accent) 8%%,transparent)}
 .runs .published td{color:var(--soft);font-style:italic}

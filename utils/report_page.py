@@ -102,7 +102,8 @@ def _sections(facts: RunFacts, shown: list[tuple[Drawing, Any]]) -> str:
                       '<div class="pair">' if drawing.half else "<div>"]
             heading = drawing.heading
         width = figure.get_size_inches()[0] * 104
-        parts.append(f'<figure style="--width:{width:.0f}px">{to_svg(figure, drawing.heading)}'
+        wide = "" if drawing.half else " class=wide"
+        parts.append(f'<figure{wide} style="--width:{width:.0f}px">{to_svg(figure, drawing.heading)}'
                      f"<figcaption>{escape(drawing.text)}</figcaption></figure>")
         if drawing.key == "reliability":
             parts.append(_pairs(facts))

@@ -57,7 +57,7 @@ class Job:
     needs: tuple[str, ...] = ()                   # methods that must be done before, with the same seed
     state: str = "waiting"                        # then: running, done, failed
     problem: str = ""
-    seconds: float = 0.0
+    seconds: float | None = None                  # None where nothing had to be done
     effective: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -259,10 +259,10 @@ class Runner:
 
     def _work(self, device: str | None) -> None:
         while (job := self._next()) is not None:
-            began = time.monotonic()
-            problem = self._run(job, device)
+            began, before = time.monotonic(), job.finished
+            problem = "" if before else self._run(job, device)
             with self.changed:
-                job.seconds = time.monotonic() - began
+                job.seconds = None if before else time.monotonic() - began
                 job.problem, job.state = problem, "failed" if problem else "done"
                 if self.stopping:
                     job.state = "waiting"
@@ -271,8 +271,6 @@ class Runner:
 
     def _run(self, job: Job, device: str | None) -> str:
         """Train and test; "" or what went wrong."""
-        if job.finished:
-            return ""
         log = self.logs / f"{job.method}_seed{job.seed}.log"
         self._print(job, f"{'goes on' if job.last else 'trains'}, log in {log}")
         for what, command in (("train.py", lambda: train_command(job, self.jobs, device)),
@@ -310,7 +308,7 @@ class Runner:
             self._print(job, f"failed: {job.problem}")
         else:
             figures = _accuracy(job)
-            took = f", {clock(job.seconds)}" if job.seconds > 1 else ", was finished before"
+            took = ", was finished before" if job.seconds is None else f", {clock(job.seconds)}"
             self._print(job, f"done{figures}{took}")
 
     def _print(self, job: Job, text: str) -> None:
