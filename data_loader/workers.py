@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from base.base_data_loader import AUGMENT
 from data_loader.images import read_rgb
 from data_loader.memory import MemoryImages
 from data_loader.transforms import base_pixels, read_for_test, read_for_training, test_pixels
-from utils.errors import ConfigError
+from utils.errors import ConfigError, RunError
 from utils.seed import mix, numpy_rng
 
 Key = tuple[int, int, int]   # epoch, position in the epoch, index of the image
@@ -92,42 +93,78 @@ def _seeded(value: int) -> Iterator[None]:
             np.random.set_state(legacy)
 
 
+class _Keys:
+    """The batches of keys that the workers are to do next; torch asks for them anew each epoch.
+
+    An object of its own: were it the loader's owner, the two would make a cycle, be collected in any order, and the
+    workers would wait for a goodbye that never comes.
+    """
+
+    def __init__(self) -> None:
+        self.batches: Iterable[list[Key]] = ()
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.batches)
+
+
 class FileBatches:
     """A torch DataLoader whose batches of keys are set anew for each epoch, so its workers never restart."""
 
     def __init__(self, source: Sources, targets: np.ndarray, workers: int, pin_memory: bool, prefetch: int):
         self.targets = torch.from_numpy(targets)
-        self.keys: Iterable[list[Key]] = ()
+        self.keys = _Keys()
         more = {"persistent_workers": True, "prefetch_factor": prefetch} if workers else {}
         # A generator of its own: torch would draw the workers' seeds from the global one, and a run that goes on in the
         # middle of an epoch would see other random numbers than one that never stopped.
         with warnings.catch_warnings():  # torch advises against more workers than cores; the user has decided
             warnings.simplefilter("ignore")
-            self.loader = DataLoader(source, batch_sampler=self, num_workers=workers, pin_memory=pin_memory,
+            self.loader = DataLoader(source, batch_sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
                                      collate_fn=_collate, generator=torch.Generator(),
                                      worker_init_fn=_leave_stops_to_parent, **more)
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return 0  # torch asks, nobody reads it
-
     def batches(self, keys: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[tuple[torch.Tensor, ...]]:
         """(pixels, labels [n], positions [n]) for each (epoch, positions [n], indices [n]). Raises ConfigError."""
-        self.keys = ([(epoch, int(p), int(i)) for p, i in zip(positions, indices, strict=True)]
-                     for epoch, positions, indices in keys)
-        for batch in self.loader:
-            if isinstance(batch, Failure):
-                raise ConfigError(batch.message)
-            pixels, indices, positions = batch
-            yield pixels, self.targets[indices], positions
+        self.keys.batches = ([(epoch, int(p), int(i)) for p, i in zip(positions, indices, strict=True)]
+                             for epoch, positions, indices in keys)
+        try:
+            for batch in self._loaded():
+                if isinstance(batch, Failure):
+                    raise ConfigError(batch.message)
+                pixels, indices, positions = batch
+                yield pixels, self.targets[indices], positions
+        finally:
+            self.keys.batches = ()  # they refer to the loader: another cycle, where an epoch is left early
+
+    def _loaded(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # torch's, where a worker process has gone
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise RunError(f"{str(error).splitlines()[0]} (often for want of memory: try a smaller "
+                               "data_loader.args.num_workers)") from None
+            yield batch
 
 
 def _leave_stops_to_parent(worker: int) -> None:
-    """A batch system sends SIGTERM, and a terminal SIGINT, to every process: the parent still needs its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """A batch system sends SIGTERM, and a terminal SIGINT, to every process of a job, but the parent needs its workers
+    until its step is done: only its own SIGTERM ends them."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS
+
+    def wait() -> None:
+        while True:
+            told = signal.sigwaitinfo({signal.SIGTERM, signal.SIGINT})
+            if told.si_signo == signal.SIGTERM and told.si_pid == parent:
+                os._exit(0)
+
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _collate(items: list) -> Any:

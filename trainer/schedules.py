@@ -122,7 +122,9 @@ def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, trainer_config
     groups = param_groups(model, args, prefixes, options.get("classifier_lr"), bool(options.get("no_decay_scale")))
     kind = getattr(torch.optim, str(spec.get("type")), None)
     known = inspect.signature(kind).parameters if inspect.isclass(kind) else {}
-    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(args):
+    chosen = {"fused", "foreach", "differentiable"} & set(args)
+    # Where fp16's scaler skips the very first step, the fused SGD leaves its momentum uninitialised.
+    if "fused" in known and not chosen and options.get("amp") != "fp16":
         args["fused"] = True
     try:
         return build(torch.optim, {"type": spec.get("type"), "args": args}, path, groups)

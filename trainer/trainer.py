@@ -153,7 +153,7 @@ class Trainer(BaseTrainer):
             value = dist.all_reduce_sum(value.clone())
         if bool(torch.isfinite(value)):
             return True
-        self._nonfinite(self.global_step, float(loss), float(norm))
+        self._nonfinite(self.global_step, float(loss.detach()), float(norm))
         if self.scaler is not None:
             self.scaler.update()
         for buffer, before in zip(self.model.buffers(), self.buffers_before):

@@ -1,0 +1,102 @@
+"""Two processes that train together, on CPU, without torchrun's start-up: forked from a server that has torch loaded.
+
+`run_ranks(job, argument)` calls `job(argument)` in each, with torchrun's environment set, and returns what each gave.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def run_ranks(job, argument, world_size: int = 2, timeout: float = 240) -> list:
+    """What `job(argument)` (a function at a module's top level) returned, by rank: tensors and plain data."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "tests.trainer.ranks"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=_rank, args=(job, argument, rank, world_size, port, folder))
+                     for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+            if process.is_alive():
+                for other in processes:
+                    other.kill()
+                raise TimeoutError("a rank hangs")
+        assert [process.exitcode for process in processes] == [0] * world_size
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _rank(job, argument, rank, world_size, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                      LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.save(job(argument), Path(folder) / f"{rank}.pt")
+
+
+# ---------------------------------------------------------------------- jobs
+
+def train_and_record(commands: list[list[str]]) -> dict:
+    """Run train.py once a command, in this process: each step's gradients and what this rank wrote.
+
+    Dropout is off: ranks draw their own.
+    """
+    import train
+    from trainer.trainer import Trainer
+    from utils import dist
+    dist.cleanup = lambda: None  # the ranks stay joined between commands
+    update, begin = Trainer._gradient_norm, Trainer._start_epoch
+    steps: list[list[torch.Tensor]] = []
+    written: list[str] = []
+
+    def record(self):
+        steps[-1].append(torch.cat([p.grad.flatten() for p in self.trainable]).clone())
+        return update(self)
+
+    def without_dropout(self, *args):
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            elif isinstance(module, torch.nn.MultiheadAttention):
+                module.dropout = 0.0
+        begin(self, *args)
+
+    Trainer._gradient_norm, Trainer._start_epoch = record, without_dropout
+    sys.addaudithook(lambda event, args: written.append(str(args[0])) if event == "os.mkdir" or (
+        event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)) else None)
+    try:
+        for command in commands:
+            steps.append([])
+            train.main(command)
+    finally:
+        Trainer._gradient_norm, Trainer._start_epoch = update, begin
+    return {"steps": steps, "written": [path for path in written if "/saved/" in path]}
+
+
+def stop_and_resume(commands: list[list[str]]) -> list[str]:
+    """The first command is stopped by a SIGTERM that rank 1 alone gets in its sixth step; then the others."""
+    import signal
+
+    import train
+    from trainer.trainer import Trainer
+    from utils import dist
+    dist.cleanup = lambda: None
+    update, taken = Trainer._update, [0]
+
+    def stop(self, *args):
+        taken[0] += 1
+        if taken[0] == 6 and dist.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, *args)
+    Trainer._update = stop
+    for command in commands:
+        train.main(command)
+    return []

@@ -1,0 +1,177 @@
+"""Two processes (gloo) train as one does: the same gradients from the same global batches, each image counted once."""
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from tests.trainer.ranks import run_ranks, stop_and_resume, train_and_record
+from utils import device
+from utils.errors import ConfigError
+
+GROUP = {"norm": "GroupNorm"}
+TWO = {"num_experts": 2, "use_norm": True, **GROUP}
+#: 23 images in batches of 10 are 10, 10 and 3; 11 validation images are 10 and 1: rank 1 has none of the last.
+UNEVEN = {"data_loader": {"args": {"batch_size": 10, "retain_epoch_size": True}}}
+KINDS = {
+    "cross-entropy": ({"arch": {"args": GROUP}}, 1e-6),
+    "weighted LDAM": ({"arch": {"args": {**GROUP, "use_norm": True}},
+                       "loss": {"type": "LDAMLoss", "args": {"reweight_epoch": 0}}}, 1e-6),
+    "RIDE": ({"arch": {"args": TWO}, "loss": {"type": "RIDELoss", "args": {"reweight_epoch": 0}}}, 1e-6),
+    "BatchFormer over ranks": ({"arch": {"args": {**TWO, "add_bt": 1}}, "loss": {"type": "RIDELoss"},
+                                "trainer": {"bt_gather": True}}, 1e-6),
+    "SyncBatchNorm": ({"arch": {"args": {"norm": "SyncBatchNorm"}}}, 1e-4),
+    "cRT": ({}, 1e-6), "LWS": ({"arch": {"args": {"classifier": "lws"}}}, 1e-6),
+    "expert assignment": ({"arch": {"type": "ResNet32EAModel", "args": {"num_experts": 2, "use_norm": True}},
+                           "resume_state_dict_only": True}, 1e-6),
+    "distillation": ({"arch": {"args": TWO}, "distill": True, "loss": {"type": "RIDELossWithDistill"},
+                      "distill_arch": {"type": "ResNet32Model", "args": {
+                          "num_experts": 2, "layer2_output_dim": 16, "layer3_output_dim": 16, "use_norm": True}}},
+                     1e-6),
+}
+
+
+@pytest.fixture(scope="module")
+def both(shared_runs):
+    """All kinds, by one process and by two: [(steps, metrics row)] each, and what rank 1 wrote."""
+    shared_runs("teacher", "--epochs", 1, arch={"args": {"num_experts": 2, "use_norm": True}})
+    shared_runs("one", "--epochs", 1)
+    teacher, one = (shared_runs.models(name) / "checkpoint-epoch1.pth" for name in ("teacher", "one"))
+    flags = {"cRT": ("--load_crt", one), "LWS": ("--load_crt", one), "expert assignment": ("-r", teacher),
+             "distillation": ("--distill_checkpoint", teacher)}
+
+    def commands(who):
+        # A rate so small that weights stay: later steps compare gradients, not what became of rounding.
+        return [[str(part) for part in (
+            "-c", shared_runs.config(**{**sections, **UNEVEN}), "-d", "cpu", "--epochs", 1, "--lr", 1e-9, "--run_id",
+            f"{who}-{i}", *flags.get(kind, ()))] for i, (kind, (sections, _)) in enumerate(KINDS.items())]
+    alone = train_and_record(commands("alone"))
+    ranks = run_ranks(train_and_record, commands("ranks"))
+
+    def rows(who):
+        return [next(csv.DictReader((shared_runs.log(f"{who}-{i}") / "metrics.csv").open()))
+                for i in range(len(KINDS))]
+    return alone, ranks, rows("alone"), rows("ranks")
+
+
+@pytest.mark.parametrize("index,kind", list(enumerate(KINDS)))
+def test_gradients_and_figures_are_one_process_s(both, index, kind):
+    alone, ranks, one_row, two_row = both
+    tolerance = KINDS[kind][1]
+    steps = alone["steps"][index]
+    assert len(steps) == 3
+    for rank in ranks:
+        for one, two in zip(steps, rank["steps"][index], strict=True):
+            assert (one - two).abs().max() <= tolerance * max(1.0, float(one.abs().max()))
+    assert one_row[index].keys() == two_row[index].keys()
+    for name, value in one_row[index].items():  # loss and accuracy, of training and validation: each image once
+        if value or two_row[index][name]:
+            assert float(two_row[index][name]) == pytest.approx(float(value), abs=max(tolerance, 1e-6) * 10), name
+
+
+def test_only_rank_0_writes(both):
+    _, (first, second), _, _ = both
+    assert first["written"] and not second["written"]
+
+
+def test_a_stop_of_one_rank_stops_all_at_the_same_step(runs, same_state):
+    def command(run_id, *more):
+        return [str(part) for part in ("-c", runs.config(arch={"args": {"dropout": 0.2}}), "-d", "cpu", "--run_id",
+                                       run_id, *more)]
+    stopped = runs.models("stopped") / "checkpoint-epoch2.pth"
+    run_ranks(stop_and_resume, [command("stopped"), ["-r", str(stopped), "-d", "cpu"], command("straight")])
+    assert same_state(stopped, runs.models("straight") / "checkpoint-epoch2.pth") == []
+    one, other = ((runs.log(name) / "metrics.csv").read_text() for name in ("stopped", "straight"))
+    assert one == other
+    assert "stopped on request in epoch 2, after 2 of its 4 steps" in (runs.log("stopped") / "info.log").read_text()
+
+
+# ---------------------------------------------------------------------- torchrun, and the launcher of our own
+
+def torchrun(root, *args, processes=2):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                             "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *map(str, args)],
+                            cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_sigterm_to_torchrun_saves(runs, root):
+    process = torchrun(root, "train.py", "-c", runs.config(trainer={"epochs": 500, "save_period": 500}), "-d", "cpu",
+                       "--run_id", "t")
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    found = re.search(r"go on with: torchrun --nproc_per_node 2 train\.py -r (\S+)", out)
+    assert found and torch.load(found[1], weights_only=True)["state_dict"]
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_error_first(runs, root, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(root)!r})\n"
+        "import train\nfrom trainer.trainer import Trainer\nfrom utils.cli import run_main\n"
+        "forward = Trainer.forward\n"
+        "def die(self, images, labels):\n"
+        "    if self.global_step == 2 and os.environ['RANK'] == '1':\n"
+        "        raise ZeroDivisionError('this is what happened')\n"
+        "    return forward(self, images, labels)\n"
+        "Trainer.forward = die\nrun_main(train.main)\n")
+    process = torchrun(root, script, "-c", runs.config(trainer={"epochs": 500}), "-d", "cpu", "--run_id", "d")
+    for line in process.stdout:
+        if line.startswith("classes:"):
+            break
+    began = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert "this is what happened" in err
+    lost = err.find("rank 0: lost another process of the run")
+    assert lost == -1 or err.index("this is what happened") < lost
+
+
+def test_a_mistake_under_the_launcher_is_one_line(runs, monkeypatch, capfd):
+    """`n_gpu: 2` on a machine with two GPUs, as the launcher sees it; its workers find none and train on the CPU."""
+    monkeypatch.setattr(device, "gpu_count", lambda: 2)
+    argv = ["-c", str(runs.config(n_gpu=2, loss={"type": "LDAMLoss", "args": {"max_m": -1.0}},
+                                  data_loader={"args": {"data_dir": "/nowhere/at/all"}})), "--run_id", "x"]
+    monkeypatch.delenv("RANK", raising=False)
+    assert train.main(argv) == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "/nowhere/at/all" in said[0]
+    assert not (runs.save_dir / "models").exists()
+
+
+@pytest.mark.slow
+def test_the_launcher_trains_and_stops(runs, monkeypatch, capfd):
+    monkeypatch.setattr(device, "gpu_count", lambda: 2)
+    assert train.main(["-c", str(runs.config(n_gpu=2)), "--run_id", "x"]) == 0
+    assert "python test.py -r" in capfd.readouterr().out
+    assert (runs.models("x") / "checkpoint-epoch2.pth").is_file()
+
+
+def test_how_many_workers(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(device, "gpu_count", lambda: 4)
+    assert [device.workers_to_start(None, n) for n in (1, 2, 8)] == [1, 2, 4]
+    assert device.workers_to_start("0,2", 1) == 2 and device.workers_to_start("cpu", 4) == 1
+    monkeypatch.setenv("RANK", "0")
+    assert device.workers_to_start(None, 4) == 1
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(device, "gpu_count", lambda: 0)
+    assert device.workers_to_start(None, 8) == 1
+
+
+def test_half_of_torchruns_environment(monkeypatch):
+    from utils import dist
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2 .* torchrun"):
+        dist.setup("cpu")

@@ -1,0 +1,96 @@
+"""SIGTERM and SIGINT, whenever they come: the run is saved and says how to go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trainer.trainer import Trainer
+from utils import session
+from utils.stop import StopRequest
+
+
+@pytest.fixture(scope="session")
+def straight(shared_runs):
+    return shared_runs("not_stopped") / "checkpoint-epoch2.pth"
+
+
+def hook(monkeypatch, owner, name, number=signal.SIGTERM, call=1):
+    """Send ourselves a signal at the beginning of the `call`-th call of `owner.name`."""
+    calls, original = [0], getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+@pytest.mark.parametrize("moment,epoch,batch", [
+    ((session, "make_loader", signal.SIGINT), 1, 0), ((session, "make_model", signal.SIGTERM), 1, 0),
+    ((Trainer, "validate", signal.SIGTERM), 1, 4), ((Trainer, "validate", signal.SIGINT, 2), 2, 4),
+], ids=["loading data", "building the model", "validating", "validating the last epoch"])
+def test_at_any_moment(runs, straight, same_state, monkeypatch, capfd, moment, epoch, batch):
+    hook(monkeypatch, *moment)
+    path = runs("stopped") / f"checkpoint-epoch{epoch}.pth"
+    said = capfd.readouterr().out
+    assert f"go on with: python train.py -r {path}" in said
+    assert f"in epoch {epoch}, after {batch} of its 4 steps" in said
+    assert torch.load(path, weights_only=True)["batch"] == batch
+    runs(None, "-r", path)
+    assert same_state(straight, runs.models("stopped") / "checkpoint-epoch2.pth") == []
+    log = (runs.log("stopped") / "metrics.csv").read_text()
+    assert [line.split(",")[0] for line in log.splitlines()] == ["epoch", "1", "2"]
+
+
+def test_once_training_is_complete_only_the_test_is_left_out(runs, straight, same_state, monkeypatch, capfd):
+    hook(monkeypatch, Trainer, "_drop_old", call=2)
+    path = runs("late") / "checkpoint-epoch2.pth"
+    said = capfd.readouterr().out
+    assert f"python test.py -r {path}" in said and "accuracy %" not in said and "go on with" not in said
+    assert same_state(straight, path) == []
+
+
+def test_a_dry_run_ends_at_once(runs, monkeypatch):
+    hook(monkeypatch, Trainer, "_update", signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        runs("dry", "--dry_run")
+    assert not (runs.save_dir / "models").exists()
+
+
+def test_a_second_interrupt_is_the_users_own(monkeypatch):
+    """Ctrl-C reaches a rank of torchrun twice within milliseconds; a person's second comes later."""
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        with stop:  # nested: still listening when it ends
+            pass
+        assert stop.signal == signal.SIGINT
+        monkeypatch.setattr(stop, "PATIENCE_S", 0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_as_a_process(runs, root):
+    """Exit status 0; the command to go on is the last line; workers that get the signal too do no harm."""
+    config = runs.config(trainer={"epochs": 500, "save_period": 500},
+                         data_loader={"args": {"num_workers": 1, "cache": False}})
+    process = subprocess.Popen([sys.executable, "train.py", "-c", config, "-d", "cpu", "--run_id", "p"], cwd=root,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    os.killpg(process.pid, signal.SIGTERM)  # as a batch system does: every process of the job
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    last = out.strip().splitlines()[-1]
+    path = last.rpartition(" -r ")[2]
+    assert "go on with: python train.py -r " in last and os.path.isfile(path)
