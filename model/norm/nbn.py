@@ -41,8 +41,9 @@ class NormalizedBatchNorm2d(nn.BatchNorm2d):
         """(w', b'), each [C]; (None, None) for a layer built with affine=False."""
         if self.weight is None:
             return None, None
-        scale = self.scale
-        return tuple(p * (scale / (torch.linalg.vector_norm(p) + _TINY)) for p in (self.weight, self.bias))
+        both = torch.stack((self.weight, self.bias))      # [2, C]: in half the steps, which narrow layers notice
+        length = torch.linalg.vector_norm(both, dim=1, keepdim=True)
+        return (both / (length + _TINY) * self.scale).unbind()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)
