@@ -139,7 +139,7 @@ class MemoryImages:
 
     def _normalised(self, place: torch.Tensor) -> torch.Tensor:
         n, size = len(place), self.recipe.size
-        words = torch.index_select(self.words, 0, place.view(-1)).view(n, size, size)
+        words = torch.index_select(self.words, 0, place.reshape(-1)).view(n, size, size)
         images = torch.empty(n, 3, size, size, device=self.device)
         byte = torch.empty_like(words)
         for channel in range(3):  # plane by plane and by whole words: every step runs over contiguous numbers

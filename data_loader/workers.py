@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -94,11 +95,7 @@ def _seeded(value: int) -> Iterator[None]:
 
 
 class _Keys:
-    """The batches of keys that the workers are to do next; torch asks for them anew each epoch.
-
-    An object of its own: were it the loader's owner, the two would make a cycle, be collected in any order, and the
-    workers would wait for a goodbye that never comes.
-    """
+    """The batches of keys that the workers are to do next; torch asks for them anew each epoch."""
 
     def __init__(self) -> None:
         self.batches: Iterable[list[Key]] = ()
@@ -121,6 +118,8 @@ class FileBatches:
             self.loader = DataLoader(source, batch_sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
                                      collate_fn=_collate, generator=torch.Generator(),
                                      worker_init_fn=_leave_stops_to_parent, **more)
+        # Before anything is torn down: once the garbage collector has closed a queue, workers can't be told to stop.
+        weakref.finalize(self, _dismiss, self.loader)
 
     def batches(self, keys: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[tuple[torch.Tensor, ...]]:
         """(pixels, labels [n], positions [n]) for each (epoch, positions [n], indices [n]). Raises ConfigError."""
@@ -133,7 +132,7 @@ class FileBatches:
                 pixels, indices, positions = batch
                 yield pixels, self.targets[indices], positions
         finally:
-            self.keys.batches = ()  # they refer to the loader: another cycle, where an epoch is left early
+            self.keys.batches = ()  # they refer to the loader, which would live on where an epoch is left early
 
     def _loaded(self) -> Iterator[Any]:
         batches = iter(self.loader)
@@ -165,6 +164,11 @@ def _leave_stops_to_parent(worker: int) -> None:
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _dismiss(loader: DataLoader) -> None:
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
 
 
 def _collate(items: list) -> Any:

@@ -1,0 +1,114 @@
+"""Odd and damaged image files: a stated result, or one line that names the file."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_loader.images import read_rgb, to_rgb
+from data_loader.transforms import (
+    IMAGENET_STATISTICS,
+    base_pixels,
+    read_for_test,
+    read_for_training,
+    test_pixels,
+    test_preprocess,
+)
+from utils.errors import ConfigError
+
+PREPROCESS = test_preprocess(64, *IMAGENET_STATISTICS)
+
+
+def ramp(width: int = 40, height: int = 30) -> Image.Image:
+    across = np.linspace(0, 255, width).astype(np.uint8)
+    return Image.fromarray(np.stack([np.tile(across, (height, 1))] * 3, -1))
+
+
+@pytest.mark.parametrize(("mode", "name"), [
+    ("CMYK", "a.jpg"), ("L", "a.jpg"), ("P", "a.png"), ("RGBA", "a.png"), ("LA", "a.png"), ("1", "a.png"),
+    ("RGB", "a.webp"), ("P", "a.gif"), ("RGB", "a.tif"), ("RGB", "a.bmp"), ("RGB", "a.ppm")])
+def test_modes_become_rgb(tmp_path: Path, mode: str, name: str) -> None:
+    (ramp().quantize(64) if mode == "P" else ramp().convert(mode)).save(tmp_path / name)
+    image = read_rgb(str(tmp_path / name))
+    assert image.mode == "RGB" and image.size == (40, 30)
+    if mode != "1":
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(ramp())).mean() < 12
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    levels = np.asarray(read_rgb(str(tmp_path / "deep.png")))
+    assert np.abs(levels[..., 0] - deep / 257).max() <= 0.5 and levels.max() == 255
+    assert to_rgb(Image.fromarray(deep.astype(np.int32))).getpixel((39, 29)) == (255, 255, 255)
+
+
+def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert read_rgb(str(tmp_path / "a.gif")).getpixel((5, 5)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 2), (7, 5)])
+def test_tiny_and_long_images_fill_the_crop(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = str(tmp_path / "a.png")
+    Image.new("RGB", size, (10, 200, 30)).save(path)
+    for pixels in (test_pixels(read_for_test(path, PREPROCESS), PREPROCESS),
+                   read_for_training(path, np.random.default_rng(0), 64)):
+        assert pixels.shape == (3, 64, 64) and pixels[1].min() == 200
+    assert base_pixels(read_for_test(path, PREPROCESS), PREPROCESS).shape == (73, 73, 3)
+
+
+def test_huge_jpeg_is_reduced_while_decoding(tmp_path: Path) -> None:
+    path = str(tmp_path / "huge.jpg")
+    Image.new("L", (20000, 20000), 77).save(path, quality=10)
+    image = read_for_test(path, PREPROCESS)
+    assert image.size == (2500, 2500)
+    assert test_pixels(image, PREPROCESS).float().std() == 0
+
+
+def test_other_huge_images_are_refused_by_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "huge.png")
+    Image.new("1", (20000, 20000)).save(path)
+    with pytest.raises(ConfigError, match=r"huge\.png.*(pixels|bomb)"):
+        read_rgb(path)
+
+
+def damaged(folder: Path) -> dict[str, Path]:
+    ramp(300, 200).save(folder / "whole.jpg")
+    ramp(300, 200).save(folder / "whole.png")
+    for kind in ("jpg", "png"):
+        content = (folder / f"whole.{kind}").read_bytes()
+        (folder / f"cut.{kind}").write_bytes(content[: int(len(content) * 0.7)])
+        (folder / f"start.{kind}").write_bytes(content[:15])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "folder.jpg").mkdir()
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(folder / "float.tif")
+    return {path.name: path for path in folder.iterdir() if not path.name.startswith("whole")}
+
+
+@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "start.jpg", "start.png", "empty.jpg", "text.jpg",
+                                  "folder.jpg", "float.tif", "gone.jpg"])
+def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
+    damaged(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        read_rgb(str(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    path = os.fsdecode(name)
+    try:
+        with open(name, "wb") as handle:
+            ramp().save(handle, "PNG")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert read_rgb(path).size == (40, 30)
+    Path(path).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"caf\\xe9"):
+        read_rgb(path)
