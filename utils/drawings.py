@@ -129,7 +129,7 @@ def _classes_text(facts: RunFacts) -> str:
 def _training_text(facts: RunFacts) -> str:
     rows = [row for row in facts.history if row.get("val_accuracy") is not None]
     if not rows:
-        return "Loss and accuracy of the training images after each epoch; there was no validation split."
+        return "The figures after each epoch."
     best, last = max(rows, key=lambda row: row["val_accuracy"]), rows[-1]
     end = f"Validation accuracy ended at {points(last['val_accuracy'])} after epoch {last['epoch']:.0f}"
     more = "." if best["val_accuracy"] <= last["val_accuracy"] else \

@@ -56,20 +56,19 @@ def _draw_lines(axes: Any, history: History, lines: Sequence[tuple[str, str, str
 
 
 def curves(history: History) -> Any:
-    """Loss, accuracy and validation accuracy by group over epochs. history: rows of metrics.csv."""
-    groups = [(f"val_{group}_shot_acc", group, GROUP_COLOURS[group]) for group in GROUPS
-              if _points(history, f"val_{group}_shot_acc")[0]]
+    """Loss, accuracy (a detector's AP) and validation accuracy by group over epochs. history: rows of metrics.csv."""
+    pair = (("", "training", LIGHT["quiet"]), ("val_", "validation", LIGHT["accent"]))
+    panels = [("loss", [(f"{prefix}loss", name, colour) for prefix, name, colour in pair], 1),
+              ("accuracy, %", [(f"{prefix}accuracy", name, colour) for prefix, name, colour in pair], 100),
+              ("validation AP, %", [("val_bbox_AP", "box", LIGHT["accent"]),
+                                    ("val_segm_AP", "mask", LIGHT["right"])], 100),
+              ("validation by group, %", [(f"val_{g}_shot_acc", g, GROUP_COLOURS[g]) for g in GROUPS], 100)]
+    panels = [panel for panel in panels if any(_points(history, key)[0] for key, _, _ in panel[1])]
     with styled():
-        figure, axes = new_figure(FULL, 2.7, 3 if groups else 2)
-        _draw_lines(axes[0], history, [("loss", "training", LIGHT["quiet"]),
-                                       ("val_loss", "validation", LIGHT["accent"])])
-        axes[0].set_title("loss")
-        _draw_lines(axes[1], history, [("accuracy", "training", LIGHT["quiet"]),
-                                       ("val_accuracy", "validation", LIGHT["accent"])], 100)
-        axes[1].set_title("accuracy, %")
-        if groups:
-            _draw_lines(axes[2], history, groups, 100)
-            axes[2].set_title("validation by group, %")
+        figure, axes = new_figure(FULL, 2.7, max(len(panels), 1))
+        for place, (title, lines, scale) in zip(axes, panels):
+            _draw_lines(place, history, lines, scale)
+            place.set_title(title)
     return figure
 
 

@@ -62,7 +62,7 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any) -> Any:
     if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
         result = {key: value for key, value in result.items() if key not in BY_IMAGE}
     data = run.data
-    return RunFacts(run.config, result, list(data["cls_num_list"]), data.get("class_names"),
+    return RunFacts(run.config, result, list(data.get("cls_num_list") or []), data.get("class_names"),
                     read_table(run_of(run.path).log / "metrics.csv"), norm_facts(run.model))
 
 

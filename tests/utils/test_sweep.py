@@ -10,7 +10,8 @@ import pytest
 
 from utils import sweep
 from utils.errors import ConfigError
-from utils.sweep import Runner, read_sweep, train_command
+from utils.sweep import Runner
+from utils.sweep_grid import check_unchanged, read_sweep, train_command, written
 
 SMALL = {"arch.args.layer2_output_dim": 8, "arch.args.layer3_output_dim": 8, "trainer.epochs": 1,
          "trainer.tensorboard": False}
@@ -65,8 +66,8 @@ def test_a_mistake_in_the_file(tmp_path, change, said):
 
 
 def test_text_is_written_so_that_it_is_read_as_text():
-    assert sweep.written("NBN") == "NBN" and sweep.written("5") == '"5"' and sweep.written(True) == "true"
-    assert sweep.written({"type": "MABN"}) == '{"type": "MABN"}'
+    assert written("NBN") == "NBN" and written("5") == '"5"' and written(True) == "true"
+    assert written({"type": "MABN"}) == '{"type": "MABN"}'
 
 
 # ---------------------------------------------------------------------- stand-ins for train.py and test.py
@@ -129,13 +130,13 @@ def test_several_devices_share_the_runs(tmp_path, stand_ins):
 def test_a_changed_config_isnt_mixed_with_old_runs(tmp_path, stand_ins):
     run(write(tmp_path, methods={"ce": {}}))
     jobs, _ = read_sweep(write(tmp_path, methods={"ce": {}}))
-    sweep.check_unchanged(jobs[0])
+    check_unchanged(jobs[0])
     jobs, _ = read_sweep(write(tmp_path, methods={"ce": {"set": {"trainer.verbosity": 0}}}))
-    sweep.check_unchanged(jobs[0])
+    check_unchanged(jobs[0])
     assert jobs[0].effective["optimizer"]["args"]["lr"] == 0.05
     jobs, _ = read_sweep(write(tmp_path, methods={"ce": {"set": {"optimizer.args.lr": 0.3}}}))
     with pytest.raises(ConfigError, match=r"optimizer\.args\.lr 0\.05, the sweep now says 0\.3"):
-        sweep.check_unchanged(jobs[0])
+        check_unchanged(jobs[0])
 
 
 def test_a_stop_reaches_the_runs(tmp_path, monkeypatch):
