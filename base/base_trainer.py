@@ -101,10 +101,10 @@ class BaseTrainer(ABC):
         """More of the subclass's state for the checkpoint (tensors and plain data); called on every rank."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take back what `extra_state` returned."""
 
-    def log_epoch(self, epoch: int, figures: dict[str, float | None]) -> None:
+    def log_epoch(self, epoch: int, figures: dict[str, float | None]) -> None:  # noqa: B027
         """Draw more than the scalars (histograms, images); rank 0 only."""
 
     # ------------------------------------------------------------------ the run

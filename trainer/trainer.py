@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import time
 from typing import Any
@@ -28,6 +29,14 @@ def autocast(device: torch.device, amp: object) -> contextlib.AbstractContextMan
     if amp in (None, False, "off"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, AMP_TYPES[amp])
+
+
+class DataParallel(nn.parallel.DistributedDataParallel):
+    """torch's, which refuses SyncBatchNorm on CPU because its own works on GPUs only; ours works on both."""
+
+    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
+        if next(module.parameters()).device.type != "cpu":
+            super()._passing_sync_batchnorm_handle(module)
 
 
 class Trainer(BaseTrainer):
@@ -74,9 +83,11 @@ class Trainer(BaseTrainer):
             model = torch.compile(model)
         if dist.world_size() > 1:
             # Buffers are rank 0's at each epoch's end (sync_buffers); in between each rank's norms see its own images.
-            model = nn.parallel.DistributedDataParallel(
-                model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                broadcast_buffers=False, find_unused_parameters=not getattr(self.model, "uses_all_parameters", True))
+            known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
+            model = DataParallel(
+                model, device_ids=[self.device.index] if self.device.type == "cuda" else None, **{buffers: False},
+                find_unused_parameters=not getattr(self.model, "uses_all_parameters", True))
         return model
 
     # ------------------------------------------------------------------ one step

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -343,10 +344,11 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     """Run an entry point's `main` and exit: 0 done; 2 with one line on stderr for a ConfigError; 1 for anything else.
 
     Python's warnings, and what is logged before logging is set up, go to stdout, so that stderr holds that line alone.
-    Where every rank of a torchrun makes the same mistake before they have joined, only rank 0 says so.
+    Where every rank of a torchrun has the same to say, it is said once.
     """
     warnings.showwarning = _show_on_stdout
     logging.lastResort = logging.StreamHandler(sys.stdout)
+    threading.excepthook = _quiet_disk_error
     try:
         status = main() or 0
     except (ConfigError, RunError) as error:
@@ -363,9 +365,9 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
             status = _fail(f"{error.filename or 'writing'}: {error.strerror}", 1)
     except Exception as error:
         if _joined_ranks() and any(name in str(error) for name in ("gloo", "NCCL")):
-            # The other process has shown what happened to it; our traceback would bury that.
-            status = _fail(f"lost another process of the run, whose error is above or on its own machine "
-                           f"({str(error).splitlines()[0][:200]})", 1)
+            # The other process says on stderr what happened to it; our traceback would bury that.
+            sys.stdout.write(f"rank {dist.rank()}: lost another process of the run ({str(error).splitlines()[0]})\n")
+            status = 1
         else:
             traceback.print_exc()
             status = 1
@@ -378,10 +380,9 @@ def _fail(message: str, status: int) -> int:
     # A loader's worker process hands its error over with its whole traceback as text; its last line is the message.
     if message.startswith("Caught ConfigError in DataLoader worker"):
         message = message.rpartition("ConfigError: ")[2]
-    if dist.is_main() or _joined_ranks():
-        # Past the start, a rank's mistake may be its own (an image that only it reads).
+    if dist.first_to_say(message):
         _flush()
-        sys.stderr.write(f"{message}\n" if dist.is_main() else f"rank {dist.rank()}: {message}\n")
+        sys.stderr.write(f"{message}\n")
     return status
 
 
@@ -392,6 +393,12 @@ def _joined_ranks() -> bool:
 
 def _show_on_stdout(message: Any, *_: Any) -> None:
     sys.stdout.write(f"warning: {' '.join(str(message).split())}\n")
+
+
+def _quiet_disk_error(what: Any) -> None:
+    """TensorBoard writes in a thread: its full disk is raised again, and told, where the run next adds to it."""
+    if not isinstance(what.exc_value, OSError):
+        threading.__excepthook__(what)
 
 
 def _flush() -> None:

@@ -101,6 +101,17 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+def first_to_say(message: str) -> bool:
+    """True for one only of the ranks that have this to say: rank 0 before they have joined, then who comes first."""
+    if not _initialised():
+        return is_main()
+    from torch.distributed.distributed_c10d import _get_default_store
+    try:
+        return _get_default_store().add(f"said: {message}", 1) == 1
+    except Exception:  # whoever keeps the store has gone: better twice than not at all
+        return True
+
+
 def on_main(work: Callable[[], T]) -> T:
     """Do `work` on rank 0 and return its value (plain data) on every rank; all ranks must call it.
 

@@ -36,11 +36,13 @@ def run_workers(workers: int, command: list[str]) -> int:
         try:
             elastic_launch(config, sys.executable)("-u", *command)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                raise RunError(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}; go on with "
-                               "-r and the run's newest checkpoint") from None
-            return 2 if failure.exitcode == 2 else 1
+            # Ranks that lost another end with 1: what happened to that one says more.
+            failures = {failure.exitcode: rank for rank, failure in error.failures.items()}
+            killed = min(failures)
+            if killed < 0:
+                raise RunError(f"rank {failures[killed]} was killed by {signal.Signals(-killed).name}; go on with -r "
+                               "and the run's newest checkpoint") from None
+            return 2 if 2 in failures else 1
         except SignalException:
             return 0 if stopped_note(notes).exists() else 1
         finally:

@@ -73,7 +73,7 @@ def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
     the same second each has its own.
     """
     for value, key in ((name, "name"), (run_id, "--run_id")):
-        if value is not None and (not value or value in (".", "..") or re.search(r"[/\\\0]", value) or len(value) > 200):
+        if value is not None and (value in ("", ".", "..") or re.search(r"[/\\\0]", value) or len(value) > 200):
             raise ConfigError(f"{key}: {value[:80]!r} can't name a folder; use letters, digits, '-' and '_'")
     base = Path(save_dir)
     if run_id is None:

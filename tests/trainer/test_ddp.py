@@ -130,9 +130,8 @@ def test_a_rank_that_dies_ends_the_job_with_its_error_first(runs, root, tmp_path
     began = time.monotonic()
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and time.monotonic() - began < 60
-    assert "this is what happened" in err
-    lost = err.find("rank 0: lost another process of the run")
-    assert lost == -1 or err.index("this is what happened") < lost
+    assert err.count("Traceback") >= 1 and err.index("this is what happened") < err.index("ChildFailedError")
+    assert "gloo" not in err  # the other rank's broken connection isn't what to look at
 
 
 def test_a_mistake_under_the_launcher_is_one_line(runs, monkeypatch, capfd):
@@ -173,5 +172,5 @@ def test_half_of_torchruns_environment(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2 .* torchrun"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2 .* torchrun"):
         dist.setup("cpu")

@@ -19,7 +19,6 @@ from trainer.trainer import Trainer
 from utils.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
 from utils.errors import ConfigError, RunError
 
-
 # ---------------------------------------------------------------------- disks
 
 def test_killed_while_saving(tmp_path):
