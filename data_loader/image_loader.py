@@ -14,6 +14,7 @@ import torch
 from base.base_data_loader import AUGMENT, BaseDataLoader
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import check_data_dir
+from data_loader.images import short_side
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from data_loader.memory import MemoryImages, Recipe
 from data_loader.samplers import SAMPLERS, ClassBalancedSampler
@@ -24,6 +25,7 @@ from utils.build import build
 from utils.errors import ConfigError
 
 LARGEST_SMALL = 64          # up to this image_size, images are augmented by the batch
+SMALLEST_AUTO = 64          # what image_size "auto" is at least, and on CPUs always
 CACHE_LIMIT = 1 << 30       # bytes of decoded images that `cache: "auto"` keeps
 
 
@@ -39,7 +41,8 @@ class ImageDataLoader(BaseDataLoader):
         images); `holdout`: never the test images: the validation images, or images that no split uses, or a share
         `val_share` of each class's training images; `none`.
     imb_type, imb_factor: make the training split long-tailed; imb_factor null leaves it as it is.
-    image_size: of what the model gets. split_seed: which images a split made here takes, whatever `seed` is.
+    image_size: of what the model gets; "auto" (own images): 224 or 128 on a GPU where the photos have that many pixels,
+        else 64. split_seed: which images a split made here takes, whatever `seed` is.
     test_share: of each class, for folders without a test split. flip: false for images that mustn't be mirrored.
     allow_outside: images may lie outside data_dir. download: fetch what is missing, where that is possible.
     cache: decoded small images held in memory: true, false, or "auto" (up to 1 GiB).
@@ -62,7 +65,7 @@ class ImageDataLoader(BaseDataLoader):
                  training: bool = True, balanced: bool = False, retain_epoch_size: bool = True, *,
                  sampler: dict | None = None, validation: Literal["test", "holdout", "none"] | None = "test",
                  val_share: float = 0.1, imb_type: str | None = "exp", imb_factor: float | None = None,
-                 image_size: int | None = None, split_seed: int = 0, test_share: float = 0.2,
+                 image_size: int | Literal["auto"] | None = None, split_seed: int = 0, test_share: float = 0.2,
                  flip: bool | None = None, allow_outside: bool = False, download: bool = True,
                  cache: bool | str = "auto", pin_memory: bool | None = None, prefetch: int = 4,
                  distributed: bool | None = None, seed: int = 0, device: str | torch.device = "cpu", rank: int = 0,
@@ -71,17 +74,20 @@ class ImageDataLoader(BaseDataLoader):
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
         self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
         self.allow_outside, self.download, self.cache, self.transform = allow_outside, download, cache, transform
-        self.image_size = self.default_size if image_size is None else image_size
+        self.image_size = self.default_size if image_size in (None, "auto") else image_size
         self.flip = self.flips if flip is None else flip
         self.imb_type, self.imb_factor = imb_type, imb_factor
         self.validation = validation or "none"
         self._check()
         self.mean, self.std = self.statistics
-        self.preprocess = test_preprocess(self.image_size, self.mean, self.std)
         if data_dir is not None:
             check_data_dir(data_dir, may_be_made=self.may_download and download)
         splits = self.read(training)
         self.notes = list(splits.notes)
+        if image_size == "auto" and splits.test.paths is not None:
+            self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu")
+            self.notes.append(note)
+        self.preprocess = test_preprocess(self.image_size, self.mean, self.std)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
         train, self._val, self.validation_note = self._divide(splits)
         self.cls_num_list = [0] * self.num_classes if train is None else \
@@ -267,3 +273,18 @@ class ImageDataLoader(BaseDataLoader):
     def summary(self) -> list[str]:
         """What the data look like, for the log: classes, counts, imbalance, few-shot classes, and warnings."""
         return summary(self.cls_num_list, self._test_counts, self.class_names, self.notes)
+
+
+def suited_size(paths: list[str], fast: bool) -> tuple[int, str]:
+    """(the `image_size` that "auto" stands for, a line about it), from the headers of a hundred images at most.
+
+    fast: there is a GPU, so that large photos needn't be made small.
+    """
+    sides = [side for path in paths[::-(-len(paths) // 100)] if (side := short_side(path))]
+    middle = sorted(sides)[len(sides) // 2] if sides else 0
+    wanted = next((size for size in (224, 128) if middle >= size), SMALLEST_AUTO)
+    chosen = wanted if fast else SMALLEST_AUTO
+    note = f"image size: {chosen} (half of the images have a short side of {middle} pixels or more)"
+    if chosen < wanted:
+        note += f"; {wanted} shows more of them and takes {(wanted / chosen) ** 2:.0f} times as long"
+    return chosen, note

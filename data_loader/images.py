@@ -58,6 +58,16 @@ def read_rgb(path: str, plan: Callable[[int, int], int] | None = None) -> Image.
         raise ConfigError(f"{shown(path)}: can't be read as an image ({reason}); replace or remove it") from None
 
 
+def short_side(path: str) -> int | None:
+    """The shorter side of the image in a file, in pixels, by its header alone; None where that can't be read."""
+    try:
+        with open(path, "rb") as handle, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return min(Image.open(handle).size)
+    except Exception:  # decoders raise nearly anything; whoever reads the pixels says what is wrong
+        return None
+
+
 def _read(handle: BinaryIO, plan: Callable[[int, int], int] | None) -> Image.Image:
     start = handle.read(3)
     handle.seek(0)

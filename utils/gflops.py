@@ -136,7 +136,10 @@ def image_size(config: dict[str, Any]) -> int:
     from data_loader import data_loaders
     spec = config["data_loader"]
     size = (spec.get("args") or {}).get("image_size")
-    return size if isinstance(size, int) else getattr(data_loaders, spec["type"]).default_size
+    if size == "auto":
+        from data_loader.image_loader import SMALLEST_AUTO
+        return SMALLEST_AUTO
+    return size or getattr(data_loaders, spec["type"]).default_size
 
 
 def number_of_classes(config: dict[str, Any]) -> int:
@@ -206,7 +209,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
-def tested_shares(checkpoint: Path) -> list[float] | None:
+def measured_shares(checkpoint: Path) -> list[float] | None:
     """`expert_share` over all images from the test_metrics.json beside a checkpoint; None where there is none."""
     try:
         found = json.loads((checkpoint.parent / "test_metrics.json").read_text(encoding="utf-8"))
@@ -229,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(facts, dict):
             config["arch"]["args"].setdefault("num_classes", facts.get("num_classes"))
         if args.ea is None and config["arch"]["type"].endswith("EAModel"):
-            args.ea = tested_shares(Path(args.resume))
+            args.ea = measured_shares(Path(args.resume))
     cost = gflops_of(config, args.ea)
     print(f"{config['arch']['type']} of {args.config or args.resume}, {table(cost, args.ea)}")
     if args.json:

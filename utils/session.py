@@ -82,8 +82,11 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
 def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, training: bool = True,
                 **more: Any) -> BaseDataLoader:
     """The loader of the config's training split, or of its test split (`training=False`)."""
-    return build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
-                        world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training, **more)
+    loader = build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
+                          world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training, **more)
+    if (config["data_loader"].get("args") or {}).get("image_size") == "auto":
+        config["data_loader"]["args"]["image_size"] = loader.image_size  # the same for every split, on any machine
+    return loader
 
 
 def make_model(config: dict[str, Any], num_classes: int | None = None, section: str = "arch") -> nn.Module:

@@ -1,0 +1,46 @@
+"""`"image_size": "auto"`: chosen from the photos and the device, said in the summary, kept in the run's config."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_loader.image_loader import suited_size
+from utils.session import make_loader
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of three photos each, 300 x 240 pixels, and one that can't be read."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (root / name).mkdir()
+        for n in range(3):
+            Image.fromarray(rng.integers(0, 255, (240, 300, 3), dtype=np.uint8)).save(root / name / f"{n}.jpg")
+    return root
+
+
+@pytest.mark.parametrize("side, fast, size", [(240, True, 224), (240, False, 64), (150, True, 128), (40, True, 64)])
+def test_suited_size(tmp_path, side, fast, size):
+    paths = []
+    for n in range(5):
+        paths.append(str(tmp_path / f"{n}.png"))
+        Image.new("L", (side, side + 100)).save(paths[-1])
+    (tmp_path / "0.png").write_text("no image")
+    chosen, note = suited_size(paths, fast)
+    assert chosen == size and f"image size: {size}" in note and f"{side} pixels" in note
+    assert ("times as long" in note) == (side >= 128 and not fast)
+
+
+def test_no_readable_image_leaves_the_smallest(tmp_path):
+    (tmp_path / "x.png").write_text("no image")
+    assert suited_size([str(tmp_path / "x.png")], True)[0] == 64
+
+
+def test_the_choice_is_kept(photos):
+    config = {"data_loader": {"type": "ImageFolderLTDataLoader",
+                              "args": {"data_dir": str(photos), "batch_size": 2, "image_size": "auto"}},
+              "trainer": {"epochs": 1}}
+    loader = make_loader(config)
+    assert config["data_loader"]["args"]["image_size"] == loader.image_size == 64
+    assert next(iter(loader))[0].shape[1:] == (3, 64, 64) and loader.preprocess["image_size"] == 64
+    assert any("image size: 64" in line for line in loader.summary())
