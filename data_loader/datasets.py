@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
 import tempfile
+import time
 import urllib.request
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from utils.dist import rank
 from utils.errors import ConfigError
 from utils.safe_pickle import read_arrays
 
@@ -58,14 +62,7 @@ def read_digits(split_seed: int, img_num: list[int], test_per_class: int = 50, s
     Of each class, shuffled by `split_seed`, the first 50 images are for testing, the next `img_num[class]` for
     training; the rest is spare.
     """
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    small = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # ink is 0 to 16
-    grey = np.stack([np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BILINEAR))
-                     for scan in small])
-    every = ImageSet(digits.target, np.repeat(grey[..., None], 3, axis=3))
+    every = _digits(size)
     shuffle = np.random.RandomState(split_seed)
     test, train, spare = [], [], []
     for label, count in enumerate(img_num):
@@ -78,6 +75,18 @@ def read_digits(split_seed: int, img_num: list[int], test_per_class: int = 50, s
         spare.append(own[test_per_class + count:])
     parts = [every.subset(np.concatenate(part)) for part in (train, test, spare)]
     return Splits(*parts[:2], spare=parts[2], class_names=[str(digit) for digit in range(10)], num_classes=10)
+
+
+@cache
+def _digits(size: int) -> ImageSet:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # ink is 0 to 16
+    grey = np.stack([np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BILINEAR))
+                     for scan in small])
+    return ImageSet(digits.target, np.repeat(grey[..., None], 3, axis=3))
 
 
 @dataclass(frozen=True)
@@ -136,32 +145,41 @@ def _find_cifar(data_dir: Path, kind: CifarKind, download: bool) -> Path:
     advice = f"unpack the official python version ({kind.url}) there, as {kind.folder}/"
     if not download:
         raise ConfigError(f"data_loader.args.data_dir: {data_dir} holds no {kind.folder}; {advice}")
+    if rank() > 0:  # rank 0 fetches for all; should it fail, it ends the job
+        return _wait_for(data_dir / kind.folder)
     try:
-        _download(kind.url, data_dir)
+        _download(kind, data_dir)
     except Exception as error:
         raise ConfigError(f"data_loader.args.data_dir: {data_dir} holds no {kind.folder}, and the download failed "
                           f"({type(error).__name__}: {error}); {advice}") from None
     return _find_cifar(data_dir, kind, download=False)
 
 
-def _download(url: str, data_dir: Path) -> None:
-    """Fetch and unpack an archive; what arrives half is removed."""
+def _wait_for(folder: Path, seconds: float = 3600) -> Path:
+    until = time.monotonic() + seconds
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            raise ConfigError(f"{folder}: rank 0 hasn't brought it here in {seconds:.0f} seconds; fetch it beforehand")
+        time.sleep(1)
+    return folder
+
+
+def _download(kind: CifarKind, data_dir: Path) -> None:
+    """Fetch and unpack an archive; the folder appears whole or not at all."""
     made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
-    handle, archive = tempfile.mkstemp(dir=data_dir, suffix=".part")
-    os.close(handle)
     try:
-        with urllib.request.urlopen(url, timeout=30) as source, open(archive, "wb") as target:
-            while block := source.read(1 << 20):
-                target.write(block)
-        with tarfile.open(archive) as packed:
-            packed.extractall(data_dir, filter="data")
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".fetching-") as place:
+            archive = Path(place) / "archive.tar.gz"
+            with urllib.request.urlopen(kind.url, timeout=30) as source, open(archive, "wb") as target:
+                shutil.copyfileobj(source, target)
+            with tarfile.open(archive) as packed:
+                packed.extractall(place, filter="data")
+            os.replace(Path(place) / kind.folder, data_dir / kind.folder)
     except BaseException:
-        os.unlink(archive)
         for folder in made:  # leave no empty folders where nothing could be fetched
             folder.rmdir()
         raise
-    os.unlink(archive)
 
 
 def _read_cifar_files(paths: list[Path], kind: CifarKind) -> ImageSet:

@@ -1,7 +1,9 @@
 """The public loaders: splits, imbalance, validation, order, ranks, resuming."""
 from __future__ import annotations
 
+import io
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +186,31 @@ def test_cifar_absent_and_download_fails(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match="holds no cifar-10-batches-py"):
         ImbalanceCIFAR10DataLoader(str(tmp_path), download=False)
+
+
+def test_cifar_is_fetched_only_if_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_cifar(tmp_path / "source", datasets.CIFAR100, 2)
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as packed:
+        packed.add(source / "cifar-100-python", "cifar-100-python")
+    calls: list[str] = []
+
+    def serve(url: str, **_: object) -> io.BytesIO:
+        calls.append(url)
+        return io.BytesIO(archive.getvalue())
+    monkeypatch.setattr(datasets.urllib.request, "urlopen", serve)
+    for _ in range(2):
+        assert CIFAR100DataLoader(str(tmp_path / "data")).n_samples == 200
+    assert calls == [datasets.CIFAR100.url]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-100-python"]
+
+
+def test_other_ranks_wait_for_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_cifar(tmp_path / "source", datasets.CIFAR100, 2)
+    monkeypatch.setattr(datasets, "rank", lambda: 1)
+    monkeypatch.setattr(datasets.time, "sleep", lambda _: (source / "cifar-100-python").rename(
+        tmp_path / "cifar-100-python"))
+    assert CIFAR100DataLoader(str(tmp_path)).n_samples == 200
 
 
 # -- order, ranks, resuming ------------------------------------------------------------------------------------------
