@@ -10,8 +10,9 @@ from utils.dist import all_gather_with_grad
 
 # add_bt -> encoder layers; 32 and 33 are one layer with a shared classifier.
 DEPTHS = {0: 0, 1: 1, 12: 8, 13: 6, 32: 1, 33: 1}
-# add_bt -> weights of the losses (after the block, before it) with a shared classifier.
-STREAM_WEIGHTS = {32: (0.01, 1.0)}
+# add_bt -> weights of the losses (after the block, before it) with a shared classifier. The paper joins both streams
+# to one batch of twice the size, so its loss is their mean; 33 adds them, 32 all but leaves out the stream after.
+STREAM_WEIGHTS = {1: (0.5, 0.5), 12: (0.5, 0.5), 13: (0.5, 0.5), 33: (1.0, 1.0), 32: (0.01, 1.0)}
 DROPOUT = 0.5
 
 
