@@ -126,7 +126,7 @@ class RoutedResNet(ResNet):
         right = means.argmax(2) == target.view(-1, 1)                                # [N, E]
         truth = ~right[:, :-1] & _any_later(right)                                  # [N, E - 1]
         asked = _wide(torch.stack([self.ask(i, feats[:, i], means[:, i]) for i in range(self.num_experts - 1)], dim=1))
-        weight = asked.new_tensor(self.pos_weight)
+        weight = asked.new_full((), self.pos_weight)     # filled on the device: new_tensor would wait for a copy
         return F.binary_cross_entropy_with_logits(asked, truth.to(asked.dtype), pos_weight=weight)
 
     def _routed(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
