@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -30,12 +31,12 @@ class Timing:
         return {"median": 1 / ratio["median"], "low": 1 / ratio["high"], "high": 1 / ratio["low"]}
 
 
-def interleave(sides: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2,
+def interleave(sides: dict[str, Callable[[], float | None]], rounds: int = 15, warmup: int = 2,
                budget: float | None = None) -> Timing:
     """Time every side once a round, starting with another side each round, so that drift hits all alike.
 
     `warmup` rounds aren't counted. `budget` (seconds): no new round once it is used up (at least 3 are run).
-    On a GPU a side must synchronise at its end.
+    A side that returns a float has timed itself, in seconds. On a GPU a side must synchronise at its end.
     """
     names = list(sides)
     timing = Timing({name: [] for name in names})
@@ -44,9 +45,9 @@ def interleave(sides: dict[str, Callable[[], object]], rounds: int = 15, warmup:
         first = r % len(names)
         for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            sides[name]()
+            own = sides[name]()
             if r >= 0:
-                timing.seconds[name].append(time.perf_counter() - start)
+                timing.seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
         if budget is not None and r >= 2 and time.perf_counter() - begun > budget:
             break
     return timing
@@ -60,6 +61,15 @@ def parser(description: str, threads: int = 2) -> argparse.ArgumentParser:
                        help="CPU threads (default: OMP_NUM_THREADS, else %(default)s)")
     flags.add_argument("--rounds", type=int, default=None, help="timed rounds of each comparison")
     return flags
+
+
+def cpu_seconds() -> float:
+    """CPU time that this process and its children that have ended have used, in user mode and in the kernel.
+
+    What wall time can't tell on a machine that others use too.
+    """
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def machine(threads: int | None = None) -> dict[str, object]:
