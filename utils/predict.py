@@ -107,6 +107,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
 def predict(args: Namespace) -> None:
     """The command, step by step."""
+    paths = find_images(args.paths)  # before torch is imported: a mistyped path answers at once
     import torch
     from tqdm import tqdm
 
@@ -115,7 +116,6 @@ def predict(args: Namespace) -> None:
     from utils.device import pick_device
     from utils.session import open_run
     setup_logging(0)
-    paths = find_images(args.paths)
     run = open_run(args.resume, args.config, device=pick_device(args.device))
     facts = facts_of(run)
     names = facts["class_names"]
