@@ -15,15 +15,15 @@ def norm_facts(model: Any) -> dict[str, Any]:
     normalised). mabn: a row a layer, `second` and `gradient` [layers, 3]: the 10th, 50th and 90th percentiles over
     channels of the second moment, and of the size of the backward statistic.
     """
-    from model.norm import MABN2d, NormalizedBatchNorm2d
-    nbn = [m for m in model.modules() if isinstance(m, NormalizedBatchNorm2d) and m.weight is not None]
+    # Known by what they hold and not by their class, so that drawing needs no model code.
+    nbn = [m for m in model.modules() if hasattr(m, "shared_scale") and m.weight is not None]
     if nbn:
         owners = [m.shared_scale for m in nbn if m.shared_scale is not None]
         scales = owners[0][0].scale_factor.detach().flatten().tolist() if owners else [1.0]
         return {"nbn": {"scales": scales, "expert": [m.shared_scale[1] if m.shared_scale else 0 for m in nbn],
                         "weight": [float(m.weight.detach().norm()) for m in nbn],
                         "bias": [float(m.bias.detach().norm()) for m in nbn]}}
-    mabn = [m for m in model.modules() if isinstance(m, MABN2d)]
+    mabn = [m for m in model.modules() if hasattr(m, "buffer_gz")]
     if mabn:
         def spread(tensor: Any) -> list[float]:
             values = tensor.detach().float().flatten().cpu().numpy()

@@ -119,11 +119,16 @@ class RunFacts:
         """Each expert's accuracy on all images and (as a mean over classes) in each group: key -> [E]."""
         if "expert_predictions" not in self.result:
             return {"all": self.result["expert_acc"]} if self.result.get("expert_acc") else {}
-        from model.metric import shot_accuracy
-        columns = [shot_accuracy(column, self.image("labels"), self.counts, self.many, self.few)
-                   for column in self.image("expert_predictions").T]
-        accuracy = {key: [column[key] for column in columns] for key in ("all", *GROUPS)}
-        return {key: values for key, values in accuracy.items() if values[0] is not None}
+        labels, size = self.image("labels"), len(self.counts)
+        right = (self.image("expert_predictions") == labels[:, None]).T                               # [E, N]
+        images = np.bincount(labels, minlength=size)
+        by_class = np.array([np.bincount(labels, hits, size) for hits in right]) / np.maximum(images, 1)  # [E, C]
+        accuracy = {"all": right.mean(1).tolist()}
+        for number, group in enumerate(GROUPS):
+            members = (self.group_number == number) & (images > 0)
+            if members.any():
+                accuracy[group] = by_class[:, members].mean(1).tolist()
+        return accuracy
 
     def together(self) -> dict[str, float | None]:
         """The whole model's accuracy under the same keys."""

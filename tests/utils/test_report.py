@@ -129,6 +129,17 @@ def test_where_images_end_up():
     assert facts.hardest(of_a_kind=1) == [5, 1, 4]
 
 
+def test_each_experts_accuracy_is_the_metrics():
+    from model.metric import shot_accuracy
+    facts = made_up(classes=30)
+    for expert, column in enumerate(facts.image("expert_predictions").T):
+        expected = shot_accuracy(column, facts.image("labels"), facts.counts)
+        for key, values in facts.expert_accuracy().items():
+            assert values[expert] == pytest.approx(expected[key])
+    differ = facts.disagreement()
+    assert (differ == differ.T).all() and (np.diag(differ) == 0).all()
+
+
 def test_tensorboard_gets_the_same_figures():
     got = {}
     writer = SimpleNamespace(add_image=lambda tag, picture, step, dataformats: got.update({tag: (picture, step)}))
