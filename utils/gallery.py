@@ -42,7 +42,7 @@ def gallery(found: Sequence[Any], names: Sequence[str] | None, path: str) -> int
             at = _guesses(draw, one, names, guesses, left, at, cell)
         else:
             counts = Counter(_name(names, label - 1) for label in one[1]["labels"].tolist())
-            text = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing found"
+            text = ", ".join(f"{name} × {count}" for name, count in counts.items()) or "nothing found"
             draw.text((left, at), _fit(draw, text, _font(13, True), cell), INK, _font(13, True))
             at += 22
         draw.text((left, at), _fit(draw, "/".join(Path(source).parts[-2:]), _font(10), cell), SOFT, _font(10))
