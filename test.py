@@ -50,6 +50,8 @@ def test(args: Namespace) -> dict[str, Any]:
     result = evaluate(run.model, loader, groups=run.config["groups"], head=head,
                       keep=bool(args.open_set) or detects or args.report)
     result.update(note)
+    if "expert_share" in result and "expert_acc" not in result:
+        result.update(with_all_experts(run, loader, keep=args.report))
     if args.open_set:
         result["open_set"] = open_set(args, run, head, result)
     by_image = {key: result.pop(key) for key in ("predictions", "confidences", "labels", "expert_predictions")
@@ -57,7 +59,7 @@ def test(args: Namespace) -> dict[str, Any]:
 
     found = result.pop("detections", None)
     log.info("%s", format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
-    target = Path(args.resume).parent / "test_metrics.json"
+    target = Path(args.resume).parent / f"{args.split}_metrics.json"  # validation's never pass for test's
     if dist.is_main():
         try:
             write_json(target, result)
@@ -103,6 +105,19 @@ def choose_classifier(args: Namespace, run: Any) -> tuple[Any, dict[str, Any]]:
         return tau_head(run.model, best), {"classifier": "tau", "tau": best,
                                            "tau_sweep": {"tau": taus, "val_accuracy": accuracies}}
     return None, {"classifier": "joint"}
+
+
+def with_all_experts(run: Any, loader: Any, keep: bool) -> dict[str, Any]:
+    """What routing leaves unseen, from a second pass that asks every expert for every image: `all_experts_acc` of
+    their mean, `expert_acc` of each alone, `expert_disagreement`, and with `keep` `expert_predictions` [N, E]."""
+    from trainer.evaluate import evaluate
+    run.model.backbone.force_all = True
+    try:
+        everyone = evaluate(run.model, loader, groups=run.config["groups"], keep=keep)
+    finally:
+        run.model.backbone.force_all = False
+    names = ("expert_acc", "expert_disagreement", "expert_predictions")
+    return {"all_experts_acc": everyone["accuracy"], **{name: everyone[name] for name in names if name in everyone}}
 
 
 def open_set(args: Namespace, run: Any, head: Any, result: dict[str, Any]) -> dict[str, Any]:

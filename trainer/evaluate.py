@@ -101,7 +101,8 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
 
 
 def format_result(result: dict[str, Any], title: str = "") -> str:
-    """The figures a person looks for first: all, many, medium, few in percent."""
+    """The figures a person looks for first, in percent: all, many, medium, few, and what each expert has to do with it.
+    """
     if "bbox_AP" in result:
         from trainer.coco_eval import format_detection
         return format_detection(result, title)
@@ -113,4 +114,12 @@ def format_result(result: dict[str, Any], title: str = "") -> str:
     classes = ["", str(result["many_class_num"]), str(result["medium_class_num"]), str(result["few_class_num"])]
     lines = [header, f"{'accuracy %':<16}" + "".join(f"{v:>9}" for v in row),
              f"{'classes':<16}" + "".join(f"{v:>9}" for v in classes)]
+    shares = result.get("expert_share") or {}
+    for used in range(len(shares.get("all") or ())):
+        row = [percent(shares[g][used] if shares.get(g) else None) for g in ("all", *GROUPS)]
+        lines.append(f"{f'used {used + 1} %':<16}" + "".join(f"{v:>9}" for v in row))
+    if result.get("expert_acc"):
+        together = result.get("all_experts_acc")
+        lines.append(f"{'each expert %':<16}" + "".join(f"{percent(v):>9}" for v in result["expert_acc"])
+                     + ("" if together is None else f"   all of them {percent(together)}"))
     return "\n".join(lines)

@@ -131,6 +131,9 @@ def load_start(model: nn.Module, start: Start) -> None:
         log.info(model.load_pretrained(load_checkpoint(config["pretrained"]), config["pretrained"]))
     elif config.get("pretrained"):
         load_weights(model, config["pretrained"], skip_prefixes=(GATES,), new_head=True)
+    elif getattr(model, "routed", False) and not model.backbone.force_all:
+        log.warning("the gates learn when experts that nobody trained are right; give the trained model with "
+                    "-r STAGE1")
     if config.get("load_crt"):
         learned = tuple(model.stage2_prefixes())
         if start.checkpoint is None:

@@ -1,0 +1,213 @@
+"""Two-stage methods on digits-LT, from stage 1 to the last table, through the command lines of train.py and test.py."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import test as test_script
+import train
+from model.loss import RIDELossWithDistill
+from trainer.distill_trainer import DistillTrainer
+from utils.session import open_run
+
+# Digits as they are (8x8) and narrow stages: what is tested is who learns what, not how well.
+SMALL = ["-d", "cpu", "--seed", "0", "--set", "data_loader.args.image_size=8", "--set", "trainer.tensorboard=false"]
+NARROW = ["--layer2_dimension", "16", "--layer3_dimension", "16"]
+KEYS = {"accuracy", "class_mean_acc", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "many_class_num",
+        "medium_class_num", "few_class_num", "macro_f1", "ece", "loss", "n_samples", "per_class_acc", "classifier"}
+GATES = "backbone.expert_help_pred"
+
+
+class Bench:
+    """Trains one epoch a call in a folder of its own, and tests there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def flags(self, *more):
+        return [*SMALL, *NARROW, "--epochs", "1", "--bs", "64", "--save_dir", str(self.folder), "-q",
+                *map(str, more)]
+
+    def train(self, config, *more):
+        """The checkpoint of one epoch of configs/digits_lt_`config`.json."""
+        train.main(["-c", f"configs/digits_lt_{config}.json", "--run_id", "run", "--name", f"{config}{len(more)}",
+                    *self.flags(*more)])
+        return self.folder / "models" / f"{config}{len(more)}" / "run" / "checkpoint-epoch1.pth"
+
+    def test(self, checkpoint, *more, split="test"):
+        test_script.main(["-r", str(checkpoint), "-d", "cpu", "-q", "--split", split, *map(str, more)])
+        figures = json.loads((checkpoint.parent / f"{split}_metrics.json").read_text())
+        assert KEYS <= set(figures), KEYS - set(figures)
+        assert figures["n_samples"] == (500 if split == "test" else 278)
+        assert 0 <= figures["accuracy"] <= 1 and figures["few_class_num"] == 5
+        return figures
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+def weights(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def changed(before, after):
+    """Keys of `after` that `before` lacks or holds in other bits."""
+    return {key for key, value in after.items() if key not in before or not torch.equal(before[key], value)}
+
+
+@torch.no_grad()
+def features(checkpoint, split):
+    """(feats [N, E, D], labels [N]) of a split, in float64."""
+    run = open_run(checkpoint)
+    parts = [(run.model(images)["feat"].double(), labels) for images, labels in run.loader(split)]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def right(logits, labels):
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def check_tau_and_ncm(bench, checkpoint, heads):
+    """What test.py says of tau and NCM against the formulas on the model's features; heads: [C, D] an expert."""
+    feats, labels = features(checkpoint, "test")
+
+    def tau_accuracy(tau, feats=feats, labels=labels):
+        logits = [feats[:, i] @ (w / w.norm(dim=1, keepdim=True) ** tau).t() for i, w in enumerate(heads)]
+        return right(torch.stack(logits).mean(0), labels)
+
+    close = {"abs": 0.0041}  # float32 ties: two images of 500
+    for tau in (0.0, 0.7):
+        figures = bench.test(checkpoint, "--classifier", "tau", "--tau", tau)
+        assert figures["tau"] == tau and figures["accuracy"] == pytest.approx(tau_accuracy(tau), **close)
+    swept = bench.test(checkpoint, "--tau", "0:2:0.1")
+    found = swept["tau_sweep"]
+    assert len(found["tau"]) == len(found["val_accuracy"]) == 21
+    assert swept["tau"] == found["tau"][int(np.argmax(found["val_accuracy"]))]  # the smaller of equals
+    on_val = features(checkpoint, "val")
+    assert found["val_accuracy"] == pytest.approx([tau_accuracy(tau, *on_val) for tau in found["tau"]], abs=0.0075)
+    assert swept["accuracy"] == pytest.approx(tau_accuracy(swept["tau"]), **close)
+
+    train_feats, train_labels = features(checkpoint, "train_eval")
+    assert len(train_labels) == 331
+    centre = train_feats.mean(0)
+    for kind, prepare in (("un", lambda x: x), ("l2n", lambda x: F.normalize(x, dim=2)),
+                          ("cl2n", lambda x: F.normalize(x - centre, dim=2))):
+        have, ask = prepare(train_feats), prepare(feats)
+        means = torch.stack([have[train_labels == c].mean(0) for c in range(10)])
+        expected = right(-(ask[:, None] - means[None]).square().sum(3).mean(2), labels)
+        figures = bench.test(checkpoint, "--classifier", "ncm", "--feat_type", kind)
+        assert figures["feat_type"] == kind and figures["accuracy"] == pytest.approx(expected, **close)
+
+
+def test_the_whole_chain(bench, run_cli, monkeypatch):
+    # ---- stage 1: one expert with cross-entropy, RIDE with three, a teacher with six
+    ce, ride = bench.train("ce"), bench.train("ride")
+    teacher = bench.train("ride_teacher")
+    assert sum(key.startswith("backbone.linears.") for key in weights(teacher)) == 6
+    stage1, content = weights(ride), teacher.read_bytes()
+
+    # ---- distillation: the teacher's own logits, on the student's images, move the loss
+    seen = []
+
+    def forward(self, images, labels, original=DistillTrainer.forward):
+        outputs = original(self, images, labels)
+        seen.append((images.clone(), outputs["teacher"], self.teacher.training))
+        return outputs
+
+    def loss(self, outputs, target, original=RIDELossWithDistill.forward):
+        value = original(self, outputs, target)
+        if "teacher" in outputs:
+            other = original(self, {**outputs, "teacher": outputs["teacher"].flip(1)}, target)
+            assert value.isfinite() and not torch.isclose(value, other)
+            assert not outputs["teacher"].requires_grad
+        return value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "forward", forward)
+        patch.setattr(RIDELossWithDistill, "forward", loss)
+        student = bench.train("ride_distill", "--distill_checkpoint", teacher,
+                              "--set", "distill_arch.args.layer2_output_dim=16",
+                              "--set", "distill_arch.args.layer3_output_dim=16")
+    assert len(seen) == 6 and not any(training for *_, training in seen)  # 331 images in batches of 64
+    expected = open_run(teacher).model
+    with torch.no_grad():
+        for images, logits, _ in seen:
+            torch.testing.assert_close(logits, expected(images)["output"], rtol=1e-4, atol=1e-4)
+    assert teacher.read_bytes() == content
+    assert weights(student).keys() == stage1.keys() and changed(stage1, weights(student))
+
+    # ---- expert assignment, on RIDE: the gates learn, and nothing else moves by a bit
+    ea = bench.train("ride_ea", "-r", ride)
+    gated = weights(ea)
+    assert stage1.keys() == {key for key in gated if not key.startswith(GATES)}
+    assert changed(stage1, gated) == {key for key in gated if key.startswith(GATES)}
+    assert any("running_mean" in key for key in stage1)
+    done = run_cli(["test.py", "-r", ea, "-d", "cpu"], check=True)
+    figures = json.loads((ea.parent / "test_metrics.json").read_text())
+    assert set(figures["expert_share"]) == {"all", "many", "medium", "few"}
+    for shares in figures["expert_share"].values():
+        assert len(shares) == 3 and sum(shares) == pytest.approx(1)
+    everyone = bench.test(ride)
+    assert figures["expert_acc"] == everyone["expert_acc"]
+    assert figures["all_experts_acc"] == everyone["accuracy"]
+    for word in ("used 1 %", "used 3 %", "each expert %"):
+        assert word in done.stdout
+    # The threshold is a choice of use: at 1 nobody asks further, at 0 everybody does.
+    first = bench.test(ea, "--set", "arch.args.route_threshold=1", split="val")
+    assert first["expert_share"]["all"] == [1, 0, 0] and first["accuracy"] == first["expert_acc"][0]
+    last = bench.test(ea, "--set", "arch.args.route_threshold=0", split="val")
+    assert last["expert_share"]["all"] == [0, 0, 1] and last["accuracy"] == last["all_experts_acc"]
+    assert json.loads((ea.parent / "test_metrics.json").read_text()) == figures  # validation's are kept apart
+
+    # ---- decoupling, on cross-entropy: new classifier, scales, and two that need no training
+    plain = weights(ce)
+    learned = run_cli(["train.py", "-c", "configs/digits_lt_crt.json", "--load_crt", ce, "--run_id", "crt",
+                       *[flag for flag in bench.flags() if flag != "-q"]], check=True)
+    assert "170 of them trained" in learned.stdout  # 16 x 10 and a bias
+    crt = bench.folder / "models" / "digits_lt_crt" / "crt" / "checkpoint-epoch1.pth"
+    assert changed(plain, weights(crt)) == {"backbone.linear.weight", "backbone.linear.bias"}
+    lws = bench.train("lws", "--load_crt", ce)
+    assert changed(plain, weights(lws)) == {"backbone.linear.scales"}
+    assert not torch.equal(weights(lws)["backbone.linear.scales"], torch.ones(10))
+    for checkpoint in (student, crt, lws):
+        assert bench.test(checkpoint)["classifier"] == "joint"
+    check_tau_and_ncm(bench, ce, [plain["backbone.linear.weight"].double()])
+
+
+def test_decoupling_with_several_experts(bench):
+    """Each expert has a classifier of its own; test.py takes the mean of their logits."""
+    experts = ["--num_experts", 3]
+    stage1 = bench.train("ce", *experts)
+    before = weights(stage1)
+    heads = {f"backbone.linears.{i}.{part}" for i in range(3) for part in ("weight", "bias")}
+    crt = bench.train("crt", *experts, "--load_crt", stage1)
+    assert changed(before, weights(crt)) == heads
+    lws = bench.train("lws", *experts, "--load_crt", stage1)
+    assert changed(before, weights(lws)) == {f"backbone.linears.{i}.scales" for i in range(3)}
+    assert len({tuple(weights(lws)[f"backbone.linears.{i}.scales"].tolist()) for i in range(3)}) == 3
+    for checkpoint in (crt, lws):
+        assert len(bench.test(checkpoint)["expert_acc"]) == 3
+    check_tau_and_ncm(bench, stage1, [before[f"backbone.linears.{i}.weight"].double() for i in range(3)])
+
+
+def test_new_classifiers_for_ride_and_for_gated_models(bench):
+    """cRT replaces RIDE's cosine classifier by a linear one; tau and NCM take a gated model's experts, all of them."""
+    ride = bench.train("ride")
+    crt = bench.train("crt", "--num_experts", 3, "--load_crt", ride)
+    before, after = weights(ride), weights(crt)
+    assert changed(before, after) == {key for key in after if key.startswith("backbone.linears.")}
+    ea = bench.train("ride_ea", "-r", ride)
+    for flags in (("--tau", "1"), ("--classifier", "ncm")):
+        ours, theirs = bench.test(ea, *flags), bench.test(ride, *flags)
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=0.0021) and "expert_share" not in ours
+    assert bench.test(ride, "--tau", "1")["accuracy"] == pytest.approx(bench.test(ride)["accuracy"], abs=0.0021)
+
+
+def test_gates_on_untrained_experts_are_warned_of(run_cli, tmp_path):
+    done = run_cli(["train.py", "-c", "configs/digits_lt_ride_ea.json", "--dry_run", *SMALL, *NARROW], check=True)
+    assert done.stdout.count("give the trained model with -r STAGE1") == 1
