@@ -1,6 +1,7 @@
 """What a caller can get wrong: exit status 2, one line on stderr that names it, no traceback, nothing written."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ DIGITS = "configs/digits_lt_ride.json"
 
 def config(tmp_path, text=None, **changes):
     """A digits config with changes (dotted keys with `__` for dots; `...` removes a key), as a file."""
-    value = json.loads(open(DIGITS, encoding="utf-8").read())
+    value = json.loads(Path(DIGITS).read_text(encoding="utf-8"))
     for path, new in changes.items():
         *parents, last = path.split("__")
         place = value
@@ -38,7 +39,7 @@ CASES = [
     ("unknown_loss_arg", {"loss__args__reweight_epochs": 1}, [], ["reweight_epochs", "reweight_epoch"]),
     ("unknown_loader", {"data_loader__type": "DigitLTDataLoader"}, [], ["DigitLTDataLoader", "DigitsLTDataLoader"]),
     ("unknown_loader_arg", {"data_loader__args__batchsize": 8}, [], ["batchsize", "batch_size"]),
-    ("unknown_sampler", {"data_loader__args__sampler": {"type": "ClassBalance"}}, [], ["ClassBalance", "ClassBalanced"]),
+    ("unknown_sampler", {"data_loader__args__sampler": {"type": "ClassBalance"}}, [], ["ClassBalance", "did you"]),
     ("unknown_optimizer", {"optimizer__type": "SDG"}, [], ["optimizer.type", "SDG", "SGD"]),
     ("unknown_schedule", {"lr_scheduler__type": "CustomRL"}, [], ["lr_scheduler.type", "CustomRL", "CustomLR"]),
     ("unknown_metric", {"metrics": ["acuracy"]}, [], ["metrics", "acuracy", "accuracy"]),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_a_config_for_eight_gpus_warns_once_and_goes_on(run_cli, tmp_path):
 
 
 def test_num_classes_may_be_left_out(run_cli, tmp_path):
-    config = json.loads(open("configs/digits_lt_ce.json").read())
+    config = json.loads(Path("configs/digits_lt_ce.json").read_text())
     config["arch"]["args"].pop("num_classes")
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""The classifiers that test.py can put on a trained model without training: tau-normalised heads and NCM (Kang 2020)."""
+"""Classifiers that test.py puts on a trained model without training: tau-normalised heads and NCM (Kang 2020)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
