@@ -67,7 +67,7 @@ class LongTailLoss(nn.Module):
         if cls_num_list is not None:
             self.counts = torch.tensor(class_counts(cls_num_list, COUNTS_PATH), dtype=torch.float64)
         self.epoch = 0
-        # (samples on this rank, samples on all ranks) of the batch, told by a data-parallel trainer that scales each
+        # (samples on this rank, samples on all ranks) of the batch, told by a data-parallel loop that scales each
         # rank's loss by its share; weighted means then have the weights of the whole batch below the line.
         self.share: tuple[int, int] | None = None
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -133,7 +133,7 @@ class LongTailLoss(nn.Module):
         if not weighted:
             return F.cross_entropy(z, target)
         weights = self.table("class_weights", z)
-        if self.share is None or not self.training:
+        if self.share is None:
             return F.cross_entropy(z, target, weight=weights)
         here, everywhere = self.share
         total = weights[target].sum() * (here > 0)  # a rank without a sample repeats one, which doesn't count

@@ -61,7 +61,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
             model.train(was_training)
             return None
         # A rank with no image of its own has been lent one: it knows the figures' names, and counts none of it.
-        n, _ = loader.share(batch)
+        n, n_global = loader.share(batch)
         images, labels = images[:max(n, 1)].contiguous(memory_format=memory_format), labels[:max(n, 1)]
         with autocast(device, amp):
             outputs = model(images)
@@ -72,6 +72,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
             own["expert_logits"] = None  # `use_experts` left some out
         figures = {name: function(logits, labels) for name, function in (metrics or {}).items()}
         if criterion is not None and head is None:
+            criterion.share = (n, n_global) if dist.world_size() > 1 else None
             figures["loss"] = criterion(outputs, labels)
         means.add(figures, n)
         if n == 0:

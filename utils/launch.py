@@ -14,6 +14,8 @@ from utils.errors import RunError
 
 #: Seconds that workers have, after a SIGTERM or SIGINT, to finish their step and save.
 PATIENCE_S = 120
+#: What torch's launcher catches, and leaves caught.
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def run_workers(workers: int, command: list[str]) -> int:
@@ -26,6 +28,7 @@ def run_workers(workers: int, command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.disable(logging.CRITICAL)
+    handlers = {number: signal.getsignal(number) for number in CAUGHT}
     wished = {"shutdown_timeout": PATIENCE_S}  # newer torch has it; older ones wait 30 s
     known = {entry.name for entry in dataclasses.fields(LaunchConfig)}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, rdzv_backend="c10d",
@@ -36,18 +39,20 @@ def run_workers(workers: int, command: list[str]) -> int:
         try:
             elastic_launch(config, sys.executable)("-u", *command)
         except ChildFailedError as error:
-            # Ranks that lost another end with 1: what happened to that one says more.
+            # What happened first says most: ranks that lost another end with 1, or by the launcher's own SIGTERM.
             failures = {failure.exitcode: rank for rank, failure in error.failures.items()}
-            killed = min(failures)
-            if killed < 0:
-                raise RunError(f"rank {failures[killed]} was killed by {signal.Signals(-killed).name}; go on with -r "
-                               "and the run's newest checkpoint") from None
+            killed = [status for status in failures if status < 0 and status != -signal.SIGTERM]
+            if killed and 2 not in failures:
+                raise RunError(f"rank {failures[killed[0]]} was killed by {signal.Signals(-killed[0]).name}; go on "
+                               "with -r and the run's newest checkpoint") from None
             return 2 if 2 in failures else 1
         except SignalException:
             return 0 if stopped_note(notes).exists() else 1
         finally:
             del os.environ[LAUNCHED_HERE]
             logging.disable(logging.NOTSET)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return 0
 
 

@@ -47,13 +47,14 @@ def _rank(job, argument, rank, world_size, port, folder):
 def train_and_record(commands: list[list[str]]) -> dict:
     """Run train.py once a command, in this process: each step's gradients and what this rank wrote.
 
-    Dropout is off: ranks draw their own.
+    Dropout is off: ranks draw their own. Everything is float64, so that what differs isn't rounding.
     """
     import train
+    from model.model import Model
     from trainer.trainer import Trainer
     from utils import dist
     dist.cleanup = lambda: None  # the ranks stay joined between commands
-    update, begin = Trainer._gradient_norm, Trainer._start_epoch
+    update, begin, forward = Trainer._gradient_norm, Trainer._start_epoch, Model.forward
     steps: list[list[torch.Tensor]] = []
     written: list[str] = []
 
@@ -70,6 +71,8 @@ def train_and_record(commands: list[list[str]]) -> dict:
         begin(self, *args)
 
     Trainer._gradient_norm, Trainer._start_epoch = record, without_dropout
+    Model.forward = lambda self, x, *args, **more: forward(self, x.to(torch.get_default_dtype()), *args, **more)
+    torch.set_default_dtype(torch.float64)
     sys.addaudithook(lambda event, args: written.append(str(args[0])) if event == "os.mkdir" or (
         event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)) else None)
     try:
@@ -77,8 +80,9 @@ def train_and_record(commands: list[list[str]]) -> dict:
             steps.append([])
             train.main(command)
     finally:
-        Trainer._gradient_norm, Trainer._start_epoch = update, begin
-    return {"steps": steps, "written": [path for path in written if "/saved/" in path]}
+        Trainer._gradient_norm, Trainer._start_epoch, Model.forward = update, begin, forward
+        torch.set_default_dtype(torch.float32)
+    return {"steps": steps, "written": [path for path in written if "/models/" in path or "/log/" in path]}
 
 
 def stop_and_resume(commands: list[list[str]]) -> list[str]:
