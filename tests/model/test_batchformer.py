@@ -86,7 +86,7 @@ def test_stream_weights():
     images = torch.randn(3, 3, 32, 32)
     assert model_of(add_bt=32)(images)["bt_weights"] == (0.01, 1.0)
     assert model_of(add_bt=33)(images)["bt_weights"] == (1.0, 1.0)
-    assert model_of(add_bt=1)(images)["bt_weights"] == (0.5, 0.5)
+    assert model_of(add_bt=1)(images)["bt_weights"] == (0.1, 1.0)
 
 
 def test_old_stream_is_the_same_head_on_the_features():
