@@ -40,7 +40,7 @@ class Bench:
     def test(self, checkpoint, *more, split="test"):
         test_script.main(["-r", str(checkpoint), "-d", "cpu", "-q", "--split", split, *map(str, more)])
         figures = json.loads((checkpoint.parent / f"{split}_metrics.json").read_text())
-        assert KEYS <= set(figures), KEYS - set(figures)
+        assert set(figures) >= KEYS, KEYS - set(figures)
         assert figures["n_samples"] == (500 if split == "test" else 278)
         assert 0 <= figures["accuracy"] <= 1 and figures["few_class_num"] == 5
         return figures
