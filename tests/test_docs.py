@@ -24,11 +24,11 @@ def commands(page: Path) -> list[list[str]]:
             for part in text.split("&&"):
                 part = part.strip().removeprefix("$ ").replace("\\|", "|")
                 if SCRIPT.match(part):
-                    found.append(shlex.split(part)[1:])
+                    found.append(shlex.split(part, comments=True)[1:])
     return found
 
 
-SHOWN = [(page.name, command) for page in PAGES for command in commands(page)]
+SHOWN = [(page.name, command) for page in PAGES for command in commands(page) if "--help" not in command]
 
 
 def insert(text: str, diff: str) -> str:
