@@ -22,7 +22,7 @@ from model.norm import MABN2d
 from utils.checkpoint import find_weights, load_checkpoint, strip_module
 from utils.errors import ConfigError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ltr.remap")  # a child of the project's logger, which shows and keeps what is said
 
 Weights = dict[str, torch.Tensor]
 PREFIX = "backbone."

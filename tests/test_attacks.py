@@ -40,7 +40,8 @@ def write(path, kind, marker):
     ([*RIDE, "--pretrained", "FILE"], "zip, among the weights"),
     ([*RIDE, "--load_crt", "FILE"], "stacked, beside the weights"),
     ([*DISTILL, "--distill_checkpoint", "FILE"], "zip, beside the weights"),
-    (["test.py", "-r", "FILE"], "pickle")], ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else value)
+    (["test.py", "-r", "FILE"], "pickle")],
+    ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else value)
 def test_is_refused_and_not_run(run_cli, tmp_path, command, kind):
     folder, marker = tmp_path / "files", tmp_path / "ran"
     folder.mkdir()

@@ -208,6 +208,16 @@ def test_new_classifiers_for_ride_and_for_gated_models(bench):
     assert bench.test(ride, "--tau", "1")["accuracy"] == pytest.approx(bench.test(ride)["accuracy"], abs=0.0021)
 
 
+def test_what_starts_anew_is_said(bench, capsys):
+    """Ten digits' weights as a start for a cosine classifier of the same ten: the log names what isn't taken over."""
+    plain = bench.train("ce", "--num_experts", 3)
+    capsys.readouterr()
+    train.main(["-c", "configs/digits_lt_ride.json", "--pretrained", str(plain), "--dry_run",
+                *[flag for flag in bench.flags() if flag != "-q"]])
+    said = capsys.readouterr().out
+    assert f"{plain}: these start anew: backbone.linears.0.weight" in said
+
+
 def test_gates_on_untrained_experts_are_warned_of(run_cli, tmp_path):
     done = run_cli(["train.py", "-c", "configs/digits_lt_ride_ea.json", "--dry_run", *SMALL, *NARROW], check=True)
     assert done.stdout.count("give the trained model with -r STAGE1") == 1

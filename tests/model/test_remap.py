@@ -208,7 +208,8 @@ def test_keys_that_do_not_fit_are_listed_and_nothing_is_loaded():
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
-def test_partial_loading_when_told(caplog):
+def test_partial_loading_when_told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
     weights = filled(build(num_classes=12)).state_dict()
     target = build()
     with caplog.at_level(logging.WARNING):
