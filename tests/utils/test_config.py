@@ -3,9 +3,9 @@
 import copy
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -421,11 +421,16 @@ def test_nothing_heavy_is_imported(root):
 
 
 def test_a_mistake_answers_in_under_a_second(run_cli):
+    """In CPU seconds: what else runs on the machine doesn't count."""
+    def spent():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     best = 60.0
     for _ in range(3):
-        began = time.perf_counter()
+        began = spent()
         done = run_cli(["train.py", "-c", "configs/digits_lt_ride.json", "--num_experts", "0"])
-        best = min(best, time.perf_counter() - began)
+        best = min(best, spent() - began)
         assert done.returncode == 2
         assert done.stderr == "arch.args.num_experts: must be at least 1, not 0 (from --num_experts)\n"
     assert best < 1.0
