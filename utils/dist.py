@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,8 +18,9 @@ LAUNCHED_HERE = "LTR_LAUNCHED_BY_PYTHON"
 
 
 def _initialised() -> bool:
-    import torch.distributed as dist
-    return dist.is_available() and dist.is_initialized()
+    # Asked of every mistake, also before torch is imported: without it nobody can have joined a group.
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
