@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import resource
 import statistics
 import time
@@ -33,17 +34,18 @@ class Timing:
 
 def interleave(sides: dict[str, Callable[[], float | None]], rounds: int = 15, warmup: int = 2,
                budget: float | None = None) -> Timing:
-    """Time every side once a round, starting with another side each round, so that drift hits all alike.
+    """Time every side once a round, in another order each round, so that drift and what a side leaves behind (memory
+    to be given back, warm caches) hit all alike.
 
     `warmup` rounds aren't counted. `budget` (seconds): no new round once it is used up (at least 3 are run).
     A side that returns a float has timed itself, in seconds. On a GPU a side must synchronise at its end.
     """
     names = list(sides)
     timing = Timing({name: [] for name in names})
+    order = random.Random(0)
     begun = time.perf_counter()
     for r in range(-warmup, rounds):
-        first = r % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             own = sides[name]()
             if r >= 0:

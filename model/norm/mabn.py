@@ -92,11 +92,15 @@ class MABN2d(nn.Module):
         if x.dim() != 4:
             raise ValueError(f"expected 4D input (got {x.dim()}D input)")
         if self.training and x.numel():
-            return self._train_forward(x)
+            compiling = torch.compiler.is_compiling()
+            return self._train_forward_outside_the_graph(x) if compiling else self._train_forward(x)
         variance = self.running_var.view(-1)
         return F.batch_norm(x, torch.zeros_like(variance), variance, self.weight, self.bias, False, 0.0, self.eps)
 
     @torch._disable_dynamo
+    def _train_forward_outside_the_graph(self, x: torch.Tensor) -> torch.Tensor:
+        return self._train_forward(x)
+
     def _train_forward(self, x: torch.Tensor) -> torch.Tensor:
         x = same_format(x, like=x)
         with torch.no_grad(), without_autocast(x):
@@ -113,9 +117,9 @@ class MABN2d(nn.Module):
         running = self.running_var.view(-1)
         inv_std = (var + self.eps).rsqrt_()
         ratio = ((running + self.eps).sqrt_() * inv_std).reciprocal_().clamp_(1 / 5, 5)
-        per_x = _choose(t <= max(1000, self.warmup_iters), inv_std, ratio * inv_std)
-        newest = var.mean(0) if self._grouped else var
-        running.copy_(_choose(finite, running.lerp(newest.to(running.dtype), 1 - self.momentum), running))
+        per_x = _choose(t <= max(1000, self.warmup_iters), inv_std, ratio.mul_(inv_std))
+        newest = (var.mean(0) if self._grouped else var).to(running.dtype)
+        running.lerp_(_choose(finite, newest, running), 1 - self.momentum)
         call = _Call(chi, inv_std, per_x, t)
         self._remember(call)
         return call
@@ -128,7 +132,7 @@ class MABN2d(nn.Module):
         """Means over a group's values from sums over x's values: [C] -> [C], or [N, C] -> [G, C]."""
         if self._grouped:
             return group_mean(sums, self.normalization_batch_size) / (x.shape[2] * x.shape[3])
-        return sums / (x.numel() // x.shape[1])
+        return sums * (x.shape[1] / x.numel())
 
     def _spread(self, per_group: torch.Tensor, n: int) -> torch.Tensor:
         """What each of n samples takes of its group: [C] stays, [G, C] -> [n, C]."""
@@ -148,7 +152,7 @@ class MABN2d(nn.Module):
         else:
             slot = t % size
             buffer[slot] = _choose(finite, new.to(buffer.dtype), buffer[slot])
-            averaged = buffer.mean(0, dtype=new.dtype)
+            averaged = buffer.sum(0, dtype=new.dtype).mul_(1 / size)
         return _choose((t <= size) | (t < self.warmup_iters), new, averaged), finite
 
     def _remember(self, call: _Call) -> None:
