@@ -1,5 +1,7 @@
 """How long the norms take: MABN and NBN against batch norm in training, folded against plain networks in evaluation.
 
+Training is timed for one layer alone, the worst case for the fixed cost of a norm's vectors, and for a whole network.
+
     python -m benchmarks.norms [--json FILE] [--threads N] [--rounds N]
 
 Every ratio is the median over rounds of (ours / torch.nn.BatchNorm2d), both timed in the same round; quartiles follow.
@@ -58,6 +60,32 @@ def time_training(rounds: int) -> list[dict]:
     return results
 
 
+def time_networks(rounds: int) -> list[dict]:
+    """A training step, without optimizer, of ResNet-32 on 128 images of 32 x 32, every norm the one named."""
+    from model.model import ResNet32Model
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(128, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(100, (128,), generator=generator)
+
+    def step(norm):
+        net = ResNet32Model(num_classes=100, num_experts=1, norm=norm).to(memory_format=torch.channels_last).train()
+
+        def run():
+            net.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(net(images)["output"], labels).backward()
+        return run
+
+    norms = {"BN": "BatchNorm2d", "MABN": {"type": "MABN", "args": {"B": 128, "real_B": 2048}},
+             "NBN": {"type": "NBN", "args": {"where": "all"}}, "NBN, last stage": "NBN"}
+    timing = interleave({name: step(norm) for name, norm in norms.items()}, rounds, warmup=2, budget=60)
+    results = []
+    for name in list(norms)[1:]:
+        ratio = timing.ratio(name, "BN")
+        results.append({"norm": name, "ratio": ratio, "bn_ms": timing.median("BN") * 1e3})
+        print(f"{name:16} {spread(ratio)}   (BN {timing.median('BN') * 1e3:.0f} ms)")
+    return results
+
+
 @torch.no_grad()
 def time_folding(rounds: int) -> list[dict]:
     """Images per second of a ResNet-18 at 128 x 128, each norm as it stands and folded, against plain batch norm."""
@@ -80,7 +108,9 @@ def main() -> int:
     args = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(args.threads)
     print(f"{machine(args.threads)}\n\nTraining, forward + backward, float32: time over BatchNorm2d's")
-    results = {"training": time_training(args.rounds or 60)}
+    results = {"training": time_training(args.rounds or 100)}
+    print("\nTraining step, ResNet-32 of one expert, 128 images, channels_last: time over batch norm's")
+    results["networks"] = time_networks(args.rounds or 12)
     print("\nEvaluation, ResNet-18, 8 images of 128 x 128")
     results["inference"] = time_folding(args.rounds or 20)
     finish("norms", results, args)
