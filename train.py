@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import parse_train, run_main
-from utils.config import load_config
+from utils.config import check_second_stage, load_config
 from utils.errors import ConfigError
 from utils.stop import StopRequest
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     args = parse_train(argv)
     config = load_config(args.config, args.overrides) if args.config else None
+    if config and not args.dry_run:
+        check_second_stage(config)
     workers = workers_wanted(args, config)
     if workers > 1:
         from utils.launch import run_workers
@@ -52,7 +54,7 @@ def workers_wanted(args: Namespace, config: dict[str, Any] | None) -> int:
 
 def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> None:
     """The run, step by step."""
-    from logger.log import get_logger, setup_logging
+    from logger.log import get_logger, set_verbosity, setup_logging
     from trainer import trainer_class
     from trainer.evaluate import format_result
     from trainer.schedules import build_optimizer, build_scheduler
@@ -61,11 +63,12 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from utils.launch import note_stop
     from utils.seed import seed_everything
 
+    setup_logging()
+    log = get_logger()
     start = session.find_start(args, config)
     config = start.config
     options = config["trainer"]
-    setup_logging(options["verbosity"])
-    log = get_logger()
+    set_verbosity(options["verbosity"])
     if args.ignored:
         log.warning("%s: taken for old command lines' sake, without effect (torchrun starts several processes)",
                     ", ".join(dict.fromkeys(args.ignored)))
@@ -109,11 +112,22 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     if not stop.agreed(device, True):
         # What the run is worth, on images that no choice was made on.
         test_loader = session.make_loader(config, device, training=False)
-        result = trainer.test(test_loader)
-        log.info("\n%s", format_result(result, f"test, epoch {options['epochs']}"))
-    log.info("\ncheckpoint   %s\nevaluate     python test.py -r %s\nlook at it   tensorboard --logdir %s",
-             checkpoint, checkpoint, paths.log)
+        result = trainer.test(test_loader, keep=trainer.watch.wants_figures)
+        log.info("\n%s", format_result(result, f"test, epoch {trainer.last_epoch}"))
+        trainer.watch.run_ended(result)
+    trainer.close()
+    log.info("\n%s", next_steps(checkpoint, paths, is_classifier=not hasattr(train_loader, "ground_truth")))
     dist.cleanup()
+
+
+def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool) -> str:
+    """What to do with a finished run, each a command to copy."""
+    steps = {"checkpoint": checkpoint, "evaluate": f"python test.py -r {checkpoint}",
+             "look at it": f"tensorboard --logdir {paths.log}", "report": f"python -m utils.report {paths.models}"}
+    if is_classifier:
+        steps |= {"predict": f"python -m utils.predict -r {checkpoint} PHOTOS",
+                  "export": f"python -m utils.export -r {checkpoint} --format onnx"}
+    return "\n".join(f"{what:<13}{how}" for what, how in steps.items())
 
 
 def run_folders(args: Namespace, start: Start) -> RunPaths:

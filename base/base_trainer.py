@@ -73,6 +73,7 @@ class BaseTrainer(ABC):
         self.not_improved = 0
         self.batches_done = 0
         self.start_epoch, self.start_batch, self.global_step = 1, 0, 0
+        self.last_epoch = 0          # the last complete one
         self.finished = True         # False where a stop ended the run before its last epoch did
         self.resumed_inside = False  # an epoch: its checkpoint is of the middle until the end is written
         self.scaler = None
@@ -126,6 +127,7 @@ class BaseTrainer(ABC):
                 if trained is None:
                     return self._stopped(epoch)
                 train_seconds = time.monotonic() - epoch_began
+                self.last_epoch = epoch
                 self.sync_buffers()
                 validated = self.validate(epoch) if self.valid_loader is not None else {}
                 if validated is None:
@@ -159,8 +161,11 @@ class BaseTrainer(ABC):
         else:
             log.info("nothing left to train: the checkpoint is of epoch %d of %d; --epochs N trains longer",
                      self.start_epoch - 1, self.epochs)
-        self.writer.close()
         return last
+
+    def close(self) -> None:
+        """Nothing more is written to TensorBoard."""
+        self.writer.close()
 
     def dry_run(self) -> None:
         """One training and one validation step; writes nothing."""
@@ -370,6 +375,7 @@ class BaseTrainer(ABC):
         batch = checkpoint.get("batch")
         self.resumed_inside = batch is not None
         self.start_epoch = checkpoint["epoch"] + (batch is None)
+        self.last_epoch = self.start_epoch - 1
         self.start_batch = batch or 0
         step = checkpoint.get("global_step")
         self.global_step = checkpoint["epoch"] * len(self.train_loader) if step is None else step

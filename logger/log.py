@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import deque
 from pathlib import Path
 
 from utils import dist
@@ -59,6 +60,17 @@ class _InfoLog(logging.FileHandler):
         logging.getLogger("ltr").warning("%s can't be written: %s", self.baseFilename, error.strerror)
 
 
+class _Early(logging.Handler):
+    """Keeps what is said before the run has a folder, for the beginning of its info.log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: deque[logging.LogRecord] = deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 def setup_logging(verbosity: int = 2) -> logging.Logger:
     """Send the project's log to stdout (rank 0 only). Verbosity 0 warnings, 1 one line an epoch, 2 every log step."""
     root = logging.getLogger("ltr")
@@ -68,21 +80,41 @@ def setup_logging(verbosity: int = 2) -> logging.Logger:
         root.removeHandler(handler)
         handler.close()
     console = _Stdout(sys.stdout)
-    console.setLevel(LEVELS.get(verbosity, logging.INFO) if dist.is_main() else logging.CRITICAL)
+    console.setLevel(_console_level(verbosity))
     console.setFormatter(ConsoleFormatter(colours_wanted(sys.stdout)))
     root.addHandler(console)
+    root.addHandler(_Early())
     return root
 
 
+def set_verbosity(verbosity: int) -> None:
+    """How much of the log stdout shows, where that is known later than the log begins."""
+    for handler in logging.getLogger("ltr").handlers:
+        if isinstance(handler, _Stdout):
+            handler.setLevel(_console_level(verbosity))
+
+
+def _console_level(verbosity: int) -> int:
+    return LEVELS.get(verbosity, logging.INFO) if dist.is_main() else logging.CRITICAL
+
+
 def log_to_file(folder: Path) -> None:
-    """Add info.log in `folder` (created if absent); rank 0 only. A resumed run goes on in the same file."""
+    """Add info.log in `folder` (created if absent), with what was said so far; rank 0 only.
+
+    A resumed run goes on in the same file.
+    """
     if not dist.is_main():
         return
     folder.mkdir(parents=True, exist_ok=True)
     handler = _InfoLog(folder / "info.log", encoding="utf-8")
     handler.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("ltr").addHandler(handler)
+    root = logging.getLogger("ltr")
+    for early in [kept for kept in root.handlers if isinstance(kept, _Early)]:
+        root.removeHandler(early)
+        for record in early.records:
+            handler.handle(record)
+    root.addHandler(handler)
 
 
 def get_logger(name: str = "") -> logging.Logger:

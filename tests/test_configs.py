@@ -139,6 +139,7 @@ def test_stages_of_one_setting_agree(name):
         return
     for key in ("num_classes", "reduce_dimension", "num_experts", "use_norm"):
         assert second["arch"]["args"][key] == first["arch"]["args"][key], key
+    assert second.get("second_stage", False) is name.endswith(("crt", "lws"))  # refused without stage 1
     assert second["arch"]["type"].replace("EAModel", "Model") == first["arch"]["type"]
     assert second["data_loader"]["type"] == first["data_loader"]["type"]
 

@@ -12,13 +12,16 @@ KEYS = ["accuracy", "class_mean_acc", "many_shot_acc", "medium_shot_acc", "few_s
 
 
 def test_ends_with_table_checkpoint_and_next_commands(digits_run):
-    tail = digits_run.stdout.strip().splitlines()[-9:]
+    tail = digits_run.stdout.strip().splitlines()[-11:]
     text = "\n".join(tail)
     for word in ("all", "many", "medium", "few"):
-        assert word in text
+        assert word in tail[0]
     assert f"checkpoint   {digits_run.checkpoint}" in text
     assert f"python test.py -r {digits_run.checkpoint}" in text
     assert f"tensorboard --logdir {digits_run.log}" in text
+    assert f"python -m utils.report {digits_run.models}\n" in text
+    assert f"python -m utils.predict -r {digits_run.checkpoint} PHOTOS\n" in text
+    assert f"python -m utils.export -r {digits_run.checkpoint} --format onnx" in text
 
 
 def test_says_what_there_is_to_learn_from(digits_run):
@@ -55,6 +58,19 @@ def test_tensorboard_reads_the_scalars(digits_run):
     with open(digits_run.log / "metrics.csv", newline="") as handle:
         last = list(csv.DictReader(handle))[-1]
     assert events.Scalars("accuracy/val")[-1].value == pytest.approx(float(last["val_accuracy"]), abs=1e-6)
+
+
+def test_tensorboard_shows_the_reports_figures(digits_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert len(list(digits_run.log.glob("events.out.tfevents.*"))) == 1
+    events = EventAccumulator(str(digits_run.log), size_guidance={"images": 0}).Reload()
+    shown = {tag for tag in events.Tags()["images"] if tag.startswith("report/")}
+    assert shown == {f"report/{name}" for name in ("groups", "group_confusion", "classes", "training", "confusion",
+                                                   "reliability", "experts")}
+    for tag in shown:
+        picture, = events.Images(tag)
+        assert picture.step == 2 and picture.width > 300 and picture.height > 150
+        assert picture.encoded_image_string.startswith(b"\x89PNG")
 
 
 def test_checkpoint_is_tensors_and_plain_data(digits_run):

@@ -79,7 +79,7 @@ class DetectionTrainer(Trainer):
         figures = self._evaluate(self.valid_loader)
         return {f"{kind}_{name}": figures[f"{kind}_{name}"] for kind in ("bbox", "segm") for name in SHOWN}
 
-    def test(self, loader: Any) -> dict[str, Any]:
+    def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
         return self._evaluate(loader)
 
     def dry_run(self) -> None:

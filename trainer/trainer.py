@@ -260,10 +260,10 @@ class Trainer(BaseTrainer):
         self.watch.validated = result
         return {key: result[key] for key in ("loss", *self.metrics, *self.kept_figures) if key in result}
 
-    def test(self, loader: Any) -> dict[str, Any]:
-        """The figures of the weights as they are on another split."""
+    def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
+        """The figures of the weights as they are on another split; with `keep` also by image, as far as known."""
         return evaluate(self.model, loader, groups=self.config.get("groups"), amp=self.amp,
-                        memory_format=self.memory_format)
+                        memory_format=self.memory_format, keep=keep)
 
     def dry_run(self) -> None:
         """One training step and one validation step; writes nothing."""

@@ -3,14 +3,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from logger.log import get_logger
+from utils import dist
 from utils.errors import ConfigError
+from utils.report_facts import BY_IMAGE
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
+log = get_logger()
 GROUP_NAMES = ("many", "medium", "few")
+
+
+def gather_images(result: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate(keep=True)` kept by image, of every rank's share: `BY_IMAGE` as far as they are known."""
+    kept = {key: result[key] for key in BY_IMAGE if key in result}
+    if dist.world_size() == 1:
+        return kept
+    shares: list[Any] = [None] * dist.world_size()
+    torch.distributed.all_gather_object(shares, kept)
+    shares = [share for share in shares if len(share.get("labels", ()))]  # a rank may have had no image at all
+    return {key: np.concatenate([share[key] for share in shares]) for key in BY_IMAGE
+            if shares and all(key in share for share in shares)}
 
 
 class Watch:
@@ -105,3 +122,27 @@ class Watch:
                 self.trainer.writer.add_scalar(f"attention_{row}_to_{column}/train", float(weights[i, j]), epoch)
         big = weights.repeat_interleave(32, 0).repeat_interleave(32, 1)
         self.trainer.writer.add_image("attention_by_group", (big / big.max().clamp(min=1e-9))[None], epoch)
+
+    # ------------------------------------------------------------------ the end
+
+    @property
+    def wants_figures(self) -> bool:
+        """Whether `run_ended` will draw; the same on every rank."""
+        return bool(self.trainer.options.get("tensorboard", True) and self.trainer.options.get("figures", True))
+
+    def run_ended(self, result: dict[str, Any]) -> None:
+        """Draw the report's figures of the test split. Every rank calls it; nothing that goes wrong ends the run.
+
+        result: what `trainer.test` gave, with keep=True for all figures.
+        """
+        trainer = self.trainer
+        if not self.wants_figures or trainer.start_epoch > trainer.last_epoch:  # nothing new: they are there already
+            return
+        result = {**result, **gather_images(result)}
+        if not trainer.writer:
+            return
+        try:
+            from utils.drawings import facts_of_training, figures_to_tensorboard
+            figures_to_tensorboard(trainer.writer, facts_of_training(trainer, result), trainer.last_epoch)
+        except Exception as error:
+            log.warning("no figures in TensorBoard (trainer.figures): %s", " ".join(f"{error}".split()) or repr(error))

@@ -19,7 +19,7 @@ from utils.files import atomic_write
 from utils.safe_pickle import Inert, Refused
 from utils.torch_file import read_torch_file
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ltr.checkpoint")  # a child of the project's logger
 
 # Where projects keep their weights, in the order they are looked for.
 WEIGHT_KEYS = ("state_dict_best", "state_dict", "model_state_dict", "model", "net", "model_ema", "state_dict_ema")

@@ -23,7 +23,7 @@ MAX_DEPTH = 24
 #: The order of keys in an effective config.
 _ORDER = ("name", "n_gpu", "seed", "arch", "data_loader", "optimizer", "loss", "metrics", "groups", "lr_scheduler",
           "trainer", "add_extra_info", "distill", "distill_arch", "distill_checkpoint", "resume_state_dict_only",
-          "pretrained", "load_crt")
+          "pretrained", "load_crt", "second_stage")
 
 
 class Override(NamedTuple):
@@ -244,8 +244,24 @@ def _check_trainer(top: dict[str, Any]) -> None:
         trainer["type"] = inferred_trainer(arch, top["distill"])
     elif trainer["type"] not in TRAINER_TYPES:
         raise unknown("trainer.type", trainer["type"], TRAINER_TYPES, "trainer")
+    fitting = inferred_trainer(arch, top["distill"])
+    if trainer["type"] != fitting and not {trainer["type"], fitting} <= {"Trainer", "DistillTrainer"}:
+        raise ConfigError(f"trainer.type: a {trainer['type']} can't train {arch}; leave the key out, or give {fitting}")
     trainer["amp"] = trainer["amp"] or "off"
     check_monitor(trainer["monitor"], top["metrics"])
+    if trainer["type"] != "DetectionTrainer":
+        if trainer["iterations"] is not None:
+            raise ConfigError("trainer.iterations: only detection is counted in steps; use trainer.epochs")
+        if top["lr_scheduler"].get("type") == "IterationLR":
+            raise ConfigError("lr_scheduler.type: IterationLR is stepped after each batch, in detection only; use "
+                              "CustomLR or MultiStepLR, in epochs")
+
+
+def check_second_stage(config: dict[str, Any]) -> None:
+    """A second stage that trains has a first stage's model to start from. Raises ConfigError."""
+    if config["second_stage"] and not config["load_crt"]:
+        raise ConfigError("load_crt: missing; this config trains the classifier of a model that is trained already: "
+                          "--load_crt STAGE1_CHECKPOINT")
 
 
 def inferred_trainer(arch: str, distill: bool) -> str:

@@ -55,6 +55,7 @@ TOP = (
     Row("distill_checkpoint", "str | None", None, "the teacher's weights"),
     Row("pretrained", "str | None", None, "weights to start from (a classifier of other classes is left new)"),
     Row("load_crt", "str | None", None, "stage 1's checkpoint: load all but the classifier, freeze the rest"),
+    Row("second_stage", "bool", False, "the config is for use with load_crt only: training without it is refused"),
     Row("resume_state_dict_only", "bool", False, "with -r and -c: start a new run from the checkpoint's weights"),
 )
 
@@ -93,6 +94,7 @@ TRAINER = (
     Row("record_statistics", "bool", False, "one norm layer's forward and backward statistics, to TensorBoard"),
     Row("statistics_layer", "str | None", None, "that layer's name; null takes the last norm layer"),
     Row("image_grid", "bool", True, "a grid of input images, to TensorBoard, once"),
+    Row("figures", "bool", True, "the report's figures of the test split, to TensorBoard, at the end (about 3 s)"),
     Row("histograms", "bool | int | None", None,
         "weight histograms to TensorBoard every so many epochs; null: ten times a run; false: never", low=0),
     Row("profile", "bool", False, "write a torch.profiler trace of a few steps"),

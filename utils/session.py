@@ -134,6 +134,8 @@ def load_start(model: nn.Module, start: Start) -> None:
     elif getattr(model, "routed", False) and not model.backbone.force_all:
         log.warning("the gates learn when experts that nobody trained are right; give the trained model with "
                     "-r STAGE1")
+    if config.get("second_stage") and not config.get("load_crt"):  # only a dry run comes here
+        log.warning("load_crt: missing; without it this config can't be trained, only tried")
     if config.get("load_crt"):
         learned = tuple(model.stage2_prefixes())
         if start.checkpoint is None:

@@ -18,7 +18,7 @@ from model.norm.plain import GroupNorm2d, InstanceNorm2d, LayerNorm2d, SyncBatch
 from model.norm.renorm import BatchRenorm2d
 from utils.errors import ConfigError, unknown
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ltr.norm")  # a child of the project's logger, which shows and keeps what is said
 
 
 def _batch_norm(channels, eps: float = 1e-5, momentum: float | None = 0.1, affine=True,

@@ -42,7 +42,7 @@ class Runs:
             "loss": {"type": "CrossEntropyLoss"},
             "lr_scheduler": {"type": "CustomLR", "args": {"step1": 3, "step2": 4, "warmup_epoch": 2}},
             "trainer": {"epochs": 2, "save_dir": str(save_dir), "save_period": 1, "verbosity": 1,
-                        "tensorboard": False}}
+                        "tensorboard": False, "figures": False}}
 
     def config(self, **sections) -> Path:
         """A config file: the tiny one with `sections` merged in, by key."""

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import random
 import resource
@@ -103,13 +104,14 @@ def test_a_place_that_cant_be_written(runs, tmp_path, in_the_way):
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b[:-30],
                                     lambda b: b[:3000] + bytes(200) + b[3200:]],
                          ids=["empty", "half", "end cut off", "zeroes inside"])
-def test_damage_is_named_and_skipped(shared_runs, tmp_path, caplog, damage):
+def test_damage_is_named_and_skipped(shared_runs, tmp_path, caplog, monkeypatch, damage):
     whole = (shared_runs.models("for_damage") / "checkpoint-epoch2.pth")
     if not whole.exists():
         shared_runs("for_damage")
     (tmp_path / "checkpoint-epoch2.pth").write_bytes(whole.read_bytes())
     bad = tmp_path / "checkpoint-epoch10.pth"
     bad.write_bytes(damage(whole.read_bytes()))
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
     path, checkpoint = newest_good_checkpoint(tmp_path)
     assert path.name == "checkpoint-epoch2.pth" and checkpoint["epoch"] == 2
     assert str(bad) in caplog.text

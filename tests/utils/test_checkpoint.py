@@ -369,7 +369,8 @@ def test_no_file(tmp_path):
 
 
 # ---- the newest good one --------------------------------------------------------------------------------------------
-def test_newest_good_checkpoint(tmp_path, caplog):
+def test_newest_good_checkpoint(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
     assert newest_good_checkpoint(tmp_path) is None and newest_good_checkpoint(tmp_path / "gone") is None
     for n in (2, 9, 10):
         save_checkpoint(tmp_path / f"checkpoint-epoch{n}.pth", {"epoch": n, "state_dict": {"a": torch.ones(100)}})

@@ -155,7 +155,8 @@ def test_mabn_defaults_and_groups():
     assert isinstance(convert_norm(small_net(), "BatchNorm2d", normalization_batch_size=2)[1], GroupedBatchNorm2d)
 
 
-def test_calibration_batch_tells_how_far_the_outputs_moved(caplog):
+def test_calibration_batch_tells_how_far_the_outputs_moved(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
     x = torch.randn(4, 3, 12, 12)
     with caplog.at_level(logging.INFO):
         same = convert_norm(small_net(), "BatchRenorm", calibration_batch=x)
