@@ -1,18 +1,20 @@
 """Reading one image file into eight-bit RGB, or saying in one line what is wrong with it.
 
 What odd files give: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; transparency is
-dropped; of an animation the first frame counts; the EXIF orientation is not applied (as in the published pipelines).
+dropped; of an animation the first frame counts. Photos stand upright: the EXIF orientation is applied, as any viewer does
+(torchvision's `ImageFolder` doesn't). COCO's boxes lie in stored pixels, so detection data is read as it is stored.
 JPEGs of any size are read, reduced while decoding; other formats up to 179 megapixels, Pillow's own limit.
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from utils.errors import ConfigError
 
@@ -42,7 +44,7 @@ def shown(path: str) -> str:
 def read_rgb(path: str, plan: Callable[[int, int], int] | None = None) -> Image.Image:
     """The image in file `path`, mode RGB.
 
-    plan: given the full (width, height), the factor (1, 2, 4, 8) by which a JPEG may be reduced while it is decoded.
+    plan: given the full (width, height) of the upright image, the factor (1, 2, 4, 8) by which a JPEG may be reduced while it is decoded.
     Raises ConfigError naming the path: missing, no image, truncated, damaged or too large.
     """
     try:
@@ -73,15 +75,24 @@ def _read(handle: BinaryIO, plan: Callable[[int, int], int] | None) -> Image.Ima
     handle.seek(0)
     if start == b"\xff\xd8\xff":  # opened directly: Image.open refuses large headers before we can reduce
         image = JpegImagePlugin.JpegImageFile(handle)
-        width, height = image.size
+        width, height = image.size[::-1] if _on_its_side(image) else image.size
         factor = plan(width, height) if plan else 1
         while factor < 8 and (width // factor) * (height // factor) > MOST_PIXELS:
             factor *= 2
         if factor > 1:
-            image.draft(None, (max(width // factor, 1), max(height // factor, 1)))
+            image.draft(None, tuple(max(length // factor, 1) for length in image.size))
     else:
         image = Image.open(handle)
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many; make it smaller")
     image.load()
+    with contextlib.suppress(Exception):  # a damaged EXIF block doesn't make the pixels unusable
+        image = ImageOps.exif_transpose(image)
     return to_rgb(image)
+
+
+def _on_its_side(image: Image.Image) -> bool:
+    """Whether the EXIF orientation swaps width and height."""
+    with contextlib.suppress(Exception):
+        return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data_loader.images import read_rgb, to_rgb
 from data_loader.transforms import (
@@ -112,3 +112,27 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     Path(path).write_bytes(b"")
     with pytest.raises(ConfigError, match=r"caf\\xe9"):
         read_rgb(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_photos_stand_upright(tmp_path: Path, name: str, orientation: int) -> None:
+    upright = ramp(64, 32)
+    stored = upright
+    for method in {2: ["FLIP_LEFT_RIGHT"], 3: ["ROTATE_180"], 4: ["FLIP_TOP_BOTTOM"], 5: ["TRANSPOSE"],
+                   6: ["ROTATE_90"], 7: ["TRANSVERSE"], 8: ["ROTATE_270"]}.get(orientation, []):
+        stored = stored.transpose(Image.Transpose[method])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored.save(tmp_path / name, exif=exif)
+    seen = []
+    image = read_rgb(str(tmp_path / name), lambda *size: seen.append(size) or 1)
+    assert image.size == (64, 32) and seen in ([], [(64, 32)])
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(upright)).mean() < 3
+    halved = read_rgb(str(tmp_path / name), lambda *size: 2)
+    assert halved.size == ((32, 16) if name == "a.jpg" else (64, 32))
+
+
+def test_a_damaged_exif_block_costs_nothing(tmp_path: Path) -> None:
+    ramp().save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0garbage that is no directory")
+    assert read_rgb(str(tmp_path / "a.jpg")).size == (40, 30)
