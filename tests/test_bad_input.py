@@ -66,6 +66,7 @@ CASES = [
     ("teacher_flag_without_teacher", {}, ["--add_bt_teacher", "1"], ["--add_bt_teacher"]),
     ("no_such_pretrained", {}, ["--pretrained", "nowhere.pth"], ["--pretrained", "nowhere.pth"]),
     ("no_such_load_crt", {}, ["--load_crt", "nowhere.pth"], ["--load_crt", "nowhere.pth"]),
+    ("second_stage_alone", {"second_stage": True}, [], ["load_crt", "--load_crt"]),
     ("no_such_resume", {}, ["-r", "nowhere.pth"], ["-r", "nowhere.pth"]),
     ("auto_without_run_id", {}, ["-r", "auto"], ["--run_id"]),
 ]

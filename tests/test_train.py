@@ -32,7 +32,9 @@ def test_says_what_there_is_to_learn_from(digits_run):
 def test_leaves_config_checkpoint_log_and_events(digits_run):
     saved = json.loads((digits_run.models / "config.json").read_text())
     assert saved["trainer"]["epochs"] == 2 and saved["arch"]["args"]["num_experts"] == 3
-    assert "epoch 2/2" in (digits_run.log / "info.log").read_text()
+    info = (digits_run.log / "info.log").read_text()
+    for line in ("training images: 331, test images: 500", "backbone.layer1", "epoch 2/2"):
+        assert info.count(line) == 1 == digits_run.stdout.count(line)
     assert list(digits_run.log.glob("events.out.tfevents.*"))
     assert (digits_run.models / "model_best.pth").is_file()
     assert not list(digits_run.models.glob("*.tmp")) and not list(digits_run.models.glob(".*.tmp"))

@@ -165,6 +165,8 @@ def test_the_whole_chain(bench, run_cli, monkeypatch):
     assert json.loads((ea.parent / "test_metrics.json").read_text()) == figures  # validation's are kept apart
 
     # ---- decoupling, on cross-entropy: new classifier, scales, and two that need no training
+    tried = run_cli(["train.py", "-c", "configs/digits_lt_crt.json", "--dry_run", "-d", "cpu"], check=True)
+    assert "warning: load_crt: missing" in tried.stdout  # what trains is refused: tests/test_bad_input.py
     plain = weights(ce)
     learned = run_cli(["train.py", "-c", "configs/digits_lt_crt.json", "--load_crt", ce, "--run_id", "crt",
                        *[flag for flag in bench.flags() if flag != "-q"]], check=True)
