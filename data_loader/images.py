@@ -1,9 +1,9 @@
 """Reading one image file into eight-bit RGB, or saying in one line what is wrong with it.
 
 What odd files give: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; transparency is
-dropped; of an animation the first frame counts. Photos stand upright: the EXIF orientation is applied, as any viewer does
-(torchvision's `ImageFolder` doesn't). COCO's boxes lie in stored pixels, so detection data is read as it is stored.
-JPEGs of any size are read, reduced while decoding; other formats up to 179 megapixels, Pillow's own limit.
+dropped; of an animation the first frame counts. Photos stand upright: the EXIF orientation is applied, as any viewer
+does (torchvision's `ImageFolder` doesn't); detection data is read as stored, where its boxes lie. JPEGs of any size
+are read, reduced while decoding; other formats up to 179 megapixels, Pillow's own limit.
 """
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def shown(path: str) -> str:
 def read_rgb(path: str, plan: Callable[[int, int], int] | None = None) -> Image.Image:
     """The image in file `path`, mode RGB.
 
-    plan: given the full (width, height) of the upright image, the factor (1, 2, 4, 8) by which a JPEG may be reduced while it is decoded.
+    plan: given the full (width, height) of the upright image, the factor (1, 2, 4, 8) by which a JPEG may be reduced
+    while it is decoded.
     Raises ConfigError naming the path: missing, no image, truncated, damaged or too large.
     """
     try:
