@@ -1,0 +1,44 @@
+"""stdout and info.log: every module of the project is heard in both, each line once."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+from logger.log import get_logger, log_to_file, set_verbosity, setup_logging
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def afterwards():
+    root = logging.getLogger("ltr")
+    before = list(root.handlers), root.level, root.propagate
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers, root.level, root.propagate = before
+
+
+def test_no_module_logs_beside_the_project():
+    """A logger named after its module has no handler of ours: what it says never comes to info.log."""
+    for path in ROOT.rglob("*.py"):
+        if {"tests", "benchmarks"}.isdisjoint(path.relative_to(ROOT).parts):
+            for name in re.findall(r"getLogger\(([^)]*)\)", path.read_text(encoding="utf-8")):
+                assert name.lstrip("f").startswith('"ltr') or name == "noisy", f"{path}: getLogger({name})"
+
+
+def test_info_log_begins_with_what_was_said_before_it_was_there(tmp_path, capsys):
+    setup_logging()
+    logging.getLogger("ltr.checkpoint").warning("checkpoint-epoch3.pth is cut short")
+    set_verbosity(0)
+    get_logger().info("ten classes")
+    log_to_file(tmp_path / "log")
+    get_logger().info("epoch 1")
+    log_to_file(tmp_path / "other")
+    lines = (tmp_path / "log" / "info.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "WARNING checkpoint-epoch3.pth is cut short", "INFO ten classes", "INFO epoch 1"]
+    assert (tmp_path / "other" / "info.log").read_text() == ""  # another run's words aren't repeated
+    assert capsys.readouterr().out == "warning: checkpoint-epoch3.pth is cut short\n"
