@@ -1,6 +1,7 @@
 """Imports flow one way: utils <- logger <- base <- model | data_loader <- trainer <- entry points."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def is_tool(path):
     return bool(tool_parts() & {path.stem})
 
 
+@cache
 def tool_parts():
     """Files of utils/ that no room imports: they belong to the tools."""
     used = set()
