@@ -110,11 +110,13 @@ def log_to_file(folder: Path) -> None:
     handler.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("ltr")
-    for early in [kept for kept in root.handlers if isinstance(kept, _Early)]:
-        root.removeHandler(early)
-        for record in early.records:
-            handler.handle(record)
+    early = [kept for kept in root.handlers if isinstance(kept, _Early)]
     root.addHandler(handler)
+    for kept in early:
+        root.removeHandler(kept)
+        for record in kept.records:
+            if handler in root.handlers:  # it goes where its disk is full
+                handler.handle(record)
 
 
 def get_logger(name: str = "") -> logging.Logger:

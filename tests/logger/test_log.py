@@ -42,3 +42,16 @@ def test_info_log_begins_with_what_was_said_before_it_was_there(tmp_path, capsys
         "WARNING checkpoint-epoch3.pth is cut short", "INFO ten classes", "INFO epoch 1"]
     assert (tmp_path / "other" / "info.log").read_text() == ""  # another run's words aren't repeated
     assert capsys.readouterr().out == "warning: checkpoint-epoch3.pth is cut short\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_is_one_warning(tmp_path, capsys):
+    setup_logging()
+    for line in ("one", "two"):
+        get_logger().info(line)
+    (tmp_path / "info.log").symlink_to("/dev/full")
+    log_to_file(tmp_path)
+    get_logger().info("three")
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["one", "two", f"warning: {tmp_path / 'info.log'} can't be written: No space left on device",
+                    "three"]
