@@ -134,7 +134,8 @@ def _training_text(facts: RunFacts) -> str:
     end = f"Validation accuracy ended at {points(last['val_accuracy'])} after epoch {last['epoch']:.0f}"
     more = "." if best["val_accuracy"] <= last["val_accuracy"] else \
         f"; its best was {points(best['val_accuracy'])} in epoch {best['epoch']:.0f}."
-    return end + more + " A training line far above the validation line means that the model knows its images by heart."
+    return end + more + (" A training accuracy far above the validation accuracy means that the model knows its images "
+                         "by heart. The training loss may have terms that the validation loss hasn't.")
 
 
 def _confusion_text(facts: RunFacts) -> str:

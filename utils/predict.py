@@ -60,7 +60,8 @@ def as_line(row: dict[str, Any], width: int, num_experts: int) -> str:
     """A row for the terminal: path, then each class with its probability in percent."""
     if row["class"] is None:
         return f"{row['path']:<{width}}  nothing found"
-    guesses = [("class", "probability")] + [(key, f"probability_{key[6:]}") for key in row if key.startswith("class_")]
+    guesses = [("class", "probability")] + [(key, f"probability_{key[6:]}") for key in row if key.startswith("class_")
+                                            and row[f"probability_{key[6:]}"] >= 0.0005]  # less is shown as 0.0%
     text = f"{row['path']:<{width}}  " + "  ".join(f"{row[c]} {100 * row[p]:.1f}%" for c, p in guesses)
     if row.get("agreement") is not None:
         text += f"  ({round(row['agreement'] * row['experts'])} of {row['experts']} experts agree)"

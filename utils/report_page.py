@@ -162,7 +162,7 @@ def _recipe(facts: RunFacts, run: Any, paths: RunPaths) -> str:
     how = {"ncm": " --classifier ncm", "tau": f" --tau {facts.result.get('tau', 0):g}"} \
         .get(facts.result.get("classifier", "joint"), "")
     commands = [f"python train.py -c {shlex.quote(str(paths.config))}{extra}",
-                f"python test.py -r {shlex.quote(str(run.path))}{how}",
+                f"python test.py -r {shlex.quote(str(paths.models / run.path.name))}{how}",
                 f"python -m utils.report {shlex.quote(str(paths.models))}",
                 f"tensorboard --logdir {shlex.quote(str(paths.log))}"]
     left_out = (*BY_IMAGE, "per_class_acc", "detections")
