@@ -1,11 +1,18 @@
-"""What the documents tell people to type works: the worked examples, the commands, the files they name."""
+"""What the documents tell people to type works: the worked examples, the commands, the files they name.
+
+The pages' tools are run on a folder of photos, with a model that was trained on it as docs/own-data.md says.
+"""
 
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,5 +126,92 @@ def test_commands_of_methods_run(tmp_path, run_cli):
                    for word in command]
         if command[0] == "train.py":
             command += ["--epochs", "1", "--save_dir", str(tmp_path), "-d", "cpu"]
-        done = run_cli(command)
+        done = run_cli(command, timeout=1800)
         assert done.returncode == 0, f"python {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+# ---------------------------------------------------------------------- the tools, on a new user's photos
+
+RUN = "saved/models/image_folder_ride/first"
+#: What a page's reader fills in.
+STANDS_FOR = {"CHECKPOINT": f"{RUN}/model_best.pth", "RUN_FOLDER": RUN, "photos/": "holiday", "LIST": "unknown.txt",
+              "IN": f"{RUN}/model_best.pth", "OUT": "converted.pth"}
+OWN_DATA = commands(ROOT / "docs" / "own-data.md")
+TRAININGS = [command for command in OWN_DATA if command[0] == "train.py"]
+AFTERWARDS = [command for command in OWN_DATA if command not in TRAININGS] + \
+    [command for page in PAGES for command in commands(page) if command[0] == "-m" and command[1].startswith("utils.")]
+#: Each once, what the reader fills in filled in.
+AFTERWARDS = list(dict.fromkeys(tuple(STANDS_FOR.get(word, word).rstrip("/") for word in command)
+                                for command in AFTERWARDS))
+
+
+def say(words: list[str], capsys) -> str:
+    """`python *words` in this process; its output. Fails where the exit status isn't 0."""
+    capsys.readouterr()
+    argv, sys.argv = sys.argv, words[1:] if words[0] == "-m" else words
+    try:
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, capsys.readouterr().err
+    finally:
+        sys.argv = argv
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def new_user(tmp_path_factory):
+    """A folder with my_images/, my_lists/, holiday/ and the configs, nothing trained yet."""
+    home = tmp_path_factory.mktemp("new_user")
+    rng = np.random.default_rng(0)
+
+    def photos(folder: Path, count: int, colour: int) -> None:
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 120, (40 + 2 * i, 50, 3))
+            pixels[..., colour] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:04d}.{'png' if i % 2 else 'jpg'}")
+    for colour, (name, count) in enumerate({"ant": 24, "bee": 11, "crab": 6}.items()):
+        photos(home / "my_images" / name, count, colour)
+    photos(home / "holiday", 3, 1)
+    (home / "my_lists").mkdir()
+    for split in ("train", "test"):
+        lines = [f"../my_images/{name}/{i:04d}.{'png' if i % 2 else 'jpg'} {label}"
+                 for label, name in enumerate(("ant", "bee", "crab")) for i in range(split == "test", 6, 2)]
+        (home / "my_lists" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    (home / "unknown.txt").write_text("holiday/0000.jpg\n")
+    shutil.copytree(ROOT / "configs", home / "configs")
+    return home
+
+
+@pytest.mark.parametrize("command", TRAININGS, ids=" ".join)
+def test_trainings_of_own_data(command, new_user, monkeypatch, capsys):
+    monkeypatch.chdir(new_user)
+    if command[2] == "configs/list_file_ride.json":
+        command = [*command, "--set", "data_loader.args.allow_outside=true"]
+    if "--dry_run" not in command:
+        command = [*command, "--epochs", "1", "--run_id", "first"]
+    said = say([*command, "-d", "cpu", "--set", "data_loader.args.image_size=32", "--set", "trainer.figures=false",
+                "--set", "data_loader.args.num_workers=0"], capsys)
+    assert "classes: 3, training images:" in said
+    assert "--dry_run" in command or "python test.py -r" in said.splitlines()[-5]
+
+
+@pytest.mark.parametrize("command", AFTERWARDS, ids=" ".join)
+def test_what_comes_after(command, new_user, monkeypatch, capsys):
+    monkeypatch.chdir(new_user)
+    assert (new_user / RUN / "model_best.pth").is_file(), "test_trainings_of_own_data makes it"
+    command = list(command)
+    if command[1] == "utils.sweep" and "--dry_run" not in command:
+        command.append("--dry_run")  # a real one is in tests/utils/test_sweep.py
+    if command[1] != "utils.schema" and {"-d", "--gpus"}.isdisjoint(command) and \
+            command[1] not in ("utils.compare", "utils.gflops", "utils.convert_checkpoint"):
+        command += ["-d", "cpu"]
+    said = say(command, capsys)
+    assert said.strip()
+    for flag in ("--csv", "--gallery", "--html"):
+        assert flag not in command or Path(command[command.index(flag) + 1]).stat().st_size > 100
+    if command[1] == "utils.report" or "--report" in command:
+        assert (new_user / RUN / "report.html").is_file()

@@ -92,6 +92,22 @@ def test_no_room_for_the_logs(runs, monkeypatch):
         runs("full")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_room_for_the_events(runs, small_files, monkeypatch):
+    """TensorBoard writes in a thread of its own: its failure ends the run all the same."""
+    original = Trainer.log_epoch
+
+    def log_epoch(self, epoch, figures):
+        if epoch == 2:
+            small_files(100_000)  # an epoch's histograms are more
+        original(self, epoch, figures)
+    monkeypatch.setattr(Trainer, "log_epoch", log_epoch)
+    with pytest.raises(RunError, match=r"can't write .*: File too large; checkpoints are intact, the newest is "
+                                       r".*checkpoint-epoch1\.pth"):
+        runs("full", "--set", "trainer.tensorboard=true", "--set", "trainer.histograms=1")
+    assert newest_good_checkpoint(runs.models("full"))[1]["epoch"] == 1
+
+
 @pytest.mark.parametrize("in_the_way", ["saved", "saved/models", "saved/log"])
 def test_a_place_that_cant_be_written(runs, tmp_path, in_the_way):
     path = tmp_path / "elsewhere" / in_the_way
