@@ -26,8 +26,9 @@ from utils.run_table import COLUMNS, FIGURES, Row, csv_table, html_table, markdo
 from utils.runs import RunRecord, data_of, experts_of, find_runs, model_of
 
 #: Config values that change what is written or shown, not what is learned.
-COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "image_grid",
-            "histograms", "profile", "record_statistics", "statistics_layer", "log_batch_attention", "monitor")
+COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "figures",
+            "image_grid", "histograms", "profile", "record_statistics", "statistics_layer", "log_batch_attention",
+            "monitor")
 
 
 # ---------------------------------------------------------------------- rows

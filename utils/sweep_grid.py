@@ -143,7 +143,7 @@ def check_unchanged(job: Job) -> None:
                 "distill_arch.args.num_classes", *(f"trainer.{key}" for key in COSMETIC)}
     old, new = (_flat({**config}) for config in (before, job.effective))
     for key in sorted(old.keys() | new.keys()):
-        if key not in left_out and old.get(key) != new.get(key):
+        if key not in left_out and old.get(key) != new.get(key) != "auto":  # a run notes what "auto" found
             raise ConfigError(f"{job.paths.models}: was run with {key} {old.get(key)!r}, the sweep now says "
                               f"{new.get(key)!r}; delete the folder or give the sweep another name")
 

@@ -139,6 +139,16 @@ def test_a_changed_config_isnt_mixed_with_old_runs(tmp_path, stand_ins):
         check_unchanged(jobs[0])
 
 
+def test_what_auto_found_is_no_change(tmp_path, stand_ins):
+    path = write(tmp_path, base="configs/image_folder_ride.json", methods={"ride": {}})
+    job, = run(path)[0]
+    assert job.effective["data_loader"]["args"]["image_size"] == "auto"
+    noted = json.loads(job.paths.config.read_text())
+    noted["data_loader"]["args"]["image_size"] = 64
+    job.paths.config.write_text(json.dumps(noted))
+    check_unchanged(read_sweep(path)[0][0])
+
+
 def test_a_stop_reaches_the_runs(tmp_path, monkeypatch):
     """SIGTERM is passed on; the run ends by itself, nothing more is started."""
     waits = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
