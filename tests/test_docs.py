@@ -118,6 +118,16 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_our_figures_are_the_same_on_both_pages():
+    """What docs/reproduce.md has as ours is a row of README's results."""
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"\| ([\d.]+) / ([\d.]+) / ([\d.]+) / ([\d.]+) \|$", (ROOT / "docs" / "reproduce.md").read_text(),
+                      re.MULTILINE)
+    assert len(rows) >= 10
+    for row in rows:
+        assert "| " + " | ".join(row) + " |" in readme, row
+
+
 @pytest.mark.slow
 def test_commands_of_methods_run(tmp_path, run_cli):
     """docs/methods.md from top to bottom, an epoch each: every method starts from what the one before it left."""
