@@ -78,9 +78,13 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
         schedule.by_iteration = True  # the trainer steps it after each optimizer step, not after each epoch
         return schedule
     try:
-        return build(torch_schedulers, spec, path, optimizer)
+        schedule = build(torch_schedulers, spec, path, optimizer)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}.args: {error}") from None
+    if getattr(schedule, "total_steps", epochs) < epochs:  # OneCycleLR fails beyond its end
+        raise ConfigError(f"{path}.args: {spec['type']} ends after {schedule.total_steps} epochs, and trainer.epochs is "
+                          f"{epochs}; give total_steps: {epochs}")
+    return schedule
 
 
 def param_groups(model: torch.nn.Module, optimizer_args: dict[str, Any], classifier_prefixes: Iterable[str] = (),

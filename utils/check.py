@@ -128,9 +128,12 @@ def check_within(value: Any, path: str, low: float | None = None, high: float | 
 
 
 def _check_limits(name: str, args: dict[str, Any]) -> None:
-    limits = LIMITS.get(f"{'arch' if name == 'distill_arch' else name}.args", {})
-    for key in args.keys() & limits.keys():
-        check_within(args[key], f"{name}.args.{key}", **limits[key])
+    _check_args_within(args, f"{name}.args", LIMITS.get(f"{'arch' if name == 'distill_arch' else name}.args", {}))
+
+
+def _check_args_within(args: dict[str, Any], path: str, limits: Mapping[str, Mapping[str, float]]) -> None:
+    for key in sorted(args.keys() & limits.keys()):
+        check_within(args[key], f"{path}.{key}", **limits[key])
 
 
 def _check_nested(name: str, args: dict[str, Any], texts: Mapping[str, str]) -> None:
@@ -144,6 +147,7 @@ def _check_nested(name: str, args: dict[str, Any], texts: Mapping[str, str]) -> 
         path = f"{name}.args.{key}"
         kind, inner = _parts(path, {"type": value} if isinstance(value, str) else value)
         inner = check_args(find(kind, path), inner, f"{path}.args", ("epochs",), texts)
+        _check_args_within(inner, f"{path}.args", LIMITS.get(f"{key}.args", {}))
         args[key] = value if isinstance(value, str) else {"type": kind, "args": inner}
 
 

@@ -16,7 +16,17 @@ from utils.annotation import parse, shown
 from utils.build import check_value
 from utils.check import check_metrics, check_monitor, check_spec, check_within
 from utils.errors import ConfigError, closest, unknown
-from utils.schema import DETECTION_ARCHS, GROUPS, REQUIRED, SECTIONS, TOP, TRAINER, TRAINER_TYPES, Row
+from utils.schema import (
+    DETECTION_ARCHS,
+    DETECTION_LOADERS,
+    GROUPS,
+    REQUIRED,
+    SECTIONS,
+    TOP,
+    TRAINER,
+    TRAINER_TYPES,
+    Row,
+)
 
 MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 24
@@ -244,6 +254,11 @@ def _check_trainer(top: dict[str, Any]) -> None:
         trainer["type"] = inferred_trainer(arch, top["distill"])
     elif trainer["type"] not in TRAINER_TYPES:
         raise unknown("trainer.type", trainer["type"], TRAINER_TYPES, "trainer")
+    loader = top["data_loader"]["type"]
+    if (arch in DETECTION_ARCHS) != (loader in DETECTION_LOADERS):
+        said = f"gives boxes and masks, and {arch} learns classes" if loader in DETECTION_LOADERS else \
+            f"gives a class an image, and {arch} learns from boxes and masks"
+        raise ConfigError(f"data_loader.type: {loader} {said}; choose a loader or an arch that fits")
     fitting = inferred_trainer(arch, top["distill"])
     if trainer["type"] != fitting and not {trainer["type"], fitting} <= {"Trainer", "DistillTrainer"}:
         raise ConfigError(f"trainer.type: a {trainer['type']} can't train {arch}; leave the key out, or give {fitting}")

@@ -67,6 +67,8 @@ GROUPS = (
 TRAINER_TYPES = ("Trainer", "ExpertAssignmentTrainer", "DistillTrainer", "DetectionTrainer")
 #: What decides `trainer.type` where it is absent: the arch's name first, then `distill`.
 DETECTION_ARCHS = ("MaskRCNNR50FPNModel",)
+#: Whose images come with boxes and masks instead of a class each.
+DETECTION_LOADERS = ("CocoDataLoader", "DigitScenesDataLoader")
 
 TRAINER = (
     Row("type", "str", None, "inferred where absent, from the arch and `distill`"),
@@ -143,6 +145,7 @@ LIMITS = {
     "lr_scheduler.args": {"step1": {"low": 0}, "step2": {"low": 0}, "warmup_epoch": {"low": 0}, "T_max": {"low": 1},
                           "T_0": {"low": 1}, "T_mult": {"low": 1}, "step_size": {"low": 1}, "total_iters": {"low": 1},
                           "gamma": {"low": 0}, "step_size_up": {"low": 1}, "step_size_down": {"low": 1}},
+    "norm.args": {"eps": {"above": 0}, "momentum": {"low": 0, "high": 1}, "num_groups": {"low": 1}},
 }
 
 
