@@ -34,8 +34,10 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
     if available == 0:
         if n_gpu and dist.is_main():
             # A config written for GPUs runs on a laptop all the same.
-            level = log.warning if n_gpu > 1 else log.info
-            level("n_gpu is %d but no GPU was found: running on the CPU", n_gpu)
+            if n_gpu > 1:
+                log.warning("n_gpu is %d but no GPU was found: running on the CPU", n_gpu)
+            else:
+                log.info("no GPU was found: running on the CPU")
         return torch.device("cpu")
     if n_gpu == 0 and dist.world_size() == 1:
         return torch.device("cpu")
