@@ -25,6 +25,11 @@ def count_of(number: int, one: str, several: str) -> str:
     return f"{number:,} {one if number == 1 else several}"
 
 
+def short(name: str, most: int = 22) -> str:
+    """A class's name, cut where it would take the room of the figure."""
+    return name if len(name) <= most else f"{name[:most - 1]}…"
+
+
 def _points(history: History, key: str) -> tuple[list[float], list[float]]:
     """(epochs, values) of a metrics.csv column, without its empty fields."""
     pairs = [(row["epoch"], row[key]) for row in history if row.get("epoch") and row.get(key) is not None]
@@ -99,7 +104,7 @@ def class_accuracy(counts: Sequence[int], class_acc: Sequence[float | None], gro
         if len(xs) >= 12:
             axes.plot(*_trend(xs, ys), color=LIGHT["ink"], linewidth=1.6, zorder=4)
         if names is not None and len(xs) <= 20:
-            _name_dots(axes, np.log(xs / low) / np.log(high / low), xs, ys, [names[i] for i in there])
+            _name_dots(axes, np.log(xs / low) / np.log(high / low), xs, ys, [short(names[i]) for i in there])
         axes.set(xscale="log", xlim=(low, high), ylim=(-4, 107), xlabel="training images of the class (log scale)",
                  ylabel="test accuracy, %")
         axes.xaxis.set_major_locator(_log_ticks())
@@ -219,6 +224,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], groups: Sequence[
         figure, (axes,) = new_figure(min(FULL, 4.2 + 0.05 * size + 0.16 * min(size, 12)),
                                      min(7.6, 2.4 + 0.05 * size + 0.17 * min(size, 12)))
         axes.imshow(picture, aspect="auto", interpolation="nearest")
+        names = [short(name) for name in names]
         if size <= NAMED_CLASSES:
             axes.set_xticks(range(size), names, rotation=90 if size > 12 or max(map(len, names)) > 3 else 0)
             axes.set_yticks(range(size), names)

@@ -5,8 +5,11 @@ page decides; PNGs (for slides, TensorBoard) keep the light ones. pyplot isn't u
 """
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,13 @@ STYLE = {
     "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "xtick.major.size": 0, "ytick.major.size": 0,
     "xtick.minor.size": 0, "ytick.minor.size": 0, "legend.frameon": False, "legend.fontsize": 8.5,
     "lines.linewidth": 1.8, "lines.solid_capstyle": "round", "figure.facecolor": "none", "savefig.facecolor": "none",
+    "text.parse_math": False,  # a class may be named $1 or a_b
     "figure.constrained_layout.use": True, "svg.fonttype": "none", "svg.hashsalt": "report",
 }
+
+#: For class names in other scripts.
+OTHER_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "Hiragino Sans", "WenQuanYi Zen Hei",
+               "Arial Unicode MS")
 
 
 def new_figure(width: float = FULL, height: float = 3.0, columns: int = 1, **more: Any) -> tuple[Any, np.ndarray]:
@@ -44,10 +52,21 @@ def new_figure(width: float = FULL, height: float = 3.0, columns: int = 1, **mor
     return figure, figure.subplots(1, columns, squeeze=False, **more)[0]
 
 
-def styled() -> Any:
-    """A context in which our style holds, whatever the user's matplotlibrc says."""
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """A context in which our style holds, whatever the user's matplotlibrc says.
+
+    Signs that DejaVu Sans hasn't are drawn in another font, where one is installed, else as boxes and without a
+    warning each (in SVG they are text and the browser finds a font).
+    """
     import matplotlib
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": matplotlib.get_backend()})
+    from matplotlib import font_manager
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = STYLE["font.family"] + [name for name in OTHER_FONTS if name in known]
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "font.family": fonts,
+                                "backend": matplotlib.get_backend()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def to_svg(figure: Any, label: str) -> str:

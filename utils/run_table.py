@@ -123,7 +123,8 @@ def html_table(rows: Sequence[Row], title: str) -> str:
     sources = sorted({row["source"] for row in rows if row.get("source")})
     notes = ("<p class='note'>Published rows are quoted: " + escape("; ".join(sources)) + ".</p>") if sources else ""
     count = sum(row["kind"] == "run" for row in rows)
-    body = (f"<header><h1>{escape(title)}</h1><p class='lead'>{count} {'run' if count == 1 else 'runs'}. Accuracies are percentages of the test "
+    runs = "1 run" if count == 1 else f"{count} runs"
+    body = (f"<header><h1>{escape(title)}</h1><p class='lead'>{runs}. Accuracies are percentages of the test "
             "images; many, medium and few are the means over classes with many, some and few training images. The best "
             "of each data set is marked.</p></header>"
             f"<div class='scroll'><table class='runs'><thead><tr>{heads}</tr></thead>"

@@ -106,6 +106,17 @@ def test_every_figure_is_drawn_with_a_sentence():
         assert not any(colour in svg for colour in LIGHT.values()), "a colour that can't follow the theme"
 
 
+def test_any_name_can_be_drawn(recwarn, tmp_path):
+    """Dollar signs are no formulas, scripts without a font no warnings, and long names leave the figure its room."""
+    names = ["$1 $2", "$\\frac{$", "猫", "a_b", "x" * 200, *"fghij"]
+    for drawing in drawings(made_up(class_names=names)):
+        if drawing.key in ("classes", "confusion"):
+            svg = to_svg(drawing.draw(), drawing.heading)
+            assert "猫" in svg and "$1 $2" in svg and "x" * 21 + "…" in svg and "x" * 22 not in svg
+            assert to_array(drawing.draw()).std() > 0
+    assert not recwarn.list
+
+
 def test_many_classes_take_no_square_of_memory():
     keys = [drawing.key for drawing in drawings(made_up(classes=400))]
     assert "confusion" not in keys and "group_confusion" in keys
