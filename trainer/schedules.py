@@ -82,8 +82,8 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}.args: {error}") from None
     if getattr(schedule, "total_steps", epochs) < epochs:  # OneCycleLR fails beyond its end
-        raise ConfigError(f"{path}.args: {spec['type']} ends after {schedule.total_steps} epochs, and trainer.epochs is "
-                          f"{epochs}; give total_steps: {epochs}")
+        raise ConfigError(f"{path}.args: {spec['type']} ends after {schedule.total_steps} epochs, and trainer.epochs "
+                          f"is {epochs}; give total_steps: {epochs}")
     return schedule
 
 

@@ -14,8 +14,8 @@ def schedule(total_steps, epochs):
 
 
 def test_one_cycle_ends_with_the_run_or_later():
-    with pytest.raises(ConfigError, match=r"^lr_scheduler\.args: OneCycleLR ends after 4 epochs, and trainer\.epochs is "
-                                          r"5; give total_steps: 5$"):
+    with pytest.raises(ConfigError, match=r"^lr_scheduler\.args: OneCycleLR ends after 4 epochs, and trainer\.epochs "
+                                          r"is 5; give total_steps: 5$"):
         schedule(4, 5)
     optimizer, whole = schedule(5, 5)
     for _ in range(5):

@@ -190,14 +190,20 @@ def test_mistakes_are_named_and_leave_the_module_alone(kind, args, words):
     assert type(net[1]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("kind", NORMS)
-def test_detection_models(kind):
-    """Frozen sources, and a batch of one image."""
-    from torchvision.models.detection import FasterRCNN
+@pytest.fixture(scope="module")
+def detector():
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5,
                                    norm_layer=torchvision.ops.FrozenBatchNorm2d)
-    net = convert_norm(FasterRCNN(backbone, num_classes=3, min_size=96, max_size=96), kind)
+    return FasterRCNN(backbone, box_head=TwoMLPHead(256 * 7 * 7, 32), box_predictor=FastRCNNPredictor(32, 3),
+                      min_size=64, max_size=64, rpn_post_nms_top_n_train=100)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_detection_models(kind, detector):
+    """Frozen sources, and a batch of one image."""
+    net = convert_norm(copy.deepcopy(detector), kind)
     assert type(net.backbone.body.layer4[0].bn1) is CLASSES[kind]
     assert not isinstance(net.rpn.head.cls_logits, CenConv2d) and not isinstance(net.backbone.fpn.layer_blocks[0][0],
                                                                                 CenConv2d)
