@@ -99,7 +99,8 @@ def test_second_stages_and_distillation_resume(kind, runs, stage1, same_state, s
     {"trainer": {"amp": "bf16", "clip_grad_norm": 1.0},
      "data_loader": {"args": {"sampler": {"type": "ProgressivelyBalanced", "args": {}}}},
      "lr_scheduler": {"type": "ReduceLROnPlateau", "args": {"patience": 0, "step1": None}}},
-], ids=["mabn", "renorm, adamw", "bf16, progressive sampler, plateau"])
+    {"trainer": {"amp": "fp16"}},  # its scaler's factor and how long it has held
+], ids=["mabn", "renorm, adamw", "bf16, progressive sampler, plateau", "fp16"])
 def test_other_state_resumes(sections, runs, same_state, signal_at):
     sections = {name: {key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
                        for key, value in section.items()} for name, section in sections.items()}
