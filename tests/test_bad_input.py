@@ -67,6 +67,7 @@ CASES = [
     ("no_such_pretrained", {}, ["--pretrained", "nowhere.pth"], ["--pretrained", "nowhere.pth"]),
     ("no_such_load_crt", {}, ["--load_crt", "nowhere.pth"], ["--load_crt", "nowhere.pth"]),
     ("second_stage_alone", {"second_stage": True}, [], ["load_crt", "--load_crt"]),
+    ("one_expert_to_assign", {"arch__type": "ResNet32EAModel"}, ["--num_experts", "1"], ["num_experts", "2 or more"]),
     ("no_such_resume", {}, ["-r", "nowhere.pth"], ["-r", "nowhere.pth"]),
     ("auto_without_run_id", {}, ["-r", "auto"], ["--run_id"]),
 ]

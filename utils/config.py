@@ -262,6 +262,8 @@ def _check_trainer(top: dict[str, Any]) -> None:
     fitting = inferred_trainer(arch, top["distill"])
     if trainer["type"] != fitting and not {trainer["type"], fitting} <= {"Trainer", "DistillTrainer"}:
         raise ConfigError(f"trainer.type: a {trainer['type']} can't train {arch}; leave the key out, or give {fitting}")
+    if fitting == "ExpertAssignmentTrainer" and top["arch"]["args"].get("num_experts") == 1:
+        raise ConfigError("arch.args.num_experts: 1 expert leaves nothing to assign; use 2 or more")
     trainer["amp"] = trainer["amp"] or "off"
     check_monitor(trainer["monitor"], top["metrics"])
     if trainer["type"] != "DetectionTrainer":
