@@ -21,6 +21,14 @@ settings.load_profile("suite")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session")
+def sources() -> list[Path]:
+    """The project's Python files, tests apart; a virtual environment in the checkout, of whatever name, isn't ours."""
+    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+               and folder.name not in ("tests", "build", "dist") and not (folder / "pyvenv.cfg").exists()]
+    return sorted([*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))])
+
+
 def run_python(args, *, cwd=ROOT, env=None, timeout=300, check=False) -> subprocess.CompletedProcess:
     """Run `python *args` and capture its text output.
 

@@ -211,6 +211,9 @@ def test_trainings_of_own_data(command, new_user, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", AFTERWARDS, ids=" ".join)
 def test_what_comes_after(command, new_user, monkeypatch, capsys):
+    if "onnx" in command:
+        for optional in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(optional)
     monkeypatch.chdir(new_user)
     assert (new_user / RUN / "model_best.pth").is_file(), "test_trainings_of_own_data makes it"
     command = list(command)

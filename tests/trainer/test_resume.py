@@ -13,7 +13,8 @@ def points(log_folder, tag):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(log_folder), size_guidance={"scalars": 0})
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+    # Sorted: of two writers begun in one second TensorBoard may read the later one first.
+    return sorted((event.step, event.value) for event in events.Scalars(tag))
 
 
 @pytest.fixture(scope="session")
