@@ -127,8 +127,10 @@ class Watch:
 
     @property
     def wants_figures(self) -> bool:
-        """Whether `run_ended` will draw; the same on every rank."""
-        return bool(self.trainer.options.get("tensorboard", True) and self.trainer.options.get("figures", True))
+        """Whether `run_ended` will draw; a run that had nothing to train has its figures. The same on every rank."""
+        options = self.trainer.options
+        return bool(options.get("tensorboard", True) and options.get("figures", True)
+                    and self.trainer.start_epoch <= self.trainer.last_epoch)
 
     def run_ended(self, result: dict[str, Any]) -> None:
         """Draw the report's figures of the test split. Every rank calls it; nothing that goes wrong ends the run.
@@ -136,7 +138,7 @@ class Watch:
         result: what `trainer.test` gave, with keep=True for all figures.
         """
         trainer = self.trainer
-        if not self.wants_figures or trainer.start_epoch > trainer.last_epoch:  # nothing new: they are there already
+        if not self.wants_figures:
             return
         result = {**result, **gather_images(result)}
         if not trainer.writer:
