@@ -54,3 +54,16 @@ def test_a_full_disk_is_one_warning(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said == ["one", "two", f"warning: {tmp_path / 'info.log'} can't be written: No space left on device",
                     "three"]
+
+
+@pytest.mark.parametrize(("terminal", "settings", "coloured"), [
+    (True, {}, True), (False, {}, False), (True, {"NO_COLOR": ""}, False), (True, {"TERM": "dumb"}, False)])
+def test_warnings_are_coloured_on_a_terminal_only(monkeypatch, capsys, terminal, settings, coloured):
+    for name, value in {"NO_COLOR": None, "TERM": "xterm", **settings}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    setup_logging()
+    get_logger().info("plain")
+    get_logger().warning("odd")
+    plain, odd = capsys.readouterr().out.splitlines()
+    assert plain == "plain" and "warning: odd" in odd and ("\033[" in odd) is coloured
