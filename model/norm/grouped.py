@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.norm.nbn import next_average_factor
+from model.norm.running import update_running
 from utils.errors import ConfigError
 
 
@@ -84,16 +84,3 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, normalization_batch_size={self.normalization_batch_size}"
-
-
-@torch.no_grad()
-def update_running(layer: nn.modules.batchnorm._NormBase, mean: torch.Tensor, var: torch.Tensor, values: int) -> None:
-    """One step of `layer`'s running statistics: `mean`, biased `var` [G, C] of groups of `values` values a channel.
-
-    Like torch's batch norm, the running variance is the unbiased one.
-    """
-    factor = next_average_factor(layer)
-    if factor:
-        layer.running_mean.lerp_(mean.mean(0).to(layer.running_mean.dtype), factor)
-        unbiased = var.mean(0) * (values / max(values - 1, 1))
-        layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), factor)

@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.norm.kernels import moments, normalise, own_moments_pay
+from model.norm.running import next_average_factor, update_running
+
 _TINY = 1e-6   # the authors' guard against a zero vector
 
 
@@ -48,16 +51,11 @@ class NormalizedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)
         weight, bias = self.effective_affine()
+        if self.training and weight is not None and own_moments_pay(x):
+            mean, var = moments(x)
+            update_running(self, mean[None], var[None], x.numel() // x.shape[1])
+            return normalise(x, weight, bias, mean, var, self.eps)
         factor = next_average_factor(self)
         tracked = not self.training or self.track_running_stats
         return F.batch_norm(x, self.running_mean if tracked else None, self.running_var if tracked else None,
                             weight, bias, self.training or self.running_mean is None, factor, self.eps)
-
-
-def next_average_factor(layer: nn.modules.batchnorm._NormBase) -> float:
-    """Count a training step of `layer` and return the weight of its new statistics, as torch's batch norms do:
-    `momentum`, or 1 / (steps so far) where `momentum` is None; 0.0 where nothing is tracked."""
-    if not (layer.training and layer.track_running_stats):
-        return 0.0
-    layer.num_batches_tracked.add_(1)
-    return 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from model.norm.kernels import wide_type
-from model.norm.nbn import next_average_factor
+from model.norm.running import next_average_factor
 from utils.errors import ConfigError
 
 

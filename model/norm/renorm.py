@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.norm.grouped import affine_per_sample, check_group_size, group_expand, group_moments, update_running
+from model.norm.grouped import affine_per_sample, check_group_size, group_expand, group_moments
+from model.norm.kernels import moments, normalise, same_format
+from model.norm.running import update_running
 from utils.errors import ConfigError
 
 
@@ -58,13 +60,12 @@ class BatchRenorm2d(nn.BatchNorm2d):
 
     def _whole_batch(self, x: torch.Tensor, values: int) -> torch.Tensor:
         """r and d don't depend on gradients, so w * r and w * d + b are a plain batch norm's weight and bias."""
-        with torch.no_grad():
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)   # [C]
-            r, d = self._corrections(mean, var)
-            update_running(self, mean[None], var[None], values)
+        x = same_format(x, like=x)
+        mean, var = moments(x)                                              # [C]
+        r, d = self._corrections(mean, var)
+        update_running(self, mean[None], var[None], values)
         weight, bias = self._affine()
-        return F.batch_norm(x, None, None, weight * r, weight * d + bias, True, 0.0, self.eps)
+        return normalise(x, weight * r, weight * d + bias, mean, var, self.eps)
 
     @torch.no_grad()
     def _corrections(self, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

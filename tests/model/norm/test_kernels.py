@@ -1,0 +1,98 @@
+"""Moments and batch norm by given moments, against float64 and torch's own; NBN where it uses them."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from model.norm import BatchRenorm2d, NormalizedBatchNorm2d
+from model.norm.kernels import moments, normalise, own_moments_pay
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 40), c=st.integers(1, 9), h=st.integers(1, 6), w=st.integers(1, 6),
+       offset=st.sampled_from([0.0, -3.0, 1e3]), memory_format=st.sampled_from(FORMATS), seed=st.integers(0, 9))
+def test_moments_are_those_of_float64(n, c, h, w, offset, memory_format, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(n, c, h, w, generator=generator) + offset).contiguous(memory_format=memory_format)
+    mean, var = moments(x)
+    assert mean.shape == var.shape == (c,) and mean.dtype == var.dtype == torch.float32
+    flat = x.double().transpose(0, 1).reshape(c, -1)
+    assert torch.allclose(mean.double(), flat.mean(1), rtol=1e-6, atol=1e-6)
+    # A difference of large numbers would be off by 0.1 at an offset of 1,000.
+    assert torch.allclose(var.double(), flat.var(1, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_moments_of_half_types_are_kept_wide():
+    x = torch.randn(20, 3, 4, 4).bfloat16() + 5
+    mean, var = moments(x)
+    assert mean.dtype == var.dtype == torch.float32
+    assert torch.allclose(mean, x.float().mean((0, 2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_normalising_by_moments_is_batch_norm_to_the_second_derivative(memory_format):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 2, 2, dtype=torch.double).contiguous(memory_format=memory_format).requires_grad_()
+    weight, bias = (torch.randn(3, dtype=torch.double, requires_grad=True) for _ in range(2))
+
+    def by_moments(x, weight, bias):
+        return normalise(x, weight, bias, *moments(x), 1e-5)
+
+    assert torch.allclose(by_moments(x, weight, bias), nn.functional.batch_norm(x, None, None, weight, bias, True))
+    assert torch.autograd.gradcheck(by_moments, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(by_moments, (x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("n", [3, 16, 21])
+def test_nbn_with_a_unit_affine_is_batch_norm(n, memory_format, dtype):
+    """Enough contiguous images go by `moments`; output, gradients and statistics are batch norm's either way."""
+    torch.manual_seed(0)
+    x = (torch.randn(n, 6, 5, 4, dtype=dtype) * 2 + 3).contiguous(memory_format=memory_format)
+    ours, plain = NormalizedBatchNorm2d(6, momentum=None), nn.BatchNorm2d(6, momentum=None)
+    nn.init.uniform_(plain.weight, 0.5, 1), nn.init.normal_(plain.bias)
+    with torch.no_grad():            # of unit length, so that w' = w and b' = b
+        for name in ("weight", "bias"):
+            getattr(plain, name).div_(getattr(plain, name).norm())
+            getattr(ours, name).copy_(getattr(plain, name))
+    assert own_moments_pay(x) == (n >= 16 and memory_format is torch.contiguous_format)
+    grads = []
+    for layer in (ours, plain):
+        for _ in range(2):
+            leaf = x.clone().requires_grad_()
+            out = layer(leaf)
+            out.float().square().mul(torch.arange(n)[:, None, None, None]).sum().backward()
+        assert out.dtype == dtype and out.is_contiguous(memory_format=memory_format)
+        grads.append((out.detach().float(), leaf.grad.float()))
+    near = {"rtol": 1e-4, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.6}
+    for ours_, plain_ in zip(*grads, strict=True):
+        assert torch.allclose(ours_, plain_, **near)
+    for name in ("running_mean", "running_var"):
+        assert torch.allclose(getattr(ours, name), getattr(plain, name), rtol=1e-5)
+    assert ours.num_batches_tracked == plain.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("layer", [NormalizedBatchNorm2d, BatchRenorm2d])
+def test_compiled_layers_are_the_eager_ones(layer):
+    torch.manual_seed(0)
+    x = torch.randn(16, 4, 3, 3)
+    eager, compiled = layer(4), layer(4)
+    step = torch.compile(compiled, backend="aot_eager")
+    for _ in range(2):
+        assert torch.allclose(step(x), eager(x), atol=1e-5)
+    assert torch.allclose(compiled.running_var, eager.running_var)
+
+
+def test_function_transforms_see_through_it():
+    torch.manual_seed(0)
+    x, weight = torch.randn(16, 3, 4, 4), torch.rand(3).requires_grad_()
+
+    def loss(weight):
+        return normalise(x, weight, torch.zeros(3), *moments(x), 1e-5).pow(3).sum()
+
+    loss(weight).backward()
+    assert torch.allclose(torch.func.grad(loss)(weight.detach()), weight.grad, rtol=1e-5)
