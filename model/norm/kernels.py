@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,26 @@ def dot_and_sum(a: torch.Tensor, b: torch.Tensor, per_sample: bool = False) -> t
         n, c = a.shape[:2]
         sums = dot_and_sum(a.view(1, n * c, *a.shape[2:]), b.view(1, n * c, *b.shape[2:]))
         return sums[0].view(n, c), sums[1].view(n, c)
+    positions = 1 if a.is_contiguous() or not _runs_kernels(a) else _positions_a_row(a)
+    if positions > 1:
+        a, b = _long_rows(a, positions), _long_rows(b, positions)
     zero, one = _zeros_ones(a, a.shape[1])
     _, dot, total = _native_backward(a, b, one, zero, one, None, None, False, 0.0, [False, True, True])
+    if positions > 1:
+        dot, total = dot.view(positions, -1).sum(0), total.view(positions, -1).sum(0)
     return dot, total
+
+
+def _positions_a_row(x: torch.Tensor) -> int:
+    """How many positions of channels_last x are best taken as one row, as if they were channels: over rows of few
+    channels the loop costs more than the memory."""
+    return math.gcd(x.numel() // x.shape[1], 8) if x.shape[1] < 32 else 1
+
+
+def _long_rows(x: torch.Tensor, positions: int) -> torch.Tensor:
+    """channels_last x [N, C, H, W] seen as [N * H * W / positions, positions * C]."""
+    length = positions * x.shape[1]
+    return x.as_strided((x.numel() // length, length), (length, 1))
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,7 +103,7 @@ class MABN2d(nn.Module):
 
     def _train_forward(self, x: torch.Tensor) -> torch.Tensor:
         x = same_format(x, like=x)
-        with torch.no_grad(), without_autocast(x):
+        with without_autocast(x):
             call = self._statistics(x.detach())
         return _Normalise.apply(x, self.weight, self.bias, call.inv_std, call.per_x, call.t, self)
 
@@ -116,8 +116,8 @@ class MABN2d(nn.Module):
         var, finite = self._average(self.buffer_x2, chi, t)
         running = self.running_var.view(-1)
         inv_std = (var + self.eps).rsqrt_()
-        ratio = ((running + self.eps).sqrt_() * inv_std).reciprocal_().clamp_(1 / 5, 5)
-        per_x = _choose(t <= max(1000, self.warmup_iters), inv_std, ratio.mul_(inv_std))
+        clipped = (running + self.eps).rsqrt_().clamp(inv_std * (1 / 5), inv_std * 5)      # r in [1/5, 5]
+        per_x = _choose(t <= max(1000, self.warmup_iters), inv_std, clipped)
         newest = (var.mean(0) if self._grouped else var).to(running.dtype)
         running.lerp_(_choose(finite, newest, running), 1 - self.momentum)
         call = _Call(chi, inv_std, per_x, t)
@@ -151,8 +151,8 @@ class MABN2d(nn.Module):
             averaged = history.unfold(0, size, 1)[1:].mean(-1)                # group g's K newest: [G, C]
         else:
             slot = t % size
-            buffer[slot] = _choose(finite, new.to(buffer.dtype), buffer[slot])
-            averaged = buffer.sum(0, dtype=new.dtype).mul_(1 / size)
+            buffer[slot] = _choose(finite, new, buffer[slot])
+            averaged = buffer.mean(0, dtype=new.dtype)
         return _choose((t <= size) | (t < self.warmup_iters), new, averaged), finite
 
     def _remember(self, call: _Call) -> None:
@@ -208,24 +208,24 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, inv_std, per_x, t, layer):
         ctx.layer, ctx.t = layer, t
-        ctx.save_for_backward(x, weight, inv_std, per_x)
         with without_autocast(x):
-            scale = layer._spread(weight * per_x, len(x))                      # [C] or [N, C]
-            return affine(x, scale, bias.to(scale.dtype).expand_as(scale))
+            scale = weight * per_x                                             # dy * scale = g / sqrt(var + eps)
+            ctx.save_for_backward(x, scale, inv_std, per_x)
+            shift = bias.to(scale.dtype)
+            return affine(x, layer._spread(scale, len(x)), shift.expand(len(x), -1) if layer._grouped else shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, inv_std, per_x = ctx.saved_tensors
+        x, scale, inv_std, per_x = ctx.saved_tensors
         layer, n = ctx.layer, len(x)
         with without_autocast(x):
             dy = same_format(dy, like=x)
             dot, total = dot_and_sum(dy, x, layer._grouped)                    # sums of dy x and of dy: [C] or [N, C]
-            scale = weight * per_x                                             # dy * scale = g / sqrt(var + eps)
             psi, _ = layer._average(layer.buffer_gz, scale * layer._pool(dot, x), ctx.t)
             psi = psi * inv_std * inv_std                                      # x * that = z psi / sqrt(var + eps)
             dx = difference(dy, layer._spread(scale, n), x, layer._spread(psi, n))
             d_weight = dot * layer._spread(per_x, n)
             if layer._grouped:
                 d_weight, total = d_weight.sum(0), total.sum(0)
-        return dx, d_weight.to(weight.dtype), total.to(weight.dtype), None, None, None, None
+        return dx, d_weight, total, None, None, None, None

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.norm import BatchRenorm2d, NormalizedBatchNorm2d
-from model.norm.kernels import moments, normalise, own_moments_pay
+from model.norm.kernels import dot_and_sum, moments, normalise, own_moments_pay
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -96,3 +96,16 @@ def test_function_transforms_see_through_it():
 
     loss(weight).backward()
     assert torch.allclose(torch.func.grad(loss)(weight.detach()), weight.grad, rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 9), c=st.integers(1, 40), h=st.integers(1, 6), w=st.integers(1, 6),
+       memory_format=st.sampled_from(FORMATS), per_sample=st.booleans(), seed=st.integers(0, 9))
+def test_dot_and_sum_are_those_of_float64(n, c, h, w, memory_format, per_sample, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(n + 1, c, h, w, generator=generator).contiguous(memory_format=memory_format)[1:]
+            for _ in range(2))       # not at the start of their memory
+    dims = (2, 3) if per_sample else (0, 2, 3)
+    for ours, exact in zip(dot_and_sum(a, b, per_sample), ((a.double() * b).sum(dims), a.double().sum(dims)),
+                           strict=True):
+        assert ours.shape == exact.shape and torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-5)
