@@ -42,13 +42,12 @@ def test(args: Namespace) -> dict[str, Any]:
 
     loader = run.loader(args.split)
     check_classes(run, loader)
-    detects = hasattr(loader, "ground_truth")
-    if detects and (args.classifier != "joint" or args.open_set):
+    if loader.detects and (args.classifier != "joint" or args.open_set):
         raise ConfigError(f"{'--open_set' if args.open_set else '--classifier'}: is for classifiers; {args.resume} is "
                           "a detector")
     head, note = choose_classifier(args, run)
     result = evaluate(run.model, loader, groups=run.config["groups"], head=head,
-                      keep=bool(args.open_set) or detects or args.report)
+                      keep=bool(args.open_set) or loader.detects or args.report)
     result.update(note)
     if "expert_share" in result and "expert_acc" not in result:
         result.update(with_all_experts(run, loader, keep=args.report))
@@ -98,12 +97,12 @@ def choose_classifier(args: Namespace, run: Any) -> tuple[Any, dict[str, Any]]:
         if len(taus) == 1:
             return tau_head(run.model, taus[0]), {"classifier": "tau", "tau": taus[0]}
         # Chosen on validation images, reported on test images.
-        best, accuracies = sweep_tau(run.model, run.loader("val"), taus)
+        best, values = sweep_tau(run.model, run.loader("val"), taus, args.tau_metric)
         log = get_logger()
-        for tau, accuracy in zip(taus, accuracies):
-            log.info("tau %.2f  validation accuracy %.4f%s", tau, accuracy, "  <- best" if tau == best else "")
-        return tau_head(run.model, best), {"classifier": "tau", "tau": best,
-                                           "tau_sweep": {"tau": taus, "val_accuracy": accuracies}}
+        for tau, value in zip(taus, values):
+            log.info("tau %.2f  validation %s %.4f%s", tau, args.tau_metric, value, "  <- best" if tau == best else "")
+        return tau_head(run.model, best), {"classifier": "tau", "tau": best, "tau_sweep": {
+            "metric": args.tau_metric, "tau": taus, f"val_{args.tau_metric}": values}}
     return None, {"classifier": "joint"}
 
 

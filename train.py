@@ -9,6 +9,7 @@ Nothing heavy is imported before the config is known to be good, so that a mista
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -116,17 +117,18 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         log.info("\n%s", format_result(result, f"test, epoch {trainer.last_epoch}"))
         trainer.watch.run_ended(result)
     trainer.close()
-    log.info("\n%s", next_steps(checkpoint, paths, is_classifier=not hasattr(train_loader, "ground_truth")))
+    log.info("\n%s", next_steps(checkpoint, paths, is_classifier=not train_loader.detects))
     dist.cleanup()
 
 
 def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool) -> str:
     """What to do with a finished run, each a command to copy."""
-    steps = {"checkpoint": checkpoint, "evaluate": f"python test.py -r {checkpoint}",
-             "look at it": f"tensorboard --logdir {paths.log}", "report": f"python -m utils.report {paths.models}"}
+    file, log, models = (shlex.quote(str(path)) for path in (checkpoint, paths.log, paths.models))
+    steps = {"checkpoint": checkpoint, "evaluate": f"python test.py -r {file}",
+             "look at it": f"tensorboard --logdir {log}", "report": f"python -m utils.report {models}"}
     if is_classifier:
-        steps |= {"predict": f"python -m utils.predict -r {checkpoint} PHOTOS",
-                  "export": f"python -m utils.export -r {checkpoint} --format onnx"}
+        steps |= {"predict": f"python -m utils.predict -r {file} PHOTOS",
+                  "export": f"python -m utils.export -r {file} --format onnx"}
     return "\n".join(f"{what:<13}{how}" for what, how in steps.items())
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -343,7 +344,7 @@ class BaseTrainer(ABC):
         self.finished = False
         where = f"after epoch {epoch}" if complete else \
             f"in epoch {epoch}, after {self.batches_done} of its {len(self.train_loader)} steps"
-        log.info("stopped on request %s; go on with: %s -r %s", where, dist.command("train.py"), path)
+        log.info("stopped on request %s; go on with: %s -r %s", where, dist.command("train.py"), shlex.quote(str(path)))
         self.writer.close()
         return path
 

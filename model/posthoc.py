@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.metric import EvalState
 from utils.class_counts import class_counts
-from utils.errors import ConfigError, unknown
+from utils.errors import unknown
 
 FEAT_TYPES = ("un", "l2n", "cl2n")
 DISTANCES = ("euclidean", "cosine")
@@ -113,45 +114,22 @@ class TauHeads:
         return _in_chunks(lambda piece: (self._raw(piece) * factors).mean(1), feats, self.num_classes)
 
     @torch.no_grad()
-    def correct(self, feats: Tensor, labels: Tensor, taus: Sequence[float]) -> Tensor:
-        """How many images each tau gets right. feats: [N, E, D]; labels: [N]. -> [T] int64, on the features' device.
+    def count(self, feats: Tensor, labels: Tensor, taus: Sequence[float], states: Sequence[EvalState]) -> None:
+        """Count in `states`, one for each tau, what it makes of the images. feats: [N, E, D]; labels: [N].
 
         The products of features and weights are made once for all taus.
         """
-        right = torch.zeros(len(taus), dtype=torch.int64, device=feats.device)
+        factors = [self.factors(tau) for tau in taus]
         rows = max(1, CHUNK // (feats.shape[1] * self.num_classes))
         for piece, truth in zip(feats.split(rows), labels.split(rows), strict=True):
             raw = self._raw(piece)
-            for k, tau in enumerate(taus):
-                right[k] += (torch.einsum("nec,ec->nc", raw, self.factors(tau)).argmax(1) == truth).sum()
-        return right
+            for state, factor in zip(states, factors, strict=True):
+                state.update(torch.einsum("nec,ec->nc", raw, factor) / len(self.heads), truth)
 
 
-def best_tau(taus: Sequence[float], accuracies: Sequence[float]) -> float:
-    """The tau with the best overall accuracy; the smaller of equals."""
-    return min(zip(taus, accuracies, strict=True), key=lambda pair: (-float(pair[1]), pair[0]))[0]
-
-
-def select_tau(heads: TauHeads, feats: Tensor, labels: Tensor, taus: Sequence[float]) -> tuple[float, list[float]]:
-    """The tau that is best on a validation split, and every tau's accuracy there. feats: [N, E, D]; labels: [N]."""
-    accuracies = (heads.correct(feats, labels, taus).double() / max(len(labels), 1)).tolist()
-    return best_tau(taus, accuracies), accuracies
-
-
-def parse_taus(text: str | float) -> list[float]:
-    """`0.7`, or a sweep `first:last:step` (`0:2:0.1` is 0, 0.1, ... 2). ConfigError for anything else."""
-    try:
-        numbers = [float(part) for part in str(text).split(":")]
-    except ValueError:
-        numbers = []
-    if len(numbers) == 1 and math.isfinite(numbers[0]):
-        return numbers
-    if len(numbers) == 3 and all(map(math.isfinite, numbers)) and numbers[2] > 0 and numbers[0] <= numbers[1]:
-        first, last, step = numbers
-        count = math.floor((last - first) / step + 1e-9) + 1
-        if count <= 10_000:
-            return [round(first + k * step, 10) for k in range(count)]
-    raise ConfigError(f"--tau: must be a number like 0.7, or first:last:step like 0:2:0.1, not {text!r}")
+def best_tau(taus: Sequence[float], values: Sequence[float]) -> float:
+    """The tau with the largest value; the smaller of equals."""
+    return min(zip(taus, values, strict=True), key=lambda pair: (-float(pair[1]), pair[0]))[0]
 
 
 # ---- nearest class mean --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def test_ends_with_table_checkpoint_and_next_commands(digits_run):
     assert f"python -m utils.report {digits_run.models}\n" in text
     assert f"python -m utils.predict -r {digits_run.checkpoint} PHOTOS\n" in text
     assert f"python -m utils.export -r {digits_run.checkpoint} --format onnx" in text
+
+
+def test_the_next_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path):
+    from train import next_steps
+    from utils.run_paths import new_run
+    paths = new_run(tmp_path / "my runs & more", "pets", "one")
+    checkpoint = paths.models / "checkpoint-epoch1.pth"
+    for line in next_steps(checkpoint, paths, is_classifier=True).splitlines()[1:]:
+        words = shlex.split(line.split(maxsplit=1)[1] if "look at it" not in line else line[len("look at it"):])
+        assert {str(checkpoint), str(paths.models), str(paths.log)} & set(words)
 
 
 def test_says_what_there_is_to_learn_from(digits_run):

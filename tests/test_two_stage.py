@@ -72,25 +72,40 @@ def right(logits, labels):
     return (logits.argmax(1) == labels).double().mean().item()
 
 
+def score(metric, logits, labels):
+    """scikit-learn's word for `metric`."""
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+    if metric == "macro_f1":
+        return f1_score(labels, logits.argmax(1), average="macro")
+    return (accuracy_score if metric == "accuracy" else balanced_accuracy_score)(labels, logits.argmax(1))
+
+
 def check_tau_and_ncm(bench, checkpoint, heads):
     """What test.py says of tau and NCM against the formulas on the model's features; heads: [C, D] an expert."""
     feats, labels = features(checkpoint, "test")
 
-    def tau_accuracy(tau, feats=feats, labels=labels):
+    def tau_logits(tau, feats):
         logits = [feats[:, i] @ (w / w.norm(dim=1, keepdim=True) ** tau).t() for i, w in enumerate(heads)]
-        return right(torch.stack(logits).mean(0), labels)
+        return torch.stack(logits).mean(0)
+
+    def tau_accuracy(tau):
+        return right(tau_logits(tau, feats), labels)
 
     close = {"abs": 0.0041}  # float32 ties: two images of 500
     for tau in (0.0, 0.7):
         figures = bench.test(checkpoint, "--classifier", "tau", "--tau", tau)
         assert figures["tau"] == tau and figures["accuracy"] == pytest.approx(tau_accuracy(tau), **close)
-    swept = bench.test(checkpoint, "--tau", "0:2:0.1")
-    found = swept["tau_sweep"]
-    assert len(found["tau"]) == len(found["val_accuracy"]) == 21
-    assert swept["tau"] == found["tau"][int(np.argmax(found["val_accuracy"]))]  # the smaller of equals
     on_val = features(checkpoint, "val")
-    assert found["val_accuracy"] == pytest.approx([tau_accuracy(tau, *on_val) for tau in found["tau"]], abs=0.0075)
-    assert swept["accuracy"] == pytest.approx(tau_accuracy(swept["tau"]), **close)
+    for metric, flags in (("class_mean_acc", []), ("accuracy", ["--tau_metric", "accuracy"]),
+                          ("macro_f1", ["--tau_metric", "macro_f1"])):
+        swept = bench.test(checkpoint, "--tau", "0:2:0.1", *flags)
+        found = swept["tau_sweep"]
+        values = found[f"val_{metric}"]
+        assert found["metric"] == metric and len(found["tau"]) == len(values) == 21
+        assert swept["tau"] == found["tau"][int(np.argmax(values))]  # the smaller of equals
+        expected = [score(metric, tau_logits(tau, on_val[0]), on_val[1]) for tau in found["tau"]]
+        assert values == pytest.approx(expected, abs=0.0075)
+        assert swept["accuracy"] == pytest.approx(tau_accuracy(swept["tau"]), **close)
 
     train_feats, train_labels = features(checkpoint, "train_eval")
     assert len(train_labels) == 331

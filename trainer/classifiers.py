@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from model import posthoc
+from model.metric import EvalState
 from utils import dist
 
 Head = Callable[[dict[str, Any]], torch.Tensor]
@@ -30,16 +31,21 @@ def tau_head(model: nn.Module, tau: float) -> Head:
     return lambda outputs: heads.logits(outputs["feat"], tau)
 
 
-def sweep_tau(model: nn.Module, loader: Any, taus: list[float]) -> tuple[float, list[float]]:
-    """The tau that is best on `loader`'s split by overall accuracy (the smaller of equals), and each one's accuracy."""
+def sweep_tau(model: nn.Module, loader: Any, taus: list[float],
+              metric: str = "class_mean_acc") -> tuple[float, list[float]]:
+    """The tau with the largest `metric` on `loader`'s split (the smaller of equals), and each one's value.
+
+    metric: `class_mean_acc`, `accuracy` or `macro_f1`, as `model.metric.EvalState` computes them.
+    """
     heads = posthoc.TauHeads(posthoc.model_heads(model))
-    right = torch.zeros(len(taus) + 1, dtype=torch.long, device=next(model.parameters()).device)
+    states = [EvalState(heads.num_classes, next(model.parameters()).device) for _ in taus]
     for feats, labels in features(model, loader):
-        right[:-1] += heads.correct(feats, labels, taus)
-        right[-1] += len(labels)
-    *counts, total = dist.all_reduce_sum(right).tolist()
-    accuracies = [count / max(1, total) for count in counts]
-    return posthoc.best_tau(taus, accuracies), accuracies
+        heads.count(feats, labels, taus, states)
+    for state in states:
+        for counter in state.tensors():
+            dist.all_reduce_sum(counter)
+    values = [state.compute()[metric] for state in states]
+    return posthoc.best_tau(taus, values), values
 
 
 def ncm_head(model: nn.Module, train_loader: Any, num_classes: int, feat_type: str) -> Head:

@@ -39,7 +39,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         the figures of test_metrics.json, each metric, and `seconds`; where the model's dict has each expert's logits
         also `expert_acc` and `expert_disagreement`; for expert-assignment models `expert_share`.
     """
-    if hasattr(loader, "ground_truth"):  # detectors are scored by average precision
+    if loader.detects:  # detectors are scored by average precision
         from trainer.coco_eval import evaluate_detector
         return evaluate_detector(model, loader, groups=groups, amp=amp, max_batches=max_batches, keep=keep)
     # Imported here: the trainer imports this module.

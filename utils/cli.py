@@ -194,6 +194,8 @@ def test_parser() -> argparse.ArgumentParser:
     how.add_argument("--classifier", choices=("joint", "ncm", "tau"),
                      help="joint: the trained one (default); ncm: nearest class mean; tau: weights / norm^tau")
     how.add_argument("--tau", metavar="T", help="0.7, or FIRST:LAST:STEP for a sweep; for --classifier tau")
+    how.add_argument("--tau_metric", choices=("class_mean_acc", "accuracy", "macro_f1"), help="what a sweep's tau is "
+                     "best in on the validation images (default class_mean_acc: rare classes count as much as others)")
     how.add_argument("--feat_type", choices=("un", "l2n", "cl2n"), help="features for --classifier ncm: "
                      "as they are, of length 1, or centred and of length 1 (default cl2n)")
     how.add_argument("--open_set", metavar="LIST", help="a list file of images of no known class")
@@ -230,8 +232,8 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of test.py: config, resume, device, overrides as in train.py; split, classifier ("joint" where not
-    given), tau (list of floats, None without the tau classifier), feat_type, open_set, open_threshold, allow_partial,
-    report.
+    given), tau (list of floats, None without the tau classifier), tau_metric, feat_type, open_set, open_threshold,
+    allow_partial, report.
 
     Raises ConfigError for an unknown flag, a missing value or file, and flags that don't go together.
     """
@@ -245,6 +247,9 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ConfigError("--feat_type: goes with --classifier ncm")
     args.classifier = args.classifier or ("tau" if args.tau is not None else "joint")
     args.tau = parse_taus(args.tau or "0:2:0.1") if args.classifier == "tau" else None
+    if args.tau_metric is not None and len(args.tau or ()) < 2:
+        raise ConfigError("--tau_metric: chooses from a sweep, --tau FIRST:LAST:STEP")
+    args.tau_metric = args.tau_metric or "class_mean_acc"
     args.feat_type = args.feat_type or "cl2n"
     args.open_threshold = _number(args.open_threshold, "--open_threshold")
     if not 0 <= args.open_threshold <= 1:

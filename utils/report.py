@@ -57,8 +57,8 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any) -> Any:
     from utils.report_facts import BY_IMAGE, RunFacts
     from utils.runs import read_table
     if result is None or ("predictions" not in result and result.get("classifier", "joint") == "joint"):
-        detects = hasattr(loader, "ground_truth")
-        result = {**(result or {}), **evaluate(run.model, loader, groups=run.config.get("groups"), keep=not detects)}
+        result = {**(result or {}),
+                  **evaluate(run.model, loader, groups=run.config.get("groups"), keep=not loader.detects)}
     if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
         result = {key: value for key, value in result.items() if key not in BY_IMAGE}
     data = run.data

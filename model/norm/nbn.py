@@ -46,7 +46,7 @@ class NormalizedBatchNorm2d(nn.BatchNorm2d):
             return None, None
         both = torch.stack((self.weight, self.bias))      # [2, C]: in half the steps, which narrow layers notice
         length = torch.linalg.vector_norm(both, dim=1, keepdim=True)
-        return (both / (length + _TINY) * self.scale).unbind()
+        return (both * (self.scale / (length + _TINY))).unbind()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import model.posthoc as posthoc
 from model.classifier import HEADS, make_head
-from model.metric import evaluate_logits
+from model.metric import EvalState, evaluate_logits
 from model.posthoc import (
     LinearHead,
     TauHeads,
@@ -16,8 +16,6 @@ from model.posthoc import (
     fit_nearest_class_mean,
     linear_head,
     model_heads,
-    parse_taus,
-    select_tau,
     tau_normalised,
 )
 from utils.errors import ConfigError
@@ -93,12 +91,17 @@ def test_model_heads_go_with_its_features(experts, use):
 
 def test_a_sweep_counts_what_each_tau_gets_right(data, monkeypatch):
     feats, labels = data
-    heads, taus = TauHeads([LinearHead(w) for w in weights()]), parse_taus("0:2:0.1")
-    expected = [(heads.logits(feats, tau).argmax(1) == labels).double().mean().item() for tau in taus]
+    heads, taus = TauHeads([LinearHead(w) for w in weights()]), [k / 10 for k in range(21)]
+    expected = [evaluate_logits(heads.logits(feats, tau), labels, [200, 50, 30, 9, 2]) for tau in taus]
     for chunk in (2**24, E * C * 7):
         monkeypatch.setattr(posthoc, "CHUNK", chunk)
-        tau, accuracies = select_tau(heads, feats, labels, taus)
-        assert accuracies == pytest.approx(expected) and tau == best_tau(taus, expected)
+        states = [EvalState(C) for _ in taus]
+        for part in (slice(40), slice(40, None)):
+            heads.count(feats[part], labels[part], taus, states)
+        for state, figures in zip(states, expected, strict=True):
+            found = state.compute([200, 50, 30, 9, 2])
+            assert found["per_class_acc"] == figures["per_class_acc"] and found["macro_f1"] == figures["macro_f1"]
+            assert found["loss"] == pytest.approx(figures["loss"])
         assert torch.allclose(heads.logits(feats, 0.7), torch.cat([heads.logits(f, 0.7) for f in feats.split(9)]))
 
 
@@ -109,16 +112,6 @@ def test_best_tau_prefers_the_smaller_of_equals():
 def test_features_of_other_experts_are_refused(data):
     with pytest.raises(ValueError, match="3 experts for 1 heads"):
         TauHeads([LinearHead(weights()[0])]).logits(data[0], 1)
-
-
-def test_parse_taus():
-    assert parse_taus("0.7") == [0.7] and parse_taus(1) == [1.0]
-    sweep = parse_taus("0:2:0.1")
-    assert len(sweep) == 21 and sweep[3] == 0.3 and sweep[-1] == 2.0
-    assert parse_taus("0:1:0.3") == [0, 0.3, 0.6, 0.9] and parse_taus("1:1:1") == [1.0]
-    for wrong in ("", "a", "0:1", "1:0:0.1", "0:1:0", "0:1:-1", "0:inf:1", "nan", "0:1:1e-9", "1:2:3:4"):
-        with pytest.raises(ConfigError, match="--tau"):
-            parse_taus(wrong)
 
 
 def slow_ncm(train, labels, test, feat_type, distance):

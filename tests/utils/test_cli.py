@@ -88,7 +88,8 @@ def test_test_flags(checkpoint):
     args = parse_test(["-r", checkpoint])
     assert (args.classifier, args.tau, args.split, args.report, args.open_set) == ("joint", None, "test", False, None)
     assert parse_test(["-r", checkpoint, "--tau", "0.7"]).classifier == "tau"
-    assert parse_test(["-r", checkpoint, "--classifier", "tau"]).tau[-1] == 2.0
+    swept = parse_test(["-r", checkpoint, "--classifier", "tau"])
+    assert swept.tau[-1] == 2.0 and swept.tau_metric == "class_mean_acc"
     args = parse_test(["-r", checkpoint, "--classifier", "ncm", "--feat_type", "l2n", "--open_set", checkpoint,
                        "--open_threshold", "0.2", "--allow_partial", "--split", "val"])
     assert (args.feat_type, args.open_threshold, args.allow_partial, args.split) == ("l2n", 0.2, True, "val")
@@ -127,6 +128,9 @@ WRONG_TEST = [
     (["-r", "HERE", "--tau", "2:0:0.1"], "FIRST:LAST:STEP"), (["-r", "HERE", "--tau", "0:2:0"], "FIRST:LAST:STEP"),
     (["-r", "HERE", "--tau", "0:1e9:1e-9"], "more than 1000"), (["-r", "HERE", "--tau", "inf"], "isn't a number"),
     (["-r", "HERE", "--tau=-1"], "must be 0 or more"),
+    (["-r", "HERE", "--tau_metric", "accuracy"], "--tau_metric: chooses from a sweep"),
+    (["-r", "HERE", "--tau", "1", "--tau_metric", "accuracy"], "--tau_metric: chooses from a sweep"),
+    (["-r", "HERE", "--tau", "0:1:0.1", "--tau_metric", "f1"], "--tau_metric"),
     (["-r", "HERE", "--classifier", "ncm", "--tau", "1"], "--tau: goes with --classifier tau"),
     (["-r", "HERE", "--feat_type", "l2n"], "--feat_type: goes with --classifier ncm"),
     (["-r", "HERE", "--open_threshold", "2"], "--open_threshold: must be from 0 to 1"),
