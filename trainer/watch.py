@@ -1,6 +1,7 @@
 """What a run shows beside its scalars: the input grid, histograms, attention, norm statistics, NBN's scales."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from logger.log import get_logger
 from utils import dist
+from utils.class_counts import FEW, GROUPS, MANY, shot_group
 from utils.errors import ConfigError
 from utils.report_facts import BY_IMAGE
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
 log = get_logger()
-GROUP_NAMES = ("many", "medium", "few")
+MOST_ROWS = 240     # of the attention matrix; classes that are next to each other in frequency share one from there on
 
 
 def gather_images(result: dict[str, Any]) -> dict[str, Any]:
@@ -28,6 +30,57 @@ def gather_images(result: dict[str, Any]) -> dict[str, Any]:
     shares = [share for share in shares if len(share.get("labels", ()))]  # a rank may have had no image at all
     return {key: np.concatenate([share[key] for share in shares]) for key in BY_IMAGE
             if shares and all(key in share for share in shares)}
+
+
+class AttentionByClass:
+    """Sums of the attention that images of one class pay to those of another, on the device, most frequent class first.
+
+    Above MOST_ROWS classes, neighbours of one group share a row.
+    """
+
+    def __init__(self, counts: Sequence[int], groups: dict[str, float], device: torch.device):
+        self.group_of = [shot_group(count, groups.get("many", MANY), groups.get("few", FEW)) for count in counts]
+        order = sorted(range(len(counts)), key=lambda c: (GROUPS.index(self.group_of[c]), -counts[c]))
+        together = -(-len(counts) // MOST_ROWS)
+        self.rows: list[list[int]] = []                     # the classes of each row
+        for group in GROUPS:
+            members = [c for c in order if self.group_of[c] == group]
+            self.rows += [members[i:i + together] for i in range(0, len(members), together)]
+        row_of = torch.empty(len(counts), dtype=torch.long)
+        for row, members in enumerate(self.rows):
+            row_of[members] = row
+        self.row_of = row_of.to(device)
+        self.sums, self.pairs = torch.zeros(2, len(self.rows), len(self.rows), device=device)
+        self.images = torch.zeros(len(self.rows), device=device)
+
+    def add(self, weights: torch.Tensor, labels: torch.Tensor) -> None:
+        """A batch. weights: [N, N], row i says how much image i looks at each; labels: [N]."""
+        rows = torch.nn.functional.one_hot(self.row_of[labels], len(self.rows)).to(self.sums.dtype)
+        images = rows.sum(0)
+        self.sums += rows.T @ weights.to(self.sums.dtype) @ rows
+        self.pairs += torch.outer(images, images)
+        self.images += images
+
+    def clear(self) -> None:
+        for counter in (self.sums, self.pairs, self.images):
+            counter.zero_()
+
+    def relative(self) -> np.ndarray:
+        """Mean attention of an image of one row to an image of another, over that of all pairs: 1 is even. [R, R], NaN
+        for rows that never met."""
+        even = self.sums.sum() / self.pairs.sum()
+        return (self.sums / self.pairs / even).cpu().numpy()
+
+    def shares(self) -> np.ndarray:
+        """The share of its attention that an image of one group pays to each group's, [3, 3]; 0 without images."""
+        member = np.array([[self.group_of[row[0]] == group for row in self.rows] for group in GROUPS], dtype=float)
+        images = member @ self.images.cpu().numpy()
+        return member @ self.sums.cpu().numpy() @ member.T / np.maximum(images, 1)[:, None]
+
+    def labels(self, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+        """Each row's name and group."""
+        return ([str(names[row[0]] if names else row[0]) for row in self.rows],
+                [self.group_of[row[0]] for row in self.rows])
 
 
 class Watch:
@@ -48,15 +101,8 @@ class Watch:
             if self.block is None:
                 raise ConfigError("trainer.log_batch_attention: the model has no BatchFormer; set arch.args.add_bt 1")
             self.block.record = True
-            self.group_of = self._groups().to(trainer.device)
-            self.attention = torch.zeros(3, 3, device=trainer.device)
-            self.pairs = torch.zeros(3, 3, device=trainer.device)
-
-    def _groups(self) -> torch.Tensor:
-        """Class -> 0 many, 1 medium, 2 few."""
-        limits = self.trainer.config.get("groups") or {}
-        counts = torch.tensor(self.trainer.data_facts["cls_num_list"])
-        return (counts <= limits.get("many", 100)).long() + (counts < limits.get("few", 20)).long()
+            self.attention = AttentionByClass(trainer.data_facts["cls_num_list"], trainer.config.get("groups") or {},
+                                              trainer.device)
 
     # ------------------------------------------------------------------ steps
 
@@ -66,9 +112,7 @@ class Watch:
         if self.block is not None and self.block.last_attention is not None:
             weights = self.block.last_attention
             if weights.shape[0] == len(labels):  # the labels of other ranks' images aren't here
-                groups = torch.nn.functional.one_hot(self.group_of[labels], 3).to(weights.dtype)
-                self.attention += groups.T @ weights @ groups
-                self.pairs += groups.sum(0)[:, None]
+                self.attention.add(weights, labels)
 
     def log_step(self, step: int) -> None:
         """Draw the step's extras over optimizer steps."""
@@ -113,15 +157,17 @@ class Watch:
             self._draw_attention(epoch)
 
     def _draw_attention(self, epoch: int) -> None:
-        """Mean attention that an image of one group (row) pays to the images of another (column)."""
-        weights = (self.attention / self.pairs.clamp(min=1)).cpu()
-        self.attention.zero_()
-        self.pairs.zero_()
-        for i, row in enumerate(GROUP_NAMES):
-            for j, column in enumerate(GROUP_NAMES):
-                self.trainer.writer.add_scalar(f"attention_{row}_to_{column}/train", float(weights[i, j]), epoch)
-        big = weights.repeat_interleave(32, 0).repeat_interleave(32, 1)
-        self.trainer.writer.add_image("attention_by_group", (big / big.max().clamp(min=1e-9))[None], epoch)
+        """How much an epoch's images attended to each other: shares by group, and class by class."""
+        from utils.figures import attention
+        from utils.plot_style import to_array
+        writer, shares = self.trainer.writer, self.attention.shares()
+        for i, row in enumerate(GROUPS):
+            for j, column in enumerate(GROUPS):
+                writer.add_scalar(f"attention_{row}_to_{column}/train", float(shares[i, j]), epoch)
+        names = self.trainer.data_facts["class_names"]
+        figure = attention(self.attention.relative(), *self.attention.labels(names))
+        writer.add_image("attention_by_class", to_array(figure), epoch, dataformats="HWC")
+        self.attention.clear()
 
     # ------------------------------------------------------------------ the end
 
