@@ -31,20 +31,26 @@ def same_format(a: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return a.contiguous()
 
 
-def dot_and_sum(a: torch.Tensor, b: torch.Tensor, per_sample: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum(a * b) and sum(a) of a, b [N, C, H, W] alike in type and format: [C] each, or [N, C] for each sample."""
+def dot_and_sum(a: torch.Tensor, b: torch.Tensor, per_sample: bool = False,
+                centre: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum(a * (b - centre)) and sum(a) of a, b [N, C, H, W] alike in type and format: [C] each, or [N, C] for each
+    sample, and centre (0 where it is None) like them."""
     wide = wide_type(a.dtype)
     if per_sample and not a.is_contiguous():
+        b = b if centre is None else b - _column(centre)
         return torch.mul(a.to(wide), b).sum((2, 3)), a.sum((2, 3), dtype=wide)
     if per_sample:                                   # the samples' planes as channels of one sample
         n, c = a.shape[:2]
-        sums = dot_and_sum(a.view(1, n * c, *a.shape[2:]), b.view(1, n * c, *b.shape[2:]))
+        planes = (1, n * c, *a.shape[2:])
+        sums = dot_and_sum(a.view(planes), b.view(planes), centre=None if centre is None else centre.reshape(-1))
         return sums[0].view(n, c), sums[1].view(n, c)
     positions = 1 if a.is_contiguous() or not _runs_kernels(a) else _positions_a_row(a)
     if positions > 1:
         a, b = _long_rows(a, positions), _long_rows(b, positions)
+        centre = None if centre is None else centre.repeat(positions)
     zero, one = _zeros_ones(a, a.shape[1])
-    _, dot, total = _native_backward(a, b, one, zero, one, None, None, False, 0.0, [False, True, True])
+    _, dot, total = _native_backward(a, b, one, zero if centre is None else centre, one, None, None, False, 0.0,
+                                     [False, True, True])
     if positions > 1:
         dot, total = dot.view(positions, -1).sum(0), total.view(positions, -1).sum(0)
     return dot, total

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.norm.grouped import affine_per_sample, check_group_size, group_expand, group_moments
+from model.norm.grouped import check_group_size, group_moments, normalise_groups
 from model.norm.kernels import moments, normalise, same_format
 from model.norm.running import update_running
 from utils.errors import ConfigError
@@ -54,9 +54,7 @@ class BatchRenorm2d(nn.BatchNorm2d):
         r, d = self._corrections(mean, var)
         update_running(self, mean, var, values)
         weight, bias = self._affine()
-        scale = weight * r * (var + self.eps).rsqrt()
-        shift = weight * d + bias - mean * scale
-        return affine_per_sample(x, group_expand(scale, size, len(x)), group_expand(shift, size, len(x)))
+        return normalise_groups(x, weight * r, weight * d + bias, mean, var, self.eps, size)
 
     def _whole_batch(self, x: torch.Tensor, values: int) -> torch.Tensor:
         """r and d don't depend on gradients, so w * r and w * d + b are a plain batch norm's weight and bias."""

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.norm import BatchRenorm2d, NormalizedBatchNorm2d
+from model.norm.grouped import group_moments, normalise_groups
 from model.norm.kernels import dot_and_sum, moments, normalise, own_moments_pay
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -109,3 +110,37 @@ def test_dot_and_sum_are_those_of_float64(n, c, h, w, memory_format, per_sample,
     for ours, exact in zip(dot_and_sum(a, b, per_sample), ((a.double() * b).sum(dims), a.double().sum(dims)),
                            strict=True):
         assert ours.shape == exact.shape and torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("n,size", [(4, 2), (5, 2), (3, 4), (2, 1)])
+def test_groups_are_batch_norms_of_their_own(n, size, memory_format):
+    torch.manual_seed(0)
+    x = torch.randn(n, 3, 2, 3, dtype=torch.double).contiguous(memory_format=memory_format).requires_grad_()
+    groups = -(-n // size)
+    weight, bias = (torch.randn(groups, 3, dtype=torch.double, requires_grad=True) for _ in range(2))
+
+    def together(x, weight, bias):
+        return normalise_groups(x, weight, bias, *group_moments(x, size), 1e-5, size)
+
+    out = together(x, weight, bias)
+    assert out.is_contiguous(memory_format=memory_format)
+    for g, part in enumerate(x.split(size)):
+        alone = nn.functional.batch_norm(part, None, None, weight[g], bias[g], True)
+        assert torch.allclose(out[g * size:(g + 1) * size], alone)
+    assert torch.autograd.gradcheck(together, (x, weight, bias))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_groups_far_from_zero_keep_their_gradient(memory_format):
+    torch.manual_seed(0)
+    far = (torch.randn(6, 3, 5, 5) + 1e3).contiguous(memory_format=memory_format)
+    dy = torch.randn(6, 3, 5, 5)
+    results = []
+    for dtype in (torch.float32, torch.double):
+        x = far.to(dtype, copy=True).requires_grad_()
+        weight = torch.ones(3, 3, dtype=dtype, requires_grad=True)
+        normalise_groups(x, weight, torch.zeros(3, dtype=dtype), *group_moments(x, 2), 1e-5, 2).backward(dy.to(dtype))
+        results.append((x.grad.double(), weight.grad.double()))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).abs().max() < 1e-3 * exact.abs().max()
