@@ -133,9 +133,9 @@ def test_a_changed_config_isnt_mixed_with_old_runs(tmp_path, stand_ins):
     check_unchanged(jobs[0])
     jobs, _ = read_sweep(write(tmp_path, methods={"ce": {"set": {"trainer.verbosity": 0}}}))
     check_unchanged(jobs[0])
-    assert jobs[0].effective["optimizer"]["args"]["lr"] == 0.05
+    assert jobs[0].effective["optimizer"]["args"]["lr"] == 0.003
     jobs, _ = read_sweep(write(tmp_path, methods={"ce": {"set": {"optimizer.args.lr": 0.3}}}))
-    with pytest.raises(ConfigError, match=r"optimizer\.args\.lr 0\.05, the sweep now says 0\.3"):
+    with pytest.raises(ConfigError, match=r"optimizer\.args\.lr 0\.003, the sweep now says 0\.3"):
         check_unchanged(jobs[0])
 
 
