@@ -26,7 +26,7 @@ def group_mean(per_sample: torch.Tensor, size: int) -> torch.Tensor:
     n = len(per_sample)
     short = -n % size
     sums = F.pad(per_sample, (0, 0, 0, short)).unflatten(0, (-1, size)).sum(1)      # [G, C]
-    return sums / (group_sizes(len(per_sample), size, sums) if short else size)
+    return sums / (group_sizes(n, size, sums) if short else size)
 
 
 def group_sizes(n: int, size: int, like: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,7 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: t
     """
     if not _runs_kernels(x):
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-    return _ByOwnMoments.apply(x, weight, bias, mean, (var + eps).rsqrt_())
+    return _ByOwnMoments.apply(x, weight.to(mean.dtype), bias.to(mean.dtype), mean, (var + eps).rsqrt_())
 
 
 class _ByOwnMoments(torch.autograd.Function):

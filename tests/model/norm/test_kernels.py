@@ -1,4 +1,6 @@
 """Moments and batch norm by given moments, against float64 and torch's own; NBN where it uses them."""
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.norm import BatchRenorm2d, NormalizedBatchNorm2d
-from model.norm.grouped import group_moments, normalise_groups
+from model.norm.grouped import GroupedBatchNorm2d, group_moments, normalise_groups
 from model.norm.kernels import dot_and_sum, moments, normalise, own_moments_pay
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -75,6 +77,25 @@ def test_nbn_with_a_unit_affine_is_batch_norm(n, memory_format, dtype):
     for name in ("running_mean", "running_var"):
         assert torch.allclose(getattr(ours, name), getattr(plain, name), rtol=1e-5)
     assert ours.num_batches_tracked == plain.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("layer", [NormalizedBatchNorm2d, BatchRenorm2d,
+                                   functools.partial(BatchRenorm2d, normalization_batch_size=2),
+                                   functools.partial(GroupedBatchNorm2d, normalization_batch_size=2)])
+def test_whole_models_in_half_precision_train(layer, memory_format):
+    torch.manual_seed(0)
+    x = torch.randn(16, 4, 5, 5).contiguous(memory_format=memory_format)
+    wide, half = layer(4), layer(4).bfloat16()
+    outs = []
+    for one, dtype in ((wide, torch.float32), (half, torch.bfloat16)):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        out = one(leaf)
+        out.float().pow(3).sum().backward()
+        assert out.dtype == leaf.grad.dtype == one.weight.grad.dtype == dtype
+        outs.append((out.float(), one.weight.grad.float()))
+    for ours, exact in zip(outs[1], outs[0], strict=True):
+        assert (ours - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 @pytest.mark.parametrize("layer", [NormalizedBatchNorm2d, BatchRenorm2d])
