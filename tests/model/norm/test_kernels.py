@@ -51,31 +51,30 @@ def test_normalising_by_moments_is_batch_norm_to_the_second_derivative(memory_fo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("n", [3, 16, 21])
+@pytest.mark.parametrize("n", [3, 40])
 def test_nbn_with_a_unit_affine_is_batch_norm(n, memory_format, dtype):
     """Enough contiguous images go by `moments`; output, gradients and statistics are batch norm's either way."""
     torch.manual_seed(0)
-    x = (torch.randn(n, 6, 5, 4, dtype=dtype) * 2 + 3).contiguous(memory_format=memory_format)
+    x = (torch.randn(n, 6, 40, 30, dtype=dtype) * 2 + 3).contiguous(memory_format=memory_format)
     ours, plain = NormalizedBatchNorm2d(6, momentum=None), nn.BatchNorm2d(6, momentum=None)
     nn.init.uniform_(plain.weight, 0.5, 1), nn.init.normal_(plain.bias)
     with torch.no_grad():            # of unit length, so that w' = w and b' = b
         for name in ("weight", "bias"):
             getattr(plain, name).div_(getattr(plain, name).norm())
             getattr(ours, name).copy_(getattr(plain, name))
-    assert own_moments_pay(x) == (n >= 16 and memory_format is torch.contiguous_format)
+    assert own_moments_pay(x) == (n == 40 and memory_format is torch.contiguous_format)
     grads = []
     for layer in (ours, plain):
         for _ in range(2):
             leaf = x.clone().requires_grad_()
             out = layer(leaf)
-            out.float().square().mul(torch.arange(n)[:, None, None, None]).sum().backward()
+            (out.float() * leaf.detach().float().relu()).sum().backward()
         assert out.dtype == dtype and out.is_contiguous(memory_format=memory_format)
         grads.append((out.detach().float(), leaf.grad.float()))
-    near = {"rtol": 1e-4, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.6}
     for ours_, plain_ in zip(*grads, strict=True):
-        assert torch.allclose(ours_, plain_, **near)
+        assert (ours_ - plain_).abs().max() < plain_.abs().max() * (1e-5 if dtype is torch.float32 else 0.01)
     for name in ("running_mean", "running_var"):
-        assert torch.allclose(getattr(ours, name), getattr(plain, name), rtol=1e-5)
+        assert torch.allclose(getattr(ours, name), getattr(plain, name), rtol=1e-4)
     assert ours.num_batches_tracked == plain.num_batches_tracked == 2
 
 
@@ -85,15 +84,15 @@ def test_nbn_with_a_unit_affine_is_batch_norm(n, memory_format, dtype):
                                    functools.partial(GroupedBatchNorm2d, normalization_batch_size=2)])
 def test_whole_models_in_half_precision_train(layer, memory_format):
     torch.manual_seed(0)
-    x = torch.randn(16, 4, 5, 5).contiguous(memory_format=memory_format)
+    x = torch.randn(32, 4, 48, 48).contiguous(memory_format=memory_format)
     wide, half = layer(4), layer(4).bfloat16()
     outs = []
     for one, dtype in ((wide, torch.float32), (half, torch.bfloat16)):
         leaf = x.to(dtype, copy=True).requires_grad_()
         out = one(leaf)
-        out.float().pow(3).sum().backward()
+        (out.float() * x.relu()).sum().backward()
         assert out.dtype == leaf.grad.dtype == one.weight.grad.dtype == dtype
-        outs.append((out.float(), one.weight.grad.float()))
+        outs.append((out.float(), leaf.grad.float()))
     for ours, exact in zip(outs[1], outs[0], strict=True):
         assert (ours - exact).abs().max() < 0.03 * exact.abs().max()
 
