@@ -353,6 +353,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     """
     warnings.showwarning = _show_on_stdout
     logging.lastResort = logging.StreamHandler(sys.stdout)
+    logging.lastResort.setLevel(logging.WARNING)  # as the one it replaces
     threading.excepthook = _quiet_disk_error
     try:
         status = main() or 0

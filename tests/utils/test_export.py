@@ -40,6 +40,7 @@ def test_onnx_of_a_run(digits_run, tmp_path, run_cli):
     done = run_cli(["-m", "utils.export", "-r", tmp_path / "checkpoint.pth", "--format", "onnx", "-d", "cpu"],
                    check=True)
     assert done.stderr == "" and float(re.search(r"difference from PyTorch: (\S+)", done.stdout)[1]) < 1e-4
+    assert done.stdout.startswith("largest difference")     # nothing of what the exporters log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "model.onnx"]
 
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
