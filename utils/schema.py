@@ -92,7 +92,7 @@ TRAINER = (
     Row("no_decay_scale", "bool", False, "no weight decay on NBN's learned scales"),
     Row("classifier_lr", "float | None", None, "a base rate of the classifier's own (Places-LT)", above=0),
     Row("bt_gather", "bool", False, "BatchFormer attends over all processes' features"),
-    Row("log_batch_attention", "bool", False, "BatchFormer's class-by-class attention, to TensorBoard"),
+    Row("log_batch_attention", "bool", False, "BatchFormer's attention, class by class, to TensorBoard"),
     Row("record_statistics", "bool", False, "one norm layer's forward and backward statistics, to TensorBoard"),
     Row("statistics_layer", "str | None", None, "that layer's name; null takes the last norm layer"),
     Row("image_grid", "bool", True, "a grid of input images, to TensorBoard, once"),
