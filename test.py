@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import parse_test, run_main
-from utils.config import load_config
+from utils.config.load import load_config
 from utils.errors import ConfigError
 
 
@@ -25,12 +25,12 @@ def main(argv: list[str] | None = None) -> None:
 def test(args: Namespace) -> dict[str, Any]:
     """The evaluation, step by step; returns what is written to test_metrics.json."""
     from logger.log import get_logger, setup_logging
+    from tools.session import open_run
     from trainer.evaluate import evaluate, format_result
     from utils import dist
     from utils.device import pick_device, set_determinism
     from utils.files import write_json
     from utils.seed import seed_everything
-    from utils.session import open_run
 
     setup_logging(0 if args.quiet else 2)
     log = get_logger()
@@ -65,12 +65,12 @@ def test(args: Namespace) -> dict[str, Any]:
         except OSError as error:
             raise ConfigError(f"{target}: can't be written: {error.strerror}") from None
         if found is not None:
-            from trainer.coco_eval import write_results
+            from trainer.detection.coco_eval import write_results
             for path in write_results(target.parent, found):
                 log.info("detections in %s", path)
         log.info("\nwritten to %s", target)
         if args.report:
-            from utils.report import write_report
+            from tools.report import write_report
             log.info("report     %s", write_report(run, result={**result, **by_image}, loader=loader))
     dist.cleanup()
     return result
@@ -125,8 +125,8 @@ def open_set(args: Namespace, run: Any, head: Any, result: dict[str, Any]) -> di
 
     from logger.log import get_logger
     from model.metric import open_set_f_measure
+    from tools.classify import classify_list
     from utils import dist
-    from utils.classify import classify_list
     if dist.world_size() > 1:
         raise ConfigError("--open_set: needs all test images in one process; run it without torchrun")
     preds, probs = classify_list(run, args.open_set, head)

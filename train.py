@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import parse_train, run_main
-from utils.config import check_second_stage, load_config
+from utils.config.load import check_second_stage, load_config
 from utils.errors import ConfigError
 from utils.stop import StopRequest
 
 if TYPE_CHECKING:
-    from utils.run_paths import RunPaths
-    from utils.session import Start
+    from base.run_paths import RunPaths
+    from tools.session import Start
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,10 +56,11 @@ def workers_wanted(args: Namespace, config: dict[str, Any] | None) -> int:
 def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> None:
     """The run, step by step."""
     from logger.log import get_logger, set_verbosity, setup_logging
+    from tools import session
     from trainer import trainer_class
     from trainer.evaluate import format_result
     from trainer.schedules import build_optimizer, build_scheduler
-    from utils import dist, session
+    from utils import dist
     from utils.device import pick_device, set_determinism
     from utils.launch import note_stop
     from utils.seed import seed_everything
@@ -125,17 +126,17 @@ def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool) -> str:
     """What to do with a finished run, each a command to copy."""
     file, log, models = (shlex.quote(str(path)) for path in (checkpoint, paths.log, paths.models))
     steps = {"checkpoint": checkpoint, "evaluate": f"python test.py -r {file}",
-             "look at it": f"tensorboard --logdir {log}", "report": f"python -m utils.report {models}"}
+             "look at it": f"tensorboard --logdir {log}", "report": f"python -m tools.report {models}"}
     if is_classifier:
-        steps |= {"predict": f"python -m utils.predict -r {file} PHOTOS",
-                  "export": f"python -m utils.export -r {file} --format onnx"}
+        steps |= {"predict": f"python -m tools.predict -r {file} PHOTOS",
+                  "export": f"python -m tools.export -r {file} --format onnx"}
     return "\n".join(f"{what:<13}{how}" for what, how in steps.items())
 
 
 def run_folders(args: Namespace, start: Start) -> RunPaths:
     """Where the run's files go: a new place, or where it goes on. Another run's files are never written over."""
+    from base.run_paths import new_run, run_of
     from utils import dist
-    from utils.run_paths import new_run, run_of
     if start.goes_on:
         return run_of(start.path)
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from base.run_paths import RunPaths
 from logger.log import get_logger, log_to_file
 from logger.metrics_csv import MetricsCSV
 from logger.tensorboard import make_writer
 from utils import dist
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint.store import save_checkpoint
 from utils.errors import ConfigError, RunError
 from utils.files import write_json
-from utils.run_paths import RunPaths
 from utils.seed import rng_state, set_rng_state
 from utils.stop import StopRequest
 
@@ -248,7 +248,7 @@ class BaseTrainer(ABC):
         self.writer.flush()
 
     def _report_time(self, epoch: int, start_batch: int, train_seconds: float, seconds: float) -> None:
-        """A row of timing.csv: what `utils.compare` shows as wall time and images/s.
+        """A row of timing.csv: what `tools.compare` shows as wall time and images/s.
 
         A file of its own, because metrics.csv is the same for the same seed and times never are.
         """

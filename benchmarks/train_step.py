@@ -38,7 +38,7 @@ from model.model import build_model
 from trainer.schedules import build_optimizer
 from trainer.trainer import Trainer
 from utils.allocator import keep_freed_memory
-from utils.config import load_config
+from utils.config.load import load_config
 
 CONFIG, BATCH, LOADER_PROCESSES = "configs/cifar100_lt_ride_bt.json", 128, 2
 PROFILED = 3    # steps

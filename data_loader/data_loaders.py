@@ -6,10 +6,10 @@ from typing import Any as _Any
 
 from data_loader import datasets as _datasets
 from data_loader import files as _files
-from data_loader.detection import CocoDataLoader, DigitScenesDataLoader  # noqa: F401  detection's, offered here too
+from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader  # noqa: F401  detection's, offered here too
 from data_loader.image_loader import ImageDataLoader as _ImageDataLoader
 from data_loader.imbalance import img_num_per_cls as _img_num_per_cls
-from utils.build import build as _build
+from utils.config.build import build as _build
 
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 

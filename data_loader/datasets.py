@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.checkpoint.safe_pickle import read_arrays
 from utils.dist import rank
 from utils.errors import ConfigError
-from utils.safe_pickle import read_arrays
 
 
 @dataclass

@@ -21,7 +21,7 @@ from data_loader.samplers import SAMPLERS, ClassBalancedSampler
 from data_loader.splitting import holdout_of_spare, summary, take_share
 from data_loader.transforms import IMAGENET_STATISTICS, LARGEST_RESIZED, Normalise, test_preprocess
 from data_loader.workers import FileBatches, Sources, decode_all, worker_count
-from utils.build import build
+from utils.config.build import build
 from utils.errors import ConfigError
 
 LARGEST_SMALL = 64          # up to this image_size, images are augmented by the batch

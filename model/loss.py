@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.build import build
 from utils.class_counts import class_counts
+from utils.config.build import build
 from utils.dist import all_reduce_sum
 from utils.errors import ConfigError
 

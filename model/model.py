@@ -13,11 +13,11 @@ from model.blocks import BasicBlock, Bottleneck
 from model.classifier import HEADS
 from model.resnet import CIFAR, IMAGENET, ResNet
 from model.routing import RoutedResNet
-from utils.build import build
+from utils.config.build import build
 from utils.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
-    from model.detection import MaskRCNNR50FPNModel  # noqa: F401
+    from model.detection.mask_rcnn import MaskRCNNR50FPNModel  # noqa: F401
 
 
 def _require(ok: bool, key: str, message: str) -> None:
@@ -240,7 +240,7 @@ ARCHS: dict[str, type[BaseModel]] = {
 
 
 #: Architectures whose module is imported when they are asked for: torchvision alone takes a second.
-ELSEWHERE = {"MaskRCNNR50FPNModel": "model.detection"}
+ELSEWHERE = {"MaskRCNNR50FPNModel": "model.detection.mask_rcnn"}
 
 
 def __getattr__(name: str) -> type[BaseModel]:

@@ -52,7 +52,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def run_cli():
-    """`run_cli(["train.py", "-c", ...], check=True)`, `run_cli(["-m", "utils.report", ...])`: see `run_python`."""
+    """`run_cli(["train.py", "-c", ...], check=True)`, `run_cli(["-m", "tools.report", ...])`: see `run_python`."""
     return run_python
 
 

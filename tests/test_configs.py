@@ -146,7 +146,7 @@ def test_stages_of_one_setting_agree(name):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=IDS)
 def test_config_reads(path):
-    from utils.config import load_config
+    from utils.config.load import load_config
 
     config = load_config(path)
     assert config["name"] == path.stem

@@ -99,7 +99,7 @@ def test_files_of_commands_exist(page, command):
 def test_flags_and_values_are_right(page, command, tmp_path, monkeypatch):
     """The real parser and checker read the command; checkpoints that the reader is to fill in are stood in for."""
     from utils.cli import parse_test, parse_train
-    from utils.config import load_config
+    from utils.config.load import load_config
 
     monkeypatch.chdir(ROOT)
     script = next(word for word in command if word in ("train.py", "test.py"))
@@ -217,14 +217,14 @@ def test_what_comes_after(command, new_user, monkeypatch, capsys):
     monkeypatch.chdir(new_user)
     assert (new_user / RUN / "model_best.pth").is_file(), "test_trainings_of_own_data makes it"
     command = list(command)
-    if command[1] == "utils.sweep" and "--dry_run" not in command:
+    if command[1] == "tools.sweep" and "--dry_run" not in command:
         command.append("--dry_run")  # a real one is in tests/utils/test_sweep.py
-    if command[1] != "utils.schema" and {"-d", "--gpus"}.isdisjoint(command) and \
-            command[1] not in ("utils.compare", "utils.gflops", "utils.convert_checkpoint"):
+    if command[1] != "utils.config.schema" and {"-d", "--gpus"}.isdisjoint(command) and \
+            command[1] not in ("tools.compare", "tools.gflops", "tools.convert_checkpoint"):
         command += ["-d", "cpu"]
     said = say(command, capsys)
     assert said.strip()
     for flag in ("--csv", "--gallery", "--html"):
         assert flag not in command or Path(command[command.index(flag) + 1]).stat().st_size > 100
-    if command[1] == "utils.report" or "--report" in command:
+    if command[1] == "tools.report" or "--report" in command:
         assert (new_user / RUN / "report.html").is_file()

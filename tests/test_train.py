@@ -20,14 +20,14 @@ def test_ends_with_table_checkpoint_and_next_commands(digits_run):
     assert f"checkpoint   {digits_run.checkpoint}" in text
     assert f"python test.py -r {digits_run.checkpoint}" in text
     assert f"tensorboard --logdir {digits_run.log}" in text
-    assert f"python -m utils.report {digits_run.models}\n" in text
-    assert f"python -m utils.predict -r {digits_run.checkpoint} PHOTOS\n" in text
-    assert f"python -m utils.export -r {digits_run.checkpoint} --format onnx" in text
+    assert f"python -m tools.report {digits_run.models}\n" in text
+    assert f"python -m tools.predict -r {digits_run.checkpoint} PHOTOS\n" in text
+    assert f"python -m tools.export -r {digits_run.checkpoint} --format onnx" in text
 
 
 def test_the_next_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path):
+    from base.run_paths import new_run
     from train import next_steps
-    from utils.run_paths import new_run
     paths = new_run(tmp_path / "my runs & more", "pets", "one")
     checkpoint = paths.models / "checkpoint-epoch1.pth"
     for line in next_steps(checkpoint, paths, is_classifier=True).splitlines()[1:]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import test as test_script
 import train
 from model.loss import RIDELossWithDistill
+from tools.session import open_run
 from trainer.distill_trainer import DistillTrainer
-from utils.session import open_run
 
 # Digits as they are (8x8) and narrow stages: what is tested is who learns what, not how well.
 SMALL = ["-d", "cpu", "--seed", "0", "--set", "data_loader.args.image_size=8", "--set", "trainer.tensorboard=false"]

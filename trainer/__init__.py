@@ -3,14 +3,14 @@ from __future__ import annotations
 
 import importlib
 
-from utils.build import lookup
+from utils.config.build import lookup
 
 #: `trainer.type` -> the module that defines the class of that name (imported when asked for).
 TRAINERS = {
     "Trainer": "trainer.trainer",
     "DistillTrainer": "trainer.distill_trainer",
     "ExpertAssignmentTrainer": "trainer.expert_assignment_trainer",
-    "DetectionTrainer": "trainer.detection_trainer",
+    "DetectionTrainer": "trainer.detection.trainer",
 }
 
 

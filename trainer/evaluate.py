@@ -40,7 +40,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         also `expert_acc` and `expert_disagreement`; for expert-assignment models `expert_share`.
     """
     if loader.detects:  # detectors are scored by average precision
-        from trainer.coco_eval import evaluate_detector
+        from trainer.detection.coco_eval import evaluate_detector
         return evaluate_detector(model, loader, groups=groups, amp=amp, max_batches=max_batches, keep=keep)
     # Imported here: the trainer imports this module.
     from trainer.trainer import autocast
@@ -105,7 +105,7 @@ def format_result(result: dict[str, Any], title: str = "") -> str:
     """The figures a person looks for first, in percent: all, many, medium, few, and what each expert has to do with it.
     """
     if "bbox_AP" in result:
-        from trainer.coco_eval import format_detection
+        from trainer.detection.coco_eval import format_detection
         return format_detection(result, title)
 
     def percent(value: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
-from utils.build import build
+from utils.config.build import build
 from utils.errors import ConfigError
 
 

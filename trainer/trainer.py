@@ -16,7 +16,7 @@ from model import metric as metrics_module
 from trainer.evaluate import evaluate
 from trainer.watch import Watch
 from utils import dist
-from utils.build import lookup
+from utils.config.build import lookup
 from utils.errors import RunError
 from utils.meters import Means
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from logger.figures.facts import BY_IMAGE
 from logger.log import get_logger
 from utils import dist
 from utils.class_counts import FEW, GROUPS, MANY, shot_group
 from utils.errors import ConfigError
-from utils.report_facts import BY_IMAGE
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -158,8 +158,8 @@ class Watch:
 
     def _draw_attention(self, epoch: int) -> None:
         """How much an epoch's images attended to each other: shares by group, and class by class."""
-        from utils.figures import attention
-        from utils.plot_style import to_array
+        from logger.figures.classes import attention
+        from logger.figures.style import to_array
         writer, shares = self.trainer.writer, self.attention.shares()
         for i, row in enumerate(GROUPS):
             for j, column in enumerate(GROUPS):
@@ -190,7 +190,7 @@ class Watch:
         if not trainer.writer:
             return
         try:
-            from utils.drawings import facts_of_training, figures_to_tensorboard
+            from logger.figures.drawings import facts_of_training, figures_to_tensorboard
             figures_to_tensorboard(trainer.writer, facts_of_training(trainer, result), trainer.last_epoch)
         except Exception as error:
             log.warning("no figures in TensorBoard (trainer.figures): %s", " ".join(f"{error}".split()) or repr(error))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from utils import dist
-from utils.config import Override, parse_json
+from utils.config.load import Override, parse_json
 from utils.errors import ConfigError, RunError, closest
 
 #: flags -> (config path, what it is). `--learning_rate` and the like are RIDE's and BatchFormer's names.

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from data_loader.image_loader import suited_size
-from utils.session import make_loader
+from tools.session import make_loader
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ SCENES = {"image_size": 64, "n_max": 8, "imb_factor": 0.25, "n_val": 1, "min_siz
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A data_dir for DigitScenesDataLoader that holds the SCENES already."""
-    from data_loader.detection import DigitScenesDataLoader
+    from data_loader.detection.loaders import DigitScenesDataLoader
     root = tmp_path_factory.mktemp("scenes")
     DigitScenesDataLoader(str(root), **SCENES)
     return root

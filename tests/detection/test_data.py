@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_loader.coco import read_coco
-from data_loader.detection import CocoDataLoader, DigitScenesDataLoader
+from data_loader.detection.coco import read_coco
+from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
+from data_loader.detection.rle import decode
 from tests.detection.conftest import SCENES, coco_content
 from utils.errors import ConfigError
-from utils.rle import decode
 
 
 def broken(**changes):

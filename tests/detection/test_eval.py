@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_loader.detection import CocoDataLoader, DigitScenesDataLoader
+from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
+from data_loader.detection.rle import decode, to_mask
 from tests.detection.conftest import SCENES
-from trainer.coco_eval import (
+from trainer.detection.coco_eval import (
     CocoEvaluator,
     class_groups,
     coco_results,
@@ -23,7 +24,6 @@ from trainer.coco_eval import (
 )
 from trainer.evaluate import format_result
 from utils.errors import ConfigError
-from utils.rle import decode, to_mask
 
 pytest.importorskip("pycocotools")
 

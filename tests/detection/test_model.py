@@ -6,7 +6,7 @@ from torchvision.models import resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
-from model.detection import MaskRCNNR50FPNModel
+from model.detection.mask_rcnn import MaskRCNNR50FPNModel
 from model.model import build_model
 from model.norm import CenConv2d, MABN2d
 from tests.detection.conftest import SMALL

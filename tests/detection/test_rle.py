@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from utils.rle import decode, encode, pack, polygons_to_mask, run_lengths, to_mask, unpack
+from data_loader.detection.rle import decode, encode, pack, polygons_to_mask, run_lengths, to_mask, unpack
 
 
 def test_runs_go_down_the_columns_and_begin_with_zeros():

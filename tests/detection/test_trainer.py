@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
+from base.run_paths import new_run
 from tests.conftest import run_python
 from tests.detection.conftest import SCENES, SMALL, coco_content
-from trainer.coco_eval import KINDS
-from trainer.detection_trainer import DetectionTrainer
+from trainer.detection.coco_eval import KINDS
+from trainer.detection.trainer import DetectionTrainer
 from trainer.schedules import build_optimizer, build_scheduler
-from utils.config import check_config
-from utils.run_paths import new_run
+from utils.config.load import check_config
 from utils.seed import seed_everything
 
 pytest.importorskip("pycocotools")
@@ -29,7 +29,7 @@ def config_for(scenes, save_dir, epochs=2, norm="BatchNorm2d", **trainer):
 
 
 def make(config, run_id, checkpoint=None, dry=False):
-    from utils import session
+    from tools import session
     seed_everything(0)
     loader = session.make_loader(config)
     model = session.make_model(config, loader.num_classes)
@@ -49,7 +49,7 @@ def make(config, run_id, checkpoint=None, dry=False):
 @pytest.mark.parametrize("norm", ["BatchNorm2d", {"type": "MABN", "args": {"B": 2, "real_B": 4, "warmup_iters": 1}}],
                          ids=["BatchNorm2d", "MABN"])
 def test_a_run_stopped_inside_an_epoch_goes_on_exactly(scenes, tmp_path, norm):
-    from utils.checkpoint import load_checkpoint
+    from utils.checkpoint.store import load_checkpoint
     config = config_for(scenes, tmp_path, norm=norm)
     whole = make(config, "whole")
     assert len(whole.train_loader) >= 3

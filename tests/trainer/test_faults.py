@@ -17,7 +17,7 @@ import torch
 import base.base_trainer as base_trainer
 from data_loader import workers
 from trainer.trainer import Trainer
-from utils.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
+from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, save_checkpoint
 from utils.errors import ConfigError, RunError
 
 # ---------------------------------------------------------------------- disks

@@ -31,9 +31,10 @@ def test_once_for_each_end(runs):
     assert set(pictures(runs.log("drawn"))["report/groups"]) == {1, 2}
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "utils.drawings"])
+@pytest.mark.parametrize("package", ["matplotlib", "logger.figures.drawings"])
 def test_what_cant_be_drawn_is_one_warning(package, runs, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name == package or name.startswith((f"{package}.", "utils.drawings"))]:
+    drawers = (f"{package}.", "logger.figures.drawings")
+    for name in [name for name in sys.modules if name == package or name.startswith(drawers)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert (runs("plain", "--epochs", 1, trainer=WANTED) / "checkpoint-epoch1.pth").is_file()

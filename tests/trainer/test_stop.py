@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
+from tools import session
 from trainer.trainer import Trainer
-from utils import session
 from utils.stop import StopRequest
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from utils import cli
 from utils.cli import parse_taus, parse_test, parse_train
-from utils.config import load_config
+from utils.config.load import load_config
 from utils.errors import ConfigError, RunError
 
 CONFIG = "configs/digits_lt_ride.json"

@@ -1,0 +1,1 @@
+"""Data for detection and instance segmentation."""

@@ -1,0 +1,112 @@
+"""A detection data set's pictures, resized and mirrored with their boxes and masks, and how often each comes."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from base.base_data_loader import AUGMENT, ORDER
+from data_loader.detection.coco import CocoSplit, box_corners
+from data_loader.detection.rle import to_mask
+from utils.errors import ConfigError
+from utils.seed import numpy_rng
+
+
+class RepeatFactor:
+    """Images of rare classes come more often (Gupta et al. 2019, LVIS, section 4.2), epochs keep their length.
+
+    An image's weight is the largest over its classes of max(1, sqrt(threshold / f)), f being the share of images that
+    have the class; each epoch draws its images by these weights.
+    """
+
+    def __init__(self, split: CocoSplit, threshold: float, seed: int):
+        classes = [{a["category_id"] for a in found if not a["iscrowd"]} for found in split.annotations]
+        share = {c["id"]: sum(c["id"] in has for has in classes) / len(classes) for c in split.categories}
+        self.weights = np.array([max([1.0, *((threshold / share[c]) ** 0.5 for c in has)]) for has in classes])
+        self.epoch_length, self.seed = len(self.weights), seed
+
+    def epoch_indices(self, epoch: int) -> np.ndarray:
+        """np.int64 [images]: every image's whole number of copies, the rest drawn."""
+        rng = numpy_rng(self.seed, epoch, ORDER)
+        expected = self.weights * (len(self.weights) / self.weights.sum())
+        copies = np.floor(expected).astype(np.int64)
+        left = len(expected) - int(copies.sum())
+        if left:
+            rest = expected - copies
+            drawn = rng.choice(len(rest), size=left, replace=True, p=rest / rest.sum())
+            np.add.at(copies, drawn, 1)
+        return rng.permutation(np.repeat(np.arange(len(copies)), copies))
+
+
+class DetectionDataset(Dataset):
+    """Reads, resizes and flips; a key is (epoch, position in the epoch, image).
+
+    Errors are returned, not raised: a worker process would bury them in a traceback.
+    """
+
+    def __init__(self, split: CocoSplit, training: bool, min_size: list[int], max_size: int, flip: float, seed: int):
+        self.split, self.training, self.seed = split, training, seed
+        self.min_size, self.max_size, self.flip = min_size, max_size, flip
+
+    def __len__(self) -> int:
+        return len(self.split.images)
+
+    def path(self, index: int) -> Path:
+        return self.split.folder / self.split.images[index]["file_name"]
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture in RGB, of the size its annotations are for. Raises ConfigError."""
+        path, entry = self.path(index), self.split.images[index]
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ConfigError(f"{path}: not a readable image ({str(error)[:100]})") from None
+        if image.size != (entry["width"], entry["height"]):
+            raise ConfigError(f"{path}: {image.width}x{image.height} pixels, but {self.split.file} says "
+                              f"{entry['width']}x{entry['height']}")
+        return image
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, dict[str, Any]] | ConfigError:
+        try:
+            return self.sample(*key)
+        except ConfigError as error:
+            return error
+
+    def sample(self, epoch: int, position: int, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """One image and its target; in training resized to a random scale and perhaps mirrored."""
+        image, entry = self.picture(index), self.split.images[index]
+        instances = [a for a in self.split.annotations[index] if not a["iscrowd"]]
+        labels = self.split.labels
+        target: dict[str, Any] = {"image_id": entry["id"], "boxes": torch.from_numpy(box_corners(instances)),
+                                  "labels": torch.tensor([labels[a["category_id"]] for a in instances],
+                                                         dtype=torch.long)}
+        if not self.training:
+            return to_tensor(image), target
+        rng = numpy_rng(self.seed, epoch, AUGMENT, position)
+        width, height = resized(image.width, image.height, int(rng.choice(self.min_size)), self.max_size)
+        target["boxes"] *= torch.tensor([width / image.width, height / image.height] * 2)
+        masks = np.zeros((len(instances), height, width), dtype=np.uint8)
+        for mask, instance in zip(masks, instances):
+            mask[:] = to_mask(instance["segmentation"], image.height, image.width, (height, width))
+        tensor = to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+        target["masks"] = torch.from_numpy(masks)
+        if rng.random() < self.flip:
+            tensor, target["masks"] = tensor.flip(-1), target["masks"].flip(-1)
+            target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
+        return tensor, target
+
+
+def resized(width: int, height: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """(width, height) with the shorter side `min_size`, or less where the longer one would pass `max_size`."""
+    scale = min(min_size / min(width, height), max_size / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A picture as float [3, H, W], 0 to 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)

@@ -1,0 +1,260 @@
+"""Loaders of pictures with boxes and masks: COCO's layout, and scenes of digits that are made on the spot.
+
+A batch is (list of images, list of targets). An image is float [3, H, W] from 0 to 1 (the model normalises); a target
+is a dict of `boxes` float [n, 4] (corners x0, y0, x1, y1 in pixels of that image), `labels` long [n] (1 to C; 0 is the
+background), `masks` uint8 [n, H, W] (training only) and `image_id` (int).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from base.base_data_loader import BaseDataLoader
+from data_loader.detection.coco import CocoSplit, read_coco
+from data_loader.detection.dataset import DetectionDataset, RepeatFactor
+from data_loader.detection.digit_scenes import make_scenes
+from utils.class_counts import FEW
+from utils.errors import ConfigError, unknown
+from utils.seed import generator, numpy_rng
+
+HOLDOUT = 3  # the stream of random numbers that picks held-out images
+
+
+class CocoDataLoader(BaseDataLoader):
+    """Pictures with COCO annotations. `data_dir` holds the annotation files and the image folders.
+
+    Args:
+        min_size: training images' shorter side, one of these at random (multi-scale), unless `max_size` is reached.
+            Evaluation gives pictures as they are; the model resizes those.
+        flip: the probability of mirroring a training image.
+        group_by_aspect: batches of wide or of high pictures only, so that less is padded.
+        keep_empty: train on pictures without instances too (they are background); by default they are left out.
+        skip_degenerate: leave boxes without width or height out instead of refusing the file (COCO 2017 has two).
+        train_annotations, train_images, val_annotations, val_images: paths under `data_dir`.
+        balanced: images of classes that fewer than `repeat_threshold` of the images have come more often.
+        sampler: only {"type": "InstanceBalanced"} means something for pictures with many objects.
+        retain_epoch_size: taken for the other loaders' sake; epochs always keep their length here.
+        validation: `test` (the val split), `holdout` (`holdout_fraction` of the training images) or `none`.
+    """
+
+    detects = True
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    batch_limit: int | None = None
+
+    def __init__(self, data_dir: str, batch_size: int = 16, shuffle: bool = True, num_workers: int = 0,
+                 training: bool = True, balanced: bool = False, retain_epoch_size: bool = True,
+                 sampler: str | dict | None = None, repeat_threshold: float = 0.001,
+                 min_size: int | list[int] = 800, max_size: int = 1333, flip: float = 0.5,
+                 group_by_aspect: bool = True, keep_empty: bool = False,
+                 skip_degenerate: bool = False, train_annotations: str = "annotations/instances_train2017.json",
+                 train_images: str = "train2017", val_annotations: str = "annotations/instances_val2017.json",
+                 val_images: str = "val2017", validation: str = "test", holdout_fraction: float = 0.1,
+                 seed: int = 0, device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1):
+        self.options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)
+        _check(self.options, self.min_size)
+        self.root = Path(data_dir)
+        if not self.root.is_dir():
+            raise ConfigError(f"data_loader.args.data_dir: no folder {self.root}")
+        self._train: CocoSplit | None = None
+        self._train_read = False
+        split = self._training_split() if training else self._validation_split()
+        if training and validation == "holdout":
+            split = split.subset(self._held_out(split)[1])
+        self._use(split, training)
+
+    def _use(self, split: CocoSplit, training: bool) -> None:
+        """Iterate `split`."""
+        options = self.options
+        if training and not options["keep_empty"]:
+            full = [i for i, found in enumerate(split.annotations) if any(not a["iscrowd"] for a in found)]
+            if not full:
+                raise ConfigError(f"{split.file}: no image has an instance to train on")
+            empty = len(split.images) - len(full)
+            if empty:
+                split = split.subset(full)
+                split.notes = [*split.notes, f"{empty} training images without instances left out"]
+        self.split = split
+        self.seed = options["seed"]
+        super().__init__(np.zeros(len(split.images)), options["batch_size"], shuffle=options["shuffle"],
+                         training=training, seed=self.seed, device=options["device"], rank=options["rank"],
+                         world_size=options["world_size"], sampler=self._sampler(split) if training else None)
+        self.dataset = DetectionDataset(split, training, self.min_size, options["max_size"], options["flip"],
+                                        options["seed"])
+        self.class_names, self.num_classes = split.class_names, len(split.categories)
+        self.paths = [str(self.dataset.path(i)) for i in range(len(split.images))]
+        self.preprocess = {"task": "detection"}
+        self.notes = split.notes
+
+    # ------------------------------------------------------------------ splits
+
+    def _training_split(self) -> CocoSplit:
+        if self._train is None:
+            options = self.options
+            self._train = read_coco(self.root / options["train_annotations"], self.root / options["train_images"],
+                                    skip_degenerate=options["skip_degenerate"])
+        return self._train
+
+    def _validation_split(self) -> CocoSplit:
+        options = self.options
+        # The training file's categories are the classes; without one the val file speaks for itself.
+        has_train = (self.root / options["train_annotations"]).is_file()
+        categories = self._training_split().categories if has_train else None
+        return read_coco(self.root / options["val_annotations"], self.root / options["val_images"],
+                         categories=categories, skip_degenerate=options["skip_degenerate"])
+
+    def _held_out(self, split: CocoSplit) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the held-out and of the kept images, each in order."""
+        n = len(split.images)
+        held = max(1, round(n * self.options["holdout_fraction"]))
+        if held >= n:
+            raise ConfigError(f"data_loader.args.holdout_fraction: {self.options['holdout_fraction']} of {n} images "
+                              "leaves nothing to train on")
+        order = numpy_rng(self.options["seed"], HOLDOUT).permutation(n)
+        return np.sort(order[:held]), np.sort(order[held:])
+
+    def split_validation(self) -> CocoDataLoader | None:
+        """The loader that `validation` asks for."""
+        kind = self.options["validation"]
+        if kind == "none":
+            return None
+        other = object.__new__(type(self))
+        other.options, other.min_size, other.root = {**self.options, "training": False}, self.min_size, self.root
+        other._train = self._train
+        if kind == "test":
+            other._use(other._validation_split(), training=False)
+        else:
+            whole = self._training_split()
+            other._use(whole.subset(self._held_out(whole)[0]), training=False)
+        return other
+
+    @property
+    def validation_note(self) -> str | None:
+        """What to say once about the validation split."""
+        return ("validation uses the val split, which test.py reports on too (COCO's convention)"
+                if self.options["validation"] == "test" and self.training else None)
+
+    @property
+    def cls_num_list(self) -> list[int] | None:
+        """Training instances of each class; None where only the val split is there."""
+        if self.training:
+            return self.split.counts()
+        if not (self.root / self.options["train_annotations"]).is_file():
+            return None
+        whole = self._training_split()
+        if self.options["validation"] == "holdout":
+            whole = whole.subset(self._held_out(whole)[1])
+        return whole.counts()
+
+    def summary(self) -> list[str]:
+        """What there is to learn from, for the log."""
+        counts = self.cls_num_list or []
+        instances = sum(map(len, self.split.annotations))
+        lines = [f"{self.split.file}: {self.num_classes} classes, {self.n_samples:,} images, {instances:,} instances"]
+        if any(counts):
+            most, least = max(counts), min(n for n in counts if n)
+            lines.append(f"training instances a class: {most:,} ({self.class_names[counts.index(most)]}) to {least:,} "
+                         f"({self.class_names[counts.index(least)]}), imbalance {most / least:.4g} : 1; few-shot "
+                         f"(under {FEW}): {sum(n < FEW for n in counts)} classes")
+        untrained = [name for name, n in zip(self.class_names, counts) if not n]
+        if untrained:
+            lines.append(f"warning: {len(untrained)} classes have no training instance: {', '.join(untrained[:5])}"
+                         + (", ..." if len(untrained) > 5 else ""))
+        return lines + self.notes
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The split's annotations as one COCO dict, crowds included."""
+        return self.split.ground_truth()
+
+    def raw_image(self, index: int) -> np.ndarray:
+        """Picture `index` as it is on disk: uint8 [H, W, 3]."""
+        return np.array(self.dataset.picture(index))
+
+    # ------------------------------------------------------------------ batches
+
+    def __len__(self) -> int:
+        """Batches an epoch, or `batch_limit` where the last one ends early (`trainer.iterations`)."""
+        return super().__len__() if self.batch_limit is None else min(super().__len__(), self.batch_limit)
+
+    def _sampler(self, split: CocoSplit) -> RepeatFactor | None:
+        spec = self.options["sampler"] or "InstanceBalanced"
+        kind = spec.get("type") if isinstance(spec, dict) else spec
+        if kind != "InstanceBalanced":
+            raise ConfigError(f"data_loader.args.sampler.type: {kind!r} draws single labels, which pictures with many "
+                              "objects don't have; use \"balanced\": true (repeat factors)")
+        return RepeatFactor(split, self.options["repeat_threshold"], self.seed) if self.options["balanced"] else None
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """As in the base, then regrouped so that a batch's pictures are all wide or all high (the last few mixed)."""
+        order = super().epoch_order(epoch)
+        if not (self.training and self.options["group_by_aspect"]):
+            return order
+        batches: list[list[int]] = []
+        waiting: dict[bool, list[int]] = {False: [], True: []}
+        for index in order.tolist():
+            entry = self.split.images[index]
+            group = waiting[entry["width"] >= entry["height"]]
+            group.append(index)
+            if len(group) == self.batch_size:
+                batches.append(group.copy())
+                group.clear()
+        return np.array([i for batch in (*batches, waiting[False], waiting[True]) for i in batch], dtype=np.int64)
+
+    def _batches(self, epoch: int, batches: range) -> Iterator[tuple[list[torch.Tensor], list[dict[str, Any]]]]:
+        order = self.epoch_order(epoch)
+        keys = [[(epoch, int(p), int(order[p])) for p in self.positions(batch)] for batch in batches]
+        # Its own generator: DataLoader would draw from the global one, which a resumed run has put back already.
+        loader = DataLoader(self.dataset, batch_sampler=keys, num_workers=self.options["num_workers"],
+                            collate_fn=list, generator=generator(self.seed, epoch))
+        for samples in loader:
+            for sample in samples:
+                if isinstance(sample, ConfigError):
+                    raise sample
+            yield ([image.to(self.device, non_blocking=True) for image, _ in samples],
+                   [{key: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                     for key, value in target.items()} for _, target in samples])
+
+
+class DigitScenesDataLoader(CocoDataLoader):
+    """Real handwritten digits on textured ground, long-tailed, made on the spot under `data_dir` (no download).
+
+    Args:
+        image_size, n_max, imb_factor, n_val, scene_seed: see `data_loader.detection.digit_scenes.make_scenes`.
+        Others as for CocoDataLoader; digits aren't mirrored by default.
+    """
+
+    def __init__(self, data_dir: str = "data/digit_scenes", batch_size: int = 2, shuffle: bool = True,
+                 num_workers: int = 0, training: bool = True, balanced: bool = False, retain_epoch_size: bool = True,
+                 sampler: str | dict | None = None, repeat_threshold: float = 0.1, min_size: int | list[int] = 128,
+                 max_size: int = 256, flip: float = 0.0, group_by_aspect: bool = True, validation: str = "test",
+                 holdout_fraction: float = 0.1, image_size: int = 128, n_max: int = 300, imb_factor: float = 0.02,
+                 n_val: int = 40, scene_seed: int = 0, seed: int = 0, device: str | torch.device = "cpu",
+                 rank: int = 0, world_size: int = 1):
+        folder = make_scenes(data_dir, image_size=image_size, n_max=n_max, imb_factor=imb_factor, n_val=n_val,
+                             scene_seed=scene_seed)
+        super().__init__(str(folder), batch_size, shuffle, num_workers, training, balanced, retain_epoch_size,
+                         sampler, repeat_threshold, min_size, max_size, flip, group_by_aspect, validation=validation,
+                         holdout_fraction=holdout_fraction, seed=seed, device=device, rank=rank,
+                         world_size=world_size)
+
+
+def _check(options: dict[str, Any], min_size: list[int]) -> None:
+    where = "data_loader.args"
+    if not min_size or min(min_size) < 1 or options["max_size"] < max(min_size):
+        raise ConfigError(f"{where}.min_size: {options['min_size']}; it must be above 0 and at most max_size "
+                          f"({options['max_size']})")
+    if options["repeat_threshold"] <= 0:
+        raise ConfigError(f"{where}.repeat_threshold: {options['repeat_threshold']} should be above 0")
+    if not 0 <= options["flip"] <= 1:
+        raise ConfigError(f"{where}.flip: {options['flip']}; it is a probability, 0 to 1")
+    if not 0 < options["holdout_fraction"] < 1:
+        raise ConfigError(f"{where}.holdout_fraction: {options['holdout_fraction']}; it must be between 0 and 1")
+    if options["num_workers"] < 0:
+        raise ConfigError(f"{where}.num_workers: {options['num_workers']} is under 0")
+    if options["validation"] not in ("test", "holdout", "none"):
+        raise unknown(f"{where}.validation", options["validation"], ["test", "holdout", "none"])

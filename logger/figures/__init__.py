@@ -1,0 +1,1 @@
+"""Pictures from arrays, for the trainer and the tools alike."""

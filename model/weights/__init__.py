@@ -1,0 +1,1 @@
+"""Weights that others wrote, dict in, dict out."""

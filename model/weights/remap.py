@@ -1,0 +1,248 @@
+"""Weights of other projects under our keys: one function an origin, dict in, dict out.
+
+Ours are RIDE's keys (`backbone.layer3s.1.0.bn1.weight`), so files of RIDE and BatchFormer need next to nothing. The
+others are known by their layout: classifier-balancing keeps one dict for the features and one for the classifier, NBN
+has no `backbone.` prefix and a `scale_factor` as long as its norm layers, MABN's classification demo has buffers that
+its formal layer lacks, torchvision and timm call the classifier `fc`.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from model.norm import MABN2d
+from utils.checkpoint.store import find_weights, load_checkpoint, strip_module
+from utils.errors import ConfigError
+
+log = logging.getLogger("ltr.remap")  # a child of the project's logger, which shows and keeps what is said
+
+Weights = dict[str, torch.Tensor]
+PREFIX = "backbone."
+# BatchFormer's block only works in training; a model without it may still take the rest of the file.
+BLOCK = "backbone.encoder_layers."
+_MABN_DEMO = ("sta_matrix", "pre_x2", "pre_gz")
+_MABN_HISTORY = ("iters", "buffer_x2", "buffer_gz")
+
+
+# ---- origins: weights without `module.` -> weights under our keys ---------------------------------------------------
+_OLD_SPELLINGS = (
+    ("backbone.fc.", "backbone.linear."), ("backbone.fcs.", "backbone.linears."),
+    ("backbone.encoder_layer.", BLOCK), ("backbone.global_layers.", BLOCK), ("backbone.global_model.", BLOCK),
+    ("model.backbone.", PREFIX))
+
+
+def from_ride(weights: Weights) -> Weights:
+    """RIDE and BatchFormer: our keys but for older spellings."""
+    return {_respelt(key, _OLD_SPELLINGS): value for key, value in weights.items()}
+
+
+def from_resnet(weights: Weights) -> Weights:
+    """A bare ResNet (torchvision, timm, LDAM-DRW, NBN's plain ones): no prefix, the classifier is `fc` or `linear`."""
+    return from_ride({PREFIX + key: value for key, value in weights.items()})
+
+
+def from_classifier_balancing(weights: dict[str, Weights]) -> Weights:
+    """Kang et al.'s: `feat_model` and `classifier`, whose `fc` is the linear layer and `scales` LWS's scales."""
+    renamed = from_resnet(without_module(weights.get("feat_model", {})))
+    for key, value in without_module(weights.get("classifier", {})).items():
+        renamed[f"{PREFIX}linear.{key.removeprefix('fc.')}"] = value
+    return renamed
+
+
+def from_nbn(weights: Weights) -> Weights:
+    """Bao et al.'s: a scale was made for every norm layer, but only the first E, one an expert, are used."""
+    experts = 1 + max((int(m[1]) for key in weights if (m := re.match(r"linears\.(\d+)\.", key))), default=0)
+    renamed = from_resnet(weights)
+    renamed[f"{PREFIX}scale_factor"] = weights["scale_factor"].reshape(-1)[:experts]
+    return renamed
+
+
+def from_mabn(weights: Weights) -> Weights:
+    """Yan et al.'s: the demo's running sums can be had from its buffers, so the formal layer doesn't keep them."""
+    kept = {key: value for key, value in weights.items() if key.rpartition(".")[2] not in _MABN_DEMO}
+    return from_ride(kept) if any(key.startswith(PREFIX) for key in kept) else from_resnet(kept)
+
+
+ORIGINS: dict[str, Callable[[Any], Weights]] = {
+    "ours": lambda weights: weights, "RIDE": from_ride, "classifier-balancing": from_classifier_balancing,
+    "NBN": from_nbn, "MABN": from_mabn, "ResNet": from_resnet}
+
+
+def _respelt(key: str, spellings: Iterable[tuple[str, str]]) -> str:
+    for old, new in spellings:
+        if key.startswith(old):
+            return new + key[len(old):]
+    return key
+
+
+def without_module(weights: dict) -> Weights:
+    """`weights` without the prefixes of data-parallel wrappers, arrays as tensors, and only what is a tensor."""
+    tensors = {str(key): torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+               for key, value in weights.items()}
+    return {strip_module(key): value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+def recognise(checkpoint: dict) -> str:
+    """Who wrote a checkpoint: a key of `ORIGINS`. Raises ConfigError where it holds no weights."""
+    return _read(checkpoint)[0]
+
+
+def _read(checkpoint: dict) -> tuple[str, dict]:
+    """(origin, weights) of a checkpoint, or of a bare dict of weights."""
+    found = find_weights(checkpoint)
+    if found is None or not isinstance(found[1], dict):
+        raise ConfigError("the checkpoint holds no weights (a dict with a state_dict was expected)")
+    raw = found[1]
+    if isinstance(raw.get("feat_model"), dict):
+        return "classifier-balancing", raw
+    weights = without_module(raw)
+    ends = {key.rpartition(".")[2] for key in weights}
+    if "scale_factor" in weights:
+        return "NBN", weights
+    if ends & set(_MABN_DEMO) or ("buffer_x2" in ends and not any(key.startswith(PREFIX) for key in weights)):
+        return "MABN", weights
+    if not any(key.startswith((PREFIX, "model." + PREFIX)) for key in weights):
+        return "ResNet", weights
+    ours = list(weights) == list(raw) and not any(key.startswith(old) for key in weights for old, _ in _OLD_SPELLINGS)
+    return ("ours" if ours else "RIDE"), weights
+
+
+def to_ours(checkpoint: dict, model: nn.Module | None = None, spread: bool = False) -> Weights:
+    """The weights of any known origin's checkpoint under our keys.
+
+    `model` settles how many experts the keys speak of: a file with lists of one expert fits a model of one. With
+    `spread` a file of one expert fills every expert of a model with several.
+    """
+    origin, weights = _read(checkpoint)
+    weights = ORIGINS[origin](weights)
+    return weights if model is None else _fit_experts(weights, model, spread)
+
+
+def _fit_experts(weights: Weights, model: nn.Module, spread: bool) -> Weights:
+    """Rename between `layer3.` and `layer3s.N.`, `linear.` and `linears.N.`, as the model has them."""
+    own = {match[0] for key in model.state_dict() if (match := re.match(r"backbone\.\w+?s?\.", key))}
+    experts = getattr(model, "num_experts", 1)
+    fitted: Weights = {}
+    lone = experts == 1 and not any(re.match(r"backbone\.(layer\d|linear)s\.[1-9]", key) for key in weights)
+    for key, value in weights.items():
+        match = re.match(r"backbone\.(layer\d|linear)(s\.0)?\.(.*)", key)
+        name, listed, rest = match.groups() if match else ("", None, "")
+        if listed and lone and f"backbone.{name}." in own:
+            fitted[f"backbone.{name}.{rest}"] = value
+        elif match and not listed and spread and f"backbone.{name}s." in own:
+            fitted.update((f"backbone.{name}s.{i}.{rest}", value) for i in range(experts))
+        else:
+            fitted[key] = value
+    return fitted
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+@dataclass
+class LoadReport:
+    """What `load_weights` did: names under our keys. `mismatched` says both shapes."""
+
+    origin: str
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every key had its place."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        parts = [("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched)]
+        return "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                         for what, keys in parts if keys)
+
+
+def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name: str | None = None,
+                 skip_prefixes: Iterable[str] = (), allow_partial: bool = False, new_head: bool = False) -> LoadReport:
+    """Copy a checkpoint's weights into `model`, whoever wrote it; nothing is copied unless they fit.
+
+    Args:
+        checkpoint: a file's path, what `load_checkpoint` returned, or a bare state_dict.
+        name: what errors call the checkpoint; its path, where one is given.
+        skip_prefixes: keys of the model that begin so are neither loaded nor missed.
+        allow_partial: keys that don't fit are left out and logged instead of refused.
+        new_head: weights to start from: a classifier of another kind or number of classes stays new, as do NBN's scale
+            and BatchFormer's block where the file has none; one expert's weights fill all of several.
+    Raises:
+        ConfigError: unreadable file; keys that don't fit (missing, unexpected, of another shape), in one line.
+    """
+    if not isinstance(checkpoint, dict):
+        name = name or str(checkpoint)
+        checkpoint = load_checkpoint(checkpoint)
+    name = name or "checkpoint"
+    try:
+        report = LoadReport(recognise(checkpoint))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    weights = to_ours(checkpoint, model, spread=new_head)
+    skip = tuple(skip_prefixes)
+    weights = {key: value for key, value in weights.items() if not (skip and key.startswith(skip))}
+    own = model.state_dict()
+    if not any(key.startswith(BLOCK) for key in own) and any(key.startswith(BLOCK) for key in weights):
+        log.info("%s: its BatchFormer block is left out (add_bt is off)", name)
+        weights = {key: value for key, value in weights.items() if not key.startswith(BLOCK)}
+    optional = _optional(model)
+
+    report.mismatched = [f"{key} {_shape(value)} in the file, {_shape(own[key])} in the model"
+                         for key, value in weights.items()
+                         if key in own and value.shape != own[key].shape and key not in optional]
+    wrong = {text.split(" ", 1)[0] for text in report.mismatched}
+    report.unexpected = [key for key in weights if key not in own and key not in optional]
+    report.missing = [key for key in own if key not in weights and key not in optional
+                      and not (skip and key.startswith(skip))]
+    fitting = {key: value for key, value in weights.items()
+               if key not in wrong and (key in own or key in optional)}
+    report.loaded = [key for key in fitting if key in own]
+    if new_head:
+        _leave_new(report, model, name)
+    if (not report.fits and not allow_partial) or not report.loaded:
+        raise ConfigError(f"{name}: the weights don't fit {type(model).__name__} ({str(report) or 'nothing to load'}); "
+                          "give the arch that they were trained with")
+    if not report.fits:
+        log.warning("%s: loaded in part (%s)", name, report)
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
+    """Take the parts that may start anew out of a report, and say so in the log."""
+    heads = tuple(model.classifier_prefixes()) if hasattr(model, "classifier_prefixes") else ("backbone.linear",)
+    optional = (f"{PREFIX}scale_factor", BLOCK)
+    fresh = [key for key in (*report.missing, *report.mismatched) if key.startswith(heads)]
+    fresh += [key for key in report.missing if key.startswith(optional)]
+    report.missing = [key for key in report.missing if not key.startswith(heads + optional)]
+    report.mismatched = [key for key in report.mismatched if not key.startswith(heads)]
+    report.unexpected = [key for key in report.unexpected if not key.startswith((f"{PREFIX}linear", *heads))]
+    if fresh:
+        log.info("%s: these start anew: %s", name, ", ".join(key.split(" ", 1)[0] for key in fresh[:4]))
+
+
+def _optional(model: nn.Module) -> set[str]:
+    """Keys whose absence, presence or shape the model itself sorts out when it loads.
+
+    Old files have no `num_batches_tracked`. `MABN2d` fills its history and takes batch norm's statistics.
+    """
+    keys = {key for key in model.state_dict() if key.endswith(".num_batches_tracked")}
+    for prefix, module in model.named_modules():
+        if isinstance(module, MABN2d):
+            buffers = ("running_var", "running_mean", "num_batches_tracked", *_MABN_HISTORY, *_MABN_DEMO)
+            keys |= {f"{prefix}.{name}" for name in buffers}
+    return keys
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))

@@ -1,0 +1,173 @@
+"""The table of runs: what each row says, what is put together, and what broken folders do."""
+
+import csv
+import json
+
+import pytest
+
+from tools.compare import arrange, mean_row, published_rows
+from tools.run_table import COLUMNS, cell, clock, markdown_table, text_table
+from tools.runs import data_of, find_runs, method_of
+
+CONFIG = {"name": "ce", "seed": 0, "arch": {"type": "ResNet32Model", "args": {"num_classes": 10}},
+          "data_loader": {"type": "DigitsLTDataLoader", "args": {"batch_size": 32}},
+          "optimizer": {"type": "SGD", "args": {"lr": 0.1}}, "loss": {"type": "CrossEntropyLoss", "args": {}},
+          "trainer": {"epochs": 3, "save_dir": "saved/"}}
+
+
+def make_run(top, run_id, seed=0, accuracy=None, name="ce", val=None, epochs=3, **config):
+    """A run's folders as training and test.py leave them, without weights."""
+    models, log = (top / part / name / run_id for part in ("models", "log"))
+    models.mkdir(parents=True)
+    log.mkdir(parents=True)
+    (models / "config.json").write_text(json.dumps({**CONFIG, "name": name, "seed": seed, **config}))
+    (models / f"checkpoint-epoch{epochs}.pth").write_bytes(b"")
+    rows = "".join(f"{e},0.1,1.0,1.0,0.5,{'' if val is None else val}\n" for e in range(1, epochs + 1))
+    (log / "metrics.csv").write_text(f"epoch,lr,loss,val_loss,accuracy,val_accuracy\n{rows}")
+    (log / "timing.csv").write_text("epoch,seconds,images_per_second\n1,60.0,100.0\n2,30.0,300.0\n3,30.0,200.0\n")
+    if accuracy is not None:
+        (models / "test_metrics.json").write_text(json.dumps({
+            "accuracy": accuracy, "many_shot_acc": accuracy, "medium_shot_acc": None, "few_shot_acc": accuracy / 2,
+            "ece": 0.1, "n_samples": 500}))
+    return models
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Three seeds of one method, a better one that is untested, and three broken folders."""
+    top = tmp_path_factory.mktemp("compare")
+    for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+        make_run(top, f"seed{seed}", seed, accuracy)
+    make_run(top, "fast", val=0.9, name="ride", epochs=2, loss={"type": "RIDELoss", "args": {}},
+             arch={"type": "ResNet32Model", "args": {"num_experts": 3, "num_classes": 10, "add_bt": 1}})
+    (make_run(top, "cut") / "config.json").write_text("{\"name\": ")
+    (make_run(top, "odd", accuracy=0.1) / "test_metrics.json").write_text("[1]")
+    (make_run(top, "bare") / "config.json").unlink()
+    return top
+
+
+@pytest.fixture(scope="module")
+def compared(saved, run_cli):
+    files = {kind: saved / f"table.{kind}" for kind in ("csv", "markdown", "html")}
+    done = run_cli(["-m", "tools.compare", saved, *(x for kind, path in files.items() for x in (f"--{kind}", path))],
+                   check=True)
+    return done.stdout, files
+
+
+def lines_of(text, start):
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def test_each_run_has_a_row(compared):
+    text, _ = compared
+    assert text.index("ride/fast") < text.index("ce/seed0"), "the best comes first"
+    (row,) = lines_of(text, "ride/fast")
+    assert "RIDE, 3 experts + BatchFormer" in row and "90.0" in row
+    assert "validation figures, 2 of 3 epochs" in row
+    (row,) = lines_of(text, "ce/seed1")
+    assert "60.0" in row and "2:00 min" in row and "200" in row and "0.46" in row
+
+
+def test_seeds_are_put_together(compared):
+    (row,) = lines_of(compared[0], "mean of 3 seeds")
+    assert "60.0 ± 10.0" in row and "30.0 ± 5.0" in row and "0, 1, 2" in row
+
+
+def test_broken_runs_are_skipped_with_a_reason(compared):
+    text, _ = compared
+    skipped = lines_of(text, "skipped")
+    assert len(skipped) == 3 and "Traceback" not in text
+    assert any("ce/cut" in line and "JSON" in line for line in skipped)
+    assert any("ce/odd" in line and "test_metrics.json" in line for line in skipped)
+    assert any("ce/bare" in line and "no config.json" in line for line in skipped)
+
+
+def test_files(compared):
+    _, files = compared
+    rows = list(csv.DictReader(files["csv"].open()))
+    (mean,) = (row for row in rows if row["kind"] == "mean")
+    assert float(mean["all"]) == pytest.approx(0.6) and float(mean["all_sd"]) == pytest.approx(0.1)
+    assert mean["medium"] == ""
+    assert "| **mean of 3 seeds** |" in files["markdown"].read_text()
+    html = files["html"].read_text()
+    assert "ride/fast" in html and '<td class="num best">90.0</td>' in html and "<script" not in html
+
+
+def test_markdown_to_stdout_sorted(saved, run_cli):
+    done = run_cli(["-m", "tools.compare", saved, "--markdown", "-", "--sort", "seconds", "--no_costs", "--only_means"],
+                   check=True)
+    assert "| ride/fast |" in done.stdout and "ce/seed0" not in done.stdout
+
+
+@pytest.mark.parametrize("args, said", [
+    (["nowhere"], "nowhere: no such folder"), (["{empty}"], "holds no runs"),
+    (["{saved}", "--sort", "fwe"], "did you mean 'few'?"), (["{saved}", "--cvs", "x"], "--cvs"),
+])
+def test_a_mistake_is_one_line(args, said, saved, run_cli, tmp_path):
+    names = {"{saved}": str(saved), "{empty}": str(tmp_path)}
+    done = run_cli(["-m", "tools.compare", *(names.get(arg, arg) for arg in args)])
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------- rows
+
+@pytest.mark.parametrize("change, said", [
+    ({}, "CE"),
+    ({"loss": {"type": "LDAMLoss", "args": {"reweight_epoch": 160}}}, "LDAM-DRW"),
+    ({"load_crt": "x.pth"}, "CE + cRT"),
+    ({"load_crt": "x.pth", "arch": {"type": "ResNet32Model", "args": {"classifier": "lws"}}}, "CE + LWS"),
+    ({"arch": {"type": "ResNet50Model", "args": {"norm": "NBN"}}}, "CE + NBN"),
+    ({"arch": {"type": "ResNet50Model", "args": {"norm": {"type": "MABN", "args": {"normalization_batch_size": 2}}}}},
+     "CE + MABN by 2"),
+    ({"arch": {"type": "ResNet32EAModel", "args": {"num_experts": 3}},
+      "data_loader": {"type": "DigitsLTDataLoader", "args": {"balanced": True}}}, "RIDE + EA, 3 experts"),
+    ({"data_loader": {"type": "DigitsLTDataLoader", "args": {"sampler": {"type": "SquareRoot"}}}},
+     "CE + square-root sampling"),
+])
+def test_methods_have_their_usual_names(change, said):
+    assert method_of({**CONFIG, **change}) == said
+
+
+def test_data_sets_have_their_usual_names():
+    def name(kind, **args):
+        return data_of({"data_loader": {"type": kind, "args": args}})
+    assert name("ImbalanceCIFAR100DataLoader", imb_factor=0.01) == "CIFAR-100-LT"
+    assert name("ImbalanceCIFAR100DataLoader", imb_factor=0.1) == "CIFAR-100-LT 0.1"
+    assert name("ImageFolderLTDataLoader", data_dir="photos/birds/") == "birds"
+
+
+def test_only_the_seed_may_differ(tmp_path):
+    make_run(tmp_path, "a", 0, 0.5)
+    make_run(tmp_path, "b", 1, 0.5, optimizer={"type": "SGD", "args": {"lr": 0.2}})
+    make_run(tmp_path, "c", 0, 0.7)
+    from tools.compare import row_of
+    runs, _ = find_runs(tmp_path)
+    rows = arrange([row_of(run, costs=False) for run in runs])
+    assert not [row for row in rows if row["kind"] == "mean"], "another rate, and the same seed twice"
+
+
+def test_a_mean_needs_every_run_to_have_the_figure():
+    rows = [{"run": str(seed), "seed": str(seed), **{c.key: 0.5 for c in COLUMNS if c.spread}, "class_mean": None,
+             "macro_f1": 0.1, "images_per_s": None, "seconds": 5.0} for seed in (0, 1)]
+    rows[1]["few"] = None
+    mean = mean_row(rows)
+    assert mean["few"] is None and mean["sd"]["all"] == 0 and mean["seconds"] == 5.0
+
+
+def test_published_rows_say_so():
+    rows = published_rows({"CIFAR-100-LT"})
+    assert rows and all(row["kind"] == "published" for row in rows)
+    assert "published [RIDE]" in text_table(arrange(rows))
+    assert "*48.6*" in markdown_table(arrange(rows)) and "Wang et al." in markdown_table(arrange(rows))
+    for row in published_rows(None):
+        assert row["source"] and 0 < row["all"] < 1
+    assert published_rows({"Digits-LT"}) == []
+
+
+@pytest.mark.parametrize("seconds, said", [(8.4, "8 s"), (245, "4:05 min"), (3600, "1:00 h"), (7630, "2:07 h")])
+def test_times_at_a_glance(seconds, said):
+    assert clock(seconds) == said
+
+
+def test_unknown_is_a_dash():
+    assert {cell({}, column) for column in COLUMNS} == {"-"}

@@ -1,0 +1,107 @@
+"""python -m tools.export: one file that gives what the model gives, for any batch, and says how to feed it."""
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tools import export
+from utils.errors import ConfigError, RunError
+
+ROOT = Path(__file__).resolve().parents[2]
+PREPROCESS = {"image_size": 32, "resize": 32, "crop": False, "interpolation": "bilinear", "mean": [0.5] * 3,
+              "std": [0.25] * 3}
+
+
+def small_run(kind="ResNet10Model", **args):
+    from model.model import build_model
+    torch.manual_seed(0)
+    arch = {"type": kind, "args": {"num_classes": 5, **args}}
+    model = build_model(arch).eval()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return SimpleNamespace(path=Path("model.pth"), config={"arch": arch, "name": "small"}, model=model,
+                           checkpoint={"data": {"preprocess": PREPROCESS, "class_names": list("abcde")}})
+
+
+def test_onnx_of_a_run(digits_run, tmp_path, run_cli):
+    """The command, the file, and the program that the page on own data shows for it."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    shutil.copy(digits_run.checkpoint, tmp_path / "checkpoint.pth")
+    done = run_cli(["-m", "tools.export", "-r", tmp_path / "checkpoint.pth", "--format", "onnx", "-d", "cpu"],
+                   check=True)
+    assert done.stderr == "" and float(re.search(r"difference from PyTorch: (\S+)", done.stdout)[1]) < 1e-4
+    assert done.stdout.startswith("largest difference")     # nothing of what the exporters log
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "model.onnx"]
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for n in (1, 7):
+        answer, = session.run(None, {"images": np.zeros((n, 3, 32, 32), np.float32)})
+        assert answer.shape == (n, 10)
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["class_names"]) == [str(n) for n in range(10)]
+    assert json.loads(about["preprocess"])["image_size"] == 32 and about["arch"] == "ResNet32Model"
+
+    from tools.classify import classify
+    from tools.session import open_run
+    run = open_run(digits_run.checkpoint)
+    Image.fromarray(run.loader("test").raw_image(3)).save(tmp_path / "photo.jpg")
+    shown = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "own-data.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "shown.py").write_text(shown)
+    said = run_cli([tmp_path / "shown.py"], cwd=tmp_path, check=True).stdout.strip()
+    found = classify(run.model, [str(tmp_path / "photo.jpg")], run.data["preprocess"]).found[0]
+    assert said == str(found.classes[0])
+
+
+def test_pt2_of_expert_assignment(tmp_path):
+    """All experts run, the gates choose: what the routed model answers, from a file with metadata."""
+    run = small_run("ResNet10EAModel", num_experts=2, norm="NBN", use_norm=True)
+    difference, written = export.export(run, "pt2", tmp_path / "m.pt2")
+    assert difference < 1e-4 and written == [tmp_path / "m.pt2"] == list(tmp_path.iterdir())
+    extra = {"metadata.json": ""}
+    module = torch.export.load(str(written[0]), extra_files=extra).module()
+    run.model.route = True
+    images = torch.randn(3, 3, 32, 32)
+    assert torch.allclose(module(images), run.model(images)["output"], atol=1e-4)
+    assert json.loads(json.loads(extra["metadata.json"])["class_names"]) == list("abcde")
+
+
+def test_nothing_is_left_where_the_file_is_wrong(tmp_path, monkeypatch):
+    def write(model, example, about, path):
+        path.write_bytes(b"a model")
+    wrong = {"pt2": (write, lambda path: lambda images: torch.full((len(images), 5), torch.nan), ())}
+    monkeypatch.setattr(export, "FORMATS", wrong)
+    with pytest.raises(RunError, match="differs"):
+        export.export(small_run(), "pt2", tmp_path / "m.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(ConfigError, match="pip install onnxscript"):
+        export.check_packages("onnx")
+
+
+def test_wrong_flags_are_named(digits_run, tmp_path):
+    for flags, said in ((["--format", "onxx"], "'onnx'"), (["--out", str(tmp_path)], "folder"),
+                        (["--out", str(tmp_path / "no" / "m.pt2")], "folder"), (["--fromat", "pt2"], "--format"),
+                        (["--format", "pt2", "--out", str(digits_run.checkpoint)], "checkpoint itself")):
+        with pytest.raises(ConfigError, match=said):
+            export.parse(["-r", str(digits_run.checkpoint), *flags])
+
+
+def test_detectors_are_refused(tmp_path):
+    run = small_run()
+    run.checkpoint["data"]["preprocess"] = {"task": "detection"}
+    with pytest.raises(ConfigError, match="detector"):
+        export.export(run, "pt2", tmp_path / "m.pt2")

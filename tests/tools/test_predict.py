@@ -1,0 +1,168 @@
+"""python -m tools.predict: the same answers as the test loader's, from the checkpoint alone; open-set lists."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tools.classify import Prediction, Predictions, classify, detect, find_images, read_open_set
+from tools.predict import as_csv, as_line, parse, rows
+from utils.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def photos(digits_run, tmp_path_factory):
+    """Ten test digits as files, an unreadable one and one that is no image; (folder, test loader, the ten indices)."""
+    from tools.session import open_run
+    loader = open_run(digits_run.checkpoint).loader("test")
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    chosen = list(range(0, loader.n_samples, loader.n_samples // 10))[:10]
+    for n, index in enumerate(chosen):
+        Image.fromarray(loader.raw_image(index)).save(folder / ("more" if n > 7 else ".") / f"{n}.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not much of a photo")
+    (folder / "notes.txt").write_text("no image")
+    return folder, loader, chosen
+
+
+def test_folder_to_csv_json_and_gallery(digits_run, photos, tmp_path, run_cli):
+    folder, loader, chosen = photos
+    alone = tmp_path / "elsewhere.pth"  # no config.json beside it
+    shutil.copy(digits_run.checkpoint, alone)
+    out = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "json", "png")}
+    done = run_cli(["-m", "tools.predict", "-r", alone, folder, "-d", "cpu", "--csv", out["csv"], "--json", out["json"],
+                    "--gallery", out["png"], "--topk", 3, "--batch_size", 4], check=True)
+    assert done.stderr == "" and "1 of 11 files couldn't be read" in done.stdout and "broken.jpg" in done.stdout
+
+    table = list(csv.DictReader(out["csv"].open()))
+    assert list(table[0])[:3] == ["path", "class", "probability"]
+    assert [row["path"] for row in table] == [str(folder / f"{n}.png") for n in range(8)] + \
+        [str(folder / "more" / f"{n}.png") for n in (8, 9)]
+
+    from tools.session import open_run
+    run = open_run(digits_run.checkpoint)
+    images = torch.cat([images for images, _ in loader])[chosen]
+    with torch.no_grad():
+        wanted = run.model(images)
+    probabilities, classes = wanted["output"].softmax(1).max(1)
+    names = run.data["class_names"]
+    assert [row["class"] for row in table] == [names[c] for c in classes]
+    assert np.allclose([float(row["probability"]) for row in table], probabilities, atol=1e-3)
+    agreement = (wanted["logits"].argmax(2) == classes[:, None]).float().mean(1)
+    assert np.allclose([float(row["agreement"]) for row in table], agreement, atol=1e-3)
+    assert {row["experts"] for row in table} == {"3"}
+
+    written = json.loads(out["json"].read_text())
+    assert len(written["predictions"]) == 10 and written["predictions"][0]["class"] == table[0]["class"]
+    assert [item["path"] for item in written["unreadable"]] == [str(folder / "broken.jpg")]
+    with Image.open(out["png"]) as sheet:
+        assert sheet.format == "PNG" and sheet.width > 500
+
+
+@pytest.mark.parametrize("name, status, said", [("broken.jpg", 1, "broken.jpg"), ("gone.png", 2, "no such file"),
+                                                ("empty", 2, "no image")])
+def test_exit_status(digits_run, photos, run_cli, name, status, said):
+    folder = photos[0]
+    (folder / "empty").mkdir(exist_ok=True)
+    done = run_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, folder / name, "-d", "cpu"])
+    assert done.returncode == status
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [["--topk", "0"], ["--batch_size", "x"], ["--csv", "no/such/folder/x.csv"],
+                                   ["--thresold", "0.5"], ["--threshold", "2"]])
+def test_wrong_flags_are_named(digits_run, flags):
+    with pytest.raises(ConfigError, match="--thres" if "thres" in flags[0] else flags[0]):
+        parse(["-r", str(digits_run.checkpoint), "a.png", *flags])
+
+
+def test_paths_may_stand_on_both_sides_of_flags(digits_run):
+    assert parse(["a.png", "-r", str(digits_run.checkpoint), "b.png", "--topk", "2", "c.png"]).paths == \
+        ["a.png", "b.png", "c.png"]
+
+
+def test_find_images(tmp_path):
+    for name in ("b.JPG", "a.png", ".hidden.png", "x.txt", "sub/c.webp", ".git/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_images([str(tmp_path / "x.txt"), str(tmp_path), str(tmp_path / "a.png")])
+    assert [path[len(str(tmp_path)) + 1:] for path in found] == ["x.txt", "a.png", "b.JPG", "sub/c.webp"]
+
+
+def test_expert_assignment_tells_experts_used(photos):
+    from data_loader.transforms import test_preprocess as preprocess
+    from model.model import build_model
+    torch.manual_seed(0)
+    model = build_model({"type": "ResNet10EAModel", "args": {"num_classes": 4, "num_experts": 2}}).eval()
+    paths = [str(photos[0] / f"{n}.png") for n in range(3)]
+    steps = preprocess(32, (0.5,) * 3, (0.5,) * 3)
+    with torch.no_grad():
+        model.backbone.expert_help_pred_fc.bias.fill_(-100)
+        lazy = classify(model, paths, steps, topk=9, batch_size=2)
+        model.backbone.expert_help_pred_fc.bias.fill_(100)
+        eager = classify(model, paths, steps, batch_size=2, threads=0)
+    assert [one.experts for one in lazy.found + eager.found] == [1, 1, 1, 2, 2, 2]
+    assert all(one.agreement is None and len(one.classes) == 4 for one in lazy.found)
+    assert "1 of 2 experts used" in as_line(rows(lazy, None)[0], 5, 2)
+
+
+class Finder(torch.nn.Module):
+    """Finds one thing of class 2 in the left half of every picture, and one that it isn't sure of."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        _, height, width = images[0].shape
+        boxes = torch.tensor([[0.0, 0, width / 2, height], [0, 0, 4, 4]])
+        return {"detections": [{"boxes": boxes, "labels": torch.tensor([2, 1]), "scores": torch.tensor([0.9, 0.1]),
+                                "masks": torch.ones(2, 1, height, width)}]}
+
+
+def test_detections_become_rows_and_pictures(photos, tmp_path):
+    from tools.gallery import gallery
+    done = detect(Finder(), find_images([str(photos[0])]), threshold=0.5)
+    table = rows(done, ["cat", "dog"])
+    assert len(table) == 10 and len(done.unreadable) == 1
+    assert {key: table[0][key] for key in ("class", "left", "right")} == {"class": "dog", "left": 0.0, "right": 16.0}
+    assert gallery(done.found, ["cat", "dog"], str(tmp_path / "sheet.png")) == 10
+    nothing = detect(Finder(), [str(photos[0] / "0.png")], threshold=0.95)
+    assert rows(nothing, None) == [{"path": str(photos[0] / "0.png"), "class": None, "probability": None}]
+
+
+def test_csv_of_different_rows():
+    done = Predictions([Prediction("a,b.png", [1, 0], [0.75, 0.25]), Prediction("c.png", [0], [1.0], 3, 1 / 3)])
+    lines = as_csv(rows(done, ["x", "y"])).splitlines()
+    assert lines[0] == "path,class,probability,experts,agreement,class_2,probability_2"
+    assert lines[1] == '"a,b.png",y,0.750000,1,,x,0.250000' and lines[2] == "c.png,x,1.000000,3,0.333333,,"
+
+
+# ---------------------------------------------------------------------- open-set lists
+
+def test_open_set_list(photos, tmp_path):
+    folder = photos[0]
+    file = folder / "list.txt"
+    file.write_bytes(b"\xef\xbb\xbf0.png\r\n1.png -1\r\n\r\nmore/8.png\t-1\r\n0.png\r\n")
+    assert read_open_set(file) == [str(folder / name) for name in ("0.png", "1.png", "more/8.png")]
+    elsewhere = tmp_path / "list.txt"
+    elsewhere.write_text("more/8.png\n")
+    assert read_open_set(elsewhere, str(folder)) == [str(folder / "more" / "8.png")]
+    for text, said in (("0.png 3\n", "line 1: the label is 3"), ("", "lists no image"), ("0.png\ngone.png", "line 2"),
+                       ("../x.png", "outside")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_open_set(file)
+
+
+def test_open_set_through_test_py(digits_run, photos, tmp_path, run_cli):
+    shutil.copy(digits_run.checkpoint, tmp_path / "model.pth")
+    file = photos[0] / "others.txt"
+    file.write_text("".join(f"{n}.png -1\n" for n in range(5)))
+    run_cli(["test.py", "-r", tmp_path / "model.pth", "-d", "cpu", "--open_set", file, "--open_threshold", "0.3"],
+            check=True)
+    found = json.loads((tmp_path / "test_metrics.json").read_text())["open_set"]
+    assert found["unknown_images"] == 5 and found["threshold"] == 0.3 and 0 <= found["f_measure"] <= 1

@@ -1,0 +1,186 @@
+"""A run's report: one page that needs nothing else, the numbers in it, and what draws its figures."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from logger.figures.drawings import drawings, figures_to_tensorboard
+from logger.figures.facts import RunFacts
+from logger.figures.style import LIGHT, to_array, to_svg
+
+
+@pytest.fixture(scope="module")
+def run_copy(digits_run, tmp_path_factory):
+    """The shared run's two folders, copied: reports are written into them."""
+    top = tmp_path_factory.mktemp("report") / "saved"
+    for folder in (digits_run.models, digits_run.log):
+        shutil.copytree(folder, top / folder.parent.parent.name / folder.parent.name / folder.name)
+    return top / "models" / digits_run.models.parent.name / digits_run.models.name
+
+
+@pytest.fixture(scope="module")
+def page(run_copy, run_cli):
+    done = run_cli(["-m", "tools.report", run_copy, "-d", "cpu"], check=True)
+    assert str(run_copy / "report.html") in done.stdout
+    return (run_copy / "report.html").read_text(encoding="utf-8")
+
+
+def test_one_page_that_needs_no_network(page, run_copy):
+    assert [path.name for path in run_copy.glob("*.html")] == ["report.html"]
+    assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', page))
+    assert not re.search(r"<(script|link|iframe)\b|url\(\s*['\"]?http", page)
+    assert "prefers-color-scheme:dark" in page and "<meta name=\"viewport\"" in page
+    pictures = {path.stem for path in (run_copy / "report").glob("*.png")}
+    assert {"groups", "classes", "training", "confusion", "reliability", "experts", "group_confusion"} <= pictures
+
+
+def test_its_numbers_are_test_pys(page, run_copy, run_cli):
+    """test.py --report writes the same page, from the evaluation that test.py made anyway."""
+    checkpoint = sorted(run_copy.glob("checkpoint-*.pth"))[-1]
+    done = run_cli(["test.py", "-r", checkpoint, "-d", "cpu", "--report"], check=True)
+    assert str(run_copy / "report.html") in done.stdout
+    figures = json.loads((run_copy / "test_metrics.json").read_text())
+    assert "predictions" not in figures
+    again = (run_copy / "report.html").read_text(encoding="utf-8")
+    for text in (page, again):
+        for key in ("accuracy", "few_shot_acc", "macro_f1", "ece"):
+            assert f"<b>{100 * figures[key]:.1f}<small>%" in text, key
+    assert re.findall(r"<h2>.*?</h2>", page) == re.findall(r"<h2>.*?</h2>", again)
+    assert 0 < page.count("<img class=small") <= 24
+
+
+def test_how_to_do_it_again(page, run_copy):
+    assert f"python train.py -c {run_copy / 'config.json'}" in page
+    assert "python test.py -r" in page and "tensorboard --logdir" in page
+    assert "additional_diversity_factor" in page
+
+
+@pytest.mark.parametrize("args, said", [
+    (["nowhere"], "nowhere: no such folder"),
+    (["."], "holds no checkpoint"),
+    ([], "the following arguments are required: RUN"),
+    (["{run}", "--checkpoint", "checkpoint-epoch99.pth"], "checkpoint-epoch2.pth"),
+])
+def test_a_mistake_is_one_line(args, said, run_copy, run_cli, tmp_path):
+    done = run_cli(["-m", "tools.report", *(arg.replace("{run}", str(run_copy)) for arg in args)])
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------- facts and figures, from numbers made here
+
+def made_up(classes=10, each=8, experts=3, **more):
+    """Facts of a run that never was: the common classes mostly right, the rare ones not."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), each)
+    guess = rng.integers(0, classes, (experts, len(labels)))
+    predictions = np.where(rng.random((experts, len(labels))) < 0.9 - 0.7 * labels / classes, labels, guess).T
+    counts = [max(2, int(500 * 0.004 ** (i / (classes - 1)))) for i in range(classes)]
+    right = predictions[:, 0] == labels
+    result = {"accuracy": float(right.mean()), "many_shot_acc": 0.8, "medium_shot_acc": 0.5, "few_shot_acc": None,
+              "many_class_num": 4, "medium_class_num": 3, "few_class_num": 0, "n_samples": len(labels),
+              "per_class_acc": [float(right[labels == c].mean()) for c in range(classes)],
+              "predictions": predictions[:, 0], "labels": labels, "confidences": rng.random(len(labels)),
+              "expert_predictions": predictions, "expert_disagreement": 0.3,
+              "expert_share": {"all": [0.6, 0.3, 0.1], "many": [0.9, 0.1, 0.0], "medium": None, "few": [0.2, 0.3, 0.5]}}
+    history = [{"epoch": float(e), "loss": 3 / e, "val_loss": None, "accuracy": 1 - 1 / e, "val_accuracy": 0.5,
+                "val_many_shot_acc": 0.9, "val_few_shot_acc": 0.1} for e in range(1, 6)]
+    norms = {"nbn": {"scales": [1.2, 0.8], "expert": [0, 1], "weight": [3.0, 4.0], "bias": [0.0, 1e5]},
+             "mabn": {"second": [[0.5, 1.0, 2.0]] * 3, "gradient": [[0.0, 0.0, 0.0]] * 3}}
+    return RunFacts(more.pop("config", {}), result, counts, more.pop("class_names", None), history, norms)
+
+
+def test_every_figure_is_drawn_with_a_sentence():
+    shown = list(drawings(made_up()))
+    assert [drawing.key for drawing in shown] == ["groups", "group_confusion", "classes", "training", "confusion",
+                                                 "reliability", "experts", "expert_share", "nbn", "mabn"]
+    for drawing in shown:
+        assert drawing.text.endswith(".") and "nan" not in drawing.text
+        svg = to_svg(drawing.draw(), drawing.heading)
+        assert svg.startswith("<svg") and "var(--soft)" in svg
+        assert not any(colour in svg for colour in LIGHT.values()), "a colour that can't follow the theme"
+
+
+def test_any_name_can_be_drawn(recwarn, tmp_path):
+    """Dollar signs are no formulas, scripts without a font no warnings, and long names leave the figure its room."""
+    names = ["$1 $2", "$\\frac{$", "猫", "a_b", "x" * 200, *"fghij"]
+    for drawing in drawings(made_up(class_names=names)):
+        if drawing.key in ("classes", "confusion"):
+            svg = to_svg(drawing.draw(), drawing.heading)
+            assert "猫" in svg and "$1 $2" in svg and "x" * 21 + "…" in svg and "x" * 22 not in svg
+            assert to_array(drawing.draw()).std() > 0
+    assert not recwarn.list
+
+
+def test_many_classes_take_no_square_of_memory():
+    keys = [drawing.key for drawing in drawings(made_up(classes=400))]
+    assert "confusion" not in keys and "group_confusion" in keys
+
+
+def test_a_run_without_predictions_still_has_a_report():
+    facts = made_up()
+    facts.result = {"accuracy": 0.5, "many_shot_acc": 0.5, "many_class_num": 1}
+    facts.history, facts.norms = [], {}
+    assert [drawing.key for drawing in drawings(facts)] == ["groups"]
+
+
+def test_where_images_end_up():
+    facts = RunFacts({}, {"labels": np.array([0, 0, 1, 2, 2, 2, 2]), "predictions": np.array([0, 1, 1, 0, 0, 1, 2]),
+                          "confidences": np.array([.9, .8, .9, .6, .7, .95, .5])}, [200, 50, 3])
+    assert facts.flow()["few"] == {"right": 0.25, "many": 0.5, "medium": 0.25, "few": 0.0}
+    assert facts.flow()["many"] == {"right": 0.5, "many": 0.0, "medium": 0.5, "few": 0.0}
+    assert facts.confused_pairs(2) == [(2, 0, 2, 4), (0, 1, 1, 2)]
+    assert facts.confusion().tolist() == [[1, 1, 0], [0, 1, 0], [2, 1, 1]]
+    assert facts.hardest() == [5, 1, 4, 3]
+    assert facts.hardest(of_a_kind=1) == [5, 1, 4]
+
+
+def test_each_experts_accuracy_is_the_metrics():
+    from model.metric import shot_accuracy
+    facts = made_up(classes=30)
+    for expert, column in enumerate(facts.image("expert_predictions").T):
+        expected = shot_accuracy(column, facts.image("labels"), facts.counts)
+        for key, values in facts.expert_accuracy().items():
+            assert values[expert] == pytest.approx(expected[key])
+    differ = facts.disagreement()
+    assert (differ == differ.T).all() and (np.diag(differ) == 0).all()
+
+
+def test_tensorboard_gets_the_same_figures():
+    got = {}
+    writer = SimpleNamespace(add_image=lambda tag, picture, step, dataformats: got.update({tag: (picture, step)}))
+    facts = made_up()
+    facts.norms = {}
+    figures_to_tensorboard(writer, facts, 7)
+    assert set(got) == {f"report/{drawing.key}" for drawing in drawings(facts)}
+    picture, step = got["report/classes"]
+    assert step == 7 and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+    assert (picture[0, 0] == 255).all()
+
+
+def test_norm_facts_are_the_layers():
+    from logger.figures.norms import norm_facts
+    from model.norm import convert_norm
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    assert norm_facts(plain) == {}
+    mabn = norm_facts(convert_norm(plain, "MABN", B=2, real_B=4))["mabn"]
+    assert mabn["second"] == [[1.0, 1.0, 1.0]] and len(mabn["gradient"]) == 1
+
+
+def test_names_are_text_and_not_html():
+    from tools.page import table
+    assert "<b>" not in table(["class"], [["<b>bold</b>"]])
+    svg = to_svg(list(drawings(made_up(class_names=["<script>"] * 10)))[2].draw(), '"><script>')
+    assert "<script>" not in svg
+
+
+def test_users_matplotlib_settings_dont_leak_in():
+    import matplotlib
+    with matplotlib.rc_context({"figure.facecolor": "black", "font.size": 30}):
+        ours = to_array(next(iter(drawings(made_up()))).draw())
+    assert np.array_equal(ours, to_array(next(iter(drawings(made_up()))).draw()))

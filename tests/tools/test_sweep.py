@@ -1,0 +1,183 @@
+"""Sweeps: the grid that a file means, what is run in which order, and going on after a stop."""
+
+import json
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from tools import sweep
+from tools.sweep import Runner
+from tools.sweep_grid import check_unchanged, read_sweep, train_command, written
+from utils.errors import ConfigError
+
+SMALL = {"arch.args.layer2_output_dim": 8, "arch.args.layer3_output_dim": 8, "trainer.epochs": 1,
+         "trainer.tensorboard": False}
+
+
+def write(folder, **sweep):
+    path = folder / "sweep.json"
+    path.write_text(json.dumps({"name": "grid", "save_dir": str(folder / "saved"), "base": "configs/digits_lt_ce.json",
+                                **sweep}))
+    return str(path)
+
+
+# ---------------------------------------------------------------------- the file
+
+def test_a_grid_is_methods_times_seeds(tmp_path):
+    crt = {"config": "configs/digits_lt_crt.json", "set": {"load_crt": "{ce}", "optimizer.args.lr": 0.5}}
+    jobs, _ = read_sweep(write(tmp_path, seeds=[0, 1], set={"trainer.epochs": 2}, methods={"crt": crt, "ce": {}}))
+    assert [job.title for job in jobs] == ["ce seed 0", "ce seed 1", "crt seed 0", "crt seed 1"], "what is needed first"
+    job = jobs[3]
+    assert job.effective["trainer"]["epochs"] == 2 and job.effective["optimizer"]["args"]["lr"] == 0.5
+    assert job.effective["seed"] == 1 and job.effective["name"] == "grid_crt"
+    command = train_command(job, jobs, "cpu")
+    assert f"load_crt={tmp_path}/saved/models/grid_ce/seed1/checkpoint-epochN.pth" in command
+    assert command[-2:] == ["-d", "cpu"] and command[command.index("-r") + 1] == "auto"
+
+
+def test_a_start_is_a_new_run(tmp_path):
+    jobs, _ = read_sweep(write(tmp_path, methods={
+        "ride": {"config": "configs/digits_lt_ride.json"},
+        "ea": {"config": "configs/digits_lt_ride_ea.json", "start": "ride"}}))
+    command = train_command(jobs[1], jobs, None)
+    assert command[command.index("-r") + 1].endswith("grid_ride/seed0/checkpoint-epochN.pth")
+    assert "resume_state_dict_only=true" in command
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"methods": {}}, "methods: give at least one"),
+    ({"methods": {"ce": {"confg": "x"}}}, "did you mean 'config'?"),
+    ({"methods": {"ce": {}}, "sedes": [0]}, "did you mean 'seeds'?"),
+    ({"methods": {"ce": {}}, "seeds": [0, 0]}, "seeds: must be different"),
+    ({"methods": {"ce": {}}, "seeds": [True]}, "seeds: must be different"),
+    ({"methods": {"ce": {}}, "base": None}, "has no config"),
+    ({"methods": {"ce": {"config": "configs/digits_lt_cee.json"}}}, "no such file"),
+    ({"methods": {"ce": {"set": {"trainer.epoch": 3}}}}, "did you mean"),
+    ({"methods": {"crt": {"set": {"load_crt": "{cee}"}}, "ce": {}}}, "did you mean 'ce'?"),
+    ({"methods": {"a": {"start": "b"}, "b": {"start": "a"}}}, "needs itself"),
+    ({"methods": {"a/b": {}}}, "can't name a folder"),
+])
+def test_a_mistake_in_the_file(tmp_path, change, said):
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        read_sweep(write(tmp_path, **change))
+
+
+def test_text_is_written_so_that_it_is_read_as_text():
+    assert written("NBN") == "NBN" and written("5") == '"5"' and written(True) == "true"
+    assert written({"type": "MABN"}) == '{"type": "MABN"}'
+
+
+# ---------------------------------------------------------------------- stand-ins for train.py and test.py
+
+TRAIN = """import json, pathlib, sys
+run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
+if sys.argv[2] == 'fail': print('no luck'); sys.exit(3)
+(run / 'config.json').write_text(sys.argv[3]); (run / 'checkpoint-epoch1.pth').touch()
+"""
+TEST = "import pathlib, sys; pathlib.Path(sys.argv[1], 'test_metrics.json').write_text('{\"accuracy\": 0.5}')"
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Seconds instead of minutes: commands that leave a run's files; returns the titles in order of their start."""
+    started = []
+
+    def train(job, jobs, device):
+        started.append((job.title, device))
+        config = json.dumps({k: v for k, v in job.effective.items() if v is not None})
+        return [sys.executable, "-c", TRAIN, str(job.paths.models), job.method, config]
+    monkeypatch.setattr(sweep, "train_command", train)
+    monkeypatch.setattr(sweep, "evaluation_command",
+                        lambda job, device: [sys.executable, "-c", TEST, str(job.paths.models)])
+    return started
+
+
+def run(path, devices=(None,)):
+    jobs, save_dir = read_sweep(path)
+    runner = Runner(jobs, devices, save_dir)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    runner.run()
+    return jobs, runner
+
+
+def test_finished_runs_are_skipped(tmp_path, stand_ins, capsys):
+    path = write(tmp_path, seeds=[0, 1], methods={"ce": {}})
+    jobs, _ = run(path)
+    assert [job.state for job in jobs] == ["done", "done"] and len(stand_ins) == 2
+    (jobs[1].paths.models / "test_metrics.json").unlink()
+    jobs, _ = run(path)
+    assert [title for title, _ in stand_ins] == ["ce seed 0", "ce seed 1", "ce seed 1"]
+    assert "was finished before" in capsys.readouterr().out
+
+
+def test_a_failure_stops_only_what_needs_it(tmp_path, stand_ins, capsys):
+    jobs, _ = run(write(tmp_path, methods={"fail": {}, "after": {"start": "fail"}, "ce": {}}))
+    state = {job.method: job.state for job in jobs}
+    assert state == {"fail": "failed", "after": "failed", "ce": "done"}
+    assert "status 3: no luck" in jobs[0].problem
+    assert "needs fail" in next(job.problem for job in jobs if job.method == "after")
+
+
+def test_several_devices_share_the_runs(tmp_path, stand_ins):
+    jobs, _ = run(write(tmp_path, seeds=[0, 1, 2, 3], methods={"ce": {}}), devices=("0", "1"))
+    assert all(job.state == "done" for job in jobs)
+    assert {device for _, device in stand_ins} == {"0", "1"} and len(stand_ins) == 4
+
+
+def test_a_changed_config_isnt_mixed_with_old_runs(tmp_path, stand_ins):
+    run(write(tmp_path, methods={"ce": {}}))
+    jobs, _ = read_sweep(write(tmp_path, methods={"ce": {}}))
+    check_unchanged(jobs[0])
+    jobs, _ = read_sweep(write(tmp_path, methods={"ce": {"set": {"trainer.verbosity": 0}}}))
+    check_unchanged(jobs[0])
+    assert jobs[0].effective["optimizer"]["args"]["lr"] == 0.003
+    jobs, _ = read_sweep(write(tmp_path, methods={"ce": {"set": {"optimizer.args.lr": 0.3}}}))
+    with pytest.raises(ConfigError, match=r"optimizer\.args\.lr 0\.003, the sweep now says 0\.3"):
+        check_unchanged(jobs[0])
+
+
+def test_what_auto_found_is_no_change(tmp_path, stand_ins):
+    path = write(tmp_path, base="configs/image_folder_ride.json", methods={"ride": {}})
+    job, = run(path)[0]
+    assert job.effective["data_loader"]["args"]["image_size"] == "auto"
+    noted = json.loads(job.paths.config.read_text())
+    noted["data_loader"]["args"]["image_size"] = 64
+    job.paths.config.write_text(json.dumps(noted))
+    check_unchanged(read_sweep(path)[0][0])
+
+
+def test_a_stop_reaches_the_runs(tmp_path, monkeypatch):
+    """SIGTERM is passed on; the run ends by itself, nothing more is started."""
+    waits = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
+    monkeypatch.setattr(sweep, "train_command", lambda job, jobs, device: [sys.executable, "-c", waits])
+    threading.Timer(1.0, lambda: signal.raise_signal(signal.SIGTERM)).start()
+    began = time.monotonic()
+    jobs, runner = run(write(tmp_path, seeds=[0, 1], methods={"ce": {}}))
+    assert runner.stopping and time.monotonic() - began < 30
+    assert [job.state for job in jobs] == ["waiting", "waiting"]
+
+
+# ---------------------------------------------------------------------- for real
+
+def test_from_the_command_line(tmp_path, run_cli):
+    path = write(tmp_path, set=SMALL, methods={"ce": {}, "bad": {"set": {"pretrained": "nowhere.pth"}}})
+    listed = run_cli(["-m", "tools.sweep", path, "--dry_run"], check=True)
+    assert "2 runs, 0 finished" in listed.stdout and not (tmp_path / "saved").exists()
+    done = run_cli(["-m", "tools.sweep", path, "-d", "cpu"])
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("failed: bad seed 0: train.py ended with status 2") and "nowhere.pth" in done.stderr
+    assert "grid_ce/seed0" in done.stdout.split("method")[1], "ends in the table"
+    assert json.loads((tmp_path / "saved/models/grid_ce/seed0/test_metrics.json").read_text())["n_samples"] == 500
+
+
+@pytest.mark.parametrize("args, said", [
+    (["nowhere.json"], "nowhere.json: no such file"), (["{path}", "--gpus", "0", "-d", "cpu"], "leave out -d"),
+    (["{path}", "--gpus", "x"], "GPU numbers"),
+])
+def test_a_mistake_is_one_line(args, said, tmp_path, run_cli):
+    path = write(tmp_path, methods={"ce": {}})
+    done = run_cli(["-m", "tools.sweep", *(arg.replace("{path}", path) for arg in args)])
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

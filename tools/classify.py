@@ -1,0 +1,224 @@
+"""A trained model on image files: finding them, decoding them in threads, classifying them in batches.
+
+Shared by `tools.predict` and by test.py's open-set testing.
+"""
+from __future__ import annotations
+
+import codecs
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.errors import ConfigError
+
+AHEAD = 3  # batches that are decoded while one is classified
+
+
+# ---------------------------------------------------------------------- which images
+
+def find_images(paths: Iterable[str]) -> list[str]:
+    """Image files: those named, and all in the folders named and below, in order and once each.
+
+    In folders only names that end like an image's count, and hidden files don't. Raises ConfigError for a path that
+    isn't there, and where there is no image.
+    """
+    from data_loader.images import EXTENSIONS, shown
+    found: dict[str, None] = {}
+    for path in paths:
+        if os.path.isdir(path):
+            for folder, below, names in os.walk(path):
+                below[:] = sorted(name for name in below if not name.startswith("."))
+                found.update((os.path.join(folder, name), None) for name in sorted(names)
+                             if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."))
+        elif "\0" in path or not os.path.exists(path):
+            raise ConfigError(f"{shown(path)}: no such file or folder")
+        else:
+            found[path] = None
+    if not found:
+        raise ConfigError(f"{', '.join(map(shown, paths))}: no image in there ({' '.join(sorted(EXTENSIONS))})")
+    return list(found)
+
+
+def read_open_set(file: str | Path, data_dir: str | None = None, allow_outside: bool = False) -> list[str]:
+    """The images in a list of images of no known class: `path` or `path -1` a line.
+
+    Paths are relative to the list's folder or, if they aren't there, to `data_dir`. Raises ConfigError with file and
+    line: another label, no such image, one outside those folders unless `allow_outside`.
+    """
+    from data_loader.files import check_paths
+    from data_loader.images import shown
+    file = Path(file)
+    try:
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ConfigError(f"--open_set: {shown(str(file))}: can't be read ({error.strerror})") from None
+    names: dict[str, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        name = os.fsdecode(line.strip().replace(b"\t", b" "))
+        before, _, label = name.rpartition(" ")
+        if before and label.removeprefix("-").isdigit():
+            if label != "-1":
+                raise ConfigError(f"{shown(str(file))}, line {number}: the label is {label}; images of no known class "
+                                  "are labelled -1, or not at all")
+            name = before.strip()
+        if "\0" in name:
+            raise ConfigError(f"{shown(str(file))}, line {number}: a path can't hold a zero byte")
+        if name:
+            names.setdefault(name, number)
+    if not names:
+        raise ConfigError(f"--open_set: {shown(str(file))}: lists no image; a line is `path` or `path -1`")
+    first = next(iter(names))
+    root = file.parent
+    if data_dir and not os.path.lexists(root / first) and os.path.lexists(Path(data_dir) / first):
+        root = Path(data_dir)
+    return check_paths(root, list(names), allow_outside, shown(str(file)), list(names.values()))
+
+
+# ---------------------------------------------------------------------- decoding and classifying
+
+@dataclass
+class Prediction:
+    """What the model says of one image.
+
+    classes, probabilities: the likeliest k, the likeliest first. experts: how many were used. agreement: the share of
+    them whose own first choice is the first class (None where that isn't known: one expert, or expert assignment).
+    """
+
+    path: str
+    classes: list[int]
+    probabilities: list[float]
+    experts: int = 1
+    agreement: float | None = None
+
+
+@dataclass
+class Predictions:
+    """The images that were read, in order, and the others with the reason."""
+
+    found: list[Any] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+
+def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, threads: int,
+            ) -> Iterator[list[tuple[str, Any, str | None]]]:
+    """Batches of (path, what `read` made of it or None, why it couldn't be read or None), read ahead by threads."""
+    def attempt(path: str) -> tuple[str, Any, str | None]:
+        try:
+            return path, read(path), None
+        except ConfigError as error:
+            return path, None, str(error)
+
+    batches = iter([paths[at:at + batch_size] for at in range(0, len(paths), batch_size)])
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[list[Future]] = deque()
+        for batch in batches:
+            waiting.append([pool.submit(attempt, path) for path in batch])
+            if len(waiting) > AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+
+
+def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, head: Callable | None = None,
+             topk: int = 5, batch_size: int = 64, threads: int | None = None,
+             advance: Callable[[int], Any] = lambda n: None) -> Predictions:
+    """The model on image files, preprocessed as its test images are.
+
+    Args:
+        model: one of model.model's, in evaluation mode.
+        preprocess: as in a checkpoint's `data`; see data_loader.transforms.
+        head: other logits [N, C] from the model's dict (NCM, tau-normalised), in place of `output`.
+        threads: that decode (None: one a core, 8 at most).
+        advance: told the number of images done, after each batch.
+    """
+    import torch
+
+    from data_loader.transforms import Normalise, read_for_test, test_pixels
+    from data_loader.workers import worker_count
+    device = next(model.parameters()).device
+    normalise = Normalise(preprocess["mean"], preprocess["std"], device)
+    done = Predictions()
+    threads = worker_count(None, 1) if threads is None else max(1, threads)
+    with torch.inference_mode():
+        for batch in decoded(paths, lambda path: test_pixels(read_for_test(path, preprocess), preprocess), batch_size,
+                             threads):
+            done.unreadable += [(path, reason) for path, _, reason in batch if reason is not None]
+            good = [(path, pixels) for path, pixels, reason in batch if reason is None]
+            if good:
+                pixels = torch.stack([pixels for _, pixels in good]).to(device)
+                outputs = model(normalise(pixels).contiguous(memory_format=torch.channels_last))
+                done.found += read_outputs([path for path, _ in good], outputs, head, topk)
+            advance(len(batch))
+    return done
+
+
+def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | None, topk: int) -> list[Prediction]:
+    """A model's dict for a batch as a Prediction an image."""
+    logits = (outputs["output"] if head is None else head(outputs)).float()
+    best = logits.softmax(1).topk(min(topk, logits.shape[1]), dim=1)
+    used, experts = outputs.get("sample_num_experts"), outputs.get("logits")
+    agreement = None
+    if used is None:
+        count = 1 if experts is None else experts.shape[1]
+        if count > 1 and head is None:
+            agreement = (experts.argmax(2) == best.indices[:, :1]).float().mean(1).tolist()
+        used = [count] * len(paths)
+    else:
+        used = used.tolist()
+    return [Prediction(path, classes, probabilities, used[i], None if agreement is None else agreement[i])
+            for i, (path, classes, probabilities) in enumerate(zip(paths, best.indices.tolist(), best.values.tolist()))]
+
+
+def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, threshold: float = 0.5,
+           advance: Callable[[int], Any] = lambda n: None) -> Predictions:
+    """A detector on image files: (path, {"boxes", "labels", "scores", "masks"} on the CPU, of `threshold` or more)."""
+    import numpy as np
+    import torch
+
+    from data_loader.images import read_rgb
+    from data_loader.workers import worker_count
+    device, done = next(model.parameters()).device, Predictions()
+    with torch.inference_mode():
+        for [(path, image, reason)] in decoded(paths, read_rgb, 1, worker_count(threads, 1)):
+            if reason is not None:
+                done.unreadable.append((path, reason))
+            else:
+                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+                found = model([pixels.to(device)])["detections"][0]
+                keep = found["scores"] >= threshold
+                done.found.append((path, {key: value[keep].cpu() for key, value in found.items()}))
+            advance(1)
+    return done
+
+
+def classify_list(run: Any, file: str, head: Callable | None = None) -> tuple[Any, Any]:
+    """The images of an open-set list (see `read_open_set`) as test.py needs them: (predictions int64 [n], their
+    probabilities float [n]). Raises ConfigError for the first image that can't be read."""
+    import numpy as np
+    args = run.config["data_loader"].get("args") or {}
+    paths = read_open_set(file, args.get("data_dir"), bool(args.get("allow_outside")))
+    done = classify(run.model, paths, facts_of(run)["preprocess"], head=head, topk=1)
+    if done.unreadable:
+        raise ConfigError(done.unreadable[0][1])
+    return (np.array([one.classes[0] for one in done.found], dtype=np.int64),
+            np.array([one.probabilities[0] for one in done.found], dtype=np.float32))
+
+
+def facts_of(run: Any) -> dict[str, Any]:
+    """`preprocess` and `class_names` of a run: from its checkpoint, else (weights of others) as its loader has them."""
+    from data_loader import data_loaders
+    from data_loader.transforms import test_preprocess
+    known = run.checkpoint.get("data")
+    if isinstance(known, dict) and isinstance(known.get("preprocess"), dict):
+        return {"preprocess": known["preprocess"], "class_names": known.get("class_names")}
+    spec = run.config["data_loader"]
+    kind, args = getattr(data_loaders, spec["type"]), spec.get("args") or {}
+    if not hasattr(kind, "default_size"):
+        return {"preprocess": {"task": "detection"}, "class_names": None}
+    size = args.get("image_size")
+    size = size if isinstance(size, int) else kind.default_size
+    return {"preprocess": test_preprocess(size, *kind.statistics), "class_names": None}

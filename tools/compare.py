@@ -1,0 +1,198 @@
+"""Every run under a folder in one table.
+
+    python -m tools.compare saved/
+    python -m tools.compare saved/ --sort few --markdown table.md --csv table.csv --html table.html
+
+Runs that differ only in their seed are followed by their mean and standard deviation. A run that test.py hasn't
+evaluated shows its last validation figures, and says so. Figures that papers publish for the same data stand between
+the runs, marked as such.
+"""
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tools.published import PUBLISHED, SOURCES
+from tools.run_table import COLUMNS, FIGURES, Row, csv_table, html_table, markdown_table, text_table
+from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of
+from utils.cli import Parser, run_main
+from utils.errors import ConfigError, unknown
+from utils.files import write_text
+
+#: Config values that change what is written or shown, not what is learned.
+COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "figures",
+            "image_grid", "histograms", "profile", "record_statistics", "statistics_layer", "log_batch_attention",
+            "monitor")
+
+
+# ---------------------------------------------------------------------- rows
+
+def row_of(run: RunRecord, costs: bool = True) -> Row:
+    """A run as a row: the columns' keys, None for what isn't known."""
+    asked = run.config["trainer"].get("epochs")
+    described = json.dumps({key: run.config[key] for key in ("arch", "data_loader")}, sort_keys=True)
+    shares = (run.figures.get("expert_share") or {}).get("all")
+    cost = cost_of(described, tuple(shares) if shares else None) if costs else (None, None)
+    notes = [{"test": "", "val": "validation figures"}.get(run.split, "no figures yet")]
+    if run.split != "test" and asked and run.epochs_done < asked:
+        notes.append(f"{run.epochs_done} of {asked} epochs")
+    return {"run": run.name, "method": run.method, "data": data_of(run.config), "model": model_of(run.config),
+            "experts": experts_of(run.config), "epochs": run.epochs_done or None, "parameters": cost[0],
+            "gflops": cost[1], "images_per_s": run.images_per_second, "seconds": run.seconds,
+            "seed": str(run.config.get("seed", 0)), "note": ", ".join(filter(None, notes)), "kind": "run",
+            "same": _sameness(run), **{key: finite(run.figures.get(name)) for key, name in FIGURES.items()}}
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be compared; None for anything else."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def _sameness(run: RunRecord) -> str:
+    """Equal for runs that differ only in their seed (and in names, places and what is logged)."""
+    config = {key: value for key, value in run.config.items() if key not in ("seed", "name", "n_gpu")}
+    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
+    for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has a stage 1 of its own
+        config[start] = bool(config.get(start))
+    how = {key: run.figures.get(key) for key in ("classifier", "tau", "feat_type")}
+    return json.dumps([config, how, run.split, run.epochs_done], sort_keys=True, default=str)
+
+
+@cache
+def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[int | None, float | None]:
+    """(parameters, GFLOPs of one image) of a config's arch, given as JSON with its data_loader; None if unknown.
+
+    shares: of an expert-assignment model, the share of test images that used 1, 2, ... experts.
+    """
+    config = json.loads(described)
+    try:
+        from tools.gflops import gflops_of
+        cost = gflops_of(config, shares)
+        return cost["parameters"], cost["gflops"]
+    except Exception:  # a run of another version, or a model that can't be built here, still has a row
+        return None, None
+
+
+def mean_row(rows: Sequence[Row]) -> Row:
+    """The mean of runs that differ only in seed, with their standard deviations under `sd`."""
+    row = {**rows[0], "kind": "mean", "run": f"mean of {len(rows)} seeds", "sd": {},
+           "seed": ", ".join(row["seed"] for row in rows),
+           "note": "± is the standard deviation"}
+    for key in (*FIGURES, "images_per_s", "seconds"):
+        values = [row[key] for row in rows if row[key] is not None]
+        row[key] = statistics.fmean(values) if len(values) == len(rows) else None
+        if key in FIGURES and row[key] is not None:
+            row["sd"][key] = statistics.stdev(values)
+    return row
+
+
+def published_rows(data: Iterable[str] | None) -> list[Row]:
+    """Published figures as rows, of the named data sets or of all (None)."""
+    rows = []
+    for entry in PUBLISHED:
+        if data is None or entry.data in data:
+            row: Row = dict.fromkeys([*(column.key for column in COLUMNS), *FIGURES])
+            figures = {key: getattr(entry, key) for key in ("all", "many", "medium", "few")}
+            row |= {key: None if value is None else round(value / 100, 6) for key, value in figures.items()}
+            row |= {key: getattr(entry, key) for key in ("method", "data", "model", "experts", "epochs")}
+            row |= {"run": f"published [{entry.source}]", "seed": "", "note": "quoted, not run here",
+                    "kind": "published", "source": SOURCES[entry.source]}
+            rows.append(row)
+    return rows
+
+
+def arrange(rows: Sequence[Row], sort: str | None = None, only_means: bool = False) -> list[Row]:
+    """The rows in order, runs that differ only in seed together and followed by their mean.
+
+    Without `sort`: by data set, then the best first. With it, by that column, the best (else the smallest) first.
+    """
+    together: dict[str, list[Row]] = {}
+    for index, row in enumerate(rows):
+        together.setdefault(row.get("same", str(index)), []).append(row)
+    blocks = []
+    for group in together.values():
+        newest = {row["seed"]: row for row in group}  # the same seed twice is no second sample
+        group = sorted(group, key=lambda row: (int(row["seed"] or 0), row["run"]))
+        mean = [mean_row([newest[seed] for seed in sorted(newest, key=int)])] if len(newest) > 1 else []
+        blocks.append(mean if mean and only_means else group + mean)
+    column = next((c for c in COLUMNS if c.key == (sort or "all")), None)
+
+    def order(block: list[Row]) -> tuple:
+        value = block[-1][column.key]
+        missing = value is None
+        value = 0 if missing and column.numeric else value or ""
+        rank = -value if column.best > 0 and not missing else value
+        return ("" if sort else block[-1]["data"], missing, rank, block[-1]["run"])
+    return [row for block in sorted(blocks, key=order) for row in block]
+
+
+# ---------------------------------------------------------------------- the command
+
+def compare(folder: Path, *, sort: str | None = None, published: str = "same", only_means: bool = False,
+            costs: bool = True) -> tuple[list[Row], list[str]]:
+    """(the arranged rows of every run under `folder`, a line for each folder that was skipped).
+
+    published: "same" adds published rows for the data sets that occur, "all" every one, "none" none.
+    """
+    runs, skipped = find_runs(folder)
+    rows = [row_of(run, costs) for run in runs]
+    if published != "none":
+        rows += published_rows(None if published == "all" else {row["data"] for row in rows})
+    return arrange(rows, sort, only_means), skipped
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    parser = Parser(prog="python -m tools.compare", description="All runs under a folder in one table.",
+                    allow_abbrev=False)
+    parser.add_argument("folder", metavar="DIR", help="where the runs are, e.g. saved/")
+    parser.add_argument("--sort", metavar="KEY", help=f"one of {', '.join(column.key for column in COLUMNS)}; "
+                        "default: by data set, the best first")
+    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV (accuracies as fractions)")
+    parser.add_argument("--markdown", metavar="FILE", help="write it as Markdown; - prints that instead")
+    parser.add_argument("--html", metavar="FILE", help="write it as a page")
+    parser.add_argument("--published", nargs="?", const="all", default="same", choices=("same", "all", "none"),
+                        help="published rows to add: of the same data sets (default), all, none")
+    parser.add_argument("--only_means", action="store_true", help="leave out the single runs of several seeds")
+    parser.add_argument("--no_costs", action="store_true", help="leave out parameters and GFLOPs (faster)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    keys = [column.key for column in COLUMNS]
+    if args.sort is not None and args.sort not in keys:
+        raise unknown("--sort", args.sort, keys, "column")
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{args.folder}: no such folder; give the one that holds the runs, e.g. saved/")
+    rows, skipped = compare(folder, sort=args.sort, published=args.published, only_means=args.only_means,
+                            costs=not args.no_costs)
+    for line in skipped:
+        print(f"skipped {line}")
+    if not any(row["kind"] in ("run", "mean") for row in rows):
+        raise ConfigError(f"{args.folder}: holds no runs (models/<name>/<run_id> with a config.json)")
+    print(markdown_table(rows) if args.markdown == "-" else text_table(rows))
+    for path, write in ((args.csv, lambda: csv_table(rows)), (args.html, lambda: html_table(rows, "Runs compared")),
+                        (args.markdown if args.markdown != "-" else None, lambda: markdown_table(rows))):
+        if path:
+            write_file(path, write())
+
+
+def write_file(path: str, text: str) -> None:
+    """Write and say so; ConfigError where that isn't possible."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be written: {error.strerror}") from None
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,218 @@
+"""A trained model as one file that runs without this toolkit: ONNX, or PyTorch's own exported program.
+
+    python -m tools.export -r saved/models/<name>/<run_id>/model_best.pth --format onnx
+    python -m tools.export -r CHECKPOINT --format pt2 --out pets.pt2
+
+The file takes `images`, float [N, 3, H, W] normalised as its metadata say, and gives `output`, logits [N, C], for any
+N. Norms are folded into the convolutions. An expert-assignment model runs all its experts and gives what its gates
+choose. What is written is compared with the model first; where they differ, nothing is left behind.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.cli import check_file, parse_tool, run_main, tool_parser
+from utils.errors import ConfigError, RunError, unknown
+
+TOLERANCE = 1e-4     # largest difference of a logit
+ROUNDING = 1e-5      # of the largest logit: what float32 can keep where logits are large (cosine heads: up to 30)
+CHECKED = (1, 2, 5)  # batch sizes compared
+OPSET = 18
+ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file can hold itself
+
+
+def exportable(model: Any) -> Any:
+    """The model as a function of images alone: folded, evaluating, [N, 3, H, W] -> logits [N, C]."""
+    import torch
+
+    from model.norm import fold_norm
+    if model.routed:
+        model.route = False  # every expert for every image, and the gates' word as a mask: no branch on the data
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = fold_norm(model).cpu().to(memory_format=torch.contiguous_format)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.model(images)["output"]
+
+    return Classifier().eval().requires_grad_(False)
+
+
+def metadata(run: Any, facts: dict[str, Any], model: Any) -> dict[str, str]:
+    """What a user of the file needs to know, text by name: `preprocess` and `class_names` are JSON."""
+    preprocess = facts["preprocess"]
+    names = facts["class_names"] or [str(label) for label in range(model.num_classes)]
+    size = preprocess["image_size"]
+    resized = f"{size} x {size}" if not preprocess["crop"] else f"short side to {preprocess['resize']}, centre {size}"
+    return {"task": "classification",
+            "input": f"images: float32 [N, 3, {size}, {size}], RGB, resized ({resized}; bilinear, antialiased), "
+                     "value / 255, minus mean, divided by std",
+            "output": "output: logits [N, C]; softmax gives probabilities",
+            "preprocess": json.dumps(preprocess), "class_names": json.dumps(names), "arch": run.config["arch"]["type"],
+            "run": str(run.config.get("name", "")), "epoch": str(run.checkpoint.get("epoch", ""))}
+
+
+# ---------------------------------------------------------------------- the formats
+
+def write_onnx(model: Any, example: Any, about: dict[str, str], path: Path) -> None:
+    """One ONNX file (and `<name>.data` beside it for weights of 2 GB or more)."""
+    import onnx
+    import torch
+    batch = torch.export.Dim("N", min=1)
+    program = torch.onnx.export(model, (example,), dynamo=True, opset_version=OPSET, verbose=False,
+                                input_names=["images"], output_names=["output"], dynamic_shapes={"images": {0: batch}})
+    program.model.metadata_props.update(about)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    program.save(str(path), external_data=weights > ONE_FILE)
+    onnx.checker.check_model(str(path))
+
+
+def run_onnx(path: Path) -> Callable[[Any], Any]:
+    """The file as a function of a tensor, run by onnxruntime."""
+    import onnxruntime
+    import torch
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["output"], {"images": images.numpy()})[0])
+
+
+def write_pt2(model: Any, example: Any, about: dict[str, str], path: Path) -> None:
+    """One file for torch.export.load; the metadata are its extra file metadata.json."""
+    import torch
+    batch = torch.export.Dim("N", min=1)
+    program = torch.export.export(model, (example,), dynamic_shapes={"images": {0: batch}})
+    torch.export.save(program, str(path), extra_files={"metadata.json": json.dumps(about)})
+
+
+def run_pt2(path: Path) -> Callable[[Any], Any]:
+    import torch
+    return torch.export.load(str(path)).module()
+
+
+#: format -> (write, run what was written, packages that both need)
+FORMATS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
+    "onnx": (write_onnx, run_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "pt2": (write_pt2, run_pt2, ()),
+}
+
+
+def check_packages(kind: str) -> None:
+    """ConfigError, with the line that installs them, where a format's packages are missing."""
+    from importlib.util import find_spec
+    missing = [name for name in FORMATS[kind][2] if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--format {kind}: needs the package {' and '.join(missing)}; "
+                          f"pip install {' '.join(missing)}")
+
+
+# ---------------------------------------------------------------------- writing and checking
+
+def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
+    """Write a run's model as `target`; (the largest difference from the model, the files written).
+
+    Raises ConfigError for a detector, a missing package or a folder that can't be written, RunError where the file
+    and the model disagree; then nothing is left behind.
+    """
+    import torch
+
+    from tools.classify import facts_of
+    facts = facts_of(run)
+    if facts["preprocess"].get("task") == "detection":
+        raise ConfigError(f"-r {run.path}: is a detector; only classifiers are exported")
+    check_packages(kind)
+    write, reload, _ = FORMATS[kind]
+    model, size = exportable(run.model), facts["preprocess"]["image_size"]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
+    except OSError as error:
+        raise ConfigError(f"--out: {target}: can't be written: {error.strerror}") from None
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters' own insides
+            # Two images: a program traced with one takes N = 1 for a constant.
+            write(model, torch.randn(2, 3, size, size, generator=generator), metadata(run, facts, run.model),
+                  folder / target.name)
+            answers = reload(folder / target.name)
+            difference = largest_difference(run.model, answers, size, generator)
+        written = [Path(shutil.move(path, target.parent / path.name)) for path in sorted(folder.iterdir())]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return difference, written
+
+
+def largest_difference(model: Any, answers: Callable, size: int, generator: Any) -> float:
+    """The largest |difference| of a logit between `model`, unfolded, and the exported one.
+
+    Raises RunError above TOLERANCE or, with logits above 10, above ROUNDING of them.
+    """
+    import torch
+    device, worst, scale = next(model.parameters()).device, 0.0, 0.0
+    for n in CHECKED:
+        images = torch.randn(n, 3, size, size, generator=generator)
+        wanted = model(images.to(device))["output"].float().cpu()
+        given = answers(images)
+        if given.shape != wanted.shape:
+            raise RunError(f"the exported model answers {n} images with {list(given.shape)}, not {list(wanted.shape)}")
+        scale = max(scale, float(wanted.abs().max()))
+        worst = max(worst, float((given - wanted).abs().max().nan_to_num(float("inf"))))
+    allowed = max(TOLERANCE, ROUNDING * scale)
+    if not worst <= allowed:
+        raise RunError(f"the exported model differs from PyTorch's by up to {worst:.2g}, more than {allowed:.2g}; no "
+                       "file was kept")
+    return worst
+
+
+# ---------------------------------------------------------------------- the command
+
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    parser = tool_parser("python -m tools.export", "A trained model as one file that needs nothing of this toolkit.",
+                         __doc__.split("\n\n")[1])
+    parser.add_argument("--format", default="onnx", metavar="F", help=f"{' or '.join(FORMATS)} (default onnx)")
+    parser.add_argument("--out", metavar="FILE", help="the file to write (default: model.F beside the checkpoint)")
+    args = parse_tool(parser, argv)
+    if args.resume is None:
+        raise ConfigError("python -m tools.export: needs -r CHECKPOINT")
+    check_file(args.resume, "-r")
+    if args.format not in FORMATS:
+        raise unknown("--format", args.format, FORMATS, "format")
+    args.out = Path(args.out or Path(args.resume).parent / f"model.{args.format}")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise ConfigError(f"--out: {args.out}: " + ("is a folder" if args.out.is_dir() else "there is no such folder"))
+    if args.out.exists() and os.path.samefile(args.out, args.resume):
+        raise ConfigError(f"--out: {args.out}: is the checkpoint itself")
+    check_packages(args.format)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    import logging
+
+    from logger.log import setup_logging
+    from tools.session import open_run
+    from utils.device import pick_device
+    setup_logging(0)
+    for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    run = open_run(args.resume, args.config, device=pick_device(args.device))
+    difference, written = export(run, args.format, args.out)
+    print(f"largest difference from PyTorch: {difference:.2g} (batches of {', '.join(map(str, CHECKED))} images)")
+    for path in written:
+        print(f"written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,247 @@
+"""What one image costs: GFLOPs and parameters, stage by stage and expert by expert, without data or weights.
+
+    python -m tools.gflops -c configs/imagenet_lt_resnext50_ride.json --num_experts 4
+    python -m tools.gflops -c configs/cifar100_lt_ride_ea.json --ea 40.99,9.47,49.54
+    python -m tools.gflops -r saved/models/<name>/<run_id>/model_best.pth
+
+A multiply-add counts as two operations (GFLOPs) or as one (GMACs). RIDE's tables, and most papers, print GMACs under
+the name GFLOPs. Counted are convolutions and matrix products; norms, activations and pooling are a percent of these.
+"""
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.cli import check_file, parse_tool, run_main, tool_parser
+from utils.config.load import load_config
+from utils.config.schema import DETECTION_ARCHS
+from utils.errors import ConfigError
+
+#: Classes of the data sets that always have as many, for configs that leave the number to the data.
+CLASSES = {"DigitsLTDataLoader": 10, "ImbalanceCIFAR10DataLoader": 10, "ImbalanceCIFAR100DataLoader": 100,
+           "CIFAR100DataLoader": 100, "ImageNetLTDataLoader": 1000, "PlacesLTDataLoader": 365,
+           "iNaturalistDataLoader": 8142}
+#: What makes a model more than the plain network of its kind: none of it is in the network compared with.
+EXTRAS = ("num_experts", "reduce_dimension", "layer2_output_dim", "layer3_output_dim", "layer4_output_dim", "use_norm",
+          "s", "share_layer3", "use_experts", "add_bt", "eval_bt", "norm", "classifier", "shared_classifier",
+          "top_choices_num", "pos_weight", "share_expert_help_pred_fc", "force_all", "route_threshold", "bt_gather")
+
+
+def gflops_of(config: dict[str, Any], ea: Sequence[float] | None = None) -> dict[str, Any]:
+    """The cost of one image of a config's size (needs its `arch` and `data_loader`), in evaluation.
+
+    Args:
+        ea: of an expert-assignment model, the share of images that use 1, 2, ... E experts: percentages or fractions.
+    Returns:
+        `gflops` (a multiply-add is 2; all experts, or the mean under `ea`), `gmacs` (half of it), `parameters`,
+        `image_size`; `parts`: a dict of name, `gflops`, `parameters` for each stage, expert and head; `by_experts`:
+        GFLOPs of an image that uses 1, 2, ... E experts (gates included); `all_experts`: GFLOPs with every one;
+        `plain`: `gflops`, `parameters` of the plain network with one expert and full widths, `ratio`: gflops to its.
+    Raises:
+        ConfigError: a detector, an unknown number of classes, shares that don't fit the experts.
+    """
+    arch = config["arch"]
+    if arch["type"] in DETECTION_ARCHS:
+        raise ConfigError(f"arch.type: {arch['type']}: what a detector costs depends on what is in the picture")
+    size = image_size(config)
+    classes = number_of_classes(config)
+    model, counts = count(arch, classes, size)
+    parts, by_experts = take_apart(model, counts)
+    if arch["type"].endswith("EAModel") and ea is not None:
+        weights = shares(ea, model.num_experts)
+        gflops = math.fsum(w * cost for w, cost in zip(weights, by_experts))
+    elif ea is not None:
+        raise ConfigError(f"--ea: goes with expert assignment; {arch['type']} always uses all its experts "
+                          f"(--set arch.type={arch['type'].replace('Model', 'EAModel')})")
+    else:
+        gflops = counts[""] / 1e9
+    plain = {"type": arch["type"].replace("EAModel", "Model"),
+             "args": {key: value for key, value in arch["args"].items() if key not in EXTRAS}}
+    plain_model, plain_counts = count(plain, classes, size)
+    return {"gflops": gflops, "gmacs": gflops / 2, "parameters": model.num_parameters(), "image_size": size,
+            "num_classes": classes, "parts": parts, "by_experts": by_experts, "all_experts": counts[""] / 1e9,
+            "plain": {"gflops": plain_counts[""] / 1e9, "parameters": plain_model.num_parameters()},
+            "ratio": gflops / (plain_counts[""] / 1e9)}
+
+
+def count(arch: dict[str, Any], num_classes: int, size: int) -> tuple[Any, dict[str, int]]:
+    """A model without weights (on torch's meta device), and the FLOPs of one image in each of its modules.
+
+    The key "" is the whole. A module that is called several times counts each time.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from model.model import build_model
+    with torch.device("meta"):
+        model = build_model(arch, num_classes).eval()
+    model.route = False  # every expert, whatever the gates say: they can't say anything about an empty image
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, size, size, device="meta"))
+    found = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
+    return model, {"": counter.get_total_flops(),
+                   **{name.partition(".")[2]: flops for name, flops in found.items() if "." in name}}
+
+
+def take_apart(model: Any, counts: dict[str, int]) -> tuple[list[dict[str, Any]], list[float]]:
+    """(parts with their costs in the order of the forward pass, GFLOPs of an image that uses 1, 2, ... experts)."""
+    from torch import nn
+    backbone = model.backbone
+    experts = range(model.num_experts)
+    parts: list[dict[str, Any]] = []
+
+    def add(name: str, *modules: str, flops: int | None = None) -> float:
+        """A line of the table; `modules` are names below the backbone that there may be."""
+        there = [module for module in modules if module.split(".")[0] in dict(backbone.named_children())]
+        values = sum(p.numel() for module in there for p in backbone.get_submodule(module).parameters())
+        flops = sum(counts.get(f"backbone.{module}", 0) for module in there) if flops is None else flops
+        parts.append({"name": name, "gflops": flops / 1e9, "parameters": values})
+        return flops / 1e9
+
+    shared = add("stem", "conv1", "bn1")
+    for n in range(1, min(backbone.first_private, backbone.num_stages + 1)):
+        shared += add(f"stage {n}", f"layer{n}")
+    costs = []
+    several = model.num_experts > 1
+    for i in experts:
+        cost = 0.0
+        for n in range(backbone.first_private, backbone.num_stages + 1):
+            cost += add(f"expert {i + 1}, stage {n}", f"layer{n}s.{i}")
+        costs.append(cost + add(f"expert {i + 1}, classifier" if several else "classifier",
+                                f"linears.{i}" if several else "linear"))
+    if isinstance(backbone.batchformer, nn.Module):
+        used = counts.get("backbone.encoder_layers", 0)
+        shared += add("BatchFormer" + ("" if used else " (training only)"), "encoder_layers", flops=used)
+    gates = 0.0
+    if model.routed and several:
+        layers = [f"{place}.{i}" if many else place for place, many in (
+            ("expert_help_pred_hidden_fcs", True),
+            ("expert_help_pred_fcs", True) if hasattr(backbone, "expert_help_pred_fcs") else
+            ("expert_help_pred_fc", False)) for i in (range(model.num_experts - 1) if many else [0])]
+        gates = add("gates", *layers) / (model.num_experts - 1)
+    totals = [shared + math.fsum(costs[:k]) + gates * min(k, model.num_experts - 1)
+              for k in range(1, model.num_experts + 1)]
+    known = sum(part["parameters"] for part in parts)
+    if known != model.num_parameters():  # NBN's scales
+        parts.append({"name": "norm scales", "gflops": 0.0, "parameters": model.num_parameters() - known})
+    return parts, totals
+
+
+def image_size(config: dict[str, Any]) -> int:
+    """Side of the images a config's model gets: its own `image_size`, else its loader's default."""
+    from data_loader import data_loaders
+    spec = config["data_loader"]
+    size = (spec.get("args") or {}).get("image_size")
+    if size == "auto":
+        from data_loader.image_loader import SMALLEST_AUTO
+        return SMALLEST_AUTO
+    return size or getattr(data_loaders, spec["type"]).default_size
+
+
+def number_of_classes(config: dict[str, Any]) -> int:
+    """C: the config's, else the data set's. Raises ConfigError where neither says."""
+    classes = config["arch"]["args"].get("num_classes") or CLASSES.get(config["data_loader"]["type"])
+    if classes is None:
+        raise ConfigError("arch.args.num_classes: not in the config, and it depends on the images; give it with "
+                          "--set arch.args.num_classes=N")
+    return classes
+
+
+def shares(values: Sequence[float], num_experts: int) -> list[float]:
+    """Percentages or fractions of the images that use 1, 2, ... experts, as fractions. Raises ConfigError."""
+    total = math.fsum(values)
+    whole = next((whole for whole in (1, 100) if abs(total - whole) <= 0.01 * whole), None)
+    if len(values) != num_experts or min(values) < 0 or whole is None:
+        raise ConfigError(f"--ea: {' '.join(f'{v:g}' for v in values)}: give the percentages of images that use 1 to "
+                          f"{num_experts} experts, {num_experts} numbers that sum to 100")
+    return [value / total for value in values]
+
+
+# ---------------------------------------------------------------------- the command
+
+def table(cost: dict[str, Any], ea: Sequence[float] | None = None) -> str:
+    """The cost as lines of text."""
+    lines = [f"one image of {cost['image_size']} x {cost['image_size']}, {cost['num_classes']:,} classes", "",
+             f"{'':<26}{'GFLOPs':>10}{'GMACs':>10}{'parameters':>14}"]
+
+    def line(name: str, gflops: float, parameters: int | None = None) -> None:
+        count = "" if parameters is None else f"{parameters:,}"
+        lines.append(f"{name:<26}{gflops:>10.4f}{gflops / 2:>10.4f}{count:>14}".rstrip())
+
+    for part in cost["parts"]:
+        line(part["name"], part["gflops"], part["parameters"])
+    several = len(cost["by_experts"]) > 1
+    line("all experts" if several else "total", cost["all_experts"], cost["parameters"])
+    if several and any(part["name"] == "gates" for part in cost["parts"]):
+        lines.append("")
+        for k, gflops in enumerate(cost["by_experts"], 1):
+            line(f"using {k} expert{'s' * (k > 1)}", gflops)
+    if ea is not None:
+        line("mean of " + " / ".join(f"{100 * w:.1f}" for w in shares(ea, len(ea))) + " %", cost["gflops"])
+    lines.append("")
+    line("plain network", cost["plain"]["gflops"], cost["plain"]["parameters"])
+    lines += [f"{'ratio to it':<26}{cost['ratio']:>10.3f}{'':>10}"
+              f"{cost['parameters'] / cost['plain']['parameters']:>14.3f}", "",
+              "A multiply-add is 2 FLOPs or 1 MAC; papers on long tails (RIDE's too) print MACs as \"GFLOPs\"."]
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    parser = tool_parser("python -m tools.gflops", "GFLOPs and parameters for one image.", __doc__.split("\n\n")[1],
+                         overrides=True)
+    parser.add_argument("--ea", "--ea_percentage", nargs="+", metavar="P", help="expert assignment: percentages of "
+                        "images that use 1, 2, ... experts, e.g. 40.99,9.47,49.54; with -r, test_metrics.json's")
+    parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
+    args = parse_tool(parser, argv)
+    if (args.config is None) == (args.resume is None):
+        raise ConfigError("python -m tools.gflops: needs -c CONFIG.json or -r CHECKPOINT")
+    if args.ea is not None:
+        try:
+            args.ea = [float(part) for word in args.ea for part in word.split(",") if part.strip()]
+        except ValueError:
+            raise ConfigError(f"--ea: {' '.join(args.ea)[:80]!r}: give percentages such as 40.99,9.47,49.54") from None
+        if not args.ea or not all(map(math.isfinite, args.ea)):
+            raise ConfigError("--ea: give percentages such as 40.99,9.47,49.54")
+    return args
+
+
+def measured_shares(checkpoint: Path) -> list[float] | None:
+    """`expert_share` over all images from the test_metrics.json beside a checkpoint; None where there is none."""
+    try:
+        found = json.loads((checkpoint.parent / "test_metrics.json").read_text(encoding="utf-8"))
+        return [float(share) for share in found["expert_share"]["all"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.config:
+        config = load_config(args.config, args.overrides)
+    else:
+        check_file(args.resume, "-r")
+        from tools.session import config_of
+        from utils.checkpoint.store import load_checkpoint
+        checkpoint = load_checkpoint(args.resume)
+        config = config_of(checkpoint, Path(args.resume), args.overrides)
+        facts = checkpoint.get("data")
+        if isinstance(facts, dict):
+            config["arch"]["args"].setdefault("num_classes", facts.get("num_classes"))
+        if args.ea is None and config["arch"]["type"].endswith("EAModel"):
+            args.ea = measured_shares(Path(args.resume))
+    cost = gflops_of(config, args.ea)
+    print(f"{config['arch']['type']} of {args.config or args.resume}, {table(cost, args.ea)}")
+    if args.json:
+        from utils.files import write_json
+        try:
+            write_json(args.json, cost)
+        except OSError as error:
+            raise ConfigError(f"--json: {args.json}: can't be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,170 @@
+"""A trained model on one's own images: the likeliest classes of each, from nothing but the checkpoint.
+
+    python -m tools.predict -r saved/models/<name>/<run_id>/model_best.pth photo.jpg holiday/ --csv found.csv
+    python -m tools.predict -r CHECKPOINT holiday/ --topk 3 --gallery found.png
+
+Folders are searched with all that is below them. Files that can't be read are listed at the end.
+"""
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from tools.classify import Prediction, Predictions, classify, detect, facts_of, find_images
+from utils.cli import check_file, parse_tool, run_main, tool_parser
+from utils.errors import ConfigError, RunError
+
+# ---------------------------------------------------------------------- what is written
+
+def class_name(names: Sequence[str] | None, label: int) -> str:
+    return names[label] if names and 0 <= label < len(names) else str(label)
+
+
+def rows(done: Predictions, names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """A dict an image (of a detector, an instance), in the order of the CSV's columns; None for what isn't known."""
+    from data_loader.images import shown
+    table = []
+    for one in done.found:
+        if isinstance(one, Prediction):
+            row = {"path": shown(one.path), "class": class_name(names, one.classes[0]),
+                   "probability": one.probabilities[0], "experts": one.experts, "agreement": one.agreement}
+            for k, (label, probability) in enumerate(zip(one.classes[1:], one.probabilities[1:]), 2):
+                row |= {f"class_{k}": class_name(names, label), f"probability_{k}": probability}
+            table.append(row)
+        else:
+            path, found = one
+            boxes = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist())
+            table += [{"path": shown(path), "class": class_name(names, label - 1), "probability": score,
+                       **dict(zip(("left", "top", "right", "bottom"), box))} for label, score, box in boxes] or [
+                           {"path": shown(path), "class": None, "probability": None}]
+    return table
+
+
+def as_csv(table: list[dict[str, Any]]) -> str:
+    """Rows as CSV; a column for every key, probabilities with six digits."""
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in table:
+        writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
+    return text.getvalue()
+
+
+def as_line(row: dict[str, Any], width: int, num_experts: int) -> str:
+    """A row for the terminal: path, then each class with its probability in percent."""
+    if row["class"] is None:
+        return f"{row['path']:<{width}}  nothing found"
+    guesses = [("class", "probability")] + [(key, f"probability_{key[6:]}") for key in row if key.startswith("class_")
+                                            and row[f"probability_{key[6:]}"] >= 0.0005]  # less is shown as 0.0%
+    text = f"{row['path']:<{width}}  " + "  ".join(f"{row[c]} {100 * row[p]:.1f}%" for c, p in guesses)
+    if row.get("agreement") is not None:
+        text += f"  ({round(row['agreement'] * row['experts'])} of {row['experts']} experts agree)"
+    elif num_experts > 1 and "experts" in row:
+        text += f"  ({row['experts']} of {num_experts} experts used)"
+    return text
+
+
+# ---------------------------------------------------------------------- the command
+
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    parser = tool_parser("python -m tools.predict", "What a trained model sees in images.", __doc__.split("\n\n")[1])
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, or folders to search for them")
+    parser.add_argument("--csv", metavar="FILE", help="write a row an image: path, class, probability (a fraction) ...")
+    parser.add_argument("--json", metavar="FILE", help="the same as JSON, unreadable files included")
+    parser.add_argument("--gallery", metavar="PNG", help="write a sheet of the images with what was seen in them")
+    parser.add_argument("--topk", metavar="K", default="5", help="classes an image (default 5)")
+    parser.add_argument("--threshold", metavar="P", default="0.5", help="detectors: the least score (default 0.5)")
+    parser.add_argument("--batch_size", metavar="N", default="64", help="images at a time (default 64)")
+    parser.add_argument("--num_workers", metavar="N", help="threads that decode (default: one a core)")
+    args = parse_tool(parser, argv)
+    if args.resume is None or not args.paths:
+        raise ConfigError("python -m tools.predict: needs -r CHECKPOINT and one or more images or folders")
+    check_file(args.resume, "-r")
+    for name, least in (("topk", 1), ("batch_size", 1), ("num_workers", 0)):
+        text = getattr(args, name)
+        if text is not None:
+            if not text.isascii() or not text.isdigit() or not least <= int(text) < 10**9:
+                raise ConfigError(f"--{name}: must be a whole number, {least} or more, not {text[:40]!r}")
+            setattr(args, name, int(text))
+    try:
+        args.threshold = float(args.threshold)
+    except ValueError:
+        args.threshold = -1.0
+    if not 0 <= args.threshold <= 1:
+        raise ConfigError("--threshold: must be a number from 0 to 1")
+    for flag in ("csv", "json", "gallery"):
+        target = getattr(args, flag)
+        if target is not None and (os.path.isdir(target) or not os.path.isdir(os.path.dirname(target) or ".")):
+            raise ConfigError(f"--{flag}: {target} can't be written: "
+                              + ("it is a folder" if os.path.isdir(target) else "there is no such folder"))
+    return args
+
+
+def predict(args: Namespace) -> None:
+    """The command, step by step."""
+    paths = find_images(args.paths)  # before torch is imported: a mistyped path answers at once
+    import torch
+    from tqdm import tqdm
+
+    from logger.log import setup_logging
+    from model.norm import fold_norm
+    from tools.session import open_run
+    from utils.device import pick_device
+    setup_logging(0)
+    run = open_run(args.resume, args.config, device=pick_device(args.device))
+    facts = facts_of(run)
+    names = facts["class_names"]
+    with tqdm(total=len(paths), unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:
+        if facts["preprocess"].get("task") == "detection":
+            done = detect(run.model, paths, threads=args.num_workers, threshold=args.threshold, advance=bar.update)
+        else:
+            model = fold_norm(run.model).to(memory_format=torch.channels_last)
+            done = classify(model, paths, facts["preprocess"], topk=args.topk, batch_size=args.batch_size,
+                            threads=args.num_workers, advance=bar.update)
+    table = rows(done, names)
+    if done.found:
+        report(args, done, table, names, run.model.num_experts)
+    if done.unreadable and len(paths) > 1:
+        print(f"\n{len(done.unreadable)} of {len(paths)} files couldn't be read:")
+        print("\n".join(f"  {reason}" for _, reason in done.unreadable))
+    if not done.found:
+        raise RunError("none of the files could be read" if len(paths) > 1 else done.unreadable[0][1])
+
+
+def report(args: Namespace, done: Predictions, table: list[dict[str, Any]], names: Sequence[str] | None,
+           num_experts: int) -> None:
+    """Print what was found, and write the files that were asked for."""
+    from utils.files import write_json, write_text
+    if not (args.csv or args.json or args.gallery):
+        width = min(60, max(len(row["path"]) for row in table))
+        print("\n".join(as_line(row, width, num_experts) for row in table))
+        return
+    unreadable = [{"path": path, "reason": reason} for path, reason in done.unreadable]
+    for path, write in ((args.csv, lambda: write_text(args.csv, as_csv(table))),
+                        (args.json, lambda: write_json(args.json, {"predictions": table, "unreadable": unreadable})),
+                        (args.gallery, lambda: write_gallery(args.gallery, done, names))):
+        if path:
+            try:
+                write()
+            except OSError as error:
+                raise ConfigError(f"{path}: can't be written: {error.strerror or error}") from None
+            print(f"{len(done.found)} images, written to {path}")
+
+
+def write_gallery(path: str, done: Predictions, names: Sequence[str] | None) -> None:
+    from tools.gallery import gallery
+    gallery(done.found, names, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    predict(parse(argv))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,125 @@
+"""A run as one HTML page that explains itself to someone who didn't run it.
+
+    python -m tools.report saved/models/<name>/<run_id>
+    python -m tools.report saved/models/<name>/<run_id> --checkpoint best
+
+Writes report.html, one file that needs no network, and the figures as PNGs in report/, both in the run's folder.
+"""
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from base.run_paths import RunPaths, run_of
+from utils.cli import Parser, check_device, check_file, run_main
+from utils.config.load import Override
+from utils.errors import ConfigError
+
+
+def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = None) -> Path:
+    """Write a run's report.html and the PNGs beside its checkpoint; returns the page's path.
+
+    Args:
+        run: see tools.session.open_run.
+        result: what `trainer.evaluate.evaluate` returned on `loader` with keep=True. Without it, or without single
+            predictions of the model's own classifier in it, the test split is evaluated here.
+        loader: the split that is shown, the test split without it.
+    Raises:
+        ConfigError: the run's folder can't be written.
+    """
+    from logger.figures.drawings import drawings
+    from logger.figures.style import to_png
+    from tools.report_page import report_page
+    from utils.files import write_text
+    loader = loader or run.loader("test")
+    facts = gather(run, result, loader)
+    paths = run_of(run.path)
+    shown = [(drawing, drawing.draw()) for drawing in drawings(facts)]
+    html = report_page(facts, run, paths, shown, loader)
+    target = paths.models / "report.html"
+    try:
+        pictures = paths.models / "report"
+        pictures.mkdir(exist_ok=True)
+        for drawing, figure in shown:
+            to_png(figure, pictures / f"{drawing.key}.png")
+        write_text(target, html)
+    except OSError as error:
+        raise ConfigError(f"{paths.models}: the report can't be written there: {error.strerror}") from None
+    return target
+
+
+def gather(run: Any, result: dict[str, Any] | None, loader: Any) -> Any:
+    """The facts a report is drawn from; evaluates where `result` doesn't suffice."""
+    from logger.figures.facts import BY_IMAGE, RunFacts
+    from logger.figures.norms import norm_facts
+    from tools.runs import read_table
+    from trainer.evaluate import evaluate
+    if result is None or ("predictions" not in result and result.get("classifier", "joint") == "joint"):
+        result = {**(result or {}),
+                  **evaluate(run.model, loader, groups=run.config.get("groups"), keep=not loader.detects)}
+    if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
+        result = {key: value for key, value in result.items() if key not in BY_IMAGE}
+    data = run.data
+    return RunFacts(run.config, result, list(data.get("cls_num_list") or []), data.get("class_names"),
+                    read_table(run_of(run.path).log / "metrics.csv"), norm_facts(run.model))
+
+
+# ---------------------------------------------------------------------- the command
+
+def choose_checkpoint(folder: Path, which: str) -> Path:
+    """`last` (the newest epoch's), `best`, or a file's name in the folder. Raises ConfigError where it isn't there."""
+    paths = RunPaths(folder, folder)
+    if which == "last":
+        there = paths.checkpoints() or ([paths.best] if paths.best.is_file() else [])
+        if not there:
+            raise ConfigError(f"{folder}: holds no checkpoint; give a run's folder, <save_dir>/models/<name>/<run_id>")
+        return there[-1]
+    name = "model_best.pth" if which in ("best", "model_best") else which
+    path = folder / name if (folder / name).is_file() else Path(which)
+    if not path.is_file():
+        known = ", ".join(p.name for p in [*paths.checkpoints(), *([paths.best] if paths.best.is_file() else [])])
+        raise ConfigError(f"--checkpoint: {folder} has no {name}; there is {known or 'no checkpoint'}")
+    return path
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    parser = Parser(prog="python -m tools.report", allow_abbrev=False,
+                    description="Write a run's report: one HTML page in its folder.")
+    parser.add_argument("run", metavar="RUN",
+                        help="the run's folder, <save_dir>/models/<name>/<run_id>, or one checkpoint")
+    parser.add_argument("--checkpoint", metavar="WHICH", default="last", help="last (default), best, or a file's name")
+    parser.add_argument("-c", "--config", metavar="JSON", help="a config in place of the checkpoint's own")
+    parser.add_argument("--data_dir", metavar="DIR", help="where the images are, if not where the config says")
+    parser.add_argument("-d", "--device", metavar="D", help="cpu, or a GPU's number")
+    args = parser.parse_args(argv)
+    if args.device is not None:
+        check_device(args.device)
+    if args.config is not None:
+        check_file(args.config, "-c")
+    folder = Path(args.run)
+    if folder.is_file():
+        args.path = folder
+    elif not folder.is_dir():
+        raise ConfigError(f"{args.run}: no such folder; give a run's, <save_dir>/models/<name>/<run_id>")
+    else:
+        args.path = choose_checkpoint(folder, args.checkpoint)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    from logger.log import setup_logging
+    from tools.session import open_run
+    from utils.device import pick_device
+    from utils.seed import seed_everything
+    setup_logging(1)
+    moved = [Override("data_loader.args.data_dir", args.data_dir, "--data_dir", args.data_dir)] if args.data_dir else []
+    run = open_run(args.path, args.config, moved, pick_device(args.device))
+    seed_everything(run.config["seed"])
+    print(f"report     {write_report(run)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

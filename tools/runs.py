@@ -1,0 +1,206 @@
+"""Finished and unfinished runs as their folders tell of them: config, figures, times. Nothing heavy is imported."""
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from base.run_paths import RunPaths, run_of
+from utils.config.load import read_json
+from utils.errors import ConfigError
+
+LOSSES = {"CrossEntropyLoss": "CE", "FocalLoss": "focal loss", "LDAMLoss": "LDAM", "RIDELoss": "RIDE",
+          "RIDELossWithDistill": "RIDE + distillation", "BalancedSoftmaxLoss": "balanced softmax",
+          "RIDEBalancedSoftmaxLoss": "RIDE, balanced softmax", "HCMLoss": "HCM",
+          "LogitAdjustmentLoss": "logit adjustment", "LabelSmoothingLoss": "CE, label smoothing"}
+NORMS = {"BatchNorm2d": "BN", "BatchRenorm": "BatchRenorm", "SyncBatchNorm": "SyncBN"}
+SAMPLERS = {"ClassBalanced": "class-balanced", "SquareRoot": "square-root", "ClassAware": "class-aware",
+            "ProgressivelyBalanced": "progressively balanced"}
+DATA = {"DigitsLT": "Digits-LT", "ImbalanceCIFAR100": "CIFAR-100-LT", "ImbalanceCIFAR10": "CIFAR-10-LT",
+        "CIFAR100": "CIFAR-100", "ImageNetLT": "ImageNet-LT", "iNaturalist": "iNaturalist 2018",
+        "PlacesLT": "Places-LT", "Coco": "COCO", "DigitScenes": "digit scenes"}
+
+
+# ---------------------------------------------------------------------- what a config says, in a few words
+
+def method_of(config: dict[str, Any]) -> str:
+    """What was trained, as its authors call it: "RIDE, 3 experts + BatchFormer + NBN", "CE + cRT"."""
+    arch, loss = config["arch"], config.get("loss") or {}
+    args, loss_args = arch.get("args") or {}, loss.get("args") or {}
+    routed = "EAModel" in arch["type"]
+    name = LOSSES.get(loss.get("type"), str(loss.get("type") or "")) if not routed else "RIDE + EA"
+    if name == "LDAM" and loss_args.get("reweight_epoch", -1) not in (None, -1):
+        name = "LDAM-DRW"
+    experts = experts_of(config)
+    if arch["type"].startswith("MaskRCNN"):
+        name = "Mask R-CNN"
+    parts = [f"{name}, {experts} experts" if experts > 1 else name]
+    if args.get("add_bt"):
+        parts.append("BatchFormer" if args["add_bt"] in (True, 1) else f"BatchFormer {args['add_bt']}")
+    norm = norm_of(args.get("norm"))
+    if norm:
+        parts.append(norm)
+    if config.get("load_crt"):
+        parts.append("LWS" if args.get("classifier") == "lws" else "cRT")
+    elif sampler_of(config) and not routed:
+        parts.append(f"{sampler_of(config)} sampling")
+    return " + ".join(part for part in parts if part)
+
+
+def experts_of(config: dict[str, Any]) -> int:
+    """How many experts the model has; 1 for a plain one."""
+    return int((config["arch"].get("args") or {}).get("num_experts") or 1)
+
+
+def norm_of(spec: Any) -> str:
+    """A norm that isn't plain batch norm, with the size it normalises by where that was chosen; else ""."""
+    if not spec:
+        return ""
+    kind, args = (spec, {}) if isinstance(spec, str) else (spec.get("type", ""), spec.get("args") or {})
+    size = args.get("normalization_batch_size")
+    if kind == "BatchNorm2d" and not size:
+        return ""
+    return NORMS.get(kind, kind) + (f" by {size}" if size else "")
+
+
+def sampler_of(config: dict[str, Any]) -> str:
+    """The sampler's name where it isn't the plain one; else ""."""
+    args = config["data_loader"].get("args") or {}
+    spec = args.get("sampler")
+    if spec:
+        return SAMPLERS.get(spec if isinstance(spec, str) else spec.get("type"), "")
+    return "class-balanced" if args.get("balanced") else ""
+
+
+def data_of(config: dict[str, Any]) -> str:
+    """The data set's name; of a user's own images the folder's."""
+    spec = config["data_loader"]
+    args, kind = spec.get("args") or {}, spec["type"].removesuffix("DataLoader")
+    if kind not in DATA:
+        return Path(str(args.get("data_dir") or kind)).name
+    factor = args.get("imb_factor")
+    return DATA[kind] + (f" {factor:g}" if kind.startswith("Imbalance") and factor not in (None, 0.01) else "")
+
+
+def model_of(config: dict[str, Any]) -> str:
+    """The backbone: "ResNet32", "ResNeXt50"."""
+    return config["arch"]["type"].removesuffix("Model").removesuffix("EA")
+
+
+# ---------------------------------------------------------------------- a run's folder
+
+@dataclass
+class RunRecord:
+    """What a run left behind. `figures` has test_metrics.json's keys, from `split` "test" or "val" (or None)."""
+
+    paths: RunPaths
+    config: dict[str, Any]
+    figures: dict[str, Any] = field(default_factory=dict)
+    split: str | None = None
+
+    @property
+    def name(self) -> str:
+        """name/run_id, as the folders have it."""
+        return f"{self.paths.models.parent.name}/{self.paths.models.name}"
+
+    @property
+    def method(self) -> str:
+        """What was trained, and how it was evaluated where that isn't by its own classifier."""
+        classifier = self.figures.get("classifier", "joint")
+        how = {"joint": "", "ncm": ", NCM", "tau": f", tau {self.figures.get('tau', 0):g}"}.get(classifier, "")
+        return method_of(self.config) + how
+
+    @cached_property
+    def history(self) -> list[dict[str, float | None]]:
+        """metrics.csv: a dict an epoch; empty fields are None. [] where there is none or it can't be read."""
+        return read_table(self.paths.log / "metrics.csv")
+
+    @cached_property
+    def times(self) -> list[dict[str, float | None]]:
+        """timing.csv: epoch, seconds, images_per_second."""
+        return read_table(self.paths.log / "timing.csv")
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs in metrics.csv, else of the newest checkpoint; 0 where there is neither."""
+        if self.history:
+            return int(self.history[-1].get("epoch") or 0)
+        last = self.paths.checkpoints()
+        return int(last[-1].stem.removeprefix("checkpoint-epoch")) if last else 0
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of all epochs, validation included."""
+        spent = [row["seconds"] for row in self.times if row.get("seconds") is not None]
+        return math.fsum(spent) if spent else None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Training speed, the median of its epochs."""
+        speeds = sorted(row["images_per_second"] for row in self.times if row.get("images_per_second"))
+        return speeds[len(speeds) // 2] if speeds else None
+
+
+def read_table(path: Path) -> list[dict[str, float | None]]:
+    """A CSV file of numbers as a dict a row; what isn't a number is None. [] where the file isn't there."""
+    def number(text: str | None) -> float | None:
+        try:
+            return float(text)
+        except (TypeError, ValueError):
+            return None
+    try:
+        with open(path, newline="", encoding="utf-8") as handle:
+            return [{key: number(value) for key, value in row.items() if key} for row in csv.DictReader(handle)]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+
+
+def read_run(models: Path) -> RunRecord:
+    """The run in a models folder. Raises ConfigError, with the reason, where it is broken."""
+    config_path = models / "config.json"
+    if not config_path.is_file():
+        raise ConfigError(f"{models}: has checkpoints but no config.json")
+    config = read_json(config_path, "config")
+    for section in ("arch", "data_loader", "trainer"):
+        if not isinstance(config.get(section), dict) or (section != "trainer" and "type" not in config[section]):
+            raise ConfigError(f"{config_path}: isn't a run's config, it has no {section}")
+    run = RunRecord(run_of(models / "checkpoint"), config)
+    tested = models / "test_metrics.json"
+    if tested.is_file():
+        try:
+            run.figures, run.split = json.loads(tested.read_text(encoding="utf-8")), "test"
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{tested}: can't be read ({error})") from None
+        if not isinstance(run.figures, dict):
+            raise ConfigError(f"{tested}: doesn't hold test figures")
+    elif run.history:
+        run.figures = {key[4:]: value for key, value in run.history[-1].items() if key.startswith("val_")}
+        run.split = "val" if any(value is not None for value in run.figures.values()) else None
+    return run
+
+
+def run_folders(top: Path) -> Iterator[Path]:
+    """Every folder under `top` (itself too) that looks like a run's models folder, in order of their names."""
+    for folder, below, files in os.walk(top):
+        below.sort()
+        if any(name.startswith("checkpoint-epoch") or name == "model_best.pth" for name in files) \
+                or ("config.json" in files and Path(folder).parent.parent.name == "models"):
+            yield Path(folder)
+            below.clear()  # what a run holds (a report's pictures) is no run
+
+
+def find_runs(top: Path) -> tuple[list[RunRecord], list[str]]:
+    """(the runs under `top`, a line for each folder that was skipped)."""
+    runs, skipped = [], []
+    for folder in run_folders(top):
+        try:
+            runs.append(read_run(folder))
+        except ConfigError as error:
+            skipped.append(str(error))
+    return runs, skipped

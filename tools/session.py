@@ -1,0 +1,204 @@
+"""Building the pieces of a run from its config: shared by train.py, test.py and the tools, all of them entry points.
+
+This file alone brings models and data together; nothing in the other rooms imports it.
+"""
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from base.base_data_loader import BaseDataLoader
+from base.run_paths import new_run
+from data_loader.data_loaders import build_loader
+from logger.log import get_logger
+from model.loss import build_loss
+from model.model import build_model
+from model.weights.remap import load_weights
+from utils import dist
+from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, recover_config
+from utils.config.load import check_config, load_config
+from utils.errors import ConfigError
+
+log = get_logger()
+GATES = "backbone.expert_help_pred"
+
+
+# ---------------------------------------------------------------------- configs of checkpoints
+
+def config_of(checkpoint: dict[str, Any], path: Path, overrides: list[tuple] = ()) -> dict[str, Any]:
+    """The config that goes with a checkpoint: inside it (RIDE's pickled parser included), or config.json beside.
+
+    Raises ConfigError where there is neither.
+    """
+    config = recover_config(checkpoint)
+    if config is not None and "arch" in config:
+        return check_config(config, overrides)
+    beside = path.parent / "config.json"
+    if beside.is_file():
+        return load_config(beside, overrides)
+    raise ConfigError(f"{path}: holds no config and there is no config.json beside it; name one with -c CONFIG.json")
+
+
+@dataclass
+class Start:
+    """Where a training begins: its config, and the checkpoint that it goes on from or takes weights from."""
+
+    config: dict[str, Any]
+    checkpoint: dict[str, Any] | None = None
+    path: Path | None = None
+    #: True: the same run goes on, in its own folder. False: a new run.
+    goes_on: bool = False
+
+
+def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
+    """Work out what `-c`, `-r`, `--run_id` and `--pretrained` ask for together.
+
+    `-r FILE` alone goes on with the file's run; with `-c` too, a config with `resume_state_dict_only` starts a new run
+    from the file's weights, any other replaces the run's config. `-r auto` takes the newest good checkpoint of the run
+    that `-c` and `--run_id` name, and starts anew where there is none.
+    """
+    if not args.resume:
+        return Start(config)
+    if args.resume == "auto":
+        if config is None or not args.run_id:
+            raise ConfigError("-r auto: needs -c CONFIG.json and --run_id ID, the run to go on with")
+        paths = new_run(config["trainer"]["save_dir"], config["name"], args.run_id)
+        found = newest_good_checkpoint(paths.models)
+        return Start(config) if found is None else Start(config, found[1], found[0], goes_on=True)
+    path = Path(args.resume)
+    checkpoint = load_checkpoint(path)
+    if config is None:
+        return Start(config_of(checkpoint, path, args.overrides), checkpoint, path, goes_on=True)
+    return Start(config, checkpoint, path, goes_on=not config["resume_state_dict_only"])
+
+
+# ---------------------------------------------------------------------- data, model, loss
+
+def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, training: bool = True,
+                **more: Any) -> BaseDataLoader:
+    """The loader of the config's training split, or of its test split (`training=False`)."""
+    loader = build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
+                          world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training, **more)
+    if (config["data_loader"].get("args") or {}).get("image_size") == "auto":
+        config["data_loader"]["args"]["image_size"] = loader.image_size  # the same for every split, on any machine
+    return loader
+
+
+def make_model(config: dict[str, Any], num_classes: int | None = None, section: str = "arch") -> nn.Module:
+    """The model a section names, on the CPU; `num_classes` comes from the data where the config leaves it out."""
+    return build_model(config[section], num_classes=num_classes, path=section)
+
+
+def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module:
+    """The loss a config names, told the training counts."""
+    return build_loss(config["loss"], cls_num_list=cls_num_list, path="loss")
+
+
+def make_teacher(config: dict[str, Any], num_classes: int, device: torch.device | str) -> nn.Module | None:
+    """The teacher of a config that distils, with its weights, in evaluation mode."""
+    if not config.get("distill"):
+        return None
+    teacher = make_model(config, num_classes, "distill_arch")
+    load_weights(teacher, config["distill_checkpoint"])
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def data_facts(loader: BaseDataLoader) -> dict[str, Any]:
+    """What a model's user needs to know of its data, as plain data for the checkpoint."""
+    return {"num_classes": int(loader.num_classes), "cls_num_list": [int(n) for n in loader.cls_num_list],
+            "class_names": None if loader.class_names is None else [str(name) for name in loader.class_names],
+            "preprocess": loader.preprocess}
+
+
+def load_start(model: nn.Module, start: Start) -> None:
+    """Load the weights that a run starts from, and freeze what stage 2 doesn't train.
+
+    The config's `pretrained` is a file of weights to start from (a classifier of other classes is left new); its
+    `load_crt` is stage 1's file: all but the classifier is loaded, and everything but the classifier frozen (Kang
+    2020). With the `lws` classifier stage 1's classifier is loaded too and only its scales are learned.
+    """
+    config = start.config
+    if start.checkpoint is not None:
+        # Stage 1's file has no gates yet; any other must bring everything.
+        stage1 = not start.goes_on and not any(GATES in key for key in start.checkpoint.get("state_dict") or {})
+        load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=(GATES,) if stage1 else ())
+    elif config.get("pretrained") and hasattr(model, "load_pretrained"):
+        log.info(model.load_pretrained(load_checkpoint(config["pretrained"]), config["pretrained"]))
+    elif config.get("pretrained"):
+        load_weights(model, config["pretrained"], skip_prefixes=(GATES,), new_head=True)
+    elif getattr(model, "routed", False) and not model.backbone.force_all:
+        log.warning("the gates learn when experts that nobody trained are right; give the trained model with "
+                    "-r STAGE1")
+    if config.get("second_stage") and not config.get("load_crt"):  # only a dry run comes here
+        log.warning("load_crt: missing; without it this config can't be trained, only tried")
+    if config.get("load_crt"):
+        learned = tuple(model.stage2_prefixes())
+        if start.checkpoint is None:
+            load_weights(model, config["load_crt"], skip_prefixes=learned)
+        model.freeze_except(learned)
+
+
+# ---------------------------------------------------------------------- a finished run, for test.py and the tools
+
+@dataclass
+class Run:
+    """A checkpoint with its config and its model, ready to evaluate."""
+
+    path: Path
+    config: dict[str, Any]
+    checkpoint: dict[str, Any]
+    model: nn.Module
+    device: torch.device
+    _loaders: dict[str, BaseDataLoader] = field(default_factory=dict)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """num_classes, cls_num_list, class_names, preprocess: from the checkpoint, else from the data."""
+        return self.checkpoint.get("data") or data_facts(self.loader("test"))
+
+    def loader(self, split: str = "test") -> BaseDataLoader:
+        """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
+        if split not in self._loaders:
+            if split == "test":
+                self._loaders[split] = make_loader(self.config, self.device, training=False)
+            elif split == "train":
+                self._loaders[split] = make_loader(self.config, self.device)
+            elif split == "train_eval":
+                self._loaders[split] = self.loader("train").train_eval_loader()
+            else:
+                found = self.loader("train").split_validation()
+                if found is None:
+                    raise ConfigError("data_loader.args.validation: this run has no validation split; use \"holdout\"")
+                self._loaders[split] = found
+        return self._loaders[split]
+
+
+def open_run(path: str | Path, config: str | Path | None = None, overrides: list[tuple] = (),
+             device: torch.device | str = "cpu", *, allow_partial: bool = False) -> Run:
+    """Read a checkpoint (ours or another project's), build its model and load the weights.
+
+    Args:
+        path: a checkpoint file.
+        config: a config that goes before the checkpoint's own.
+        overrides: (dotted path, value, flag) as the command line gives them.
+    Raises:
+        ConfigError: unreadable or refused file, no config, weights that don't fit.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path)
+    effective = load_config(config, overrides) if config else config_of(checkpoint, path, overrides)
+    device = torch.device(device)
+    facts = checkpoint.get("data") if isinstance(checkpoint.get("data"), dict) else None
+    num_classes = effective["arch"].get("args", {}).get("num_classes") or (facts or {}).get("num_classes")
+    run = Run(path, effective, checkpoint, nn.Identity(), device)
+    if num_classes is None:
+        num_classes = run.loader("test").num_classes
+    model = make_model(effective, num_classes)
+    load_weights(model, checkpoint, name=str(path), allow_partial=allow_partial)
+    run.model = model.to(device, memory_format=torch.channels_last).eval()
+    return run

@@ -1,0 +1,183 @@
+"""The grid of a sweep: its file read and checked, its runs in order, and the command of each."""
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from base.run_paths import RunPaths, new_run
+from tools.compare import COSMETIC
+from utils.cli import value_of
+from utils.config.load import Override, check_config, load_config, read_json
+from utils.errors import ConfigError, unknown
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = ("name", "save_dir", "base", "methods", "seeds", "set")
+METHOD_KEYS = ("config", "set", "start")
+PLACE = re.compile(r"\{(\w[\w.-]*)\}")
+
+
+@dataclass
+class Job:
+    """One run of the grid: a method with a seed."""
+
+    method: str
+    seed: int
+    config: str                                   # the config file
+    settings: dict[str, Any]                      # dotted key -> value; `{method}` still in it
+    paths: RunPaths
+    start: str | None = None                      # the method whose checkpoint goes to -r
+    needs: tuple[str, ...] = ()                   # methods that must be done before, with the same seed
+    state: str = "waiting"                        # then: running, done, failed
+    problem: str = ""
+    seconds: float | None = None                  # None where nothing had to be done
+    effective: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} seed {self.seed}"
+
+    @property
+    def last(self) -> Path | None:
+        """The newest epoch's checkpoint, where there is one."""
+        found = self.paths.checkpoints()
+        return found[-1] if found else None
+
+    @property
+    def finished(self) -> bool:
+        """Trained to the end and tested since."""
+        tested = self.paths.models / "test_metrics.json"
+        return self.last is not None and tested.is_file() and tested.stat().st_mtime >= self.last.stat().st_mtime
+
+
+# ---------------------------------------------------------------------- the file
+
+def read_sweep(path: str) -> tuple[list[Job], Path]:
+    """(the jobs of a sweep file, each after what it needs; its save_dir).
+
+    Raises ConfigError for anything wrong in it or in one of its configs, before anything runs.
+    """
+    sweep = read_json(path, "the sweep file")
+    for key in sweep:
+        if key not in KEYS:
+            raise unknown(path, key, KEYS, "key")
+    name = _expect(path, sweep, "name", str, Path(path).stem)
+    save_dir = _expect(path, sweep, "save_dir", str, "saved/")
+    methods = _expect(path, sweep, "methods", dict, {})
+    seeds = _expect(path, sweep, "seeds", list, [0])
+    shared = _expect(path, sweep, "set", dict, {})
+    if not methods:
+        raise ConfigError(f"{path}: methods: give at least one, e.g. {{\"ce\": {{\"config\": \"configs/x.json\"}}}}")
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{path}: seeds: must be different whole numbers from 0, such as [0, 1, 2]")
+    jobs = [_job(path, sweep, save_dir, name, method, spec, shared, seed)
+            for method, spec in methods.items() for seed in seeds]
+    return _in_order(path, jobs), Path(save_dir)
+
+
+def _expect(path: str, table: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = table.get(key, default)
+    if not isinstance(value, kind):
+        names = {str: "text", dict: "an object", list: "a list"}
+        raise ConfigError(f"{path}: {key}: must be {names[kind]}, not {value!r}")
+    return value
+
+
+def _job(path: str, sweep: dict[str, Any], save_dir: str, name: str, method: str, spec: Any, shared: dict[str, Any],
+         seed: int) -> Job:
+    where = f"{path}: methods.{method}"
+    if not isinstance(spec, dict):
+        raise ConfigError(f"{where}: must be an object such as {{\"config\": \"configs/x.json\"}}, not {spec!r}")
+    for key in spec:
+        if key not in METHOD_KEYS:
+            raise unknown(where, key, METHOD_KEYS, "key")
+    config = spec.get("config", sweep.get("base"))
+    if not isinstance(config, str):
+        raise ConfigError(f"{where}: has no config, and the sweep no base")
+    settings = {**shared, **_expect(path, spec, "set", dict, {})}
+    start = _expect(path, spec, "start", str, "") or None
+    used = [match for value in settings.values() if isinstance(value, str) for match in PLACE.findall(value)]
+    needs = tuple(dict.fromkeys([*used, *([start] if start else [])]))
+    for needed in needs:
+        if needed not in sweep["methods"]:
+            raise unknown(where, needed, sweep["methods"], "method")
+    job = Job(method, seed, config, settings, new_run(save_dir, f"{name}_{method}", f"seed{seed}"), start, needs)
+    # Checked whole now: a slip in the last method shouldn't show after a night. Files of runs to come aren't there yet.
+    known = [(key, value, f"{where}: {key}") for key, value in settings.items()
+             if not (isinstance(value, str) and PLACE.search(value))]
+    job.effective = load_config(config, [*known, *_identity(job)], flag=f"{where}: config")
+    return job
+
+
+def _identity(job: Job) -> list[Override]:
+    """The overrides that make a run this job's."""
+    # A start from another run's checkpoint is a new run; without this key it would go on in the other's folder.
+    starts = [Override("resume_state_dict_only", True, "start")] if job.start else []
+    return [Override("seed", job.seed, "seeds"), Override("name", job.paths.models.parent.name, "name"),
+            Override("trainer.save_dir", str(job.paths.models.parent.parent.parent), "save_dir"), *starts]
+
+
+def _in_order(path: str, jobs: list[Job]) -> list[Job]:
+    """Jobs after those that they need."""
+    ordered: list[Job] = []
+    while len(ordered) < len(jobs):
+        done = {(job.method, job.seed) for job in ordered}
+        ready = [job for job in jobs if job not in ordered and all((need, job.seed) in done for need in job.needs)]
+        if not ready:
+            stuck = next(job for job in jobs if job not in ordered)
+            raise ConfigError(f"{path}: methods.{stuck.method}: needs itself, through {', '.join(stuck.needs)}")
+        ordered += ready
+    return ordered
+
+
+def check_unchanged(job: Job) -> None:
+    """A run that is there must be of the config that the sweep asks for now. Raises ConfigError naming what differs."""
+    if not job.paths.config.is_file():
+        return
+    before = check_config(read_json(job.paths.config, "config"))
+    left_out = {"pretrained", "load_crt", "distill_checkpoint", "n_gpu", "arch.args.num_classes",
+                "distill_arch.args.num_classes", *(f"trainer.{key}" for key in COSMETIC)}
+    old, new = (_flat({**config}) for config in (before, job.effective))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in left_out and old.get(key) != new.get(key) != "auto":  # a run notes what "auto" found
+            raise ConfigError(f"{job.paths.models}: was run with {key} {old.get(key)!r}, the sweep now says "
+                              f"{new.get(key)!r}; delete the folder or give the sweep another name")
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """A nested dict with dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
+
+
+# ---------------------------------------------------------------------- commands
+
+def train_command(job: Job, jobs: Sequence[Job], device: str | None) -> list[str]:
+    """The train.py call that begins the job's run, or goes on with it."""
+    checkpoints = {other.method: str(other.last or other.paths.models / "checkpoint-epochN.pth") for other in jobs
+                   if other.seed == job.seed}
+    command = [sys.executable, str(ROOT / "train.py"), "-c", job.config, "--run_id", job.paths.models.name]
+    resume = "auto" if job.last or not job.start else checkpoints[job.start]
+    command += ["-r", resume]
+    for item in _identity(job):
+        command += ["--set", f"{item.path}={written(item.value)}"]
+    for key, value in job.settings.items():
+        if isinstance(value, str):
+            value = PLACE.sub(lambda match: checkpoints[match[1]], value)
+        command += ["--set", f"{key}={written(value)}"]
+    return command + (["-d", device] if device is not None else [])
+
+
+def written(value: Any) -> str:
+    """A value as `--set` reads it: text as it is, where that wouldn't be taken for a number or the like."""
+    return value if isinstance(value, str) and value_of(value) == value else json.dumps(value)
+
+
+def evaluation_command(job: Job, device: str | None) -> list[str]:
+    """The test.py call for the job's last checkpoint."""
+    return [sys.executable, str(ROOT / "test.py"), "-r", str(job.last), *(["-d", device] if device is not None else [])]

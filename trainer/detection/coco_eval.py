@@ -1,0 +1,252 @@
+"""Average precision of boxes and masks as COCO defines it, over all classes, by size, by class and by shots.
+
+The figures come from pycocotools or faster-coco-eval, whichever is installed; this file gathers detections, hands them
+over and reads the answer. Detections are kept in COCO's results format, so any other tool can score the saved file.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_loader.detection.rle import encode, unpack
+from utils import dist
+from utils.errors import ConfigError
+from utils.files import write_text
+
+KINDS = ("bbox", "segm")
+#: Name, IoU threshold (None: the mean over 0.5, 0.55, ..., 0.95), area range.
+FIGURES = (("AP", None, "all"), ("AP50", 0.5, "all"), ("AP75", 0.75, "all"), ("APs", None, "small"),
+           ("APm", None, "medium"), ("APl", None, "large"))
+GROUPS = ("many", "medium", "few")
+INSTALL = "pip install pycocotools (or faster-coco-eval)"
+
+
+def load_backend() -> tuple[Callable, Callable]:
+    """(COCO, COCOeval) of the tool that is installed; ConfigError with the command to install one where none is."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+        return COCO, COCOeval
+    except ImportError:
+        pass
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+        return COCO, COCOeval_faster
+    except ImportError:
+        raise ConfigError(f"average precision needs pycocotools or faster-coco-eval, which aren't installed: "
+                          f"{INSTALL}") from None
+
+
+def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, torch.Tensor]],
+                 category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """A model's detections in COCO's results format: one entry each, with bbox [x, y, width, height] and packed mask.
+
+    detections: per image `boxes` [n, 4] corners, `labels` [n] (1 to C), `scores` [n] and `masks` [n, 1, H, W] (cut at
+    0.5), in the image's own pixels. category_ids: of the classes 1 to C.
+    """
+    results = []
+    for image_id, found in zip(image_ids, detections, strict=True):
+        boxes = found["boxes"].float().cpu().numpy().astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        masks = (found["masks"][:, 0] > 0.5).cpu().numpy() if "masks" in found else [None] * len(boxes)
+        for box, label, score, mask in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), masks):
+            entry = {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+            if mask is not None:
+                entry["segmentation"] = encode(mask)
+            results.append(entry)
+    return results
+
+
+class CocoEvaluator:
+    """Gathers detections, image by image and over all ranks, and computes AP.
+
+    Args:
+        ground_truth: a COCO dict (images, annotations, categories); its crowd regions count neither for nor against.
+        cls_num_list: training instances of each class, for the groups; None where they aren't known.
+        groups: {"many": 100, "few": 20}: many is above the first, few below the second.
+    """
+
+    def __init__(self, ground_truth: dict[str, Any], cls_num_list: list[int] | None = None,
+                 groups: dict[str, int] | None = None):
+        load_backend()  # says at once, not after the pass over the images, that it is missing
+        self.ground_truth, self.cls_num_list = ground_truth, cls_num_list
+        self.limits = {"many": 100, "few": 20, **(groups or {})}
+        self.category_ids = [category["id"] for category in ground_truth["categories"]]
+        self.image_ids: list[int] = []
+        self.results: list[dict[str, Any]] = []
+
+    def update(self, image_ids: Sequence[int], detections: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Add some images' detections (see `coco_results`)."""
+        self.image_ids += image_ids
+        self.results += coco_results(image_ids, detections, self.category_ids)
+
+    def gather(self) -> None:
+        """Bring together what the ranks have; afterwards all have the same, each image once."""
+        if dist.world_size() > 1:
+            parts = [json.loads(text) for text in gather_texts(json.dumps([self.image_ids, self.results]))]
+            seen: set[int] = set()
+            self.image_ids, self.results = [], []
+            for ids, results in parts:
+                new = set(ids) - seen
+                seen |= new
+                self.image_ids += [i for i in ids if i in new]
+                self.results += [entry for entry in results if entry["image_id"] in new]
+        # One order whatever the number of ranks: ties between equal scores are broken by it.
+        self.image_ids.sort()
+        self.results.sort(key=lambda entry: (entry["image_id"], -entry["score"]))
+
+    def compute(self) -> dict[str, Any]:
+        """The figures, 0 to 1, None where there is nothing to score: for each of `bbox` and `segm`
+
+        `<kind>_AP`, `_AP50`, `_AP75`, `_APs`, `_APm`, `_APl`, `_AP_many`, `_AP_medium`, `_AP_few` (means of the group's
+        classes) and `_per_class_AP` (a list); and `n_samples`, `n_detections`, `many_class_num` ... of the classes.
+        """
+        figures: dict[str, Any] = {}
+        groups = class_groups(self.cls_num_list, self.limits)
+        for kind in KINDS:
+            precision, parameters = self._precision(kind)
+            for name, threshold, area in FIGURES:
+                at = slice(None) if threshold is None else np.isclose(parameters["iou"], threshold)
+                figures[f"{kind}_{name}"] = mean_known(precision[at, :, :, parameters["areas"].index(area)])
+            every = parameters["areas"].index("all")
+            per_class = [mean_known(precision[:, :, k, every]) for k in range(len(self.category_ids))]
+            for group, members in groups.items():
+                known = [per_class[k] for k in members if per_class[k] is not None]
+                figures[f"{kind}_AP_{group}"] = sum(known) / len(known) if known else None
+            figures[f"{kind}_per_class_AP"] = per_class
+        figures.update({f"{group}_class_num": len(members) for group, members in groups.items()})
+        figures["n_samples"], figures["n_detections"] = len(self.image_ids), len(self.results)
+        return figures
+
+    def _precision(self, kind: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """Precision [IoU thresholds, recalls, classes, areas] at 100 detections an image, -1 where unknown."""
+        make_coco, make_eval = load_backend()
+        images = [image for image in self.ground_truth["images"] if image["id"] in set(self.image_ids)]
+        truth = {**self.ground_truth, "images": images}
+        # As the tool itself reads a results file, which it can't if there is no result in it.
+        area = box_area if kind == "bbox" else mask_area
+        found = [{**entry, "id": n + 1, "iscrowd": 0, "area": area(entry)} for n, entry in
+                 enumerate(results_of(self.results, kind))]
+        with contextlib.redirect_stdout(io.StringIO()):
+            pair = []
+            for content in (truth, {**truth, "annotations": found}):
+                coco = make_coco()
+                # The tool writes into the entries it is given.
+                coco.dataset = {**content, "annotations": [dict(a) for a in content["annotations"]]}
+                coco.createIndex()
+                pair.append(coco)
+            evaluation = make_eval(*pair, kind)
+            evaluation.params.imgIds = sorted(image["id"] for image in images)
+            evaluation.params.catIds = self.category_ids
+            evaluation.evaluate()
+            evaluation.accumulate()
+        parameters = {"iou": np.asarray(evaluation.params.iouThrs), "areas": list(evaluation.params.areaRngLbl)}
+        return np.asarray(evaluation.eval["precision"])[..., -1], parameters
+
+
+def results_of(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The results for one kind of score, `bbox` or `segm`, as they are written to its file.
+
+    With boxes in the file pycocotools takes an object's size from its box; a mask's size is its own area.
+    """
+    dropped = "segmentation" if kind == "bbox" else "bbox"
+    return [{key: value for key, value in entry.items() if key != dropped} for entry in results]
+
+
+def box_area(entry: dict[str, Any]) -> float:
+    return entry["bbox"][2] * entry["bbox"][3]
+
+
+def mask_area(entry: dict[str, Any]) -> int:
+    return sum(unpack(entry["segmentation"]["counts"])[1::2])
+
+
+def mean_known(precision: np.ndarray) -> float | None:
+    """The mean of the values that aren't -1, None where there is none."""
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else None
+
+
+def class_groups(cls_num_list: list[int] | None, limits: dict[str, int]) -> dict[str, list[int]]:
+    """Indices of the many-, medium- and few-shot classes by their training instances (none where unknown)."""
+    groups: dict[str, list[int]] = {name: [] for name in GROUPS}
+    for k, n in enumerate(cls_num_list or []):
+        groups["many" if n > limits["many"] else "few" if n < limits["few"] else "medium"].append(k)
+    return groups
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, as bytes in tensors: nothing is pickled."""
+    import torch.distributed as torch_dist
+    device = "cuda" if torch_dist.get_backend() == "nccl" else "cpu"
+    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
+    sizes = torch.zeros(dist.world_size(), dtype=torch.long, device=device)
+    sizes[dist.rank()] = len(mine)
+    torch_dist.all_reduce(sizes)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device)
+    padded[: len(mine)] = mine
+    parts = [torch.zeros_like(padded) for _ in range(dist.world_size())]
+    torch_dist.all_gather(parts, padded)
+    return [bytes(part[: int(n)].cpu().numpy()).decode() for part, n in zip(parts, sizes)]
+
+
+@torch.no_grad()
+def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, int] | None = None, amp: object = None,
+                      cls_num_list: list[int] | None = None, max_batches: int | None = None,
+                      keep: bool = False) -> dict[str, Any]:
+    """The figures of `model` on `loader`'s split (see `CocoEvaluator.compute`); all ranks return the same.
+
+    Args:
+        cls_num_list: training instances of each class, for the groups; the loader's where left out.
+        max_batches: stop early (a dry run).
+        keep: also return `detections`, in COCO's results format.
+    """
+    # Imported here: the trainer imports this module.
+    from trainer.trainer import autocast
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    began = time.monotonic()
+    evaluator = CocoEvaluator(loader.ground_truth(), cls_num_list or loader.cls_num_list, groups)
+    for batch, (images, targets) in enumerate(loader):
+        if max_batches is not None and batch >= max_batches:
+            break
+        n, _ = loader.share(batch)
+        if n:
+            with autocast(device, amp):
+                detections = model(images[:n])["detections"]
+            evaluator.update([target["image_id"] for target in targets[:n]], detections)
+    evaluator.gather()
+    model.train(was_training)
+    figures = evaluator.compute()
+    figures["seconds"] = time.monotonic() - began
+    if keep:
+        figures["detections"] = evaluator.results
+    return figures
+
+
+def write_results(folder: Path, results: list[dict[str, Any]]) -> list[Path]:
+    """Write detections_bbox.json and detections_segm.json, which COCO tools score; returns their paths."""
+    paths = []
+    for kind in KINDS:
+        paths.append(folder / f"detections_{kind}.json")
+        write_text(paths[-1], json.dumps(results_of(results, kind), allow_nan=False))
+    return paths
+
+
+def format_detection(figures: dict[str, Any], title: str = "") -> str:
+    """A table of box and mask AP in percent."""
+    columns = [*(name for name, _, _ in FIGURES), *(f"AP_{group}" for group in GROUPS)]
+    lines = [f"{title:<8}" + "".join(f"{column:>11}" for column in columns)]
+    for kind in KINDS:
+        values = [figures.get(f"{kind}_{column}") for column in columns]
+        lines.append(f"{kind:<8}" + "".join(f"{'-' if v is None else f'{100 * v:.1f}':>11}" for v in values))
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Reading, overriding, checking and building by name from JSON configs."""

@@ -1,0 +1,163 @@
+"""The config's keys as data: name, type, default, range and a line of explanation each.
+
+The checker reads these tables, and so does the reference in docs (`python -m utils.config.schema` prints it).
+Arguments of models, losses, loaders, optimizers and schedules aren't here: their constructors say what they take.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: The default of a key that must be given.
+REQUIRED = ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One key. `type` is an annotation (see utils.config.annotation); numbers lie in [low, high], or above `above`."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A `{"type", "args"}` part of the config: where its classes are, and what the program gives them itself."""
+
+    what: str
+    file: str
+    #: How a class's name ends if `file` only imports it.
+    suffix: str = ""
+    skip: tuple[str, ...] = ()
+    provided: tuple[str, ...] = ()
+    #: Arguments the program gives that a config may not: name -> what to write instead.
+    reserved: Mapping[str, str] = field(default_factory=dict)
+    #: Arguments of old configs that do nothing any more, and are dropped.
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    #: Types that exist but can't work here: name -> why.
+    refused: Mapping[str, str] = field(default_factory=dict)
+    required: bool = True
+
+
+TOP = (
+    Row("name", "str", "run", "the run's name, and its folder's"),
+    Row("n_gpu", "int", 1, "processes to train with, one a GPU; fewer where the machine has fewer", low=0),
+    Row("seed", "int", 0, "seed of weights, data order, augmentation and dropout", low=0, high=2**32 - 1),
+    Row("metrics", "list[str]", ["accuracy"], "functions of model/metric.py reported each epoch"),
+    Row("add_extra_info", "bool", False, "of old configs; the losses always get what they need"),
+    Row("distill", "bool", False, "learn from a teacher too: needs distill_arch and distill_checkpoint"),
+    Row("distill_checkpoint", "str | None", None, "the teacher's weights"),
+    Row("pretrained", "str | None", None, "weights to start from (a classifier of other classes is left new)"),
+    Row("load_crt", "str | None", None, "stage 1's checkpoint: load all but the classifier, freeze the rest"),
+    Row("second_stage", "bool", False, "the config is for use with load_crt only: training without it is refused"),
+    Row("resume_state_dict_only", "bool", False, "with -r and -c: start a new run from the checkpoint's weights"),
+)
+
+GROUPS = (
+    Row("many", "int", 100, "a class with more training images is many-shot", low=0),
+    Row("few", "int", 20, "a class with fewer is few-shot; those between are medium-shot", low=0),
+)
+
+TRAINER_TYPES = ("Trainer", "ExpertAssignmentTrainer", "DistillTrainer", "DetectionTrainer")
+#: What decides `trainer.type` where it is absent: the arch's name first, then `distill`.
+DETECTION_ARCHS = ("MaskRCNNR50FPNModel",)
+#: Whose images come with boxes and masks instead of a class each.
+DETECTION_LOADERS = ("CocoDataLoader", "DigitScenesDataLoader")
+
+TRAINER = (
+    Row("type", "str", None, "inferred where absent, from the arch and `distill`"),
+    Row("epochs", "int", REQUIRED, "passes over the training images", low=1),
+    Row("save_dir", "str", "saved/", "where runs go: <save_dir>/models/<name>/<run_id>"),
+    Row("save_period", "int", 10, "write a checkpoint every so many epochs; the last is always written", low=1),
+    Row("keep_last", "int | None", None, "keep only the newest so many epoch checkpoints; null keeps all", low=1),
+    Row("verbosity", "int", 2, "0 warnings, 1 a line an epoch, 2 also a line every log_step", low=0, high=2),
+    Row("monitor", "str", "off", "\"off\", or what makes an epoch the best: \"max val_accuracy\", \"min val_loss\""),
+    Row("early_stop", "int | None", None, "stop after so many epochs without a better one; null or 0 never", low=0),
+    Row("tensorboard", "bool", True, "write TensorBoard events"),
+    Row("log_step", "int | None", None, "steps between two readings of loss and metrics; null chooses", low=1),
+    Row("progress", "bool", True, "a progress bar where there is a terminal"),
+    Row("amp", "Literal['off', 'bf16', 'fp16', False]", "off", "mixed precision; fp16 brings a loss scaler"),
+    Row("clip_grad_norm", "float | None", None, "largest norm of all gradients together; null doesn't clip", above=0),
+    Row("channels_last", "bool", True, "NHWC memory: faster convolutions"),
+    Row("compile", "bool", False, "torch.compile the model"),
+    Row("deterministic", "bool", True, "the same seed gives the same run on a GPU too; false lets cuDNN search"),
+    Row("on_nonfinite", "Literal['stop', 'skip']", "stop", "what a loss or gradient that isn't finite does"),
+    Row("max_skipped", "int", 100, "with on_nonfinite skip: give up after so many skipped steps", low=1),
+    Row("no_decay_scale", "bool", False, "no weight decay on NBN's learned scales"),
+    Row("classifier_lr", "float | None", None, "a base rate of the classifier's own (Places-LT)", above=0),
+    Row("bt_gather", "bool", False, "BatchFormer attends over all processes' features"),
+    Row("log_batch_attention", "bool", False, "BatchFormer's attention, class by class, to TensorBoard"),
+    Row("record_statistics", "bool", False, "one norm layer's forward and backward statistics, to TensorBoard"),
+    Row("statistics_layer", "str | None", None, "that layer's name; null takes the last norm layer"),
+    Row("image_grid", "bool", True, "a grid of input images, to TensorBoard, once"),
+    Row("figures", "bool", True, "the report's figures of the test split, to TensorBoard, at the end (about 3 s)"),
+    Row("histograms", "bool | int | None", None,
+        "weight histograms to TensorBoard every so many epochs; null: ten times a run; false: never", low=0),
+    Row("profile", "bool", False, "write a torch.profiler trace of a few steps"),
+    Row("iterations", "int | None", None,
+        "detection: stop after so many steps, if `epochs` don't end before; null: by epochs", low=1),
+)
+
+#: What model/model.py defines beside the architectures.
+_BASES = ("Model", "EAModel", "BaseModel")
+
+SECTIONS = {
+    "arch": Section("model", "model/model.py", "Model", skip=_BASES, provided=("num_classes",)),
+    "distill_arch": Section("model", "model/model.py", "Model", skip=_BASES, provided=("num_classes",),
+                            required=False),
+    "data_loader": Section(
+        "data loader", "data_loader/data_loaders.py", "DataLoader", skip=("BaseDataLoader",),
+        provided=("seed", "device", "rank", "world_size", "epochs"),
+        reserved={"seed": "the top-level key seed", "device": "the flag -d", "rank": "torchrun",
+                  "world_size": "torchrun", "epochs": "trainer.epochs"},
+        dropped={"distributed": "bool"}),
+    "optimizer": Section("optimizer", "torch/optim/__init__.py", skip=("Optimizer",), provided=("params",),
+                         refused={"LBFGS": "it evaluates the loss several times a step, which training doesn't",
+                                  "SparseAdam": "it takes sparse gradients only, and these models have none"}),
+    "loss": Section("loss", "model/loss.py", "Loss", skip=("LongTailLoss", "PerExpert"), provided=("cls_num_list",),
+                    required=False),
+    "lr_scheduler": Section("schedule", "torch/optim/lr_scheduler.py", skip=("LRScheduler", "Optimizer", "Tensor"),
+                            provided=("optimizer",), reserved={"last_epoch": "-r, which resumes the schedule"},
+                            required=False),
+}
+
+#: Schedules of our own: config name -> (function in trainer/schedules.py, arguments of old configs without a use).
+OWN_SCHEDULES = {"CustomLR": ("custom_lr", {}), "CosLR": ("cos_lr", {"step1": "int", "step2": "int", "gamma": "float"}),
+                 "IterationLR": ("iteration_lr", {})}
+SCHEDULES_FILE = "trainer/schedules.py"
+
+#: Figures that can be monitored beside the loss and the config's metrics.
+MONITORED = ("loss", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc", "bbox_AP", "segm_AP")
+
+#: Ranges that hold for an argument whatever class takes it. Constructors check what is theirs alone.
+LIMITS = {
+    "arch.args": {"num_experts": {"low": 1}, "num_classes": {"low": 1}, "top_choices_num": {"low": 1},
+                  "pos_weight": {"above": 0}, "layer2_output_dim": {"low": 1}, "layer3_output_dim": {"low": 1},
+                  "layer4_output_dim": {"low": 1}},
+    "data_loader.args": {"batch_size": {"low": 1}, "num_workers": {"low": 0}, "image_size": {"low": 1}},
+    "optimizer.args": {"lr": {"above": 0}, "weight_decay": {"low": 0}},
+    "lr_scheduler.args": {"step1": {"low": 0}, "step2": {"low": 0}, "warmup_epoch": {"low": 0}, "T_max": {"low": 1},
+                          "T_0": {"low": 1}, "T_mult": {"low": 1}, "step_size": {"low": 1}, "total_iters": {"low": 1},
+                          "gamma": {"low": 0}, "step_size_up": {"low": 1}, "step_size_down": {"low": 1}},
+    "norm.args": {"eps": {"above": 0}, "momentum": {"low": 0, "high": 1}, "num_groups": {"low": 1}},
+}
+
+
+def reference(rows: tuple[Row, ...] = TRAINER, prefix: str = "trainer.") -> str:
+    """The rows as a Markdown table, for the README."""
+    import json
+    lines = ["| key | default | |", "| --- | --- | --- |"]
+    for row in rows:
+        default = "(must be given)" if row.default is REQUIRED else f"`{json.dumps(row.default)}`"
+        lines.append(f"| `{prefix}{row.name}` | {default} | {row.doc} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference(TOP, ""), reference(GROUPS, "groups."), reference(), sep="\n\n")
