@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from base.mixed_labels import MixedLabels  # noqa: F401  offered here: a public name of this module
 from utils.class_counts import class_counts
 from utils.config.build import build
 from utils.dist import all_reduce_sum

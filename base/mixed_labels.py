@@ -1,0 +1,42 @@
+"""Labels of mixed images: two classes an image, and how much of it is the first."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class MixedLabels:
+    """What mixup and CutMix make of a batch's labels; a criterion's loss is weight * L(first) + (1 - weight) * L(second).
+
+    first, second: labels [N] long. weight: the share of `first`, 0 to 1: [N], a 0-d tensor, or a number.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    weight: torch.Tensor | float
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> MixedLabels:
+        """The same of some of the images."""
+        each = isinstance(self.weight, torch.Tensor) and self.weight.dim() > 0
+        return MixedLabels(self.first[index], self.second[index], self.weight[index] if each else self.weight)
+
+    def to(self, *place: object, **how: object) -> MixedLabels:
+        weight = self.weight.to(*place, **how) if isinstance(self.weight, torch.Tensor) else self.weight
+        return MixedLabels(self.first.to(*place, **how), self.second.to(*place, **how), weight)
+
+    @property
+    def heavier(self) -> torch.Tensor:
+        """The label that makes up more of each image, [N]: what training accuracy is counted against."""
+        if isinstance(self.weight, torch.Tensor):
+            return torch.where(self.weight >= 0.5, self.first, self.second)
+        return self.first if self.weight >= 0.5 else self.second
+
+
+def plain_labels(labels: torch.Tensor | MixedLabels) -> torch.Tensor:
+    """Labels [N], the heavier ones where they are mixed."""
+    return labels.heavier if isinstance(labels, MixedLabels) else labels
