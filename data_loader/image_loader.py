@@ -265,7 +265,7 @@ class ImageDataLoader(BaseDataLoader):
             if small:  # decoded by workers, augmented here as if they were in memory
                 some, every = MemoryImages(pixels, self.recipe, self.device), torch.arange(len(labels))
                 every = every.to(self.device)
-                images = some.plain(every) if draws is None else some.augmented(every, draws[positions.to(self.device)])
+                images = some.plain(every) if draws is None else some.augmented(every, draws[positions])
             else:  # a custom transform's floats are taken as they are
                 images = normalise(pixels) if pixels.dtype == torch.uint8 else pixels
             yield images, labels

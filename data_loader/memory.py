@@ -1,4 +1,5 @@
-"""Small images held in memory, augmented by the batch: crop, flip and rotation are one gather.
+"""Small images held in memory, augmented by the batch: crop, flip and rotation are one gather, then come a policy's
+operations and what is erased.
 
 What torchvision's per-image `RandomCrop(S, pad)`, `RandomHorizontalFlip`, `RandomRotation(degrees)` do one after the
 other is, for nearest-neighbour rotation, a choice of one source pixel (or black) for each output pixel. The choice is
@@ -13,30 +14,46 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from data_loader import policies
+from data_loader.erasing import draw_boxes, erase
+from data_loader.policies import rotation, sources
 from utils.seed import generator
+
+_ON_HOST = ("operation", "strength")  # they decide what is launched, so they stay where that is decided
 
 
 @dataclass
 class Draws:
-    """The random numbers of L images, each a tensor [L]; `turn` is the angle as `MemoryImages` uses it."""
+    """The random numbers of L images, each a tensor [L, ...]; `turn` is the angle as `MemoryImages` uses it."""
 
-    top: torch.Tensor     # int32, 0 to side - size: row of the crop's corner
-    left: torch.Tensor    # int32, as top
-    flip: torch.Tensor    # int32, 0 or 1
-    angle: torch.Tensor   # float32, degrees counter-clockwise
-    turn: torch.Tensor    # [L, 6], the inverse affine map in 16.16 fixed point
+    top: torch.Tensor        # int32, 0 to side - size: row of the crop's corner
+    left: torch.Tensor       # int32, as top
+    flip: torch.Tensor       # int32, 0 or 1
+    angle: torch.Tensor      # float32, degrees counter-clockwise
+    turn: torch.Tensor       # [L, 6], the inverse affine map in 16.16 fixed point
+    operation: torch.Tensor  # int64 [L, steps], see `policies.draw_operations`; no step with `basic`
+    strength: torch.Tensor   # float64 [L, steps]
+    warp: torch.Tensor       # int32 [L, steps, 6], the maps of the steps that move pixels
+    boxes: torch.Tensor      # int32 [L, boxes, 4], see `erasing.draw_boxes`
 
     def __getitem__(self, index: slice | torch.Tensor) -> Draws:
-        return Draws(*(getattr(self, f.name)[index] for f in fields(self)))
+        """Of some images; the index is on the CPU."""
+        def part(name: str, value: torch.Tensor) -> torch.Tensor:
+            return value[index.to(value.device) if isinstance(index, torch.Tensor) else index]
+        return Draws(*(part(f.name, getattr(self, f.name)) for f in fields(self)))
 
     def to(self, device: torch.device) -> Draws:
-        return Draws(*(getattr(self, f.name).to(device) for f in fields(self)))
+        """The same on a device, but for what the host needs to know."""
+        return Draws(*(value if f.name in _ON_HOST else value.to(device)
+                       for f in fields(self) for value in [getattr(self, f.name)]))
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How small images are augmented: a crop of `size` pixels out of the image with `border` black pixels around it,
-    a flip for half of them, a rotation by up to `degrees` either way; then (x / 255 - mean) / std."""
+    a flip for half of them, a rotation by up to `degrees` either way, the `policy`'s operations; then
+    (x / 255 - mean) / std; then zeros in a square of `cutout` pixels, and in a rectangle of a share `erasing` of the
+    images."""
 
     size: int
     mean: tuple[float, float, float]
@@ -44,6 +61,9 @@ class Recipe:
     border: int = 4
     degrees: float = 15.0
     flip: bool = True
+    policy: str = "basic"
+    cutout: int = 0
+    erasing: float = 0.0
 
     def draw(self, count: int, span: int, *seeds: int) -> Draws:
         """Random numbers for `count` images with `span` + 1 places for the crop along each side; a function of the
@@ -52,20 +72,13 @@ class Recipe:
         corner = torch.randint(0, span + 1, (2, count), generator=source, dtype=torch.int32)
         flip = torch.randint(0, 2, (count,), generator=source, dtype=torch.int32) * self.flip
         angle = (torch.rand(count, generator=source) * 2 - 1) * self.degrees
-        return Draws(*corner, flip, angle, rotation(angle, self.size))
-
-
-def rotation(angle: torch.Tensor, size: int) -> torch.Tensor:
-    """Pillow's inverse affine map of `Image.rotate(angle)` for a square image, in 16.16 fixed point: int32 [L, 6].
-
-    Row (a, b, c, d, e, f): output pixel (x, y) comes from column (a x + b y + c) >> 16, row (d x + e y + f) >> 16.
-    """
-    radians = -torch.deg2rad(angle.double() % 360)
-    cos, sin = torch.round(radians.cos(), decimals=15), torch.round(radians.sin(), decimals=15)
-    half = size / 2
-    offset_x, offset_y = cos * -half + sin * -half + half, -sin * -half + cos * -half + half
-    rows = (cos, sin, offset_x + cos * 0.5 + sin * 0.5, -sin, cos, offset_y + -sin * 0.5 + cos * 0.5)
-    return torch.floor(torch.stack(rows, 1) * 65536 + 0.5).to(torch.int32)
+        if self.policy == "basic":
+            number, strength = torch.zeros(count, 0, dtype=torch.long), torch.zeros(count, 0, dtype=torch.float64)
+        else:
+            number, strength = policies.draw_operations(self.policy, count, self.size, source)
+        warp = policies.warps(number.flatten(), strength.flatten(), self.size).view(*number.shape, 6)
+        boxes = draw_boxes(count, self.size, self.cutout, self.erasing, source)
+        return Draws(*corner, flip, angle, rotation(angle, self.size), number, strength, warp, boxes)
 
 
 class MemoryImages:
@@ -87,7 +100,6 @@ class MemoryImages:
         store[1:].view(n, side, side, 4)[:, border:border + inner, border:border + inner, :3] = pixels
         self.words = store.view(torch.int32).view(-1).to(self.device)
         self.index_dtype = torch.int32 if len(self.words) < 2**31 else torch.int64
-        self.sign_bit = torch.iinfo(self.index_dtype).bits - 1
         mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (recipe.mean, recipe.std))
         self.scale, self.shift = ((v).float().to(self.device) for v in (1 / (255 * std), -mean / std))
         self.ramp = torch.arange(recipe.size, dtype=self.index_dtype, device=self.device)
@@ -114,23 +126,28 @@ class MemoryImages:
             return self._normalised(base + self.ramp.view(-1, 1) * self.side + self.ramp)
 
     def augmented(self, index: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Images `index` [n], each with its crop, flip and rotation, normalised: float [n, 3, size, size]."""
+        """Images `index` [n], each with its crop, flip, rotation and the recipe's other steps, normalised:
+        float [n, 3, size, size]."""
         with _one_thread():
-            return self._normalised(self._places(index, draws))
+            place = self._places(index, draws)
+            images = self._normalised(place) if self.recipe.policy == "basic" else self._operated(place, draws)
+            return erase(images, draws.boxes)
+
+    def _operated(self, place: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """The pixels at `place` after the policy's operations, normalised."""
+        n, size = len(place), self.recipe.size
+        words = torch.index_select(self.words, 0, place.reshape(-1))
+        images = words.view(torch.uint8).view(n, size, size, 4)[..., :3].permute(0, 3, 1, 2).contiguous()
+        for number, strength, warp in zip(draws.operation.t(), draws.strength.t(), draws.warp.unbind(1)):
+            policies.apply(images, number, strength, warp)
+        return images.float().mul_(self.scale).add_(self.shift)
 
     def _places(self, index: torch.Tensor, draws: Draws) -> torch.Tensor:
         """The word that each output pixel takes, [n, size, size]."""
         last, side = self.recipe.size - 1, self.side
-        turn = draws.turn.to(self.index_dtype).t().contiguous().view(2, 3, -1, 1, 1)
-        across, down, start = turn[:, 0], turn[:, 1], turn[:, 2]
-        # Source column and row, in the cropped and flipped image, of each output pixel: [2, n, size, size].
-        source = (self.ramp * across).add(down * self.ramp.view(-1, 1) + start).bitwise_right_shift_(16)
-        # Inside where neither x, y, last - x nor last - y is negative: all bits set, or none, from their sign bits.
-        signs = (last - source).bitwise_or_(source)
-        inside = signs[0].bitwise_or_(signs[1]).bitwise_right_shift_(self.sign_bit).bitwise_not_()
+        (x, y), inside = sources(draws.turn, self.ramp)  # in the cropped and flipped image
         flip, top, left = (t.to(self.index_dtype).view(-1, 1, 1) for t in (draws.flip, draws.top, draws.left))
         base = self._first_word(index) + top * side + left + flip * last
-        x, y = source
         place = x.mul_(1 - 2 * flip).add_(y, alpha=side).add_(base)
         return place.bitwise_and_(inside)
 
