@@ -14,8 +14,9 @@ import torch
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
 
-ORDER = 1   # streams of random numbers under one (seed, epoch): the order, and the augmentation
-AUGMENT = 2
+# Streams of random numbers under one (seed, epoch): the order, the augmentation, the mixing of images; under the
+# seed alone, which half of the images is flipped first.
+ORDER, AUGMENT, MIX, FLIP = 1, 2, 3, 4
 
 
 class BaseDataLoader:

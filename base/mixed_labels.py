@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class MixedLabels:
-    """What mixup and CutMix make of a batch's labels; a criterion's loss is weight * L(first) + (1 - weight) * L(second).
+    """What mixup and CutMix make of a batch's labels: a loss is weight * L(first) + (1 - weight) * L(second).
 
     first, second: labels [N] long. weight: the share of `first`, 0 to 1: [N], a 0-d tensor, or a number.
     """

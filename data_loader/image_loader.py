@@ -12,17 +12,27 @@ import numpy as np
 import torch
 
 from base.base_data_loader import AUGMENT, BaseDataLoader
+from base.mixed_labels import MixedLabels
 from data_loader.datasets import ImageSet, Splits
+from data_loader.erasing import erase
 from data_loader.files import check_data_dir
 from data_loader.images import short_side
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from data_loader.memory import MemoryImages, Recipe
+from data_loader.mixing import Mixing
+from data_loader.policies import POLICIES
 from data_loader.samplers import SAMPLERS, ClassBalancedSampler
 from data_loader.splitting import holdout_of_spare, summary, take_share
-from data_loader.transforms import IMAGENET_STATISTICS, LARGEST_RESIZED, Normalise, test_preprocess
+from data_loader.transforms import (
+    IMAGENET_STATISTICS,
+    LARGEST_RESIZED,
+    Normalise,
+    alternate_flips,
+    test_preprocess,
+)
 from data_loader.workers import FileBatches, Sources, decode_all, worker_count
 from utils.config.build import build
-from utils.errors import ConfigError
+from utils.errors import ConfigError, unknown
 
 LARGEST_SMALL = 64          # up to this image_size, images are augmented by the batch
 SMALLEST_AUTO = 64          # what image_size "auto" is at least, and on CPUs always
@@ -43,10 +53,17 @@ class ImageDataLoader(BaseDataLoader):
     imb_type, imb_factor: make the training split long-tailed; imb_factor null leaves it as it is.
     image_size: of what the model gets; "auto" (own images): 224 or 128 on a GPU where the photos have that many pixels,
         else 64. split_seed: which images a split made here takes, whatever `seed` is.
-    test_share: of each class, for folders without a test split. flip: false for images that mustn't be mirrored.
+    test_share: of each class, for folders without a test split. flip: false for images that mustn't be mirrored;
+        "alternate": half of the images in odd epochs, the others in even ones.
     allow_outside: images may lie outside data_dir. download: fetch what is missing, where that is possible.
     cache: decoded small images held in memory: true, false, or "auto" (up to 1 GiB).
     pin_memory: null: where the device is a GPU. prefetch: batches each worker prepares ahead.
+    augment: `basic`: crop, flip and, of small images, rotation; `autoaugment`, `randaugment`, `trivialaugment`: crop,
+        flip and that policy (AutoAugment's for CIFAR-10 up to 64 pixels, else its ImageNet one). rotation: degrees
+        either way (null: 15 with `basic` up to 64 pixels, else 0). cutout: a square of so many pixels becomes 0, with
+        its centre anywhere. random_erasing: the share of images in which a rectangle becomes 0.
+    mix: {"type": "mixup" | "cutmix" | "either", "alpha": 0.4, "prob": 1.0, "off_epochs": 0}: labels are then
+        `MixedLabels`, see `data_loader.mixing`.
     transform: a function of a PIL image for the training images instead of the loader's own (Python only).
     distributed: as in old configs; ignored, `torchrun` decides.
     epochs: what ProgressivelyBalanced takes as its number of epochs.
@@ -66,16 +83,20 @@ class ImageDataLoader(BaseDataLoader):
                  sampler: dict | None = None, validation: Literal["test", "holdout", "none"] | None = "test",
                  val_share: float = 0.1, imb_type: str | None = "exp", imb_factor: float | None = None,
                  image_size: int | Literal["auto"] | None = None, split_seed: int = 0, test_share: float = 0.2,
-                 flip: bool | None = None, allow_outside: bool = False, download: bool = True,
+                 flip: bool | Literal["alternate"] | None = None, allow_outside: bool = False, download: bool = True,
                  cache: bool | str = "auto", pin_memory: bool | None = None, prefetch: int = 4,
                  distributed: bool | None = None, seed: int = 0, device: str | torch.device = "cpu", rank: int = 0,
-                 world_size: int = 1, epochs: int | None = None, transform: Callable | None = None):
+                 world_size: int = 1, epochs: int | None = None, transform: Callable | None = None,
+                 augment: Literal["basic", "autoaugment", "randaugment", "trivialaugment"] = "basic",
+                 rotation: float | None = None, cutout: int = 0, random_erasing: float = 0.0, mix: dict | None = None):
         self.data_dir = data_dir
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
         self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
         self.allow_outside, self.download, self.cache, self.transform = allow_outside, download, cache, transform
         self.image_size = self.default_size if image_size in (None, "auto") else image_size
         self.flip = self.flips if flip is None else flip
+        self.policy, self.rotation, self.cutout, self.random_erasing = augment, rotation, cutout, random_erasing
+        self.mixing, self.epochs = Mixing.of(mix), epochs
         self.imb_type, self.imb_factor = imb_type, imb_factor
         self.validation = validation or "none"
         self._check()
@@ -123,6 +144,18 @@ class ImageDataLoader(BaseDataLoader):
             raise refuse("prefetch", "1 or more")
         if self.imb_factor is not None:
             img_num_per_cls(1, 1, self.imb_type, self.imb_factor)
+        if self.policy not in POLICIES:
+            raise unknown("data_loader.args.augment", self.policy, POLICIES)
+        if self.flip not in (True, False, "alternate"):
+            raise refuse("flip", 'true, false or "alternate"')
+        if self.rotation is not None and not 0 <= self.rotation <= 180:
+            raise refuse("rotation", "0 to 180")
+        if self.cutout < 0:
+            raise refuse("cutout", "0 or more")
+        if not 0 <= self.random_erasing <= 1:
+            raise refuse("random_erasing", "0 to 1")
+        if self.mixing is not None and self.mixing.off_epochs and self.epochs is None:
+            raise ConfigError("data_loader.args.epochs: missing; mix.off_epochs counts from the last epoch")
         if self.split_seed not in range(2**32):
             raise refuse("split_seed", "0 to 4294967295")
 
@@ -201,7 +234,10 @@ class ImageDataLoader(BaseDataLoader):
         self.paths = images.paths
         self._draws: tuple[int, Any] = (0, None)
         small = self.image_size <= LARGEST_SMALL
-        self.recipe = Recipe(self.image_size, self.mean, self.std, degrees=self.degrees, flip=self.flip,
+        degrees = self.degrees if self.policy == "basic" and small else 0.0
+        self.recipe = Recipe(self.image_size, self.mean, self.std, flip=bool(self.flip), policy=self.policy,
+                             degrees=degrees if self.rotation is None else float(self.rotation),
+                             cutout=self.cutout, erasing=self.random_erasing,
                              border=self.image_size // 8 if self.image_size <= LARGEST_RESIZED else 0)
         if store is not None or (self.transform is not None and augment and images.pixels is None):
             pass
@@ -214,8 +250,9 @@ class ImageDataLoader(BaseDataLoader):
             raise ConfigError(f"data_loader.args.cache: only images of {LARGEST_SMALL} pixels or less are kept in "
                               f"memory, image_size is {self.image_size}")
         if self.store is None or (self.transform is not None and augment):
-            source = Sources(images.paths, self.store, self.preprocess, seed=self.seed, jitter=self.jitter,
-                             flip=self.flip, transform=self.transform if augment else None,
+            source = Sources(images.paths, self.store, self.preprocess, seed=self.seed, flip=self.flip,
+                             jitter=self.jitter if self.policy == "basic" else 0.0, policy=self.policy,
+                             degrees=self.recipe.degrees, transform=self.transform if augment else None,
                              mode="base" if small else "train" if augment else "test")
             workers = worker_count(self.num_workers, self.world_size, in_memory=images.paths is None)
             pin = self.device.type == "cuda" if self.pin_memory is None else self.pin_memory
@@ -232,32 +269,46 @@ class ImageDataLoader(BaseDataLoader):
             return np.asarray(read_rgb(self.paths[index]))
         return self.store.raw(index)
 
-    def _batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor | MixedLabels]]:
+        found = self._plain_batches(epoch, batches)
+        if not self.augment or self.mixing is None or (
+                self.mixing.off_epochs and epoch > self.epochs - self.mixing.off_epochs):
+            yield from found
+            return
+        for batch, (images, labels) in zip(batches, found):
+            yield self.mixing.mix(images, labels, self.seed, epoch, self.span(batch)[0], self.rank)
+
+    def _plain_batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = self.epoch_order(epoch)
         if self.files is not None:
             keys = ((epoch, position, order[position]) for position in (self.positions(b) for b in batches))
-            yield from self._file_batches(epoch, keys)
+            yield from self._file_batches(epoch, keys, order)
             return
         labels = torch.from_numpy(self.targets[order]).to(self.device)
         index = torch.from_numpy(order).to(self.device)
-        draws = self._epoch_draws(epoch) if self.augment else None
+        draws = self._epoch_draws(epoch, order) if self.augment else None
         for batch in batches:
-            mine = torch.from_numpy(self.positions(batch)).to(self.device)
+            positions = torch.from_numpy(self.positions(batch))
+            mine = positions.to(self.device)
             images = self.store.plain(index[mine]) if draws is None else \
-                self.store.augmented(index[mine], draws[mine])
+                self.store.augmented(index[mine], draws[positions])
             yield images, labels[mine]
 
-    def _epoch_draws(self, epoch: int) -> Any:
+    def _epoch_draws(self, epoch: int, order: np.ndarray) -> Any:
         """The random numbers of all positions of an epoch, drawn at once."""
         if self._draws[0] != epoch:
             side = self.store.side if self.store is not None else self.preprocess["resize"] + 2 * self.recipe.border
             draws = self.recipe.draw(self.epoch_size, side - self.image_size, self.seed, epoch, AUGMENT)
+            if self.flip == "alternate":
+                draws.flip = torch.from_numpy(alternate_flips(self.seed, epoch, order))
             self._draws = (epoch, draws.to(self.device))
         return self._draws[1]
 
-    def _file_batches(self, epoch: int, keys: Iterator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _file_batches(self, epoch: int, keys: Iterator,
+                      order: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         small = self.image_size <= LARGEST_SMALL and not (self.transform is not None and self.augment)
-        draws = self._epoch_draws(epoch) if small and self.augment else None
+        erases = bool(self.cutout or self.random_erasing)
+        draws = self._epoch_draws(epoch, order) if self.augment and (small or erases) else None
         normalise = Normalise(self.mean, self.std, self.device)
         for pixels, labels, positions in self.files.batches(keys):
             pixels = pixels.to(self.device, non_blocking=True)
@@ -268,6 +319,7 @@ class ImageDataLoader(BaseDataLoader):
                 images = some.plain(every) if draws is None else some.augmented(every, draws[positions])
             else:  # a custom transform's floats are taken as they are
                 images = normalise(pixels) if pixels.dtype == torch.uint8 else pixels
+                images = images if draws is None else erase(images, draws[positions].boxes)
             yield images, labels
 
     def summary(self) -> list[str]:

@@ -4,8 +4,8 @@ An operation is Pillow's, on eight-bit pixels, but done to all images of a batch
 and rotations are one gather, tone curves one look-up. Which image gets which operation how strongly is drawn for a
 whole epoch at once.
 
-Sources: AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019), RandAugment (Cubuk et al., NeurIPS 2020), TrivialAugment
-(Müller and Hutter, ICCV 2021), with torchvision's ranges of magnitudes.
+Sources: AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019), RandAugment (Cubuk et al., NeurIPS 2020),
+TrivialAugment (Müller and Hutter, ICCV 2021), with torchvision's ranges of magnitudes.
 """
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 _SIGNED = OPERATIONS[1:10]
 
 #: The 25 sub-policies that AutoAugment found for CIFAR-10: twice (operation, probability, magnitude 0 to 9).
-CIFAR10_POLICY = tuple(tuple((word.split()[0], float(word.split()[1]), int(word.split()[2])) for word in pair.split(", "))
-                       for pair in """
+CIFAR10_POLICY = tuple(tuple((name, float(chance), int(level)) for name, chance, level
+                             in map(str.split, pair.split(", "))) for pair in """
 Invert .1 0, Contrast .2 6 | Rotate .7 2, TranslateX .3 9 | Sharpness .8 1, Sharpness .9 3
 ShearY .5 8, TranslateY .7 9 | AutoContrast .5 0, Equalize .9 0 | ShearY .2 7, Posterize .3 7
 Color .4 3, Brightness .6 7 | Sharpness .3 9, Brightness .7 9 | Equalize .6 0, Equalize .5 0
@@ -45,8 +45,9 @@ def magnitudes(bins: int, size: int, wide: bool = False) -> dict[str, Tensor]:
         return torch.linspace(0.0, most, bins).double()
 
     shear, shift, turn, tone, bits = (0.99, 32.0, 135.0, 0.99, 6) if wide else (0.3, 150 / 331 * size, 30.0, 0.9, 4)
-    table = dict.fromkeys(("ShearX", "ShearY"), up_to(shear)) | dict.fromkeys(("TranslateX", "TranslateY"), up_to(shift))
-    table |= {"Rotate": up_to(turn)} | dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), up_to(tone))
+    table = dict.fromkeys(("ShearX", "ShearY"), up_to(shear)) | {"Rotate": up_to(turn)}
+    table |= dict.fromkeys(("TranslateX", "TranslateY"), up_to(shift))
+    table |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), up_to(tone))
     steps = (torch.arange(bins) / ((bins - 1) / bits)).round()
     return table | {"Posterize": 8 - steps.double(), "Solarize": torch.linspace(255.0, 0.0, bins).double()}
 
@@ -138,8 +139,8 @@ def sources(turn: Tensor, ramp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warps(number: Tensor, strength: Tensor, size: int) -> Tensor:
-    """The maps of shears, shifts and rotations [n] of size x size pixels, see `affine`; of other operations the map that
-    changes nothing."""
+    """The maps of shears, shifts and rotations [n] of size x size pixels, see `affine`; of other operations the map
+    that changes nothing."""
     shift = strength.trunc()
     rows = torch.zeros(len(number), 6, dtype=torch.float64)
     rows[:, 0] = rows[:, 4] = 1
@@ -215,7 +216,8 @@ def _equalize(images: Tensor, strength: Tensor, ramp: Tensor) -> Tensor:
     return torch.where(step > 0, table, ramp.long()).to(torch.uint8)
 
 
-#: Operations that give each level another: (images [n, 3, S, S], strength [n], levels 0 to 255) -> uint8 [n, 1 or 3, 256].
+#: Operations that give each level another: (images [n, 3, S, S], strength [n], levels 0 to 255) -> uint8
+#: [n, 1 or 3, 256].
 _TABLES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Brightness": _brightness, "Contrast": _contrast, "Posterize": _posterize, "Solarize": _solarize,
     "AutoContrast": _auto_contrast, "Equalize": _equalize, "Invert": _invert}

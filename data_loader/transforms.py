@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from base.base_data_loader import FLIP
 from data_loader.images import read_rgb, to_rgb
+from utils.seed import numpy_rng
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = (0.2989, 0.587, 0.114)   # of red, green, blue (ITU-R BT.601)
@@ -147,6 +149,21 @@ def read_for_training(path: str, rng: np.random.Generator, size: int, flip: bool
     if flip and rng.random() < 0.5:
         pixels = pixels.flip(2)
     return colour_jitter(pixels, rng, jitter) if jitter else pixels
+
+
+def alternate_flips(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+    """Whether images `indices` [n] are flipped in an epoch, int32 0 or 1: a fixed random half in odd epochs, the other
+    half in even ones, so that two epochs show both sides of each (Jordan, arXiv 2404.00498)."""
+    half = numpy_rng(seed, FLIP).integers(0, 2, int(indices.max()) + 1, dtype=np.int32) if len(indices) else indices
+    return (half[indices] + epoch) % 2
+
+
+def torchvision_policy(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The augmentation policy of that name for large images, uint8 [3, H, W] to the same; it draws from torch's global
+    generator. AutoAugment's is the one found for ImageNet."""
+    from torchvision.transforms import v2  # takes a while to import
+    kinds = {"autoaugment": v2.AutoAugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+    return kinds[name]()
 
 
 def colour_jitter(pixels: torch.Tensor, rng: np.random.Generator, strength: float) -> torch.Tensor:

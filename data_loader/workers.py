@@ -17,11 +17,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import rotate
 
 from base.base_data_loader import AUGMENT
 from data_loader.images import read_rgb
 from data_loader.memory import MemoryImages
-from data_loader.transforms import base_pixels, read_for_test, read_for_training, test_pixels
+from data_loader.transforms import (
+    alternate_flips,
+    base_pixels,
+    read_for_test,
+    read_for_training,
+    test_pixels,
+    torchvision_policy,
+)
 from utils.errors import ConfigError, RunError
 from utils.seed import mix, numpy_rng
 
@@ -53,11 +61,13 @@ class Sources(Dataset):
     """
 
     def __init__(self, paths: list[str] | None, store: MemoryImages | None, preprocess: dict[str, Any], *, seed: int,
-                 mode: str, jitter: float = 0.0, flip: bool = True, transform: Callable | None = None):
+                 mode: str, jitter: float = 0.0, flip: bool | str = True, policy: str = "basic", degrees: float = 0.0,
+                 transform: Callable | None = None):
         # One block of bytes instead of many strings: workers share its pages with the parent.
         self.paths = None if paths is None else np.array([os.fsencode(path) for path in paths])
         self.store, self.preprocess, self.seed, self.mode = store, preprocess, seed, mode
-        self.jitter, self.flip, self.transform = jitter, flip, transform
+        self.jitter, self.flip, self.transform, self.degrees = jitter, flip, transform, degrees
+        self.policy = None if policy == "basic" else torchvision_policy(policy)
 
     def __getitem__(self, key: Key) -> tuple[Any, int, int] | Failure:
         epoch, position, index = key
@@ -74,7 +84,15 @@ class Sources(Dataset):
                 return self.transform(image)
         if self.mode == "train":
             rng = numpy_rng(self.seed, epoch, AUGMENT, position)
-            return read_for_training(path, rng, self.preprocess["image_size"], self.flip, self.jitter)
+            pixels = read_for_training(path, rng, self.preprocess["image_size"], self.flip is True, self.jitter)
+            if self.flip == "alternate" and alternate_flips(self.seed, epoch, np.array([index]))[0]:
+                pixels = pixels.flip(2)
+            if self.degrees:
+                pixels = rotate(pixels, rng.uniform(-self.degrees, self.degrees))
+            if self.policy is not None:
+                with _seeded(mix(self.seed, epoch, AUGMENT, position)):
+                    pixels = self.policy(pixels)
+            return pixels
         image = read_for_test(path, self.preprocess)
         return (test_pixels if self.mode == "test" else base_pixels)(image, self.preprocess)
 

@@ -75,7 +75,7 @@ def test_digits_split_seed_picks_other_images() -> None:
 
 def test_digits_are_never_mirrored() -> None:
     loader = DigitsLTDataLoader()
-    assert not loader._epoch_draws(1).flip.any()
+    assert not loader._epoch_draws(1, loader.epoch_order(1)).flip.any()
 
 
 @pytest.mark.parametrize(("validation", "samples"), [("test", 500), ("none", None), (None, None)])

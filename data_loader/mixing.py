@@ -1,0 +1,95 @@
+"""Mixing a batch's images in pairs: mixup and CutMix."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from base.base_data_loader import MIX
+from base.mixed_labels import MixedLabels
+from utils.errors import ConfigError, unknown
+from utils.seed import generator, numpy_rng
+
+PATH = "data_loader.args.mix"
+KINDS = ("mixup", "cutmix", "either")
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How batches are mixed. Raises ConfigError, naming the key, for values out of range.
+
+    type: `mixup`: weight * image + (1 - weight) * partner (Zhang et al., ICLR 2018); `cutmix`: a rectangle comes from
+        the partner, the weight is the share of what is left (Yun et al., ICCV 2019); `either`: each batch one of them.
+    alpha: the weight is drawn from Beta(alpha, alpha), once a batch. prob: the share of batches that are mixed.
+    off_epochs: the last epochs go without mixing.
+    """
+
+    type: str
+    alpha: float = 0.4
+    prob: float = 1.0
+    off_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.type not in KINDS:
+            raise unknown(f"{PATH}.type", self.type, KINDS)
+        self._need("alpha", self.alpha > 0 if self._number(self.alpha) else False, "a number over 0")
+        self._need("prob", 0 <= self.prob <= 1 if self._number(self.prob) else False, "0 to 1")
+        self._need("off_epochs", isinstance(self.off_epochs, int) and not isinstance(self.off_epochs, bool)
+                   and self.off_epochs >= 0, "a whole number, 0 or more")
+
+    @staticmethod
+    def _number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def _need(self, name: str, right: bool, wanted: str) -> None:
+        if not right:
+            raise ConfigError(f"{PATH}.{name}: must be {wanted}, not {getattr(self, name)!r}")
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any] | None) -> Mixing | None:
+        """From a config's object, None from none. Raises ConfigError."""
+        if spec is None:
+            return None
+        names = [field.name for field in fields(cls)]
+        if not isinstance(spec, Mapping) or "type" not in spec:
+            raise ConfigError(f"{PATH}: must be an object like {{\"type\": \"mixup\", \"alpha\": 0.4}}, not {spec!r}")
+        for key in spec:
+            if key not in names:
+                raise unknown(f"{PATH}.{key}", key, names, "key")
+        return cls(**spec)
+
+    def mix(self, images: Tensor, labels: Tensor, seed: int, epoch: int, position: int,
+            rank: int = 0) -> tuple[Tensor, MixedLabels]:
+        """A batch mixed. images: [n, 3, H, W]; labels: [n].
+
+        All is a function of (seed, epoch, position of the batch in the epoch): the weight and the rectangle, the same
+        on every rank, and who is whose partner on this one. A batch that isn't mixed has weight 1.
+        """
+        rng = numpy_rng(seed, epoch, MIX, position)
+        chance, which, weight = rng.random(), rng.random(), float(rng.beta(self.alpha, self.alpha))
+        centre = rng.random(2)
+        if chance >= self.prob:
+            return images, MixedLabels(labels, labels, 1.0)
+        partner = torch.randperm(len(images), generator=generator(seed, epoch, MIX, position, rank))
+        partner = partner.to(images.device, non_blocking=True)
+        if self.type == "cutmix" or (self.type == "either" and which < 0.5):
+            top, bottom, left, right = _box(images.shape[2:], weight, centre)
+            images = images.clone()
+            images[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+            weight = 1 - (bottom - top) * (right - left) / images[0, 0].numel()
+        else:
+            images = torch.lerp(images[partner], images, weight)
+        return images, MixedLabels(labels, labels[partner], weight)
+
+
+def _box(sides: tuple[int, int], weight: float, centre: Any) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a rectangle of 1 - weight of the area round any pixel, cut at the image's edge."""
+    edges = []
+    for side, middle in zip(sides, centre):
+        length, middle = int(side * math.sqrt(1 - weight)), int(middle * side)
+        edges += [max(middle - length // 2, 0), min(middle - length // 2 + length, side)]
+    return tuple(edges)
