@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from base.base_data_loader import AUGMENT, BaseDataLoader
-from base.mixed_labels import MixedLabels
+from base.labels import MixedLabels
 from data_loader.datasets import ImageSet, Splits
 from data_loader.erasing import erase
 from data_loader.files import check_data_dir

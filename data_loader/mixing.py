@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from base.base_data_loader import MIX
-from base.mixed_labels import MixedLabels
+from base.labels import MixedLabels
 from utils.errors import ConfigError, unknown
 from utils.seed import generator, numpy_rng
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from base.labels import WholeBatch
 from model.metric import EvalState
 from utils import dist
 from utils.class_counts import FEW, GROUPS, MANY
@@ -72,8 +73,8 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
             own["expert_logits"] = None  # `use_experts` left some out
         figures = {name: function(logits, labels) for name, function in (metrics or {}).items()}
         if criterion is not None and head is None:
-            criterion.share = (n, n_global) if dist.world_size() > 1 else None
-            figures["loss"] = criterion(outputs, labels)
+            whole = {"whole": WholeBatch(labels, n, n, n_global)} if dist.world_size() > 1 else {}
+            figures["loss"] = criterion({**outputs, **whole}, labels)
         means.add(figures, n)
         if n == 0:
             continue

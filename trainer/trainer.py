@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from base.base_trainer import BaseTrainer
+from base.labels import WholeBatch, plain_labels
 from logger.log import get_logger
 from model import metric as metrics_module
 from trainer.evaluate import evaluate
@@ -108,17 +109,17 @@ class Trainer(BaseTrainer):
         """
         images = images.contiguous(memory_format=self.memory_format)
         self._remember_buffers()
-        # Losses that are weighted means need the whole batch's weights below the line.
-        self.criterion.share = (n, n_global) if dist.world_size() > 1 else None
         with autocast(self.device, self.amp):
             outputs = self.forward(images, labels)
+            if dist.world_size() > 1:  # losses that are weighted means need the whole batch's weights below the line
+                outputs["whole"] = WholeBatch(labels, n, n, n_global)
             loss = outputs["loss"] if "loss" in outputs else self.criterion(outputs, labels)
         norm = self._update(loss, n, n_global)
         figures = {"loss": loss.detach()}
         with torch.no_grad():
             for name, function in self.metrics.items():
-                figures[name] = function(outputs["output"].detach(), labels)
-        self.watch.after_step(outputs, labels, norm)
+                figures[name] = function(outputs["output"].detach(), plain_labels(labels))
+        self.watch.after_step(outputs, plain_labels(labels), norm)
         return figures
 
     def _update(self, loss: torch.Tensor, n: int, n_global: int) -> torch.Tensor:

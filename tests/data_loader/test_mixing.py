@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from base.mixed_labels import plain_labels
+from base.labels import plain_labels
 from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader
 from data_loader.mixing import Mixing
 from model.loss import MixedLabels

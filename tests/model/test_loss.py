@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.loss import LOSSES, LongTailLoss, RIDELoss, RIDELossWithDistill, build_loss
+from model.loss import LOSSES, LongTailLoss, MixedLabels, RIDELoss, RIDELossWithDistill, WholeBatch, build_loss
 from utils.errors import ConfigError
 
 COUNTS = [200, 90, 40, 15, 6, 2]
@@ -100,6 +100,38 @@ def slow_distill(teacher, output, t):
     return t * t * math.fsum(slow_kl(a, b, [t] * len(a)) for a, b in zip(teacher, output, strict=True)) / len(output)
 
 
+def slow_shifted(logits, target, offsets):
+    """Each expert's cross-entropy with its own offsets, a list."""
+    return [slow_ce([[v + shift for v, shift in zip(sample[e], own, strict=True)] for sample in logits], target)
+            for e, own in enumerate(offsets)]
+
+
+def slow_balpoe(logits, target, counts, taus=None):
+    experts = len(logits[0])
+    taus = taus or ([1.0] if experts == 1 else [2.0 * e / (experts - 1) for e in range(experts)])
+    losses = slow_shifted(logits, target, [[tau * math.log(n / sum(counts)) for n in counts] for tau in taus])
+    return math.fsum(losses) / experts
+
+
+def slow_sade(logits, target, counts, tau):
+    order = sorted(range(len(counts)), key=lambda c: counts[c])
+    opposite = {c: counts[order[len(counts) - 1 - rank]] for rank, c in enumerate(order)}
+    logs = [math.log(n / sum(counts)) for n in counts]
+    inverse = [math.log(opposite[c] / sum(counts)) for c in range(len(counts))]
+    return math.fsum(slow_shifted(logits, target, [
+        [0.0] * len(counts), logs, [a - tau * b for a, b in zip(logs, inverse, strict=True)]]))
+
+
+def slow_las(rows, target, counts, head, tail, shape):
+    losses = []
+    for z, y in zip(rows, target, strict=True):
+        t = (counts[y] - min(counts)) / (max(counts) - min(counts))
+        smooth = {"concave": tail + (head - tail) * math.sin(math.pi / 2 * t), "linear": tail + (head - tail) * t,
+                  "convex": head + (head - tail) * math.sin(1.5 * math.pi + math.pi / 2 * t)}[shape]
+        losses.append(slow_ce([z], [y], smoothing=smooth))
+    return math.fsum(losses) / len(losses)
+
+
 CASES = {
     "CrossEntropyLoss": (dict(reweight_CE=True), lambda o, z, y, n, t, force: slow_ce(o, y, slow_weights(n))),
     "FocalLoss": (dict(gamma=1.7), lambda o, z, y, n, t, force: slow_focal(o, y, 1.7)),
@@ -122,7 +154,21 @@ CASES = {
     "LogitAdjustmentLoss": (dict(tau=1.4), lambda o, z, y, n, t, force: slow_ce(
         [[v + 1.4 * math.log(k / sum(n)) for v, k in zip(row, n, strict=True)] for row in o], y)),
     "LabelSmoothingLoss": (dict(smoothing=0.2), lambda o, z, y, n, t, force: slow_ce(o, y, smoothing=0.2)),
+    "VSLoss": (dict(gamma=0.4, tau=1.2), lambda o, z, y, n, t, force: slow_ce(
+        [[v * (k / max(n)) ** 0.4 + 1.2 * math.log(k / sum(n)) for v, k in zip(row, n, strict=True)] for row in o], y)),
+    "GCLLoss": (dict(noise=0.0, m=0.1, s=7), lambda o, z, y, n, t, force: slow_ce(
+        [[v - 0.7 * (c == label) for c, v in enumerate(row)] for row, label in zip(o, y, strict=True)], y)),
+    "LabelAwareSmoothingLoss": (dict(smooth_head=0.4, smooth_tail=0.1),
+                                lambda o, z, y, n, t, force: slow_las(o, y, n, 0.4, 0.1, "concave")),
+    "BalPoELoss": ({}, lambda o, z, y, n, t, force: slow_balpoe(z, y, n)),
+    "SADELoss": (dict(tau=1.5), lambda o, z, y, n, t, force: slow_sade(z, y, n, 1.5)),
 }
+OF_EXPERTS = ("RIDE", "BalPoE", "SADE")   # what their names begin with
+
+
+def suited(name, experts):
+    """A number of experts that the loss takes."""
+    return 3 if name == "SADELoss" else experts
 
 
 def make(num_classes=6, experts=3, n=7, dtype=torch.float64, seed=0, grad=False):
@@ -151,7 +197,7 @@ def test_every_public_loss_has_a_slow_twin():
 @pytest.mark.parametrize("name", CASES)
 def test_equals_slow_loop_before_and_after_deferral(name, experts):
     args, slow = CASES[name]
-    outputs, target = make(experts=experts)
+    outputs, target = make(experts=suited(name, experts))
     o, z, y, t = plain(outputs, target)
     criterion = LOSSES[name](cls_num_list=COUNTS, **args)
     values = []
@@ -171,7 +217,7 @@ def test_equals_slow_loop_before_and_after_deferral(name, experts):
 def test_equals_slow_loop_on_any_shape(num_classes, experts, n, seed, in_force, name):
     args, slow = CASES[name]
     counts = long_tail(num_classes)
-    outputs, target = make(num_classes, experts, n, seed=seed)
+    outputs, target = make(num_classes, suited(name, experts), n, seed=seed)
     o, z, y, t = plain(outputs, target)
     criterion = LOSSES[name](cls_num_list=counts, **args)
     criterion.set_epoch(3 if in_force else 2)
@@ -183,10 +229,10 @@ def test_equals_slow_loop_on_any_shape(num_classes, experts, n, seed, in_force, 
 def test_gradcheck(name, epoch):
     criterion = LOSSES[name](cls_num_list=COUNTS, **CASES[name][0])
     criterion.set_epoch(epoch)
-    outputs, target = make(n=4, experts=2, grad=True)
+    outputs, target = make(n=4, experts=suited(name, 2), grad=True)
     # The mean logits are detached in the diversity term: held fixed for the numeric derivative by the experts.
     output = outputs["output"].detach()
-    if name.startswith("RIDE"):
+    if name.startswith(OF_EXPERTS):
         fixed = {"output": output, "teacher": outputs["teacher"]}
         assert torch.autograd.gradcheck(lambda z: criterion({**fixed, "logits": z}, target), outputs["logits"])
     else:
@@ -253,7 +299,7 @@ def test_reweight_epoch_edges(name):
         assert off(outputs, target).item() == never
 
 
-@pytest.mark.parametrize("name", ["RIDELoss", "RIDELossWithDistill", "RIDEBalancedSoftmaxLoss"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(OF_EXPERTS)])
 def test_outside_training_it_is_cross_entropy_of_output(name):
     criterion = LOSSES[name](cls_num_list=COUNTS)
     outputs, target = make()
@@ -349,21 +395,134 @@ def test_an_empty_class_counts_as_the_rarest(name):
     assert losses[0] == losses[1] and math.isfinite(losses[0])
 
 
-def test_share_gives_the_whole_batch_its_weighted_mean(monkeypatch):
-    """Two ranks' losses, each scaled by its share of the samples, sum to the loss of the whole batch."""
+@pytest.mark.parametrize("name", ["LDAMLoss", "CrossEntropyLoss", "RIDELoss", "BalPoELoss"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_parts_of_a_batch_sum_to_the_whole_batch(monkeypatch, name, mixed):
+    """Parts' losses, each scaled by its share of the samples, sum to the loss of the whole batch: over two ranks, and
+    over two parts of one rank."""
     outputs, target = make(n=8)
-    criterion = LOSSES["LDAMLoss"](cls_num_list=COUNTS, reweight_epoch=0)
+    args = {"CrossEntropyLoss": {"reweight_CE": True}, "BalPoELoss": {}}.get(name, {"reweight_epoch": 0})
+    if name == "RIDELoss":  # the diversity term is a plain mean: it needs nothing of the whole
+        args["additional_diversity_factor"] = -0.3
+    criterion = LOSSES[name](cls_num_list=COUNTS, **args)
     criterion.set_epoch(1)
-    whole = criterion(outputs, target).item()
+    if mixed:
+        target = MixedLabels(target, target.flip(0), torch.linspace(0, 1, 8, dtype=torch.float64))
+    expected = criterion(outputs, target).item()
     weights = torch.tensor(slow_weights(COUNTS), dtype=torch.float64)
-    monkeypatch.setattr("model.loss.all_reduce_sum", lambda t: t.copy_(weights[target].sum()))
-    parts = 0.0
-    for rows, here in ((slice(0, 3), 3), (slice(3, 8), 5)):
-        criterion.share = (here, 8)
-        parts += here / 8 * criterion({"output": outputs["output"][rows]}, target[rows]).item()
-    assert parts == pytest.approx(whole, rel=1e-12)
-    criterion.share = (0, 8)
-    assert math.isfinite(criterion({"output": outputs["output"][:1]}, target[:1]).item())
+    parts = (slice(0, 3), slice(3, 8))
+
+    def loss(rows, labels, own):
+        here = rows.stop - rows.start
+        part = {key: value[rows] for key, value in outputs.items()}
+        return here / 8 * criterion({**part, "whole": WholeBatch(labels, own, here, 8)}, target[rows]).item()
+
+    assert sum(loss(rows, target, 8) for rows in parts) == pytest.approx(expected, rel=1e-12)
+    asked = iter([target.first, target.second] * 2 if mixed else [target] * 2)
+    monkeypatch.setattr("model.losses.base.all_reduce_sum", lambda t: t.copy_(weights[next(asked)].sum()))
+    assert sum(loss(rows, target[rows], rows.stop - rows.start) for rows in parts) == pytest.approx(expected, rel=1e-12)
+    lent = {key: value[:1] for key, value in outputs.items()}
+    monkeypatch.setattr("model.losses.base.all_reduce_sum", lambda t: t.fill_(2.0))
+    assert math.isfinite(criterion({**lent, "whole": WholeBatch(target[:1], 0, 0, 8)}, target[:1]).item())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["number", "tensor", "each"])
+def test_mixed_labels_are_a_weighted_sum(name, kind):
+    """A number or 0-d weight: of two losses. A weight a sample: of its terms, over each loss's own denominator."""
+    args, slow = CASES[name]
+    criterion = LOSSES[name](cls_num_list=COUNTS, **args)
+    criterion.set_epoch(3)
+    outputs, first = make(n=6)
+    second = first.flip(0)
+    o, z, _, t = plain(outputs, first)
+
+    def experts_ldam():
+        return sum(slow_ldam([s[e] for s in z], first.tolist(), COUNTS, s=5, in_force=True) for e in range(3))
+
+    def unlabelled():
+        """Diversity and distillation, which count once."""
+        if name == "RIDEBalancedSoftmaxLoss":
+            return sum(-0.3 * slow_diversity(o, [s[e] for s in z], [0.8] * 6) for e in range(3))
+        full = slow(o, z, first.tolist(), COUNTS, t, True)
+        if name == "RIDELoss":
+            return full - 0.7 * experts_ldam()
+        if name == "RIDELossWithDistill":
+            return full - 0.9 * experts_ldam()
+        return 0.0
+
+    def labelled(labels):
+        return slow(o, z, labels.tolist(), COUNTS, t, True) - unlabelled()
+
+    if kind != "each":
+        weight = 0.3 if kind == "number" else torch.tensor(0.3, dtype=torch.float64)
+        expected = 0.3 * labelled(first) + 0.7 * labelled(second) + unlabelled()
+        got = criterion(outputs, MixedLabels(first, second, weight)).item()
+        assert got == pytest.approx(expected, rel=1e-9)
+        return
+    weight = torch.tensor([0.1, 0.9, 0.4, 1.0, 0.0, 0.5], dtype=torch.float64)
+    class_weights = slow_weights(COUNTS) if name in ("CrossEntropyLoss", *DEFERRED) else [1.0] * 6
+
+    def terms(labels):
+        """Each sample's term: its loss alone, times its share of the class weights."""
+        total = math.fsum(class_weights[y] for y in labels.tolist())
+        alone = []
+        for i, y in enumerate(labels.tolist()):
+            one = slow([o[i]], [z[i]], [y], COUNTS, [t[i]], True)
+            rest = slow([o[i]], [z[i]], [0], COUNTS, [t[i]], True) - own_label(i, 0)
+            alone.append((one - rest) * class_weights[y] / total)
+        return alone
+
+    def own_label(i, y):
+        """The part of sample i's loss alone that depends on its label."""
+        if name.startswith("RIDELoss"):
+            factor = 0.7 if name == "RIDELoss" else 0.9
+            return factor * sum(slow_ldam([z[i][e]], [y], COUNTS, s=5) for e in range(3))
+        if name == "RIDEBalancedSoftmaxLoss":
+            return sum(slow_balanced([z[i][e]], [y], COUNTS) for e in range(3))
+        return slow([o[i]], [z[i]], [y], COUNTS, [t[i]], True)
+
+    expected = unlabelled() + math.fsum(w * a + (1 - w) * b for w, a, b in zip(weight.tolist(), terms(first),
+                                                                               terms(second), strict=True))
+    assert criterion(outputs, MixedLabels(first, second, weight)).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_clouds_lower_rare_classes_logits_in_training_only():
+    criterion = LOSSES["GCLLoss"](cls_num_list=COUNTS, s=5, noise=0.8)
+    outputs, target = make(n=4000)
+    flat = torch.zeros(4000, 6, dtype=torch.float64)
+    assert criterion.eval()({"output": outputs["output"]}, target).item() == pytest.approx(
+        slow_ce(outputs["output"].tolist(), target.tolist()), rel=1e-12)
+    seen = []
+    torch.manual_seed(0)
+    criterion.train()
+    for label in (0, 5):      # the most frequent and the rarest class, both against flat logits
+        seen.append(criterion({"output": flat}, torch.full((4000,), label)).item())
+    size = [math.log(200 / n) / math.log(100) for n in COUNTS]
+    assert size[0] == 0 and size[5] == 1
+    draws = torch.randn(200_000, 6, dtype=torch.float64).div(3).clamp(-1, 1).abs() * 5 * 0.8
+    clouded = -draws * torch.tensor(size, dtype=torch.float64)
+    expected = [(-clouded.log_softmax(1)[:, label]).mean().item() for label in (0, 5)]
+    assert seen == pytest.approx(expected, rel=0.03) and seen[1] > seen[0] + 0.3
+
+
+def test_losses_for_a_number_of_experts_refuse_another():
+    outputs, target = make(experts=2)
+    with pytest.raises(ConfigError, match=r"loss\.args\.taus: has 3 numbers, the model 2 experts"):
+        LOSSES["BalPoELoss"](cls_num_list=COUNTS, taus=[0, 1, 2])(outputs, target)
+    with pytest.raises(ConfigError, match=r"3 experts.*arch.args.num_experts"):
+        LOSSES["SADELoss"](cls_num_list=COUNTS)(outputs, target)
+    own = LOSSES["BalPoELoss"](cls_num_list=COUNTS, taus=[0.5, 1.5])(outputs, target).item()
+    o, z, y, _ = plain(outputs, target)
+    assert own == pytest.approx(slow_balpoe(z, y, COUNTS, [0.5, 1.5]), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["linear", "convex"])
+def test_other_shapes_of_label_aware_smoothing(shape):
+    outputs, target = make()
+    criterion = LOSSES["LabelAwareSmoothingLoss"](cls_num_list=COUNTS, smooth_head=0.4, smooth_tail=0.1, shape=shape)
+    expected = slow_las(outputs["output"].tolist(), target.tolist(), COUNTS, 0.4, 0.1, shape)
+    assert criterion(outputs, target).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_criterion_can_be_moved_copied_and_has_no_state():
@@ -389,6 +548,12 @@ def test_criterion_can_be_moved_copied_and_has_no_state():
     ("RIDELoss", dict(base_diversity_temperature=0), "base_diversity_temperature"),
     ("RIDELossWithDistill", dict(distill_temperature=-1), "distill_temperature"),
     ("LogitAdjustmentLoss", dict(cls_num_list=[1, 2], tau=math.inf), "tau"),
+    ("VSLoss", dict(cls_num_list=[1, 2], gamma=-1), "gamma"),
+    ("BalPoELoss", dict(cls_num_list=[1, 2], taus=[]), "taus"),
+    ("BalPoELoss", {}, "cls_num_list"), ("SADELoss", dict(cls_num_list=[1, 2], tau=math.nan), "tau"),
+    ("GCLLoss", dict(cls_num_list=[1, 2], s=0), "loss.args.s"),
+    ("LabelAwareSmoothingLoss", dict(cls_num_list=[1, 2], shape="concav"), "concave"),
+    ("LabelAwareSmoothingLoss", dict(cls_num_list=[1, 2], smooth_head=2), "smooth_head"),
 ])
 def test_wrong_arguments_are_named(name, args, says):
     with pytest.raises(ConfigError, match=says):

@@ -1,4 +1,4 @@
-"""Labels of mixed images: two classes an image, and how much of it is the first."""
+"""Labels that are more than a class an image: mixed images, and those of a batch that is worked on in parts."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -35,6 +35,20 @@ class MixedLabels:
         if isinstance(self.weight, torch.Tensor):
             return torch.where(self.weight >= 0.5, self.first, self.second)
         return self.first if self.weight >= 0.5 else self.second
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """The batch that a loss sees a part of: this rank's share of it, or one of several that make one optimizer step.
+
+    labels: of all of this rank's images in it. own: how many those are; 0 where the rank was only lent one. here:
+    images in the part. everywhere: images of the whole, on all ranks.
+    """
+
+    labels: torch.Tensor | MixedLabels
+    own: int
+    here: int
+    everywhere: int
 
 
 def plain_labels(labels: torch.Tensor | MixedLabels) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""The losses; `model.loss` has their public names."""
