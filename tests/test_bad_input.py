@@ -1,16 +1,17 @@
 """What a caller can get wrong: exit status 2, one line on stderr that names it, no traceback, nothing written."""
 
 import json
-from pathlib import Path
 
 import pytest
+
+from utils.config.read import read_config
 
 DIGITS = "configs/digits_lt_ride.json"
 
 
 def config(tmp_path, text=None, **changes):
     """A digits config with changes (dotted keys with `__` for dots; `...` removes a key), as a file."""
-    value = json.loads(Path(DIGITS).read_text(encoding="utf-8"))
+    value, _ = read_config(DIGITS)
     for path, new in changes.items():
         *parents, last = path.split("__")
         place = value
@@ -50,7 +51,9 @@ CASES = [
     ("experts_fraction", {}, ["--num_experts", "2.5"], ["--num_experts", "2.5"]),
     ("lr_negative", {}, ["--lr", "-0.1"], ["--lr", "-0.1"]),
     ("lr_infinite", {}, ["--lr", "inf"], ["--lr"]),
-    ("lr_nan_in_file", '{"optimizer": {"args": {"lr": NaN}}}', [], ["NaN"]),
+    ("lr_nan_in_file", '{"optimizer": {"args": {"lr": NaN}}}', [], ["config.json", "optimizer.args.lr", "finite"]),
+    ("extends_nothing", {"extends": "gone.json"}, [], ["config.json", "extends", "gone.json", "no such file"]),
+    ("extends_itself", {"extends": "config.json"}, [], ["config.json", "extends itself"]),
     ("bad_monitor", {"trainer__monitor": "highest val_accuracy"}, [], ["trainer.monitor"]),
     ("bad_amp", {"trainer__amp": "bf8"}, [], ["trainer.amp", "bf8"]),
     ("not_json", "{'name': 1}", [], ["config.json", "line 1"]),

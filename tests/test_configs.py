@@ -1,9 +1,10 @@
 """Every config in configs/: it reads, its model and loss build, and its numbers are the published ones."""
 
-import json
 from pathlib import Path
 
 import pytest
+
+from utils.config.read import read_config
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.json"))
 IDS = [path.stem for path in CONFIGS]
@@ -11,7 +12,7 @@ CLASSIFIERS = [path for path in CONFIGS if "maskrcnn" not in path.stem]  # detec
 
 
 def read(name: str) -> dict:
-    return json.loads((CONFIGS[0].parent / f"{name}.json").read_text())
+    return read_config(CONFIGS[0].parent / f"{name}.json")[0]
 
 
 def step(step1, step2, gamma, warmup):

@@ -5,16 +5,14 @@ heavy is imported here (no torch, no numpy), so that a mistake is answered at on
 """
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.config.annotation import parse, shown
 from utils.config.build import check_value
 from utils.config.check import check_metrics, check_monitor, check_spec, check_within
+from utils.config.read import MAX_BYTES, MAX_DEPTH, parse_json, plain, read_config, read_json  # noqa: F401  handed on
 from utils.config.schema import (
     DETECTION_ARCHS,
     DETECTION_LOADERS,
@@ -26,10 +24,8 @@ from utils.config.schema import (
     TRAINER_TYPES,
     Row,
 )
-from utils.errors import ConfigError, closest, unknown
+from utils.errors import ConfigError, unknown
 
-MAX_BYTES = 4 * 1024 * 1024
-MAX_DEPTH = 24
 #: The order of keys in an effective config.
 _ORDER = ("name", "n_gpu", "seed", "arch", "data_loader", "optimizer", "loss", "metrics", "groups", "lr_scheduler",
           "trainer", "add_extra_info", "distill", "distill_arch", "distill_checkpoint", "resume_state_dict_only",
@@ -49,17 +45,21 @@ def load_config(path: str | os.PathLike, overrides: Iterable[tuple] = (), flag: 
     """The effective config of a JSON file.
 
     Args:
-        path: the file, UTF-8.
+        path: the file, UTF-8; it may extend another (see `utils.config.read.read_config`).
         overrides: `Override`s (or plain (path, value, flag) tuples), applied in order.
         flag: how the file was given, for messages.
     Raises:
         ConfigError: the file can't be read, or any key or value is wrong; one line that names it.
     """
-    return check_config(read_json(path, flag), overrides)
+    config, inherited = read_config(path, flag)
+    return check_config(config, overrides, inherited)
 
 
-def check_config(raw: Mapping[str, Any], overrides: Iterable[tuple] = ()) -> dict[str, Any]:
+def check_config(raw: Mapping[str, Any], overrides: Iterable[tuple] = (),
+                 inherited: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The effective config of a nested dict, e.g. the one in a checkpoint; `raw` isn't changed.
+
+    inherited: {dotted key: the extended file that gave its value}, for messages.
 
     Raises ConfigError as `load_config` does.
     """
@@ -70,96 +70,7 @@ def check_config(raw: Mapping[str, Any], overrides: Iterable[tuple] = ()) -> dic
             apply_override(config, item)
         return _check(config, overrides)
     except ConfigError as error:
-        raise _blame(error, overrides) from None
-
-
-def read_json(path: str | os.PathLike, flag: str = "-c") -> dict[str, Any]:
-    """The object in a JSON file. Duplicate keys, NaN and infinity are refused. Raises ConfigError."""
-    path = os.fspath(path)
-    shown_path = repr(path)[1:-1]
-    try:
-        with open(path, "rb") as handle:
-            data = handle.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        near = _neighbour(path)
-        raise ConfigError(f"{flag} {shown_path}: no such file{f'; did you mean {near}?' if near else ''}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{flag} {shown_path}: is a folder; give a JSON file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{flag} {shown_path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"{flag} {shown_path}: larger than {MAX_BYTES >> 20} MB, so it isn't a config")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ConfigError(f"{flag} {shown_path}: is UTF-16; save it as UTF-8")
-    try:
-        value = parse_json(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{flag} {shown_path}: isn't UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{flag} {shown_path}: not JSON at line {error.lineno}, column {error.colno}: "
-                          f"{error.msg}") from None
-    except ValueError as error:
-        raise ConfigError(f"{flag} {shown_path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{flag} {shown_path}: must hold one JSON object {{...}}, not {shown(value)}")
-    return value
-
-
-def parse_json(text: str) -> Any:
-    """Strict JSON. Raises ValueError, also for duplicate keys, NaN, huge numbers and endless nesting."""
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} isn't JSON; numbers must be finite")
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ValueError(f"the key {shown(key)} is there twice in one object")
-            seen[key] = value
-        return seen
-
-    try:
-        return json.loads(text, parse_constant=no_constant, object_pairs_hook=no_duplicates)
-    except RecursionError:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
-
-
-def _neighbour(path: str) -> str | None:
-    folder = Path(path).parent
-    try:
-        near = closest(Path(path).name, [item.name for item in folder.iterdir() if item.suffix == ".json"])
-    except (OSError, ValueError):
-        return None
-    return str(folder / near) if near else None
-
-
-def plain(value: Any, path: str, depth: int = 0) -> Any:
-    """A copy of plain dicts and lists. Refused: other objects, numbers that aren't finite or beyond 64 bits,
-    texts that no file or folder name could hold, nesting deeper than MAX_DEPTH. Raises ConfigError."""
-    where = path.removeprefix("config.")[:200]
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str) or len(key) > 200 or not _clean(key):
-                raise ConfigError(f"{where}: {shown(str(key))} can't be a key")
-        return {key: plain(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
-    if isinstance(value, str):
-        if not _clean(value):
-            raise ConfigError(f"{where}: {shown(value)} holds characters that aren't text")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: must be a finite number, not {value}")
-    elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{where}: a whole number this large can't be meant")
-    elif not (value is None or isinstance(value, bool | int | float)):
-        raise ConfigError(f"{where}: {type(value).__name__} isn't a JSON value")
-    return value
-
-
-def _clean(text: str) -> bool:
-    return not any(char < " " or "\ud800" <= char <= "\udfff" for char in text)
+        raise _blame(error, overrides, inherited or {}) from None
 
 
 def apply_override(config: dict[str, Any], item: Override) -> None:
@@ -182,20 +93,23 @@ def apply_override(config: dict[str, Any], item: Override) -> None:
     place[keys[-1]] = plain(item.value, f"config.{item.path}", len(keys))
 
 
-def _blame(error: ConfigError, overrides: list[Override]) -> ConfigError:
-    """Say which flag gave the value that is wrong."""
+def _blame(error: ConfigError, overrides: list[Override], inherited: Mapping[str, str]) -> ConfigError:
+    """Say which flag, or which extended file, gave the value that is wrong."""
     message = str(error)
-    given = [item for item in overrides if message.startswith((f"{item.path}:", f"{item.path}.", f"{item.path}["))]
+    given = [(path, flag) for path, flag in (*inherited.items(), *((item.path, item.flag) for item in overrides))
+             if message.startswith((f"{path}:", f"{path}.", f"{path}["))]
     if not given:
         return error
-    flag = max(enumerate(given), key=lambda pair: (len(pair[1].path), pair[0]))[1].flag
-    return ConfigError(f"{message} (from {flag})")
+    longest = max(len(path) for path, _ in given)
+    return ConfigError(f"{message} (from {[flag for path, flag in given if len(path) == longest][-1]})")
 
 
 def _check(config: dict[str, Any], overrides: list[Override]) -> dict[str, Any]:
     texts = {item.path: item.text for item in overrides if item.text is not None}
     known = [row.name for row in TOP] + list(SECTIONS) + ["groups", "trainer"]
     for key in config:
+        if key == "extends":
+            raise ConfigError("extends: only a config file can extend another, whose path is relative to it")
         if key not in known:
             raise unknown(key, key, known, "key")
     top = _check_rows({key: value for key, value in config.items() if key in {row.name for row in TOP}}, TOP, "", texts)
