@@ -3,10 +3,11 @@
 import csv
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
+
+from utils.config.read import read_config
 
 KEYS = ["accuracy", "class_mean_acc", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "many_class_num",
         "medium_class_num", "few_class_num", "macro_f1", "ece", "loss", "n_samples", "per_class_acc"]
@@ -125,7 +126,7 @@ def test_a_config_for_eight_gpus_warns_once_and_goes_on(run_cli, tmp_path):
 
 
 def test_num_classes_may_be_left_out(run_cli, tmp_path):
-    config = json.loads(Path("configs/digits_lt_ce.json").read_text())
+    config, _ = read_config("configs/digits_lt_ce.json")
     config["arch"]["args"].pop("num_classes")
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
