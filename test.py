@@ -26,52 +26,47 @@ def test(args: Namespace) -> dict[str, Any]:
     """The evaluation, step by step; returns what is written to test_metrics.json."""
     from logger.log import get_logger, setup_logging
     from tools.session import open_run
-    from trainer.evaluate import evaluate, format_result
+    from trainer.precision import choose_precision
+    from trainer.tasks import task_of, write_figures
     from utils import dist
     from utils.device import pick_device, set_determinism
-    from utils.files import write_json
     from utils.seed import seed_everything
 
     setup_logging(0 if args.quiet else 2)
     log = get_logger()
     device = pick_device(args.device)
     dist.setup(device)
-    run = open_run(args.resume, args.config, args.overrides, device, allow_partial=args.allow_partial)
+    run = open_run(args.resume, args.config, args.overrides, device, allow_partial=args.allow_partial,
+                   weights=args.weights)
     set_determinism(run.config["trainer"]["deterministic"])
     seed_everything(run.config["seed"])
 
     loader = run.loader(args.split)
     check_classes(run, loader)
-    if loader.detects and (args.classifier != "joint" or args.open_set):
+    task = task_of(loader)
+    if not task.classifies and (args.classifier != "joint" or args.open_set):
         raise ConfigError(f"{'--open_set' if args.open_set else '--classifier'}: is for classifiers; {args.resume} is "
                           "a detector")
     head, note = choose_classifier(args, run)
-    result = evaluate(run.model, loader, groups=run.config["groups"], head=head,
-                      keep=bool(args.open_set) or loader.detects or args.report)
+    amp, _ = choose_precision(run.config["trainer"]["amp"], device)
+    more = {} if head is None else {"head": head}
+    result = task.evaluate(run.model, loader, groups=run.config["groups"], amp=amp,
+                           keep=bool(args.open_set) or task.keeps or args.report, **more)
     result.update(note)
     if "expert_share" in result and "expert_acc" not in result:
-        result.update(with_all_experts(run, loader, keep=args.report))
+        result.update(with_all_experts(run, loader, amp, keep=args.report))
     if args.open_set:
         result["open_set"] = open_set(args, run, head, result)
-    by_image = {key: result.pop(key) for key in ("predictions", "confidences", "labels", "expert_predictions")
-                if key in result}
-
-    found = result.pop("detections", None)
-    log.info("%s", format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
+    everything = dict(result)
+    log.info("%s", task.format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
     target = Path(args.resume).parent / f"{args.split}_metrics.json"  # validation's never pass for test's
     if dist.is_main():
-        try:
-            write_json(target, result)
-        except OSError as error:
-            raise ConfigError(f"{target}: can't be written: {error.strerror}") from None
-        if found is not None:
-            from trainer.detection.coco_eval import write_results
-            for path in write_results(target.parent, found):
-                log.info("detections in %s", path)
+        for path in write_figures(task, target, result):
+            log.info("detections in %s", path)
         log.info("\nwritten to %s", target)
         if args.report:
             from tools.report import write_report
-            log.info("report     %s", write_report(run, result={**result, **by_image}, loader=loader))
+            log.info("report     %s", write_report(run, result=everything, loader=loader))
     dist.cleanup()
     return result
 
@@ -106,15 +101,15 @@ def choose_classifier(args: Namespace, run: Any) -> tuple[Any, dict[str, Any]]:
     return None, {"classifier": "joint"}
 
 
-def with_all_experts(run: Any, loader: Any, keep: bool) -> dict[str, Any]:
+def with_all_experts(run: Any, loader: Any, amp: str, keep: bool) -> dict[str, Any]:
     """What routing leaves unseen, from a second pass that asks every expert for every image: `all_experts_acc` of
     their mean, `expert_acc` of each alone, `expert_disagreement`, and with `keep` `expert_predictions` [N, E]."""
     from trainer.evaluate import evaluate
-    run.model.backbone.force_all = True
+    run.model.force_all = True
     try:
-        everyone = evaluate(run.model, loader, groups=run.config["groups"], keep=keep)
+        everyone = evaluate(run.model, loader, groups=run.config["groups"], amp=amp, keep=keep)
     finally:
-        run.model.backbone.force_all = False
+        run.model.force_all = False
     names = ("expert_acc", "expert_disagreement", "expert_predictions")
     return {"all_experts_acc": everyone["accuracy"], **{name: everyone[name] for name in names if name in everyone}}
 

@@ -58,8 +58,8 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from logger.log import get_logger, set_verbosity, setup_logging
     from tools import session
     from trainer import trainer_class
-    from trainer.evaluate import format_result
     from trainer.schedules import build_optimizer, build_scheduler
+    from trainer.tasks import task_of, write_figures
     from utils import dist
     from utils.device import pick_device, set_determinism
     from utils.launch import note_stop
@@ -114,11 +114,14 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     if not stop.agreed(device, True):
         # What the run is worth, on images that no choice was made on.
         test_loader = session.make_loader(config, device, training=False)
-        result = trainer.test(test_loader, keep=trainer.watch.wants_figures)
-        log.info("\n%s", format_result(result, f"test, epoch {trainer.last_epoch}"))
-        trainer.watch.run_ended(result)
+        task = task_of(test_loader)
+        result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images)
+        log.info("\n%s", task.format_result(result, f"test, epoch {trainer.last_epoch}"))
+        trainer.run_ended(result)
+        if dist.is_main():
+            write_figures(task, checkpoint.parent / "test_metrics.json", result)
     trainer.close()
-    log.info("\n%s", next_steps(checkpoint, paths, is_classifier=not train_loader.detects))
+    log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies))
     dist.cleanup()
 
 

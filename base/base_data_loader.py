@@ -28,7 +28,7 @@ class BaseDataLoader:
     is every image once, shuffled if `shuffle` (training only).
     """
 
-    detects = False     # True: targets are boxes, and `ground_truth()` is what detections are scored against
+    task = "classification"     # or "detection": targets are boxes and masks
 
     def __init__(self, targets: np.ndarray, batch_size: int, *, shuffle: bool, training: bool, seed: int = 0,
                  device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1,

@@ -11,9 +11,50 @@ from utils.errors import ConfigError
 class BaseModel(nn.Module):
     """An `nn.Module` that can be frozen in part and says what it is made of.
 
+    It also is the contract between a backbone and everything that uses it: the attributes and methods below, with what
+    they mean for a model that has nothing of the kind. x `[N, 3, H, W]` -> a dict with `output` `[N, C]`, `logits`
+    `[N, E, C]`, `feat` `[N, E, D]`.
+
     A part all of whose parameters are frozen stays in evaluation mode: `train()` leaves it there, so its norm
     statistics and counters don't move and its dropout is off. No training loop has to remember that.
     """
+
+    num_classes: int               # C
+    num_experts: int = 1           # E
+    feat_dim: int                  # D
+    #: Whether training it is learning which experts an image needs (expert assignment).
+    routed = False
+    #: Expert assignment: whether evaluation asks later experts only for the images that need them.
+    route = False
+    #: Expert assignment: every image uses every expert, whose training goes on along with the gates'.
+    force_all = False
+    #: Whether every trained parameter takes part in every step (data parallel training must be told where not).
+    uses_all_parameters = True
+
+    @property
+    def batchformer(self) -> nn.Module | None:
+        """The BatchFormer block, which records `last_attention` [N, N] where its `record` is set; None without one."""
+        return None
+
+    @property
+    def nbn_scales(self) -> nn.Parameter | None:
+        """NBN's learned scales [E]; None without NBN."""
+        return None
+
+    def gather_batches(self) -> None:
+        """BatchFormer attends over all ranks' images from now on. Nothing to do without one."""
+
+    def heads(self) -> list[nn.Module]:
+        """The classifier of each expert, [E]; each maps features `[N, D]` to scaled logits `[N, C]`."""
+        raise NotImplementedError
+
+    def classifier_prefixes(self) -> list[str]:
+        """Beginnings of the classifier's parameter and buffer names (heads, their norms and scales)."""
+        return []
+
+    def stage2_prefixes(self) -> list[str]:
+        """What a decoupled second stage trains (Kang et al., ICLR 2020)."""
+        return self.classifier_prefixes()
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         """The number of learned values, each shared tensor counted once."""

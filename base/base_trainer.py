@@ -52,9 +52,6 @@ class BaseTrainer(ABC):
         stop: who hears SIGTERM and SIGINT; one that listens during `train` only, where absent.
     """
 
-    #: Metrics that `validate` returns; the monitor's name is checked against these with `val_` before them.
-    extra_metrics: tuple[str, ...] = ()
-
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *,
                  train_loader: Any, valid_loader: Any = None, lr_scheduler: Any = None, paths: RunPaths | None = None,
                  device: torch.device | str = "cpu", data_facts: dict[str, Any] | None = None,
@@ -103,8 +100,14 @@ class BaseTrainer(ABC):
         """More of the subclass's state for the checkpoint (tensors and plain data); called on every rank."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Take back what `extra_state` returned."""
+    def load_extra_state(self, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:  # noqa: B027
+        """Take back what `extra_state` returned; `checkpoint` is the whole file."""
+
+    @property
+    def judged_model(self) -> nn.Module:
+        """The model that is validated and saved as `state_dict`; another than the one that trains where its weights are
+        averaged."""
+        return self.model
 
     def log_epoch(self, epoch: int, figures: dict[str, float | None]) -> None:  # noqa: B027
         """Draw more than the scalars (histograms, images); rank 0 only."""
@@ -175,8 +178,9 @@ class BaseTrainer(ABC):
     def sync_buffers(self) -> None:
         """Give every rank rank 0's buffers (norm statistics), so that what is validated is what is saved."""
         if dist.world_size() > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
+            for model in dict.fromkeys((self.model, self.judged_model)):
+                for buffer in model.buffers():
+                    torch.distributed.broadcast(buffer, 0)
 
     # ------------------------------------------------------------------ parts of it
 
@@ -295,8 +299,10 @@ class BaseTrainer(ABC):
             epoch: the epoch that the state belongs to.
             batch: how many of its batches are done, or None where the epoch is complete.
         """
+        judged = self.judged_model
+        raw = {} if judged is self.model else {"raw_state_dict": self.model.state_dict()}
         return {"arch": self.config["arch"]["type"], "epoch": epoch, "batch": batch, "global_step": self.global_step,
-                "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "state_dict": judged.state_dict(), **raw, "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": plain_state(self.lr_scheduler), "scaler": self.scaler and self.scaler.state_dict(),
                 "monitor_best": self.best, "not_improved": self.not_improved, "rng": self._all_rng(),
                 "config": self.config, "data": self.data_facts, "extra": self.extra_state()}
@@ -316,8 +322,15 @@ class BaseTrainer(ABC):
         Raises RunError, on every rank, where the disk doesn't take it; what was there before stays.
         """
         path = path or self.paths.checkpoint(epoch)
-        state = self.state(epoch, batch)
+        self._write(path, self.state(epoch, batch))
+        return path
 
+    def save_weights(self, path: Path, model: nn.Module) -> None:
+        """Write a checkpoint of `model`'s weights alone: for test.py and the tools, not to go on with."""
+        self._write(path, {"arch": self.config["arch"]["type"], "epoch": self.last_epoch,
+                           "state_dict": model.state_dict(), "config": self.config, "data": self.data_facts})
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
         def write() -> None:
             try:
                 save_checkpoint(path, state)
@@ -325,7 +338,6 @@ class BaseTrainer(ABC):
                 raise RunError(f"can't write the checkpoint {path}: {error.strerror}; earlier checkpoints are intact, "
                                f"the newest is {self._newest()}") from None
         dist.on_main(write)
-        return path
 
     def _drop_old(self, epoch: int) -> None:
         """Keep `keep_last` checkpoints. Those of later epochs are of a course that this run has left (it was resumed
@@ -380,8 +392,10 @@ class BaseTrainer(ABC):
         self.start_batch = batch or 0
         step = checkpoint.get("global_step")
         self.global_step = checkpoint["epoch"] * len(self.train_loader) if step is None else step
+        if "raw_state_dict" in checkpoint:  # `state_dict` is their average
+            self.model.load_state_dict(checkpoint["raw_state_dict"])
         if checkpoint.get("extra"):
-            self.load_extra_state(checkpoint["extra"])
+            self.load_extra_state(checkpoint["extra"], checkpoint)
         states = checkpoint.get("rng")
         if isinstance(states, list) and len(states) == dist.world_size():
             set_rng_state(states[dist.rank()])

@@ -1,6 +1,7 @@
 """Labels that are more than a class an image: mixed images, and those of a batch that is worked on in parts."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,16 @@ class WholeBatch:
     own: int
     here: int
     everywhere: int
+
+
+def join_labels(parts: Sequence[torch.Tensor | MixedLabels]) -> torch.Tensor | MixedLabels:
+    """The labels of several parts of a batch in one; mixed ones without their weights."""
+    if len(parts) == 1:
+        return parts[0]
+    if not any(isinstance(part, MixedLabels) for part in parts):
+        return torch.cat(list(parts))
+    pairs = [part if isinstance(part, MixedLabels) else MixedLabels(part, part, 1.0) for part in parts]
+    return MixedLabels(torch.cat([p.first for p in pairs]), torch.cat([p.second for p in pairs]), 1.0)
 
 
 def plain_labels(labels: torch.Tensor | MixedLabels) -> torch.Tensor:

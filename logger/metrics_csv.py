@@ -1,4 +1,4 @@
-"""metrics.csv: one row an epoch; a resumed run continues the same file."""
+"""metrics.csv and timing.csv, written and read: one row an epoch; a resumed run continues the same file."""
 from __future__ import annotations
 
 import csv
@@ -34,3 +34,17 @@ class MetricsCSV:
         for r in self.rows:
             writer.writerow({k: "" if v is None else repr(v) if isinstance(v, float) else v for k, v in r.items()})
         write_text(self.path, text.getvalue())
+
+
+def read_table(path: Path) -> list[dict[str, float | None]]:
+    """A CSV file of numbers as a dict a row; what isn't a number is None. [] where the file isn't there."""
+    def number(text: str | None) -> float | None:
+        try:
+            return float(text)
+        except (TypeError, ValueError):
+            return None
+    try:
+        with open(path, newline="", encoding="utf-8") as handle:
+            return [{key: number(value) for key, value in row.items() if key} for row in csv.DictReader(handle)]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []

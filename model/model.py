@@ -136,26 +136,44 @@ class Model(BaseModel):
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return self.backbone(x, target) if self.routed else self.backbone(x)
 
-    # ---- what the trainer asks ---------------------------------------------------------------------------------
+    # ---- what others ask, see BaseModel ------------------------------------------------------------------------
+
+    @property
+    def batchformer(self) -> torch.nn.Module | None:
+        return self.backbone.batchformer
+
+    @property
+    def nbn_scales(self) -> torch.nn.Parameter | None:
+        return getattr(self.backbone, "scale_factor", None)
+
+    @property
+    def force_all(self) -> bool:
+        return getattr(self.backbone, "force_all", False)
+
+    @force_all.setter
+    def force_all(self, value: bool) -> None:
+        self.backbone.force_all = value
+
+    def gather_batches(self) -> None:
+        self.backbone.bt_gather = True
+
+    def heads(self) -> list[torch.nn.Module]:
+        return self.backbone.heads
 
     def classifier_prefixes(self) -> list[str]:
-        """Beginnings of the classifier's parameter and buffer names (heads, their norms and scales)."""
         return ["backbone.linear."] if self.num_experts == 1 else ["backbone.linears."]
 
     def stage2_prefixes(self) -> list[str]:
-        """What a decoupled second stage trains (Kang et al., ICLR 2020): the LWS scales, else the classifier."""
         scales = [name for name, _ in self.named_parameters() if name.endswith(".scales")]
         return scales or self.classifier_prefixes()
 
     @property
     def uses_all_parameters(self) -> bool:
-        """Whether every trained parameter takes part in every step (DDP must be told where not)."""
         experts = self.backbone.use_experts
         return experts != "rand" and len(experts) == self.num_experts
 
     @property
     def route(self) -> bool:
-        """Expert assignment: True runs later experts only for the images that ask (evaluation's default)."""
         return getattr(self.backbone, "route", False)
 
     @route.setter

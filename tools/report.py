@@ -54,7 +54,7 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any) -> Any:
     """The facts a report is drawn from; evaluates where `result` doesn't suffice."""
     from logger.figures.facts import BY_IMAGE, RunFacts
     from logger.figures.norms import norm_facts
-    from tools.runs import read_table
+    from logger.metrics_csv import read_table
     from trainer.evaluate import evaluate
     if result is None or ("predictions" not in result and result.get("classifier", "joint") == "joint"):
         result = {**(result or {}),

@@ -1,7 +1,6 @@
 """Finished and unfinished runs as their folders tell of them: config, figures, times. Nothing heavy is imported."""
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from base.run_paths import RunPaths, run_of
+from logger.metrics_csv import read_table
 from utils.config.load import read_json
 from utils.errors import ConfigError
 
@@ -145,20 +145,6 @@ class RunRecord:
         """Training speed, the median of its epochs."""
         speeds = sorted(row["images_per_second"] for row in self.times if row.get("images_per_second"))
         return speeds[len(speeds) // 2] if speeds else None
-
-
-def read_table(path: Path) -> list[dict[str, float | None]]:
-    """A CSV file of numbers as a dict a row; what isn't a number is None. [] where the file isn't there."""
-    def number(text: str | None) -> float | None:
-        try:
-            return float(text)
-        except (TypeError, ValueError):
-            return None
-    try:
-        with open(path, newline="", encoding="utf-8") as handle:
-            return [{key: number(value) for key, value in row.items() if key} for row in csv.DictReader(handle)]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return []
 
 
 def read_run(models: Path) -> RunRecord:

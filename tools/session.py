@@ -131,7 +131,7 @@ def load_start(model: nn.Module, start: Start) -> None:
         log.info(model.load_pretrained(load_checkpoint(config["pretrained"]), config["pretrained"]))
     elif config.get("pretrained"):
         load_weights(model, config["pretrained"], skip_prefixes=(GATES,), new_head=True)
-    elif getattr(model, "routed", False) and not model.backbone.force_all:
+    elif model.routed and not model.force_all:
         log.warning("the gates learn when experts that nobody trained are right; give the trained model with "
                     "-r STAGE1")
     if config.get("second_stage") and not config.get("load_crt"):  # only a dry run comes here
@@ -179,18 +179,24 @@ class Run:
 
 
 def open_run(path: str | Path, config: str | Path | None = None, overrides: list[tuple] = (),
-             device: torch.device | str = "cpu", *, allow_partial: bool = False) -> Run:
+             device: torch.device | str = "cpu", *, allow_partial: bool = False, weights: str = "ema") -> Run:
     """Read a checkpoint (ours or another project's), build its model and load the weights.
 
     Args:
         path: a checkpoint file.
         config: a config that goes before the checkpoint's own.
         overrides: (dotted path, value, flag) as the command line gives them.
+        weights: "ema", what the file is for (the average, where one was kept), or "raw", what training went on with.
     Raises:
         ConfigError: unreadable or refused file, no config, weights that don't fit.
     """
     path = Path(path)
     checkpoint = load_checkpoint(path)
+    if weights == "raw":
+        if "raw_state_dict" not in checkpoint:
+            raise ConfigError(f"--weights raw: {path} holds one set of weights only, as trainer.ema was off; leave it "
+                              "out")
+        checkpoint["state_dict"] = checkpoint["raw_state_dict"]
     effective = load_config(config, overrides) if config else config_of(checkpoint, path, overrides)
     device = torch.device(device)
     facts = checkpoint.get("data") if isinstance(checkpoint.get("data"), dict) else None

@@ -10,6 +10,8 @@ from torch import nn
 
 from base.labels import WholeBatch
 from model.metric import EvalState
+from trainer.precision import autocast
+from trainer.tasks import Task
 from utils import dist
 from utils.class_counts import FEW, GROUPS, MANY
 from utils.meters import Means
@@ -40,11 +42,6 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         the figures of test_metrics.json, each metric, and `seconds`; where the model's dict has each expert's logits
         also `expert_acc` and `expert_disagreement`; for expert-assignment models `expert_share`.
     """
-    if loader.detects:  # detectors are scored by average precision
-        from trainer.detection.coco_eval import evaluate_detector
-        return evaluate_detector(model, loader, groups=groups, amp=amp, max_batches=max_batches, keep=keep)
-    # Imported here: the trainer imports this module.
-    from trainer.trainer import autocast
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -105,10 +102,6 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
 def format_result(result: dict[str, Any], title: str = "") -> str:
     """The figures a person looks for first, in percent: all, many, medium, few, and what each expert has to do with it.
     """
-    if "bbox_AP" in result:
-        from trainer.detection.coco_eval import format_detection
-        return format_detection(result, title)
-
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
     header = f"{title:<16}" + "".join(f"{name:>9}" for name in ("all", "many", "medium", "few"))
@@ -125,3 +118,6 @@ def format_result(result: dict[str, Any], title: str = "") -> str:
         lines.append(f"{'each expert %':<16}" + "".join(f"{percent(v):>9}" for v in result["expert_acc"])
                      + ("" if together is None else f"   all of them {percent(together)}"))
     return "\n".join(lines)
+
+
+TASK = Task("classification", evaluate, format_result, lambda folder, result: [], keeps=False, classifies=True)

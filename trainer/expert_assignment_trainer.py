@@ -17,9 +17,6 @@ class ExpertAssignmentTrainer(Trainer):
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         return self.step_model(images, target=labels)
 
-    def validate(self, epoch: int) -> dict[str, float | None] | None:
-        figures = super().validate(epoch)
-        if figures is None:
-            return None
-        shares = self.watch.validated.get("expert_share", {}).get("all") or []
-        return {**figures, **{f"share_{i}_experts": value for i, value in enumerate(shares, 1)}}
+    def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
+        shares = result.get("expert_share", {}).get("all") or []
+        return {**super().shown(result), **{f"share_{i}_experts": value for i, value in enumerate(shares, 1)}}

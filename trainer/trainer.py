@@ -5,31 +5,24 @@ import contextlib
 import inspect
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from base.base_trainer import BaseTrainer
-from base.labels import WholeBatch, plain_labels
+from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
 from model import metric as metrics_module
 from trainer.evaluate import evaluate
-from trainer.watch import Watch
+from trainer.hooks import HOOKS, make_hooks
+from trainer.precision import autocast, choose_precision
 from utils import dist
 from utils.config.build import lookup
 from utils.errors import RunError
 from utils.meters import Means
 
 log = get_logger()
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, amp: object) -> contextlib.AbstractContextManager:
-    """Mixed precision as `trainer.amp` asks: "bf16", "fp16" or off."""
-    if amp in (None, False, "off"):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, AMP_TYPES[amp])
 
 
 class DataParallel(nn.parallel.DistributedDataParallel):
@@ -38,6 +31,16 @@ class DataParallel(nn.parallel.DistributedDataParallel):
     def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
         if next(module.parameters()).device.type != "cpu":
             super()._passing_sync_batchnorm_handle(module)
+
+
+class Part(NamedTuple):
+    """A loader's batch as a step gets it: images [N, 3, H, W], labels, how many of the images are this rank's own (0
+    where it was lent one to keep in step), and how many the batch has over all ranks."""
+
+    images: Any
+    labels: Any
+    own: int
+    everywhere: int
 
 
 class Trainer(BaseTrainer):
@@ -51,6 +54,8 @@ class Trainer(BaseTrainer):
 
     #: What evaluation keeps of a validation pass beside the config's metrics.
     kept_figures = ("many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc")
+    #: What may happen around its steps and epochs.
+    hook_table = HOOKS
 
     def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
                  config: dict[str, Any], *, teacher: nn.Module | None = None, **base: Any):
@@ -60,7 +65,9 @@ class Trainer(BaseTrainer):
         self.metrics = {name: lookup(vars(metrics_module), name, "metrics")
                         for name in dict.fromkeys(config.get("metrics") or ["accuracy"])}
         options = self.options
-        self.amp = options.get("amp")
+        self.amp, reason = choose_precision(options["amp"], self.device)
+        if options["amp"] not in ("off", None, False):
+            log.info("precision: %s (%s)", "float32" if self.amp == "off" else self.amp, reason)
         self.memory_format = torch.channels_last if options.get("channels_last", True) else torch.contiguous_format
         self.clip: float | None = options.get("clip_grad_norm")
         self.log_step: int = options.get("log_step") or max(1, int(len(self.train_loader) ** 0.5))
@@ -69,14 +76,19 @@ class Trainer(BaseTrainer):
         self.skipped, self.step_was_good = 0, True
         self.model.to(memory_format=self.memory_format)
         if options.get("bt_gather"):
-            self.model.backbone.bt_gather = True
+            self.model.gather_batches()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         if self.amp == "fp16":
             self.scaler = torch.amp.GradScaler(self.device.type)
         self.means = Means(self.device)
-        self.watch = Watch(self)
-        self.profile = bool(options.get("profile"))
+        self.accumulate: int = options.get("accumulate") or 1
+        self.hooks = make_hooks(self, options, self.hook_table)
         self.step_model = self._wrap(self.model)
+
+    @property
+    def judged_model(self) -> nn.Module:
+        """What is validated, tested and saved as `state_dict`: the model that trains, or a hook's average of it."""
+        return next((hook.judged for hook in self.hooks if hook.judged is not None), self.model)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: compiled, data parallel, or itself."""
@@ -101,36 +113,58 @@ class Trainer(BaseTrainer):
                 outputs["teacher"] = self.teacher(images)["output"]
         return outputs
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor, n: int, n_global: int) -> dict[str, torch.Tensor]:
-        """One optimizer step on this rank's share of a batch; its figures as tensors on the device.
-
-        n is how many of the images are this rank's own (0 where it was lent one to keep in step), n_global the whole
-        batch over all ranks: the loss is weighted so that the averaged gradient is the whole batch's.
-        """
-        images = images.contiguous(memory_format=self.memory_format)
+    def step(self, parts: list[Part]) -> dict[str, torch.Tensor]:
+        """One optimizer step on this rank's share of one or more batches; its figures as tensors on the device."""
         self._remember_buffers()
-        with autocast(self.device, self.amp):
-            outputs = self.forward(images, labels)
-            if dist.world_size() > 1:  # losses that are weighted means need the whole batch's weights below the line
-                outputs["whole"] = WholeBatch(labels, n, n, n_global)
-            loss = outputs["loss"] if "loss" in outputs else self.criterion(outputs, labels)
-        norm = self._update(loss, n, n_global)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, outputs, figures = self._backward(parts)
+        norm = self._update(loss, parts)
+        if self.step_was_good:
+            for hook in self.hooks:
+                hook.step_taken(outputs, plain_labels(parts[-1].labels), norm)
+        return figures
+
+    def _backward(self, parts: list[Part]) -> tuple[torch.Tensor, dict[str, Any], dict[str, torch.Tensor]]:
+        """Forward and backward passes of the step's parts: (loss, the last part's outputs, figures).
+
+        Each part's loss is weighted so that the gradient, averaged over ranks, is that of all images together.
+        """
+        everywhere, own = sum(part.everywhere for part in parts), sum(part.own for part in parts)
+        ranks = dist.world_size()
+        labels = join_labels([part.labels for part in parts]) if ranks > 1 or len(parts) > 1 else None
+        total, means = 0.0, {}
+        for number, part in enumerate(parts, 1):
+            whole = None if labels is None else WholeBatch(labels, own, part.own, everywhere)
+            # Gradients travel between ranks once a step, with the last part.
+            quiet = ranks > 1 and number < len(parts)
+            with self.step_model.no_sync() if quiet else contextlib.nullcontext():
+                with autocast(self.device, self.amp):
+                    loss, outputs, figures = self.compute(part, whole)
+                weighted = loss if whole is None else loss * (part.own * ranks / everywhere)
+                (weighted if self.scaler is None else self.scaler.scale(weighted)).backward()
+            share = part.own / own if own else 1 / len(parts)
+            total = loss.detach() if whole is None else total + loss.detach() * share
+            for name, value in figures.items():
+                means[name] = value if len(parts) == 1 else means.get(name, 0.0) + value * share
+        return total, outputs, means
+
+    def compute(self, part: Part, whole: WholeBatch | None) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
+        """(loss, the model's dict, figures) of a part, under autocast."""
+        images = part.images.contiguous(memory_format=self.memory_format)
+        outputs = self.forward(images, part.labels)
+        if whole is not None:  # losses that are weighted means need the whole batch's weights below the line
+            outputs["whole"] = whole
+        loss = outputs["loss"] if "loss" in outputs else self.criterion(outputs, part.labels)
         figures = {"loss": loss.detach()}
         with torch.no_grad():
             for name, function in self.metrics.items():
-                figures[name] = function(outputs["output"].detach(), plain_labels(labels))
-        self.watch.after_step(outputs, plain_labels(labels), norm)
-        return figures
+                figures[name] = function(outputs["output"].detach(), plain_labels(part.labels))
+        return loss, outputs, figures
 
-    def _update(self, loss: torch.Tensor, n: int, n_global: int) -> torch.Tensor:
-        """Backward pass and optimizer step for this rank's share of a batch; the gradient's norm."""
-        weighted = loss if dist.world_size() == 1 else loss * (n * dist.world_size() / n_global)
-        self.optimizer.zero_grad(set_to_none=True)
+    def _update(self, loss: torch.Tensor, parts: list[Part]) -> torch.Tensor:
+        """The optimizer's step on the gradients that are there; the gradient's norm."""
         if self.scaler is not None:
-            self.scaler.scale(weighted).backward()
             self.scaler.unscale_(self.optimizer)
-        else:
-            weighted.backward()
         norm = self._gradient_norm()
         self.step_was_good = self._is_good(loss, norm)
         if self.step_was_good:
@@ -199,28 +233,33 @@ class Trainer(BaseTrainer):
         self.batches_done = start_batch
         if self.stop.agreed(self.device, True):
             return None
-        with self._progress(epoch, total, start_batch) as bar, self._profiler() as profiler:
+        parts: list[Part] = []
+        with self._progress(epoch, total, start_batch) as bar:
             for batch, (images, labels) in enumerate(self.train_loader, start_batch):
-                n, n_global = self.train_loader.share(batch)
-                if self.global_step == 0 and self.writer:
-                    self.watch.input_grid(images)
-                figures = self.step(images, labels, n, n_global)
-                self.means.add(figures, n if self.step_was_good else 0)
+                if self.global_step == 0 and not parts:
+                    for hook in self.hooks:
+                        hook.first_batch(images)
+                parts.append(Part(images, labels, *self.train_loader.share(batch)))
+                if len(parts) < self.accumulate and batch + 1 < total:
+                    continue
+                figures = self.step(parts)
+                self.means.add(figures, sum(part.own for part in parts) if self.step_was_good else 0)
                 pending.append(figures["loss"])
-                images_seen += n_global
+                images_seen += sum(part.everywhere for part in parts)
                 self.global_step += 1
                 self.batches_done = batch + 1
-                reads = (batch + 1) % self.log_step == 0 or batch + 1 == total
+                bar.update(len(parts))
+                parts = []
+                reads = (batch + 1) % self.log_step < self.accumulate or batch + 1 == total
                 if reads:
                     speed = images_seen / (time.monotonic() - began)
                     self._log_step(epoch, batch + 1, total, pending, speed, bar)
-                bar.update()
-                if profiler is not None:
-                    profiler.step()
                 if self.stop.agreed(self.device, reads):
                     if pending:  # what is saved must be known to be finite
                         self._log_step(epoch, batch + 1, total, pending, images_seen / (time.monotonic() - began), bar)
                     return None
+        for hook in self.hooks:
+            hook.epoch_trained(epoch)
         return self.means.read(reduce=True)
 
     def _start_epoch(self, epoch: int, start_batch: int) -> None:
@@ -232,6 +271,8 @@ class Trainer(BaseTrainer):
         self.bad_step = torch.full((), -1, dtype=torch.long, device=self.device)
         if start_batch == 0:
             self.means.reset()
+        for hook in self.hooks:
+            hook.epoch_begins(epoch)
 
     def _log_step(self, epoch: int, done: int, total: int, pending: list[torch.Tensor], speed: float, bar: Any) -> None:
         """The one place where the host waits for the device."""
@@ -249,31 +290,45 @@ class Trainer(BaseTrainer):
                 self.writer.add_scalar("step/loss", value, first + offset)
             self.writer.add_scalar("step/lr", self.optimizer.param_groups[0]["lr"], self.global_step)
             self.writer.add_scalar("step/images_per_second", speed, self.global_step)
-            self.watch.log_step(self.global_step)
+            for hook in self.hooks:
+                hook.log_step(self.global_step)
 
     def validate(self, epoch: int) -> dict[str, float | None] | None:
         """Figures of the unwrapped model (the one that is saved) on the validation split, over all ranks."""
-        result = evaluate(self.model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
+        result = evaluate(self.judged_model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
                           groups=self.config.get("groups"), amp=self.amp, memory_format=self.memory_format,
                           stop=lambda batch: self.stop.agreed(self.device, batch % 10 == 0))
         if result is None:
             return None
-        self.watch.validated = result
+        return self.shown(result)
+
+    def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
+        """What of a validation pass goes into the log and metrics.csv."""
         return {key: result[key] for key in ("loss", *self.metrics, *self.kept_figures) if key in result}
 
     def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
         """The figures of the weights as they are on another split; with `keep` also by image, as far as known."""
-        return evaluate(self.model, loader, groups=self.config.get("groups"), amp=self.amp,
+        return evaluate(self.judged_model, loader, groups=self.config.get("groups"), amp=self.amp,
                         memory_format=self.memory_format, keep=keep)
+
+    @property
+    def wants_images(self) -> bool:
+        """Whether what happens at the run's end needs the test split's predictions by image."""
+        return any(hook.wants_images for hook in self.hooks)
+
+    def run_ended(self, result: dict[str, Any]) -> None:
+        """The run's last words; result: the test split's figures."""
+        for hook in self.hooks:
+            hook.run_ended(result)
 
     def dry_run(self) -> None:
         """One training step and one validation step; writes nothing."""
         self._start_epoch(1, 0)
         images, labels = next(iter(self.train_loader))
-        figures = self.step(images, labels, *self.train_loader.share(0))
+        figures = self.step([Part(images, labels, *self.train_loader.share(0))])
         log.info("dry run: a training step on %d images, loss %.4f", len(images), float(figures["loss"]))
         if self.valid_loader is not None:
-            result = evaluate(self.model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
+            result = evaluate(self.judged_model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
                               groups=self.config.get("groups"), amp=self.amp, memory_format=self.memory_format,
                               max_batches=1)
             log.info("dry run: a validation step on %d images, loss %.4f", result["n_samples"], result["loss"])
@@ -281,14 +336,19 @@ class Trainer(BaseTrainer):
     # ------------------------------------------------------------------ around it
 
     def extra_state(self) -> dict[str, Any]:
-        return {"means": self.means.state_dict(reduce=True), "skipped": self.skipped}
+        states = {hook.key: hook.state_dict() for hook in self.hooks if hook.key}
+        return {"means": self.means.state_dict(reduce=True), "skipped": self.skipped, "hooks": states}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def load_extra_state(self, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         self.means.load_state_dict(state["means"])
         self.skipped = state["skipped"]
+        for hook in self.hooks:
+            if hook.key in (state.get("hooks") or {}):
+                hook.load_state_dict(state["hooks"][hook.key], checkpoint)
 
     def log_epoch(self, epoch: int, figures: dict[str, float | None]) -> None:
-        self.watch.log_epoch(epoch)
+        for hook in self.hooks:
+            hook.epoch_ended(epoch, figures)
 
     def _progress(self, epoch: int, total: int, start: int) -> Any:
         from tqdm import tqdm
@@ -299,21 +359,3 @@ class Trainer(BaseTrainer):
                    dynamic_ncols=True)
         bar.shown = shown
         return bar
-
-    def _profiler(self) -> contextlib.AbstractContextManager:
-        """`--profile`: a trace of a few steps of the first epoch, for TensorBoard or Perfetto."""
-        if not self.profile or self.paths is None or not self.is_main:
-            return contextlib.nullcontext()
-        self.profile = False
-        folder = self.paths.log / "profile"
-
-        def keep(profiler: torch.profiler.profile) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(folder / "trace.pt.trace.json"))
-            log.info("profile written to %s (open it in https://ui.perfetto.dev)", folder / "trace.pt.trace.json")
-
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        return torch.profiler.profile(activities=activities, on_trace_ready=keep, record_shapes=True,
-                                      schedule=torch.profiler.schedule(wait=1, warmup=2, active=3, repeat=1))

@@ -198,6 +198,8 @@ def test_parser() -> argparse.ArgumentParser:
                      "best in on the validation images (default class_mean_acc: rare classes count as much as others)")
     how.add_argument("--feat_type", choices=("un", "l2n", "cl2n"), help="features for --classifier ncm: "
                      "as they are, of length 1, or centred and of length 1 (default cl2n)")
+    how.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run with averaged weights "
+                     "(trainer.ema): the average (default), or those that training went on with")
     how.add_argument("--open_set", metavar="LIST", help="a list file of images of no known class")
     how.add_argument("--open_threshold", metavar="P", default="0.1", help="probability under which a prediction means "
                      "\"unknown\" (default 0.1)")

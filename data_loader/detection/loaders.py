@@ -42,7 +42,7 @@ class CocoDataLoader(BaseDataLoader):
         validation: `test` (the val split), `holdout` (`holdout_fraction` of the training images) or `none`.
     """
 
-    detects = True
+    task = "detection"
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     batch_limit: int | None = None
 

@@ -13,7 +13,7 @@ from logger.figures import norms as norm_figures
 from logger.figures.classes import GROUP_LABELS
 from logger.figures.facts import RunFacts
 from logger.figures.style import to_array
-from tools.runs import read_table
+from logger.metrics_csv import read_table
 from utils.class_counts import GROUPS
 
 MATRIX_CLASSES = 100  # a full confusion matrix is drawn up to here

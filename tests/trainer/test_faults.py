@@ -45,7 +45,7 @@ def test_halves_that_a_killed_run_left_are_cleared_away(runs):
     (models / ".checkpoint-epoch2.pth.abc123.tmp").write_bytes(b"half")
     runs("killed", "-r", "auto", "--epochs", 2)
     assert sorted(path.name for path in models.iterdir()) == [
-        "checkpoint-epoch1.pth", "checkpoint-epoch2.pth", "config.json"]
+        "checkpoint-epoch1.pth", "checkpoint-epoch2.pth", "config.json", "test_metrics.json"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(runs):

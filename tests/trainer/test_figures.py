@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer import watch
+from trainer.hooks import curves as watch
 
 WANTED = {"tensorboard": True, "figures": True, "histograms": False, "image_grid": False}
 

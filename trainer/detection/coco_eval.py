@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from data_loader.detection.rle import encode, unpack
+from trainer.precision import autocast
+from trainer.tasks import Task
 from utils import dist
 from utils.errors import ConfigError
 from utils.files import write_text
@@ -200,17 +202,16 @@ def gather_texts(text: str) -> list[str]:
 
 @torch.no_grad()
 def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, int] | None = None, amp: object = None,
-                      cls_num_list: list[int] | None = None, max_batches: int | None = None,
-                      keep: bool = False) -> dict[str, Any]:
+                      cls_num_list: list[int] | None = None, max_batches: int | None = None, keep: bool = False,
+                      stop: Callable[[int], bool] | None = None) -> dict[str, Any] | None:
     """The figures of `model` on `loader`'s split (see `CocoEvaluator.compute`); all ranks return the same.
 
     Args:
         cls_num_list: training instances of each class, for the groups; the loader's where left out.
         max_batches: stop early (a dry run).
         keep: also return `detections`, in COCO's results format.
+        stop: asked before each batch, on every rank; where it answers True, evaluation ends and returns None.
     """
-    # Imported here: the trainer imports this module.
-    from trainer.trainer import autocast
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -219,6 +220,9 @@ def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, 
     for batch, (images, targets) in enumerate(loader):
         if max_batches is not None and batch >= max_batches:
             break
+        if stop is not None and stop(batch):
+            model.train(was_training)
+            return None
         n, _ = loader.share(batch)
         if n:
             with autocast(device, amp):
@@ -233,8 +237,10 @@ def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, 
     return figures
 
 
-def write_results(folder: Path, results: list[dict[str, Any]]) -> list[Path]:
-    """Write detections_bbox.json and detections_segm.json, which COCO tools score; returns their paths."""
+def write_results(folder: Path, figures: dict[str, Any]) -> list[Path]:
+    """Write detections_bbox.json and detections_segm.json, which COCO tools score, and take `detections` out of the
+    figures; returns their paths."""
+    results = figures.pop("detections")
     paths = []
     for kind in KINDS:
         paths.append(folder / f"detections_{kind}.json")
@@ -250,3 +256,6 @@ def format_detection(figures: dict[str, Any], title: str = "") -> str:
         values = [figures.get(f"{kind}_{column}") for column in columns]
         lines.append(f"{kind:<8}" + "".join(f"{'-' if v is None else f'{100 * v:.1f}':>11}" for v in values))
     return "\n".join(lines)
+
+
+TASK = Task("detection", evaluate_detector, format_detection, write_results, keeps=True, classifies=False)

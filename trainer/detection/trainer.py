@@ -10,14 +10,52 @@ from torch import nn
 from logger.figures.detections import as_picture, draw_detections
 from logger.log import get_logger
 from trainer.detection.coco_eval import evaluate_detector
-from trainer.trainer import Trainer, autocast
-from trainer.watch import Watch
+from trainer.hooks import HOOKS
+from trainer.hooks.curves import Curves
+from trainer.precision import autocast
+from trainer.trainer import Part, Trainer
 from utils.errors import ConfigError
 
 log = get_logger()
 #: What each epoch's validation reports; test.py reports all of it.
 SHOWN = ("AP", "AP50", "AP75")
 PICTURES = 4
+
+
+class DetectionCurves(Curves):
+    """The losses by part over steps; each epoch a few validation pictures with what the model finds in them."""
+
+    parts: dict[str, torch.Tensor] = {}
+
+    def first_batch(self, images: list[torch.Tensor]) -> None:
+        """The first training images as the model gets them."""
+        if self.run.writer and self.run.options.get("image_grid") is not False:
+            for i, image in enumerate(images[:PICTURES]):
+                self.run.writer.add_image(f"input/{i}", as_picture(image), 0, dataformats="HWC")
+
+    def step_taken(self, outputs: dict[str, torch.Tensor], labels: None, gradient_norm: torch.Tensor) -> None:
+        self.gradient_norm, self.parts = gradient_norm, outputs
+
+    def log_step(self, step: int) -> None:
+        super().log_step(step)
+        for name, value in self.parts.items():
+            if name != "loss":
+                self.run.writer.add_scalar(f"step/{name}", float(value), step)
+
+    def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:
+        super().epoch_ended(epoch, figures)
+        run, loader = self.run, self.run.valid_loader or self.run.train_loader
+        if not run.writer or run.options.get("image_grid") is False:
+            return
+        model = run.judged_model.eval()
+        for i in range(min(PICTURES, loader.n_samples)):
+            picture = loader.raw_image(i)
+            image = torch.from_numpy(picture).permute(2, 0, 1).float().div(255).to(run.device)
+            with torch.no_grad(), autocast(run.device, run.amp):
+                found = model([image])["detections"][0]
+            drawn = draw_detections(picture, found, loader.class_names)
+            run.writer.add_image(f"detections/{i}", drawn, epoch, dataformats="HWC")
+        run.model.train()
 
 
 class DetectionTrainer(Trainer):
@@ -27,11 +65,12 @@ class DetectionTrainer(Trainer):
     after `trainer.epochs`, if that is less). A schedule of the type IterationLR is stepped after each step.
     """
 
+    hook_table = {**HOOKS, "Curves": DetectionCurves}
+
     def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
                  config: dict[str, Any], **more: Any):
         super().__init__(model, criterion, optimizer, config, **more)
         self.metrics = {}
-        self.watch = DetectionWatch(self)
         self.iterations: int | None = self.options.get("iterations")
         self.steps_an_epoch = len(self.train_loader)
         if self.iterations:
@@ -42,17 +81,17 @@ class DetectionTrainer(Trainer):
             self.epochs = min(self.epochs, needed)
         self.by_iteration = getattr(self.lr_scheduler, "by_iteration", False)
 
-    def step(self, images: list[torch.Tensor], targets: list[dict[str, Any]], n: int,
-             n_global: int) -> dict[str, torch.Tensor]:
-        """One optimizer step; `loss` and its parts. images: list of [3, H, W]; targets: see the loaders."""
-        with autocast(self.device, self.amp):
-            losses = self.step_model(images, targets)
-        norm = self._update(losses["loss"], n, n_global)
+    def compute(self, part: Part, whole: Any) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
+        """The detector's own losses: `loss` and its parts. images: list of [3, H, W]; labels: see the loaders."""
+        losses = self.step_model(part.images, part.labels)
+        figures = {name: value.detach() for name, value in losses.items()}
+        return losses["loss"], figures, figures
+
+    def _update(self, loss: torch.Tensor, parts: list[Part]) -> torch.Tensor:
+        norm = super()._update(loss, parts)
         if self.by_iteration:
             self.lr_scheduler.step()
-        figures = {name: value.detach() for name, value in losses.items()}
-        self.watch.after_step(figures, None, norm)
-        return figures
+        return norm
 
     def _start_epoch(self, epoch: int, start_batch: int) -> None:
         if self.iterations:
@@ -69,66 +108,29 @@ class DetectionTrainer(Trainer):
 
     # ------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, loader: Any, max_batches: int | None = None) -> dict[str, Any]:
-        return evaluate_detector(self.model, loader, groups=self.config.get("groups"), amp=self.amp,
-                                 cls_num_list=self.train_loader.cls_num_list, max_batches=max_batches)
+    def _evaluate(self, loader: Any, **more: Any) -> dict[str, Any] | None:
+        return evaluate_detector(self.judged_model, loader, groups=self.config.get("groups"), amp=self.amp,
+                                 cls_num_list=self.train_loader.cls_num_list, **more)
 
-    def validate(self, epoch: int) -> dict[str, float | None]:
+    def validate(self, epoch: int) -> dict[str, float | None] | None:
         """Box and mask AP on the validation split, over all ranks. There is no validation loss: detectors sample
         regions for it at random."""
-        figures = self._evaluate(self.valid_loader)
+        figures = self._evaluate(self.valid_loader, stop=lambda batch: self.stop.agreed(self.device, batch % 10 == 0))
+        if figures is None:
+            return None
         return {f"{kind}_{name}": figures[f"{kind}_{name}"] for kind in ("bbox", "segm") for name in SHOWN}
 
     def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
-        return self._evaluate(loader)
+        return self._evaluate(loader, keep=keep)
 
     def dry_run(self) -> None:
         """One training step and one validation step; writes nothing."""
         self._start_epoch(1, 0)
         images, targets = next(iter(self.train_loader))
-        figures = self.step(images, targets, *self.train_loader.share(0))
+        figures = self.step([Part(images, targets, *self.train_loader.share(0))])
         log.info("dry run: a training step on %d images, loss %.4f", len(images), float(figures["loss"]))
         if not torch.isfinite(figures["loss"]):
             raise ConfigError("the first training step's loss isn't finite; try a smaller --lr")
         if self.valid_loader is not None:
             result = self._evaluate(self.valid_loader, max_batches=1)
             log.info("dry run: a validation step on %d images", result["n_samples"])
-
-
-class DetectionWatch(Watch):
-    """The losses by part over steps; each epoch a few validation pictures with what the model finds in them."""
-
-    def __init__(self, trainer: DetectionTrainer):
-        super().__init__(trainer)
-        self.parts: dict[str, torch.Tensor] = {}
-
-    def after_step(self, outputs: dict[str, torch.Tensor], labels: None, norm: torch.Tensor) -> None:
-        self.gradient_norm = norm
-        self.parts = outputs
-
-    def log_step(self, step: int) -> None:
-        super().log_step(step)
-        for name, value in self.parts.items():
-            if name != "loss":
-                self.trainer.writer.add_scalar(f"step/{name}", float(value), step)
-
-    def input_grid(self, images: list[torch.Tensor]) -> None:
-        """The first training images as the model gets them."""
-        if self.trainer.is_main and self.trainer.options.get("image_grid") is not False:
-            for i, image in enumerate(images[:PICTURES]):
-                self.trainer.writer.add_image(f"input/{i}", as_picture(image), 0, dataformats="HWC")
-
-    def log_epoch(self, epoch: int) -> None:
-        super().log_epoch(epoch)
-        trainer, loader = self.trainer, self.trainer.valid_loader or self.trainer.train_loader
-        if not trainer.writer or trainer.options.get("image_grid") is False:
-            return
-        trainer.model.eval()
-        for i in range(min(PICTURES, loader.n_samples)):
-            picture = loader.raw_image(i)
-            image = torch.from_numpy(picture).permute(2, 0, 1).float().div(255).to(trainer.device)
-            with torch.no_grad(), autocast(trainer.device, trainer.amp):
-                found = trainer.model([image])["detections"][0]
-            drawn = draw_detections(picture, found, loader.class_names)
-            trainer.writer.add_image(f"detections/{i}", drawn, epoch, dataformats="HWC")
-        trainer.model.train()

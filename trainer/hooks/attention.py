@@ -1,0 +1,103 @@
+"""Which classes' images attend to which others' inside BatchFormer, to TensorBoard."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.hooks.base import Hook, Run
+from utils.class_counts import FEW, GROUPS, MANY, shot_group
+from utils.errors import ConfigError
+
+MOST_ROWS = 240     # of the attention matrix; classes that are next to each other in frequency share one from there on
+
+
+class AttentionByClass:
+    """Sums of the attention that images of one class pay to those of another, on the device, most frequent class first.
+
+    Above MOST_ROWS classes, neighbours of one group share a row.
+    """
+
+    def __init__(self, counts: Sequence[int], groups: dict[str, float], device: torch.device):
+        self.group_of = [shot_group(count, groups.get("many", MANY), groups.get("few", FEW)) for count in counts]
+        order = sorted(range(len(counts)), key=lambda c: (GROUPS.index(self.group_of[c]), -counts[c]))
+        together = -(-len(counts) // MOST_ROWS)
+        self.rows: list[list[int]] = []                     # the classes of each row
+        for group in GROUPS:
+            members = [c for c in order if self.group_of[c] == group]
+            self.rows += [members[i:i + together] for i in range(0, len(members), together)]
+        row_of = torch.empty(len(counts), dtype=torch.long)
+        for row, members in enumerate(self.rows):
+            row_of[members] = row
+        self.row_of = row_of.to(device)
+        self.sums, self.pairs = torch.zeros(2, len(self.rows), len(self.rows), device=device)
+        self.images = torch.zeros(len(self.rows), device=device)
+
+    def add(self, weights: torch.Tensor, labels: torch.Tensor) -> None:
+        """A batch. weights: [N, N], row i says how much image i looks at each; labels: [N]."""
+        rows = torch.nn.functional.one_hot(self.row_of[labels], len(self.rows)).to(self.sums.dtype)
+        images = rows.sum(0)
+        self.sums += rows.T @ weights.to(self.sums.dtype) @ rows
+        self.pairs += torch.outer(images, images)
+        self.images += images
+
+    def clear(self) -> None:
+        for counter in (self.sums, self.pairs, self.images):
+            counter.zero_()
+
+    def relative(self) -> np.ndarray:
+        """Mean attention of an image of one row to an image of another, over that of all pairs: 1 is even. [R, R], NaN
+        for rows that never met."""
+        even = self.sums.sum() / self.pairs.sum()
+        return (self.sums / self.pairs / even).cpu().numpy()
+
+    def shares(self) -> np.ndarray:
+        """The share of its attention that an image of one group pays to each group's, [3, 3]; 0 without images."""
+        member = np.array([[self.group_of[row[0]] == group for row in self.rows] for group in GROUPS], dtype=float)
+        images = member @ self.images.cpu().numpy()
+        return member @ self.sums.cpu().numpy() @ member.T / np.maximum(images, 1)[:, None]
+
+    def labels(self, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+        """Each row's name and group."""
+        return ([str(names[row[0]] if names else row[0]) for row in self.rows],
+                [self.group_of[row[0]] for row in self.rows])
+
+
+class BatchAttention(Hook):
+    """`trainer.log_batch_attention`: shares by group and a picture class by class, each epoch.
+
+    Raises ConfigError where the model has no BatchFormer.
+    """
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.block = run.model.batchformer
+        if self.block is None:
+            raise ConfigError("trainer.log_batch_attention: the model has no BatchFormer; set arch.args.add_bt 1")
+        self.block.record = True
+        self.attention = AttentionByClass(run.data_facts["cls_num_list"], run.config.get("groups") or {}, run.device)
+
+    @classmethod
+    def wanted(cls, options: dict[str, Any]) -> bool:
+        return bool(options.get("log_batch_attention"))
+
+    def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
+        weights = self.block.last_attention
+        if weights is not None and weights.shape[0] == len(labels):  # the labels of other ranks' images aren't here
+            self.attention.add(weights, labels)
+
+    def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:
+        from logger.figures.classes import attention
+        from logger.figures.style import to_array
+        writer, shares = self.run.writer, self.attention.shares()
+        if not writer:
+            return
+        for i, row in enumerate(GROUPS):
+            for j, column in enumerate(GROUPS):
+                writer.add_scalar(f"attention_{row}_to_{column}/train", float(shares[i, j]), epoch)
+        names = self.run.data_facts["class_names"]
+        figure = attention(self.attention.relative(), *self.attention.labels(names))
+        writer.add_image("attention_by_class", to_array(figure), epoch, dataformats="HWC")
+        self.attention.clear()

@@ -1,0 +1,109 @@
+"""What a run shows in TensorBoard beside its scalars: gradient norms, NBN's scales, inputs, histograms, figures."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from logger.figures.facts import BY_IMAGE
+from logger.log import get_logger
+from trainer.hooks.base import Hook, Run
+from utils import dist
+
+log = get_logger()
+
+
+class Curves(Hook):
+    """Over steps: the gradient's norm and NBN's scales. Over epochs: weight histograms. Once: the config, and a grid of
+    the first training batch as the model sees it, colours put back."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.gradient_norm: torch.Tensor | None = None
+
+    def first_batch(self, images: torch.Tensor) -> None:
+        if not self.run.writer or self.run.options.get("image_grid") is False:
+            return
+        from torchvision.utils import make_grid
+        loader = self.run.train_loader
+        shown = images[:32].detach().float().cpu()
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (loader.mean, loader.std))
+        self.run.writer.add_image("input", make_grid((shown * std + mean).clamp(0, 1), nrow=8), 0)
+
+    def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
+        self.gradient_norm = gradient_norm
+
+    def log_step(self, step: int) -> None:
+        if self.gradient_norm is not None:
+            self.run.writer.add_scalar("step/gradient_norm", float(self.gradient_norm), step)
+        scales = self.run.model.nbn_scales
+        for expert, value in enumerate(() if scales is None else scales.detach().tolist()):
+            self.run.writer.add_scalar(f"step/nbn_scale/expert_{expert + 1}", value, step)
+
+    def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:
+        run, writer = self.run, self.run.writer
+        if not writer:
+            return
+        if epoch == 1:
+            writer.add_text("config", "    " + json.dumps(run.config, indent=2).replace("\n", "\n    "), 0)
+        every = run.options.get("histograms")
+        every = max(1, run.epochs // 10) if every is None or every is True else int(every)
+        if every and (epoch % every == 0 or epoch == run.epochs):
+            for name, parameter in run.model.named_parameters():
+                if parameter.requires_grad and torch.isfinite(parameter).all():
+                    writer.add_histogram(name, parameter.detach().float().cpu(), epoch)
+
+
+class Statistics(Hook):
+    """`trainer.record_statistics`: the forward and backward statistics of one norm layer over steps."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        from model.norm import StatisticsRecorder
+        self.recorder = StatisticsRecorder(run.model, run.options.get("statistics_layer"))
+
+    @classmethod
+    def wanted(cls, options: dict[str, Any]) -> bool:
+        return bool(options.get("record_statistics"))
+
+    def log_step(self, step: int) -> None:
+        for name, value in self.recorder.read().items():
+            self.run.writer.add_scalar(f"step/statistics/{name}", float(value), step)
+
+
+class Figures(Hook):
+    """`trainer.figures`: the report's figures of the test split, when the run has trained its last epoch."""
+
+    @classmethod
+    def wanted(cls, options: dict[str, Any]) -> bool:
+        return bool(options.get("tensorboard", True) and options.get("figures", True))
+
+    @property
+    def wants_images(self) -> bool:
+        return self.run.start_epoch <= self.run.last_epoch  # a run that had nothing to train has its figures
+
+    def run_ended(self, result: dict[str, Any]) -> None:
+        if not self.wants_images:
+            return
+        result = {**result, **gather_images(result)}  # every rank takes part
+        if not self.run.writer:
+            return
+        try:
+            from logger.figures.drawings import facts_of_training, figures_to_tensorboard
+            figures_to_tensorboard(self.run.writer, facts_of_training(self.run, result), self.run.last_epoch)
+        except Exception as error:  # nothing that goes wrong here may end the run
+            log.warning("no figures in TensorBoard (trainer.figures): %s", " ".join(f"{error}".split()) or repr(error))
+
+
+def gather_images(result: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate(keep=True)` kept by image, of every rank's share: `BY_IMAGE` as far as they are known."""
+    kept = {key: result[key] for key in BY_IMAGE if key in result}
+    if dist.world_size() == 1:
+        return kept
+    shares: list[Any] = [None] * dist.world_size()
+    torch.distributed.all_gather_object(shares, kept)
+    shares = [share for share in shares if len(share.get("labels", ()))]  # a rank may have had no image at all
+    return {key: np.concatenate([share[key] for share in shares]) for key in BY_IMAGE
+            if shares and all(key in share for share in shares)}

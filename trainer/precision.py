@@ -1,0 +1,39 @@
+"""Mixed precision: what a run asks for, what its hardware is good for, and the context that a forward pass runs in."""
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(amp: object, device: torch.device | str) -> tuple[str, str]:
+    """(`bf16`, `fp16` or `off`; why) for a config's `trainer.amp`, which may be `auto`.
+
+    `auto` takes bfloat16 where the hardware multiplies it: x86 CPUs with AMX or AVX512-BF16, GPUs from Ampere (compute
+    capability 8) on. Older GPUs from Volta on take float16, which needs a loss scaler. Elsewhere it is off:
+    emulated half precision is slower than float32.
+    """
+    if amp in (None, False, "off"):
+        return "off", "trainer.amp off"
+    if amp != "auto":
+        return str(amp), f"trainer.amp {amp}"
+    device = torch.device(device)
+    if device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
+        name = torch.cuda.get_device_name(device)
+        if major >= 8:
+            return "bf16", f"{name} has bfloat16"
+        return ("fp16", f"{name} has float16 only") if major >= 7 else ("off", f"{name} has no half precision")
+    for feature, name in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512-BF16")):
+        if device.type == "cpu" and getattr(torch.cpu, feature, bool)():
+            return "bf16", f"this CPU has {name}"
+    return "off", "this processor has no bfloat16 arithmetic"
+
+
+def autocast(device: torch.device, amp: object) -> contextlib.AbstractContextManager:
+    """The context of a forward pass: `bf16`, `fp16`, or no change."""
+    if amp in (None, False, "off"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, AMP_TYPES[amp])
