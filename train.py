@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import parse_train, run_main
 from utils.config.load import check_second_stage, load_config
+from utils.config.outside import outside_flags
 from utils.errors import ConfigError
 from utils.stop import StopRequest
 
@@ -45,7 +46,7 @@ def workers_wanted(args: Namespace, config: dict[str, Any] | None) -> int:
     """How many processes a plain `python train.py` starts: one a GPU where the config asks for several."""
     if config is None:  # a run goes on with as many as it had
         with contextlib.suppress(ConfigError):
-            config = load_config(Path(args.resume).with_name("config.json"), args.overrides)
+            config = load_config(Path(args.resume).with_name("config.json"), args.overrides, allowed=())
     wanted = (config or {}).get("n_gpu") or 1
     if wanted <= 1 and not (args.device and "," in args.device):
         return 1
@@ -121,18 +122,18 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         if dist.is_main():
             write_figures(task, checkpoint.parent / "test_metrics.json", result)
     trainer.close()
-    log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies))
+    log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies, outside_flags(config)))
     dist.cleanup()
 
 
-def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool) -> str:
-    """What to do with a finished run, each a command to copy."""
+def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool, more: str = "") -> str:
+    """What to do with a finished run, each a command to copy; `more` ends those that open its checkpoint."""
     file, log, models = (shlex.quote(str(path)) for path in (checkpoint, paths.log, paths.models))
-    steps = {"checkpoint": checkpoint, "evaluate": f"python test.py -r {file}",
-             "look at it": f"tensorboard --logdir {log}", "report": f"python -m tools.report {models}"}
+    steps = {"checkpoint": checkpoint, "evaluate": f"python test.py -r {file}{more}",
+             "look at it": f"tensorboard --logdir {log}", "report": f"python -m tools.report {models}{more}"}
     if is_classifier:
-        steps |= {"predict": f"python -m tools.predict -r {file} PHOTOS",
-                  "export": f"python -m tools.export -r {file} --format onnx"}
+        steps |= {"predict": f"python -m tools.predict -r {file} PHOTOS{more}",
+                  "export": f"python -m tools.export -r {file} --format onnx{more}"}
     return "\n".join(f"{what:<13}{how}" for what, how in steps.items())
 
 

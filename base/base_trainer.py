@@ -22,6 +22,7 @@ from logger.metrics_csv import MetricsCSV
 from logger.tensorboard import make_writer
 from utils import dist
 from utils.checkpoint.store import save_checkpoint
+from utils.config.outside import outside_flags
 from utils.errors import ConfigError, RunError
 from utils.files import write_json
 from utils.seed import rng_state, set_rng_state
@@ -356,7 +357,8 @@ class BaseTrainer(ABC):
         self.finished = False
         where = f"after epoch {epoch}" if complete else \
             f"in epoch {epoch}, after {self.batches_done} of its {len(self.train_loader)} steps"
-        log.info("stopped on request %s; go on with: %s -r %s", where, dist.command("train.py"), shlex.quote(str(path)))
+        log.info("stopped on request %s; go on with: %s -r %s%s", where, dist.command("train.py"),
+                 shlex.quote(str(path)), outside_flags(self.config))
         self.writer.close()
         return path
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.errors import unknown
+from utils.config.build import lookup
 
 
 class CosineLinear(nn.Module):
@@ -73,6 +73,4 @@ HEADS = {
 def make_head(kind: str, features: int, classes: int, s: float = 30.0,
               path: str = "arch.args.classifier") -> nn.Module:
     """The head that `kind` names; ConfigError with the nearest right name otherwise."""
-    if kind not in HEADS:
-        raise unknown(path, kind, HEADS, "classifier")
-    return HEADS[kind](features, classes, s)
+    return lookup(HEADS, kind, path, "classifier")(features, classes, s)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import re
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +12,8 @@ from model.blocks import BasicBlock, Bottleneck
 from model.classifier import HEADS
 from model.resnet import CIFAR, IMAGENET, ResNet
 from model.routing import RoutedResNet
-from utils.config.build import build
-from utils.errors import ConfigError, unknown
+from utils.config.build import build, lookup
+from utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from model.detection.mask_rcnn import MaskRCNNR50FPNModel  # noqa: F401
@@ -97,8 +96,7 @@ class Model(BaseModel):
         _require(not (eval_bt and self.routed), "eval_bt", "routed images see no common batch; use 0 with an EAModel")
         _require(not (use_experts and self.routed), "use_experts", "the gates choose the experts of an EAModel")
         _require(not (share_layer3 and layout is CIFAR), "share_layer3", "CIFAR's experts split after stage 1")
-        if classifier not in HEADS:
-            raise unknown("arch.args.classifier", classifier, HEADS, "classifier")
+        lookup(HEADS, classifier, "arch.args.classifier", "classifier")
         _require(not use_norm or classifier in ("linear", "cosine"), "use_norm",
                  f"means the cosine classifier, but classifier is {classifier!r}")
         _require(shared_classifier is not False or add_bt not in (32, 33), "shared_classifier",
@@ -258,13 +256,13 @@ ARCHS: dict[str, type[BaseModel]] = {
 
 
 #: Architectures whose module is imported when they are asked for: torchvision alone takes a second.
-ELSEWHERE = {"MaskRCNNR50FPNModel": "model.detection.mask_rcnn"}
+ELSEWHERE = {"MaskRCNNR50FPNModel": "model.detection.mask_rcnn:MaskRCNNR50FPNModel"}
 
 
 def __getattr__(name: str) -> type[BaseModel]:
     if name not in ELSEWHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(ELSEWHERE[name]), name)
+    return lookup(ELSEWHERE, name, name)
 
 
 def build_model(arch: dict, num_classes: int | None = None, path: str = "arch") -> BaseModel:
@@ -273,14 +271,11 @@ def build_model(arch: dict, num_classes: int | None = None, path: str = "arch") 
     `num_classes` is the data's, filled in where the config has none. Raises ConfigError, with `path` in the message,
     for an unknown type, for values out of range, and where config and data disagree about the number of classes.
     """
-    kind, given = arch.get("type"), (arch.get("args") or {}).get("num_classes")
-    if kind not in ARCHS and kind not in ELSEWHERE:
-        raise unknown(f"{path}.type", kind, [*ARCHS, *ELSEWHERE], "architecture")
+    given = (arch.get("args") or {}).get("num_classes")
     if None not in (given, num_classes) and given != num_classes:
         raise ConfigError(f"{path}.args.num_classes: {given}, but the data has {num_classes} classes")
     try:
-        table = ARCHS if kind in ARCHS else {kind: __getattr__(kind)}
-        return build(table, arch, path, num_classes=num_classes if given is None else given)
+        return build(ARCHS | ELSEWHERE, arch, path, num_classes=num_classes if given is None else given)
     except ConfigError as error:
         # The constructors don't know where in the config they were named.
         raise ConfigError(re.sub(r"^arch\.args", f"{path}.args", str(error))) from None

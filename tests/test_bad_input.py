@@ -1,9 +1,12 @@
 """What a caller can get wrong: exit status 2, one line on stderr that names it, no traceback, nothing written."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+import train
+from utils.cli import run_main
 from utils.config.read import read_config
 
 DIGITS = "configs/digits_lt_ride.json"
@@ -60,6 +63,7 @@ CASES = [
     ("not_an_object", "[1, 2]", [], ["config.json"]),
     ("duplicate_key", '{"name": "a", "name": "b"}', [], ["name"]),
     ("missing_arch", {"arch": ...}, [], ["arch"]),
+    ("class_from_nowhere", {"loss__type": "no_such_package:Loss"}, [], ["loss.type", "no_such_package"]),
     ("set_without_value", {}, ["--set", "trainer.epochs"], ["--set"]),
     ("set_unknown", {}, ["--set", "trainer.epohcs=3"], ["trainer.epohcs", "epochs"]),
     ("unknown_flag", {}, ["--num_expert", "3"], ["--num_expert", "--num_experts"]),
@@ -76,6 +80,14 @@ CASES = [
 ]
 
 
+def in_process(argv, capsys):
+    """train.py's exit status and what it writes, without a process of its own."""
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: train.main([str(word) for word in argv]))
+    said = capsys.readouterr()
+    return SimpleNamespace(returncode=ended.value.code, stdout=said.out, stderr=said.err)
+
+
 def check_refused(done, folder, words):
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     lines = done.stderr.splitlines()
@@ -87,12 +99,21 @@ def check_refused(done, folder, words):
 
 
 @pytest.mark.parametrize(("changes", "flags", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_config_and_flags(run_cli, tmp_path, changes, flags, words):
+def test_config_and_flags(capsys, tmp_path, changes, flags, words):
     file = config(tmp_path, changes) if isinstance(changes, str) else config(tmp_path, **changes)
     saved = tmp_path / "saved"
     # A text case may not even be an object to put save_dir into: the flag would hide the first mistake.
     place = [] if isinstance(changes, str) else ["--save_dir", saved]
-    check_refused(run_cli(["train.py", "-c", file, "-d", "cpu", *place, *flags]), saved, words)
+    check_refused(in_process(["-c", file, "-d", "cpu", *place, *flags], capsys), saved, words)
+
+
+@pytest.mark.parametrize("name", ["unknown_loss_arg", "unknown_metric", "epochs_zero", "unknown_flag"])
+def test_as_a_command(run_cli, tmp_path, name):
+    """A few of them as they are typed, classes imported and not."""
+    changes, flags, words = next(case[1:] for case in CASES if case[0] == name)
+    saved = tmp_path / "saved"
+    argv = ["train.py", "-c", config(tmp_path, **changes), "-d", "cpu", "--save_dir", saved, *flags]
+    check_refused(run_cli(argv), saved, words)
 
 
 # Seen only once data, models or files are read, so each of these starts PyTorch.

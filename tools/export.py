@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(0)
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    run = open_run(args.resume, args.config, device=pick_device(args.device))
+    run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
     difference, written = export(run, args.format, args.out)
     print(f"largest difference from PyTorch: {difference:.2g} (batches of {', '.join(map(str, CHECKED))} images)")
     for path in written:

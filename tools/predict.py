@@ -117,7 +117,7 @@ def predict(args: Namespace) -> None:
     from tools.session import open_run
     from utils.device import pick_device
     setup_logging(0)
-    run = open_run(args.resume, args.config, device=pick_device(args.device))
+    run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
     facts = facts_of(run)
     names = facts["class_names"]
     with tqdm(total=len(paths), unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:

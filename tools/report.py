@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from base.run_paths import RunPaths, run_of
-from utils.cli import Parser, check_device, check_file, run_main
+from utils.cli import Parser, add_set, check_device, check_file, run_main
 from utils.config.load import Override
 from utils.errors import ConfigError
 
@@ -93,6 +93,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("-c", "--config", metavar="JSON", help="a config in place of the checkpoint's own")
     parser.add_argument("--data_dir", metavar="DIR", help="where the images are, if not where the config says")
     parser.add_argument("-d", "--device", metavar="D", help="cpu, or a GPU's number")
+    add_set(parser)
     args = parser.parse_args(argv)
     if args.device is not None:
         check_device(args.device)
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from utils.seed import seed_everything
     setup_logging(1)
     moved = [Override("data_loader.args.data_dir", args.data_dir, "--data_dir", args.data_dir)] if args.data_dir else []
-    run = open_run(args.path, args.config, moved, pick_device(args.device))
+    run = open_run(args.path, args.config, [*args.overrides, *moved], pick_device(args.device))
     seed_everything(run.config["seed"])
     print(f"report     {write_report(run)}")
 

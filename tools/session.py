@@ -33,14 +33,15 @@ GATES = "backbone.expert_help_pred"
 def config_of(checkpoint: dict[str, Any], path: Path, overrides: list[tuple] = ()) -> dict[str, Any]:
     """The config that goes with a checkpoint: inside it (RIDE's pickled parser included), or config.json beside.
 
-    Raises ConfigError where there is neither.
+    Classes outside the repo that it names are refused unless `overrides` name them too. Raises ConfigError, also where
+    there is neither.
     """
     config = recover_config(checkpoint)
     if config is not None and "arch" in config:
-        return check_config(config, overrides)
+        return check_config(config, overrides, allowed=())
     beside = path.parent / "config.json"
     if beside.is_file():
-        return load_config(beside, overrides)
+        return load_config(beside, overrides, allowed=())
     raise ConfigError(f"{path}: holds no config and there is no config.json beside it; name one with -c CONFIG.json")
 
 

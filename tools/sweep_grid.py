@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from base.run_paths import RunPaths, new_run
 from tools.compare import COSMETIC
 from utils.cli import value_of
 from utils.config.load import Override, check_config, load_config, read_json
+from utils.config.outside import outside_flags, outside_names
 from utils.errors import ConfigError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +140,8 @@ def check_unchanged(job: Job) -> None:
     """A run that is there must be of the config that the sweep asks for now. Raises ConfigError naming what differs."""
     if not job.paths.config.is_file():
         return
-    before = check_config(read_json(job.paths.config, "config"))
+    before = check_config(read_json(job.paths.config, "config"), allowed=[name for _, name, _ in
+                                                                          outside_names(job.effective)])
     left_out = {"pretrained", "load_crt", "distill_checkpoint", "n_gpu", "arch.args.num_classes",
                 "distill_arch.args.num_classes", *(f"trainer.{key}" for key in COSMETIC)}
     old, new = (_flat({**config}) for config in (before, job.effective))
@@ -180,4 +183,5 @@ def written(value: Any) -> str:
 
 def evaluation_command(job: Job, device: str | None) -> list[str]:
     """The test.py call for the job's last checkpoint."""
-    return [sys.executable, str(ROOT / "test.py"), "-r", str(job.last), *(["-d", device] if device is not None else [])]
+    return [sys.executable, str(ROOT / "test.py"), "-r", str(job.last), *shlex.split(outside_flags(job.effective)),
+            *(["-d", device] if device is not None else [])]

@@ -1,19 +1,17 @@
 """Training and evaluation."""
 from __future__ import annotations
 
-import importlib
-
 from utils.config.build import lookup
 
-#: `trainer.type` -> the module that defines the class of that name (imported when asked for).
+#: `trainer.type` -> its class, imported when it is asked for.
 TRAINERS = {
-    "Trainer": "trainer.trainer",
-    "DistillTrainer": "trainer.distill_trainer",
-    "ExpertAssignmentTrainer": "trainer.expert_assignment_trainer",
-    "DetectionTrainer": "trainer.detection.trainer",
+    "Trainer": "trainer.trainer:Trainer",
+    "DistillTrainer": "trainer.distill_trainer:DistillTrainer",
+    "ExpertAssignmentTrainer": "trainer.expert_assignment_trainer:ExpertAssignmentTrainer",
+    "DetectionTrainer": "trainer.detection.trainer:DetectionTrainer",
 }
 
 
 def trainer_class(name: str) -> type:
     """The trainer a config names; ConfigError where there is no such."""
-    return getattr(importlib.import_module(lookup(TRAINERS, name, "trainer.type")), name)
+    return lookup(TRAINERS, name, "trainer.type", "trainer")

@@ -52,6 +52,10 @@ def iteration_lr(milestones: list[int], gamma: float = 0.1, warmup_iters: int = 
     return factor
 
 
+#: Schedules of our own: config name -> factor of the base rate; the program gives `epochs`.
+SCHEDULES = {"CustomLR": custom_lr, "CosLR": cos_lr, "IterationLR": iteration_lr}
+
+
 def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimizer, epochs: int,
                     path: str = "lr_scheduler") -> torch_schedulers.LRScheduler | None:
     """The schedule a config names, stepped once an epoch; None where the config has none.

@@ -19,6 +19,7 @@ from trainer.hooks import HOOKS, make_hooks
 from trainer.precision import autocast, choose_precision
 from utils import dist
 from utils.config.build import lookup
+from utils.config.outside import short_name
 from utils.errors import RunError
 from utils.meters import Means
 
@@ -62,7 +63,7 @@ class Trainer(BaseTrainer):
         super().__init__(model, optimizer, config, **base)
         self.criterion = criterion.to(self.device)
         self.teacher = teacher
-        self.metrics = {name: lookup(vars(metrics_module), name, "metrics")
+        self.metrics = {short_name(name): lookup(vars(metrics_module), name, "metrics")
                         for name in dict.fromkeys(config.get("metrics") or ["accuracy"])}
         options = self.options
         self.amp, reason = choose_precision(options["amp"], self.device)

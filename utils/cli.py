@@ -136,13 +136,15 @@ def _parser(prog: str, what: str, examples: str) -> _Parser:
 
 
 def tool_parser(prog: str, what: str, examples: str = "", overrides: bool = False) -> argparse.ArgumentParser:
-    """The beginning of a tool's command line: -c, -r, -d, --help and, if asked for, the config's overrides.
+    """The beginning of a tool's command line: -c, -r, -d, --set, --help and, if asked for, the named overrides.
 
     Read it with `parse_tool`, which knows the nearest right name of a misspelt flag.
     """
     parser = _parser(prog, what, examples)
     if overrides:
         _add_overrides(parser)
+    else:
+        add_set(parser)
     return parser
 
 
@@ -151,10 +153,17 @@ def parse_tool(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     return _parse(parser, argv, parser.parse_known_intermixed_args)
 
 
-def _add_overrides(parser: _Parser) -> None:
+def add_set(parser: argparse.ArgumentParser) -> Any:
+    """`--set KEY=VALUE`, gathered in `overrides`; the group of flags that it is in."""
+    parser.set_defaults(overrides=[])
     group = parser.add_argument_group("config values", "instead of what the config says")
     group.add_argument("--set", action=_SetAny, metavar="KEY=V", dest=argparse.SUPPRESS, default=argparse.SUPPRESS,
                        help="any value: dots between keys, JSON or else text; may be repeated")
+    return group
+
+
+def _add_overrides(parser: _Parser) -> None:
+    group = add_set(parser)
     for flags, path, doc in NAMED:
         _add_named(group, flags, path, doc)
     group.add_argument("-q", "--quiet", action=_SetConstant, const=("trainer.verbosity", 0), help="only warnings")

@@ -80,6 +80,7 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
         ConfigError: a value out of range, an unknown name.
     """
 
+    task = "detection"
     num_experts = 1
     uses_all_parameters = True
 

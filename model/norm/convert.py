@@ -16,6 +16,7 @@ from model.norm.mabn import MABN2d
 from model.norm.nbn import NormalizedBatchNorm2d
 from model.norm.plain import GroupNorm2d, InstanceNorm2d, LayerNorm2d, SyncBatchNorm
 from model.norm.renorm import BatchRenorm2d
+from utils.config.build import lookup
 from utils.errors import ConfigError, unknown
 
 _log = logging.getLogger("ltr.norm")  # a child of the project's logger, which shows and keeps what is said
@@ -53,6 +54,25 @@ class _Norm(NamedTuple):
     carry_momentum: Callable | None = None     # torch's momentum -> an own one; None: no running statistics
     own_args: tuple[str, ...] = ()             # arguments of the conversion, not of the layer
 
+    def __call__(self, *args, **more) -> nn.Module:
+        return self.make(*args, **more)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The layer's arguments, by name all but its width, and those of the conversion."""
+        width, *takes = inspect.signature(self.make, eval_str=True).parameters.values()
+        own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in self.own_args]
+        return inspect.Signature([width, *(item.replace(kind=item.KEYWORD_ONLY) for item in takes), *own])
+
+
+def _row(type: str, path: str) -> _Norm:
+    """A norm's line of the table; that of a class from outside, "module:Class", follows from its arguments."""
+    found = lookup(NORMS, type, f"{path}.type", "norm")
+    if isinstance(found, _Norm):
+        return found
+    return _Norm(found, (lambda m: m) if "momentum" in inspect.signature(found).parameters else None)
+
+
 
 NORMS: dict[str, _Norm] = {
     "BatchNorm2d": _Norm(_batch_norm, lambda m: m),
@@ -67,10 +87,9 @@ NORMS: dict[str, _Norm] = {
 }
 
 
-def norm_args(type: str) -> list[str]:
+def norm_args(type: str, path: str = "norm") -> list[str]:
     """The names that `convert_norm(module, type, **args)` takes as args."""
-    norm = NORMS[type]
-    return [name for name in list(inspect.signature(norm.make).parameters)[1:] if name != "affine"] + [*norm.own_args]
+    return [name for name in list(inspect.signature(_row(type, path)).parameters)[1:] if name != "affine"]
 
 
 def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "norm",
@@ -101,12 +120,10 @@ def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "n
 
     Raises ConfigError for an unknown type or argument or one out of range; `path` is what the message calls it.
     """
-    if type not in NORMS:
-        raise unknown(f"{path}.type", type, NORMS, "norm")
+    norm = _row(type, path)
     for key in args:
-        if key not in norm_args(type):
-            raise unknown(f"{path}.args", key, norm_args(type), f"argument of {type}")
-    norm = NORMS[type]
+        if key not in norm_args(type, path):
+            raise unknown(f"{path}.args", key, norm_args(type, path), f"argument of {type}")
     before = None if calibration_batch is None else _outputs(module, calibration_batch)
     own = {key: args.pop(key) for key in norm.own_args if key in args}
     scopes = _nbn_scopes(module, own.get("where"), f"{path}.args.where") if type == "NBN" else None

@@ -1,24 +1,25 @@
-"""What a type annotation says about a JSON value: `int`, `float | None`, `list[int]`, `Literal["exp", "step"]`, ...
-
-Annotations are read from their source text (or syntax tree), never by importing: the same words work for a
-constructor that is only read and for one that is already imported.
-"""
+"""What a type annotation says about a JSON value: `int`, `float | None`, `list[int]`, `Literal["exp", "step"]`, ..."""
 from __future__ import annotations
 
-import ast
+import inspect
 import json
 import math
+import os
+import types
+import typing
+from collections import abc
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 _SAID = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "none": "null",
          "any": "any value", "foreign": "a Python object"}
-_CONTAINERS = {"list": "list", "List": "list", "Sequence": "list", "Iterable": "list", "Collection": "list",
-               "MutableSequence": "list", "tuple": "tuple", "Tuple": "tuple", "dict": "dict", "Dict": "dict",
-               "Mapping": "dict", "MutableMapping": "dict"}
-_ATOMS = {"int": "int", "float": "float", "bool": "bool", "str": "str", "None": "none", "NoneType": "none",
-          "Any": "any", "object": "any", "Path": "str", "PathLike": "str"}
+_ATOMS = {int: "int", float: "float", bool: "bool", str: "str", type(None): "none", object: "any",
+          Any: "any", inspect.Parameter.empty: "any", Path: "str", os.PathLike: "str"}
+_LISTS = (list, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable)
+_DICTS = (dict, abc.Mapping, abc.MutableMapping)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class Type:
         """Can a JSON value ever be one?"""
         if self.kind == "union":
             return any(item.jsonable for item in self.items)
-        if self.kind in ("list", "dict"):
-            return all(item.jsonable for item in self.items)
-        if self.kind == "tuple":
+        if self.kind in ("list", "tuple", "dict"):
             return all(item.jsonable for item in self.items)
         return self.kind != "foreign"
 
@@ -63,82 +62,40 @@ ANY = Type("any")
 FOREIGN = Type("foreign")
 
 
-@dataclass
-class Aliases:
-    """Names that stand for other annotations in one module (`NormSpec = str | dict`), and which are being read."""
+def parse(annotation: Any, names: Mapping[str, Any] | None = None) -> Type:
+    """The type an annotation stands for, a string too; `names` are those that its text may use.
 
-    named: Mapping[str, ast.expr] = field(default_factory=dict)
-    reading: tuple[str, ...] = ()
-
-
-def parse(annotation: str | ast.expr | None, named: Mapping[str, ast.expr] | None = None) -> Type:
-    """The type an annotation stands for; no annotation at all is `any`, one that can't be read `foreign`."""
-    return _parse(annotation, Aliases(named or {}))
-
-
-def _parse(node: str | ast.expr | None, aliases: Aliases) -> Type:
-    if node is None:
-        return ANY
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        node = node.value
-    if isinstance(node, str):
+    None at all is `any`; one whose names can't be found, such as those imported for a type checker alone, `foreign`.
+    """
+    if isinstance(annotation, str):
+        holder = SimpleNamespace(__annotations__={"it": annotation.strip()})
         try:
-            node = ast.parse(node.strip(), mode="eval").body
-        except (SyntaxError, ValueError, RecursionError):
+            annotation = typing.get_type_hints(holder, {**vars(typing), **(names or {})})["it"]
+        except Exception:  # whatever evaluating it raises
             return FOREIGN
-    if isinstance(node, ast.Constant):
-        # Quoted inside quotes once more, or None.
-        return _parse(node.value, aliases) if isinstance(node.value, str) else \
-            Type("none") if node.value is None else FOREIGN
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _union([_parse(node.left, aliases), _parse(node.right, aliases)])
-    if isinstance(node, ast.Subscript):
-        return _subscript(node, aliases)
-    name = _last_name(node)
-    if name in _ATOMS:
-        return Type(_ATOMS[name])
-    if name in _CONTAINERS:
-        return Type(_CONTAINERS[name])
-    if isinstance(node, ast.Name) and name in aliases.named and name not in aliases.reading:
-        return _parse(aliases.named[name], Aliases(aliases.named, (*aliases.reading, name)))
+    origin, items = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return parse(items[0], names)
+    if origin in (typing.Union, types.UnionType):
+        return _union([parse(item, names) for item in items])
+    if origin is typing.Literal:
+        return Type("literal", items)
+    if not isinstance(origin, type):
+        return Type("none") if origin is None else FOREIGN
+    if origin in _ATOMS:
+        return Type(_ATOMS[origin])
+    if origin in _DICTS:
+        return Type("dict", tuple(parse(item, names) for item in items[-1:]))
+    if origin is tuple and items[-1:] != (...,):
+        return Type("tuple", tuple(parse(item, names) for item in items))
+    if origin is tuple or origin in _LISTS:
+        return Type("list", tuple(parse(item, names) for item in items[:1]))
     return FOREIGN
 
 
-def _subscript(node: ast.Subscript, aliases: Aliases) -> Type:
-    name = _last_name(node.value)
-    items = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
-    if name == "Literal":
-        return Type("literal", tuple(_constant(item) for item in items))
-    if name in ("Annotated", "Final", "Required"):
-        return _parse(items[0], aliases)
-    if name == "Optional":
-        return _union([_parse(items[0], aliases), Type("none")])
-    if name == "Union":
-        return _union([_parse(item, aliases) for item in items])
-    kind = _CONTAINERS.get(name)
-    if kind is None:
-        return FOREIGN
-    if kind == "dict":
-        return Type("dict", (_parse(items[-1], aliases),))
-    if kind == "tuple" and isinstance(items[-1], ast.Constant) and items[-1].value is Ellipsis:
-        return Type("list", (_parse(items[0], aliases),))
-    return Type(kind, tuple(_parse(item, aliases) for item in items))
-
-
-def _union(types: list[Type]) -> Type:
-    flat = [item for kind in types for item in (kind.items if kind.kind == "union" else (kind,))]
+def _union(members: list[Type]) -> Type:
+    flat = [item for kind in members for item in (kind.items if kind.kind == "union" else (kind,))]
     return Type("union", tuple(dict.fromkeys(flat)))
-
-
-def _last_name(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def _constant(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        return None
 
 
 def of_default(value: Any) -> Type:

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from utils.config.annotation import Mismatch, convert, shown
+from utils.config.outside import is_outside, load_outside
 from utils.config.signature import Signature, of_callable
 from utils.errors import ConfigError, unknown
 
@@ -16,7 +17,7 @@ def check_args(signature: Signature, args: Mapping[str, Any], path: str, provide
     """`args` checked against a constructor and converted to its types (see `annotation.convert`).
 
     Args:
-        signature: of the constructor; read from its source or from the class itself, it makes no difference.
+        signature: of the constructor.
         path: where the arguments stand in the config, e.g. "loss.args".
         provided: names that the program gives in the call: they may be missing here.
         texts: full path -> the text typed on the command line, taken as it is where the argument wants text.
@@ -65,16 +66,21 @@ def public_names(table: ModuleType | Mapping[str, Any]) -> list[str]:
             if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value))]
 
 
-def lookup(table: ModuleType | Mapping[str, Any], name: Any, path: str) -> Any:
-    """`table[name]`, or a ConfigError with the nearest right name.
+def lookup(table: ModuleType | Mapping[str, Any], name: Any, path: str, what: str = "name") -> Any:
+    """`table[name]`, or what `name` says itself as "package.module:Class"; else a ConfigError with the nearest name.
 
     Args:
-        table: a dict, or a module whose public classes and functions are meant.
+        table: a dict, or a module whose public classes and functions are meant. A text in a dict, "module:Class",
+            stands for a class that is imported when it is asked for.
+        what: what is looked for, for the message.
     """
+    if is_outside(name):
+        return load_outside(name, path)
     names = public_names(table)
     if not isinstance(name, str) or name not in names:
-        raise unknown(path, name, names)
-    return table[name] if isinstance(table, Mapping) else getattr(table, name)
+        raise unknown(path, name, names, what)
+    found = table[name] if isinstance(table, Mapping) else getattr(table, name)
+    return load_outside(found, path) if isinstance(found, str) else found
 
 
 def build(table: ModuleType | Mapping[str, Callable], spec: Mapping[str, Any], path: str, *args: Any,

@@ -1,29 +1,21 @@
 """A run's config: read from JSON, overridden from the command line, checked key by key, defaults filled in.
 
-What comes out is a plain nested dict that can be saved as JSON and gives itself when it is loaded again. Nothing
-heavy is imported here (no torch, no numpy), so that a mistake is answered at once.
+What comes out is a plain nested dict that can be saved as JSON and gives itself when it is loaded again. Keys, types
+and ranges are checked first, so that most mistakes are answered at once; only then is what the config names imported.
 """
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from utils.config.annotation import parse, shown
-from utils.config.build import check_value
-from utils.config.check import check_metrics, check_monitor, check_spec, check_within
+from utils.config.build import check_value, lookup
+from utils.config.check import check_classes, check_form, check_metrics, check_monitor, check_within, constructor
+from utils.config.outside import is_outside, outside_names, refuse_outside
 from utils.config.read import MAX_BYTES, MAX_DEPTH, parse_json, plain, read_config, read_json  # noqa: F401  handed on
-from utils.config.schema import (
-    DETECTION_ARCHS,
-    DETECTION_LOADERS,
-    GROUPS,
-    REQUIRED,
-    SECTIONS,
-    TOP,
-    TRAINER,
-    TRAINER_TYPES,
-    Row,
-)
+from utils.config.schema import GROUPS, REQUIRED, SECTIONS, TOP, TRAINER, TRAINERS, Row
 from utils.errors import ConfigError, unknown
 
 #: The order of keys in an effective config.
@@ -41,33 +33,42 @@ class Override(NamedTuple):
     text: str | None = None
 
 
-def load_config(path: str | os.PathLike, overrides: Iterable[tuple] = (), flag: str = "-c") -> dict[str, Any]:
+def load_config(path: str | os.PathLike, overrides: Iterable[tuple] = (), flag: str = "-c",
+                allowed: Collection[str] | None = None) -> dict[str, Any]:
     """The effective config of a JSON file.
 
     Args:
         path: the file, UTF-8; it may extend another (see `utils.config.read.read_config`).
         overrides: `Override`s (or plain (path, value, flag) tuples), applied in order.
         flag: how the file was given, for messages.
+        allowed: see `check_config`.
     Raises:
         ConfigError: the file can't be read, or any key or value is wrong; one line that names it.
     """
     config, inherited = read_config(path, flag)
-    return check_config(config, overrides, inherited)
+    return check_config(config, overrides, inherited, allowed)
 
 
 def check_config(raw: Mapping[str, Any], overrides: Iterable[tuple] = (),
-                 inherited: Mapping[str, str] | None = None) -> dict[str, Any]:
+                 inherited: Mapping[str, str] | None = None, allowed: Collection[str] | None = None) -> dict[str, Any]:
     """The effective config of a nested dict, e.g. the one in a checkpoint; `raw` isn't changed.
 
-    inherited: {dotted key: the extended file that gave its value}, for messages.
-
-    Raises ConfigError as `load_config` does.
+    Args:
+        inherited: {dotted key: the extended file that gave its value}, for messages.
+        allowed: the classes outside the repo ("package.module:Class") that the config may name beside those in
+            `overrides`; None: any. For a config that comes with somebody's checkpoint it is empty: what it names is
+            neither imported nor run unless the command line names it too.
+    Raises:
+        ConfigError: as `load_config` does.
     """
     overrides = [Override(*item) for item in overrides]
     config = plain(raw, "config")
     try:
         for item in overrides:
             apply_override(config, item)
+        if allowed is not None:
+            named = {name for item in overrides for _, name, _ in outside_names(item.value, item.path)}
+            refuse_outside(config, named.union(allowed))
         return _check(config, overrides)
     except ConfigError as error:
         raise _blame(error, overrides, inherited or {}) from None
@@ -114,18 +115,23 @@ def _check(config: dict[str, Any], overrides: list[Override]) -> dict[str, Any]:
             raise unknown(key, key, known, "key")
     top = _check_rows({key: value for key, value in config.items() if key in {row.name for row in TOP}}, TOP, "", texts)
     for name in SECTIONS:
-        top[name] = check_spec(name, config.get(name), texts, overrides)
+        top[name] = check_form(name, config.get(name), overrides)
     top["groups"] = _check_rows(config.get("groups"), GROUPS, "groups.", texts)
     top["trainer"] = _check_rows(config.get("trainer"), TRAINER, "trainer.", texts)
     _check_name(top["name"])
-    check_metrics(top["metrics"])
-    _check_trainer(top)
     if top["groups"]["few"] > top["groups"]["many"]:
         raise ConfigError(f"groups.few: must be at most groups.many ({top['groups']['many']}), "
                           f"not {top['groups']['few']}")
     for key in ("distill_arch", "distill_checkpoint"):
         if top["distill"] and not top[key]:
             raise ConfigError(f"{key}: missing; \"distill\": true needs it")
+    # From here on what the config names is imported.
+    for name in SECTIONS:
+        if top[name]:
+            top[name] = check_classes(name, top[name], texts)
+    check_metrics(top["metrics"])
+    check_monitor(top["trainer"]["monitor"], top["metrics"])
+    _check_trainer(top)
     return {key: top[key] for key in _ORDER}
 
 
@@ -162,30 +168,36 @@ def _check_name(name: str) -> None:
 
 
 def _check_trainer(top: dict[str, Any]) -> None:
-    """The trainer's own rules: its type, the monitor, `amp: false` as "off"."""
-    trainer, arch = top["trainer"], top["arch"]["type"]
-    if trainer["type"] is None:
-        trainer["type"] = inferred_trainer(arch, top["distill"])
-    elif trainer["type"] not in TRAINER_TYPES:
-        raise unknown("trainer.type", trainer["type"], TRAINER_TYPES, "trainer")
-    loader = top["data_loader"]["type"]
-    if (arch in DETECTION_ARCHS) != (loader in DETECTION_LOADERS):
-        said = f"gives boxes and masks, and {arch} learns classes" if loader in DETECTION_LOADERS else \
-            f"gives a class an image, and {arch} learns from boxes and masks"
-        raise ConfigError(f"data_loader.type: {loader} {said}; choose a loader or an arch that fits")
+    """The trainer's own rules: what it can train, from what data; `amp: false` as "off"."""
+    trainer, kind = top["trainer"], top["arch"]["type"]
+    data = top["data_loader"]["type"]
+    arch = constructor(SECTIONS["arch"], kind, "arch.type")
+    loader = constructor(SECTIONS["data_loader"], data, "data_loader.type")
+    if _task(arch) != _task(loader):
+        said = f"gives boxes and masks, and {kind} learns classes" if _task(loader) == "detection" else \
+            f"gives a class an image, and {kind} learns from boxes and masks"
+        raise ConfigError(f"data_loader.type: {data} {said}; choose a loader or an arch that fits")
     fitting = inferred_trainer(arch, top["distill"])
-    if trainer["type"] != fitting and not {trainer["type"], fitting} <= {"Trainer", "DistillTrainer"}:
-        raise ConfigError(f"trainer.type: a {trainer['type']} can't train {arch}; leave the key out, or give {fitting}")
+    trainer["type"] = trainer["type"] or fitting
+    module, _, table = TRAINERS.partition(":")
+    lookup(getattr(importlib.import_module(module), table), trainer["type"], "trainer.type", "trainer")
+    if trainer["type"] != fitting and not {trainer["type"], fitting} <= {"Trainer", "DistillTrainer"} \
+            and not is_outside(trainer["type"]):
+        raise ConfigError(f"trainer.type: a {trainer['type']} can't train {kind}; leave the key out, or give {fitting}")
     if fitting == "ExpertAssignmentTrainer" and top["arch"]["args"].get("num_experts") == 1:
         raise ConfigError("arch.args.num_experts: 1 expert leaves nothing to assign; use 2 or more")
     trainer["amp"] = trainer["amp"] or "off"
-    check_monitor(trainer["monitor"], top["metrics"])
-    if trainer["type"] != "DetectionTrainer":
+    if fitting != "DetectionTrainer":
         if trainer["iterations"] is not None:
             raise ConfigError("trainer.iterations: only detection is counted in steps; use trainer.epochs")
         if top["lr_scheduler"].get("type") == "IterationLR":
             raise ConfigError("lr_scheduler.type: IterationLR is stepped after each batch, in detection only; use "
                               "CustomLR or MultiStepLR, in epochs")
+
+
+def _task(kind: Any) -> str:
+    """What a model learns or a loader gives: "classification" (a class an image) or "detection" (boxes and masks)."""
+    return "detection" if getattr(kind, "detects", False) else getattr(kind, "task", "classification")
 
 
 def check_second_stage(config: dict[str, Any]) -> None:
@@ -195,10 +207,10 @@ def check_second_stage(config: dict[str, Any]) -> None:
                           "--load_crt STAGE1_CHECKPOINT")
 
 
-def inferred_trainer(arch: str, distill: bool) -> str:
-    """Which trainer a config without `trainer.type` means."""
-    if arch.endswith("EAModel"):
+def inferred_trainer(arch: Any, distill: bool) -> str:
+    """Which trainer a config without `trainer.type` means, by the class of its model."""
+    if getattr(arch, "routed", False):
         return "ExpertAssignmentTrainer"
     if distill:
         return "DistillTrainer"
-    return "DetectionTrainer" if arch in DETECTION_ARCHS else "Trainer"
+    return "DetectionTrainer" if _task(arch) == "detection" else "Trainer"

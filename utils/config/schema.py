@@ -5,7 +5,9 @@ Arguments of models, losses, loaders, optimizers and schedules aren't here: thei
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,18 +33,22 @@ class Section:
     """A `{"type", "args"}` part of the config: where its classes are, and what the program gives them itself."""
 
     what: str
-    file: str
-    #: How a class's name ends if `file` only imports it.
-    suffix: str = ""
+    #: Modules whose public classes are meant, or "module:TABLE"; imported only when a config is checked.
+    tables: tuple[str, ...]
+    #: "module:Class" that every type derives from, a user's own too; functions pass.
+    base: str = "builtins:object"
     skip: tuple[str, ...] = ()
+    #: Arguments the program gives by place, and those it gives by name where they are taken.
+    placed: int = 0
     provided: tuple[str, ...] = ()
     #: Arguments the program gives that a config may not: name -> what to write instead.
     reserved: Mapping[str, str] = field(default_factory=dict)
-    #: Arguments of old configs that do nothing any more, and are dropped.
-    dropped: Mapping[str, str] = field(default_factory=dict)
+    #: Arguments of old configs that do nothing any more, and are dropped: type, or "" for all -> name -> what it took.
+    dropped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     #: Types that exist but can't work here: name -> why.
     refused: Mapping[str, str] = field(default_factory=dict)
-    required: bool = True
+    #: What an absent section means; `...` where it must be there.
+    default: Any = ...
 
 
 TOP = (
@@ -64,14 +70,8 @@ GROUPS = (
     Row("few", "int", 20, "a class with fewer is few-shot; those between are medium-shot", low=0),
 )
 
-TRAINER_TYPES = ("Trainer", "ExpertAssignmentTrainer", "DistillTrainer", "DetectionTrainer")
-#: What decides `trainer.type` where it is absent: the arch's name first, then `distill`.
-DETECTION_ARCHS = ("MaskRCNNR50FPNModel",)
-#: Whose images come with boxes and masks instead of a class each.
-DETECTION_LOADERS = ("CocoDataLoader", "DigitScenesDataLoader")
-
 TRAINER = (
-    Row("type", "str", None, "inferred where absent, from the arch and `distill`"),
+    Row("type", "str | None", None, "inferred where absent, from the arch and `distill`"),
     Row("epochs", "int", REQUIRED, "passes over the training images", low=1),
     Row("save_dir", "str", "saved/", "where runs go: <save_dir>/models/<name>/<run_id>"),
     Row("save_period", "int", 10, "write a checkpoint every so many epochs; the last is always written", low=1),
@@ -110,33 +110,41 @@ TRAINER = (
         "detection: stop after so many steps, if `epochs` don't end before; null: by epochs", low=1),
 )
 
-#: What model/model.py defines beside the architectures.
-_BASES = ("Model", "EAModel", "BaseModel")
-
 SECTIONS = {
-    "arch": Section("model", "model/model.py", "Model", skip=_BASES, provided=("num_classes",)),
-    "distill_arch": Section("model", "model/model.py", "Model", skip=_BASES, provided=("num_classes",),
-                            required=False),
+    "arch": Section("model", ("model.model:ARCHS", "model.model:ELSEWHERE"), "torch.nn:Module",
+                    provided=("num_classes",)),
+    "distill_arch": Section("model", ("model.model:ARCHS", "model.model:ELSEWHERE"), "torch.nn:Module",
+                            provided=("num_classes",), default=None),
     "data_loader": Section(
-        "data loader", "data_loader/data_loaders.py", "DataLoader", skip=("BaseDataLoader",),
+        "data loader", ("data_loader.data_loaders",), "base.base_data_loader:BaseDataLoader",
         provided=("seed", "device", "rank", "world_size", "epochs"),
         reserved={"seed": "the top-level key seed", "device": "the flag -d", "rank": "torchrun",
                   "world_size": "torchrun", "epochs": "trainer.epochs"},
-        dropped={"distributed": "bool"}),
-    "optimizer": Section("optimizer", "torch/optim/__init__.py", skip=("Optimizer",), provided=("params",),
+        dropped={"": {"distributed": "bool"}}),
+    "optimizer": Section("optimizer", ("torch.optim",), "torch.optim:Optimizer", skip=("Optimizer",),
+                         placed=1,
                          refused={"LBFGS": "it evaluates the loss several times a step, which training doesn't",
                                   "SparseAdam": "it takes sparse gradients only, and these models have none"}),
-    "loss": Section("loss", "model/loss.py", ("Loss", "WithDistill"),
-                    skip=("LongTailLoss", "PerExpert", "ShiftedExperts"), provided=("cls_num_list",), required=False),
-    "lr_scheduler": Section("schedule", "torch/optim/lr_scheduler.py", skip=("LRScheduler", "Optimizer", "Tensor"),
-                            provided=("optimizer",), reserved={"last_epoch": "-r, which resumes the schedule"},
-                            required=False),
+    "loss": Section("loss", ("model.loss:LOSSES",), "torch.nn:Module", provided=("cls_num_list",),
+                    default={"type": "CrossEntropyLoss", "args": {}}),
+    "lr_scheduler": Section("schedule", ("trainer.schedules:SCHEDULES", "torch.optim.lr_scheduler"),
+                            "torch.optim.lr_scheduler:LRScheduler", skip=("LRScheduler",), provided=("optimizer",),
+                            reserved={"last_epoch": "-r, which resumes the schedule", "epochs": "trainer.epochs"},
+                            dropped={"CosLR": {"step1": "int", "step2": "int", "gamma": "float"}}, default={}),
 }
-
-#: Schedules of our own: config name -> (function in trainer/schedules.py, arguments of old configs without a use).
-OWN_SCHEDULES = {"CustomLR": ("custom_lr", {}), "CosLR": ("cos_lr", {"step1": "int", "step2": "int", "gamma": "float"}),
-                 "IterationLR": ("iteration_lr", {})}
-SCHEDULES_FILE = "trainer/schedules.py"
+#: Names and specs inside arguments, wherever they stand.
+NESTED = {
+    "classifier": Section("classifier", ("model.classifier:HEADS",), "torch.nn:Module", placed=3),
+    "norm": Section("norm", ("model.norm.convert:NORMS",), "torch.nn:Module", placed=1,
+                    reserved={"affine": "the norm it takes the place of"}),
+    "sampler": Section("sampler", ("data_loader.samplers:SAMPLERS",), "torch.utils.data:Sampler",
+                       provided=("epochs",), reserved={"targets": "the data", "seed": "the top-level key seed",
+                                                       "rank": "torchrun", "world_size": "torchrun"}),
+}
+#: `trainer.type` -> its class.
+TRAINERS = "trainer:TRAINERS"
+#: Functions of (output, target) that `metrics` may name.
+METRICS = "model.metric"
 
 #: Figures that can be monitored beside the loss and the config's metrics.
 MONITORED = ("loss", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc", "bbox_AP", "segm_AP")
@@ -155,9 +163,13 @@ LIMITS = {
 }
 
 
+def defaults(rows: tuple[Row, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with the defaults of the keys that it leaves out; of those that must be given, none."""
+    return {row.name: copy(row.default) for row in rows if row.default is not REQUIRED} | dict(given)
+
+
 def reference(rows: tuple[Row, ...] = TRAINER, prefix: str = "trainer.") -> str:
     """The rows as a Markdown table, for the README."""
-    import json
     lines = ["| key | default | |", "| --- | --- | --- |"]
     for row in rows:
         default = "(must be given)" if row.default is REQUIRED else f"`{json.dumps(row.default)}`"

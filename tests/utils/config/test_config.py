@@ -2,20 +2,17 @@
 
 import copy
 import json
-import os
 import resource
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.config import signature
 from utils.config.annotation import parse
-from utils.config.check import known_types
+from utils.config.check import constructor, known_types
 from utils.config.load import MAX_BYTES, Override, check_config, load_config
-from utils.config.schema import GROUPS, REQUIRED, TOP, TRAINER, reference
+from utils.config.schema import GROUPS, REQUIRED, SECTIONS, TOP, TRAINER, reference
+from utils.config.signature import of_callable
 from utils.errors import ConfigError
 
 SGD = {"type": "SGD", "args": {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}}
@@ -330,18 +327,15 @@ CONTRACT = {
 @pytest.mark.parametrize("section", CONTRACT)
 def test_every_public_type_is_known_and_takes_its_arguments(section):
     assert set(CONTRACT[section]) <= set(known_types(section))
-    from utils.config.check import _file
-    from utils.config.schema import SECTIONS
-    path, root = _file(SECTIONS[section])
     for name in known_types(section):
-        found = signature.of_name(name, path, root)
+        found = of_callable(constructor(SECTIONS[section], name, section))
         assert not found.open, name
         for key, item in found.parameters.items():
             known = item.type.jsonable or key in SECTIONS[section].reserved
             assert known, f"{name}.{key} can't be given in a config; annotate it"
     if section == "arch":
         for name in CONTRACT[section]:
-            takes = signature.of_name(name, path, root).parameters
+            takes = of_callable(constructor(SECTIONS[section], name, section)).parameters
             assert {"num_classes", "num_experts", "reduce_dimension", "layer2_output_dim", "layer3_output_dim",
                     "layer4_output_dim", "use_norm", "s", "share_layer3", "use_experts", "dropout", "returns_feat",
                     "add_bt", "eval_bt", "top_choices_num", "pos_weight", "share_expert_help_pred_fc", "force_all",
@@ -423,10 +417,16 @@ def test_any_bytes_are_refused_in_one_line(tmp_path_factory, data):
 
 # ---------------------------------------------------------------------- at once
 
-def test_nothing_heavy_is_imported(root):
-    code = ("import sys, utils.config.load, utils.cli; utils.config.load.load_config('configs/digits_lt_ride.json');"
-            "heavy = {'torch', 'numpy', 'pandas', 'torchvision'} & set(sys.modules); assert not heavy, heavy")
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, env={**os.environ, "PYTHONPATH": str(root)})
+@pytest.mark.parametrize("path, value", [
+    ("trainer.epoch", 3), ("trainer.epochs", 0), ("optimizer.args.lr", -1), ("lerning", 1), ("arch.arg", {}),
+    ("arch.args.num_experts", 0), ("arch.args.norm", {"args": {}})])
+def test_nothing_heavy_is_imported_for_a_slip_in_the_form(path, value, monkeypatch):
+    """Only what is known by its class waits for imports."""
+    def imported(name):
+        raise AssertionError(name)
+    monkeypatch.setattr("importlib.import_module", imported)
+    with pytest.raises(ConfigError, match=path.split(".")[0]):
+        check_config(changed(path, value))
 
 
 def test_a_mistake_answers_in_under_a_second(run_cli):

@@ -1,0 +1,83 @@
+"""Classes that aren't ours: `"type": "package.module:Class"`, and whose word it takes to import one."""
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from utils.config.schema import NESTED
+from utils.errors import ConfigError, unknown
+
+#: Keys whose text names a class or function.
+NAMING_KEYS = ("type", "metrics", *NESTED)
+
+
+def is_outside(name: Any) -> bool:
+    """Whether a name in a config is a `package.module:Class`."""
+    return isinstance(name, str) and ":" in name
+
+
+def short_name(name: str) -> str:
+    """A name without its module, as messages and metrics.csv have it."""
+    return name.rpartition(":")[2]
+
+
+def load_outside(name: str, path: str) -> Any:
+    """What `package.module:Class` names; its module is imported, from the working folder too.
+
+    Raises ConfigError, with the place `path` in the config, where it can't be imported or isn't in there.
+    """
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise ConfigError(f"{path}: {name[:80]!r} should read package.module:Class")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there stands in for what is ours or installed
+    importlib.invalidate_caches()
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"{path}: {module} needs {error.name}, which isn't installed") from None
+        raise ConfigError(f"{path}: there is no module {error.name}, neither in {os.getcwd()} nor installed") from None
+    except Exception as error:
+        raise ConfigError(f"{path}: {module} can't be imported: {type(error).__name__}: {error}") from None
+    value = getattr(found, attribute, None)
+    if not callable(value):
+        named = [key for key, item in vars(found).items() if not key.startswith("_") and callable(item)]
+        raise unknown(path, attribute, named, f"class of {module}")
+    return value
+
+
+def outside_names(config: Any, path: str = "", listed: tuple[str, list] | None = None
+                  ) -> Iterator[tuple[str, str, str]]:
+    """(dotted key, name, flag) of every outside class that a config names, or a part of one at `path`.
+
+    The flag, ` --set KEY=VALUE`, says the name again on a command line; in a list (`listed`: its key and itself) it
+    says the whole list.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from outside_names(value, f"{path}.{key}" if path else str(key), listed)
+    elif isinstance(config, list):
+        for i, value in enumerate(config):
+            yield from outside_names(value, f"{path}[{i}]", listed or (path, config))
+    elif is_outside(config) and path.rpartition(".")[2].partition("[")[0] in NAMING_KEYS:
+        key, value = listed or (path, config)
+        yield path, config, f" --set {shlex.quote(f'{key}={json.dumps(value) if listed else value}')}"
+
+
+def refuse_outside(config: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """ConfigError for an outside class that isn't among `allowed`: a checkpoint's config can't choose what is run."""
+    for path, name, flag in outside_names(config):
+        if name not in allowed:
+            raise ConfigError(f"{path}: {name} is code from outside, and a checkpoint's config alone doesn't run any; "
+                              f"if you trust it, name it too:{flag}")
+
+
+def outside_flags(config: Mapping[str, Any]) -> str:
+    """The flags that name a config's outside classes, each after a space, for commands that open its checkpoint."""
+    return "".join(dict.fromkeys(flag for _, _, flag in outside_names(config)))
