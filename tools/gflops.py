@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import check_file, parse_tool, run_main, tool_parser
+from utils.config.check import constructor, task_of
 from utils.config.load import load_config
+from utils.config.schema import SECTIONS
 from utils.errors import ConfigError
 
 #: Classes of the data sets that always have as many, for configs that leave the number to the data.
@@ -44,7 +46,7 @@ def gflops_of(config: dict[str, Any], ea: Sequence[float] | None = None) -> dict
         ConfigError: a detector, an unknown number of classes, shares that don't fit the experts.
     """
     arch = config["arch"]
-    if config["trainer"]["type"] == "DetectionTrainer":
+    if task_of(constructor(SECTIONS["arch"], arch["type"], "arch.type")) == "detection":
         raise ConfigError(f"arch.type: {arch['type']}: what a detector costs depends on what is in the picture")
     size = image_size(config)
     classes = number_of_classes(config)

@@ -58,7 +58,7 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any) -> Any:
     from trainer.evaluate import evaluate
     if result is None or ("predictions" not in result and result.get("classifier", "joint") == "joint"):
         result = {**(result or {}),
-                  **evaluate(run.model, loader, groups=run.config.get("groups"), keep=not loader.detects)}
+                  **evaluate(run.model, loader, groups=run.config.get("groups"), keep=loader.task == "classification")}
     if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
         result = {key: value for key, value in result.items() if key not in BY_IMAGE}
     data = run.data

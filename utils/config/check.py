@@ -60,10 +60,16 @@ def check_classes(name: str, spec: dict[str, Any], texts: Mapping[str, str]) -> 
     args = check_args(found, {key: value for key, value in spec["args"].items() if key not in idle}, f"{name}.args",
                       section.provided, texts)
     for key, path, inner in _nested(name, args):
-        takes = _takes(NESTED[key], inner["type"], f"{path}.type")
-        inner["args"] = check_args(takes, inner["args"], f"{path}.args", NESTED[key].provided, texts)
+        inner = check_part(NESTED[key], inner, path, texts)
         args[key] = args[key] if isinstance(args[key], str) else inner
     return {"type": kind, "args": args}
+
+
+def check_part(section: Section, spec: Any, path: str, texts: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A spec inside a section, or in a list, against its class: as `check_classes`."""
+    kind, args = _parts(path, spec)
+    takes = _takes(section, kind, f"{path}.type")
+    return {"type": kind, "args": check_args(takes, args, f"{path}.args", section.provided, texts)}
 
 
 def _takes(section: Section, kind: str, path: str) -> Signature:
@@ -142,6 +148,11 @@ def constructor(section: Section, kind: str, path: str) -> Callable:
         raise ConfigError(f"{path}: {kind} isn't a {section.what}: it doesn't derive from "
                           f"{section.base.replace(':', '.')}")
     return found
+
+
+def task_of(kind: Any) -> str:
+    """What a model learns or a loader gives: "classification" (a class an image) or "detection" (boxes and masks)."""
+    return getattr(kind, "task", "classification")
 
 
 # ---------------------------------------------------------------------- ranges

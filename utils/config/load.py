@@ -12,10 +12,19 @@ from typing import Any, NamedTuple
 
 from utils.config.annotation import parse, shown
 from utils.config.build import check_value, lookup
-from utils.config.check import check_classes, check_form, check_metrics, check_monitor, check_within, constructor
+from utils.config.check import (
+    check_classes,
+    check_form,
+    check_metrics,
+    check_monitor,
+    check_part,
+    check_within,
+    constructor,
+    task_of,
+)
 from utils.config.outside import is_outside, outside_names, refuse_outside
 from utils.config.read import MAX_BYTES, MAX_DEPTH, parse_json, plain, read_config, read_json  # noqa: F401  handed on
-from utils.config.schema import GROUPS, REQUIRED, SECTIONS, TOP, TRAINER, TRAINERS, Row
+from utils.config.schema import GROUPS, HOOKS, REQUIRED, SECTIONS, TOP, TRAINER, TRAINERS, Row
 from utils.errors import ConfigError, unknown
 
 #: The order of keys in an effective config.
@@ -173,8 +182,8 @@ def _check_trainer(top: dict[str, Any]) -> None:
     data = top["data_loader"]["type"]
     arch = constructor(SECTIONS["arch"], kind, "arch.type")
     loader = constructor(SECTIONS["data_loader"], data, "data_loader.type")
-    if _task(arch) != _task(loader):
-        said = f"gives boxes and masks, and {kind} learns classes" if _task(loader) == "detection" else \
+    if task_of(arch) != task_of(loader):
+        said = f"gives boxes and masks, and {kind} learns classes" if task_of(loader) == "detection" else \
             f"gives a class an image, and {kind} learns from boxes and masks"
         raise ConfigError(f"data_loader.type: {data} {said}; choose a loader or an arch that fits")
     fitting = inferred_trainer(arch, top["distill"])
@@ -187,17 +196,13 @@ def _check_trainer(top: dict[str, Any]) -> None:
     if fitting == "ExpertAssignmentTrainer" and top["arch"]["args"].get("num_experts") == 1:
         raise ConfigError("arch.args.num_experts: 1 expert leaves nothing to assign; use 2 or more")
     trainer["amp"] = trainer["amp"] or "off"
+    trainer["hooks"] = [check_part(HOOKS, spec, f"trainer.hooks[{i}]") for i, spec in enumerate(trainer["hooks"])]
     if fitting != "DetectionTrainer":
         if trainer["iterations"] is not None:
             raise ConfigError("trainer.iterations: only detection is counted in steps; use trainer.epochs")
         if top["lr_scheduler"].get("type") == "IterationLR":
             raise ConfigError("lr_scheduler.type: IterationLR is stepped after each batch, in detection only; use "
                               "CustomLR or MultiStepLR, in epochs")
-
-
-def _task(kind: Any) -> str:
-    """What a model learns or a loader gives: "classification" (a class an image) or "detection" (boxes and masks)."""
-    return "detection" if getattr(kind, "detects", False) else getattr(kind, "task", "classification")
 
 
 def check_second_stage(config: dict[str, Any]) -> None:
@@ -213,4 +218,4 @@ def inferred_trainer(arch: Any, distill: bool) -> str:
         return "ExpertAssignmentTrainer"
     if distill:
         return "DistillTrainer"
-    return "DetectionTrainer" if _task(arch) == "detection" else "Trainer"
+    return "DetectionTrainer" if task_of(arch) == "detection" else "Trainer"

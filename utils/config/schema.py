@@ -141,6 +141,8 @@ NESTED = {
                        provided=("epochs",), reserved={"targets": "the data", "seed": "the top-level key seed",
                                                        "rank": "torchrun", "world_size": "torchrun"}),
 }
+#: What `trainer.hooks` lists.
+HOOKS = Section("hook", ("trainer.hooks:HOOKS",), "trainer.hooks.base:Hook", placed=1)
 #: `trainer.type` -> its class.
 TRAINERS = "trainer:TRAINERS"
 #: Functions of (output, target) that `metrics` may name.
