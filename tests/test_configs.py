@@ -151,6 +151,7 @@ def test_config_reads(path):
 
     config = load_config(path)
     assert config["name"] == path.stem
+    assert config["lr_scheduler"].get("args", {}).get("warmup_epoch") != 1  # by RIDE's formula none at all
     validation = config["data_loader"]["args"].get("validation")
     if path.stem.startswith(("digits_lt", "cifar")):
         assert validation == "holdout"  # costs no training image there, and leaves the test images alone

@@ -61,6 +61,7 @@ def with_examples(tmp_path_factory) -> Path:
             file.write_text(file.read_text() + "\n\n" + block)
         elif kind == "new":
             assert not file.exists(), f"{name} is there already"
+            file.parent.mkdir(exist_ok=True)
             file.write_text(block)
         else:
             file.write_text(insert(file.read_text(), block))

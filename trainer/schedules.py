@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
+from logger.log import get_logger
 from utils.config.build import build
 from utils.errors import ConfigError
+
+log = get_logger()
 
 
 def custom_lr(step1: int, step2: int, gamma: float = 0.1, warmup_epoch: int = 0) -> Callable[[int], float]:
@@ -69,6 +72,9 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
     if not spec or not spec.get("type"):
         return None
     args = dict(spec.get("args") or {})
+    if spec["type"] in ("CustomLR", "CosLR") and args.get("warmup_epoch") == 1 and args.get("by", "epoch") == "epoch":
+        log.warning("%s.args.warmup_epoch: 1 is no warm-up: its first epoch, as in RIDE, has (0 + 1) / 1 of the rate; "
+                    "give 2 or more", path)
     if spec["type"] == "CustomLR":
         for key in ("step1", "step2"):
             if key not in args:

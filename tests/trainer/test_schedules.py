@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from logger.log import get_logger
 from trainer.schedules import build_scheduler
 from utils.errors import ConfigError
 
@@ -21,3 +22,16 @@ def test_one_cycle_ends_with_the_run_or_later():
     for _ in range(5):
         optimizer.step()
         whole.step()
+
+
+@pytest.mark.parametrize("kind", ["CustomLR", "CosLR"])
+def test_a_warm_up_that_is_none_is_said_once(kind, caplog, monkeypatch):
+    """RIDE's (e + 1) / warmup_epoch is 1 in the first epoch for a warm-up of 1; the formula stays."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    for warmup in (0, 2, 1):
+        caplog.clear()
+        args = {"warmup_epoch": warmup, **({"step1": 3, "step2": 4} if kind == "CustomLR" else {})}
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        factor = build_scheduler({"type": kind, "args": args}, optimizer, 5).get_last_lr()[0] / 0.1
+        assert factor == pytest.approx(0.5 if warmup == 2 else 1.0)
+        assert caplog.text.count("lr_scheduler.args.warmup_epoch: 1 is no warm-up") == (warmup == 1)
