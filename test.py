@@ -10,7 +10,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import parse_test, run_main
+from tools.flags import parse_test
+from utils.cli import run_main
 from utils.config.load import load_config
 from utils.errors import ConfigError
 

@@ -15,7 +15,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import parse_train, run_main
+from tools.flags import parse_train
+from utils.cli import run_main
 from utils.config.load import check_second_stage, load_config
 from utils.config.outside import outside_flags
 from utils.errors import ConfigError

@@ -99,7 +99,7 @@ def test_files_of_commands_exist(page, command):
                          ids=lambda value: " ".join(value) if isinstance(value, list) else value)
 def test_flags_and_values_are_right(page, command, tmp_path, monkeypatch):
     """The real parser and checker read the command; checkpoints that the reader is to fill in are stood in for."""
-    from utils.cli import parse_test, parse_train
+    from tools.flags import parse_test, parse_train
     from utils.config.load import load_config
 
     monkeypatch.chdir(ROOT)
