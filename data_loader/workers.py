@@ -32,6 +32,7 @@ from data_loader.transforms import (
 )
 from utils.errors import ConfigError, RunError
 from utils.seed import mix, numpy_rng
+from utils.stop import STOPS
 
 Key = tuple[int, int, int]   # epoch, position in the epoch, index of the image
 
@@ -168,19 +169,19 @@ class FileBatches:
 
 
 def _leave_stops_to_parent(worker: int) -> None:
-    """A batch system sends SIGTERM, and a terminal SIGINT, to every process of a job, but the parent needs its workers
-    until its step is done: only its own SIGTERM ends them."""
+    """A batch system sends SIGTERM or SIGUSR1, and a terminal SIGINT, to every process of a job, but the parent
+    needs its workers until its step is done: only its own SIGTERM ends them."""
     if not hasattr(signal, "sigwaitinfo"):
         return  # macOS
 
     def wait() -> None:
         while True:
-            told = signal.sigwaitinfo({signal.SIGTERM, signal.SIGINT})
+            told = signal.sigwaitinfo(STOPS)
             if told.si_signo == signal.SIGTERM and told.si_pid == parent:
                 os._exit(0)
 
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     threading.Thread(target=wait, daemon=True).start()
 
 

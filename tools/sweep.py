@@ -33,6 +33,7 @@ from typing import Any
 from tools.sweep_grid import Job, check_unchanged, evaluation_command, read_sweep, train_command
 from utils.cli import Parser, check_device, run_main
 from utils.errors import ConfigError, RunError
+from utils.stop import STOPS
 
 
 class Runner:
@@ -45,8 +46,8 @@ class Runner:
         self.stopping = False
 
     def run(self) -> None:
-        """Until nothing is left to do, or a stop was asked for (SIGINT, SIGTERM): then the runs save and end."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Until nothing is left to do, or a stop was asked for (a signal of STOPS): then the runs save and end."""
+        before = {number: signal.signal(number, self._stop) for number in STOPS}
         workers = [threading.Thread(target=self._work, args=(device,)) for device in self.devices]
         for worker in workers:
             worker.start()

@@ -11,24 +11,27 @@ from pathlib import Path
 
 from utils.dist import LAUNCHED_HERE
 from utils.errors import RunError
+from utils.stop import STOPS
 
 #: Seconds that workers have, after a SIGTERM or SIGINT, to finish their step and save.
 PATIENCE_S = 120
-#: What torch's launcher catches, and leaves caught.
-CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+#: What is caught, by torch's launcher or here, and left caught.
+CAUGHT = tuple({*STOPS, signal.SIGHUP, signal.SIGQUIT})
 
 
 def run_workers(workers: int, command: list[str]) -> int:
     """Run `python *command` in `workers` processes that train together; their exit status, as one process would give.
 
-    The workers say what is to be said, errors included; the launcher itself stays silent. A stop by SIGTERM or SIGINT
-    is passed on to them. Raises RunError for a worker that was killed.
+    The workers say what is to be said, errors included; the launcher itself stays silent. A stop by SIGTERM,
+    SIGINT or SIGUSR1 is passed on to them. Raises RunError for a worker that was killed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.disable(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in CAUGHT}
+    for number in set(STOPS) - {signal.SIGTERM, signal.SIGINT}:  # torch's launcher doesn't know it: it hears a SIGTERM
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
     wished = {"shutdown_timeout": PATIENCE_S}  # newer torch has it; older ones wait 30 s
     known = {entry.name for entry in dataclasses.fields(LaunchConfig)}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=workers, rdzv_backend="c10d",

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run at a step's end instead of anywhere."""
+"""SIGTERM, SIGINT and SIGUSR1 end a run at a step's end instead of anywhere."""
 from __future__ import annotations
 
 import os
@@ -12,6 +12,9 @@ from utils import dist
 
 if TYPE_CHECKING:
     import torch
+
+#: What asks a run to stop. SIGUSR1 is what Slurm's `--signal=USR1@60` sends before the time is up (Windows has none).
+STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopRequest:
@@ -34,7 +37,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if self._depth == 0 and threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in STOPS:
                 self._old[number] = signal.signal(number, self._remember)
         self._depth += 1
         return self

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, whenever they come: the run is saved and says how to go on."""
+"""SIGTERM, SIGINT and SIGUSR1, whenever they come: the run is saved and says how to go on."""
 
 import os
 import signal
@@ -34,7 +34,8 @@ def hook(monkeypatch, owner, name, number=signal.SIGTERM, call=1):
 @pytest.mark.parametrize("moment,epoch,batch", [
     ((session, "make_loader", signal.SIGINT), 1, 0), ((session, "make_model", signal.SIGTERM), 1, 0),
     ((Trainer, "validate", signal.SIGTERM), 1, 4), ((Trainer, "validate", signal.SIGINT, 2), 2, 4),
-], ids=["loading data", "building the model", "validating", "validating the last epoch"])
+    ((session, "make_loader", signal.SIGUSR1), 1, 0),
+], ids=["loading data", "building the model", "validating", "validating the last epoch", "SIGUSR1"])
 def test_at_any_moment(runs, straight, same_state, monkeypatch, capfd, moment, epoch, batch):
     hook(monkeypatch, *moment)
     path = runs("stopped") / f"checkpoint-epoch{epoch}.pth"
@@ -79,7 +80,8 @@ def test_a_second_interrupt_is_the_users_own(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_as_a_process(runs, root):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_as_a_process(runs, root, number):
     """Exit status 0; the command to go on is the last line; workers that get the signal too do no harm."""
     config = runs.config(trainer={"epochs": 500, "save_period": 500},
                          data_loader={"args": {"num_workers": 1, "cache": False}})
@@ -88,7 +90,7 @@ def test_as_a_process(runs, root):
     for line in process.stdout:
         if line.startswith("epoch 1/"):
             break
-    os.killpg(process.pid, signal.SIGTERM)  # as a batch system does: every process of the job
+    os.killpg(process.pid, number)  # as a batch system does: every process of the job
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     last = out.strip().splitlines()[-1]
