@@ -23,6 +23,7 @@ from logger.tensorboard import make_writer
 from utils import dist
 from utils.checkpoint.store import save_checkpoint
 from utils.config.outside import outside_flags
+from utils.config.schema import TRAINER, defaults
 from utils.errors import ConfigError, RunError
 from utils.files import write_json
 from utils.seed import rng_state, set_rng_state
@@ -58,16 +59,16 @@ class BaseTrainer(ABC):
                  device: torch.device | str = "cpu", data_facts: dict[str, Any] | None = None,
                  stop: StopRequest | None = None):
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
-        self.config, self.options = config, config["trainer"]
+        self.config, self.options = config, defaults(TRAINER, config["trainer"])
         self.train_loader, self.valid_loader = train_loader, valid_loader
         self.paths, self.device = paths, torch.device(device)
         self.data_facts = data_facts or {}
 
         self.epochs: int = self.options["epochs"]
-        self.save_period: int = self.options.get("save_period") or 1
-        self.keep_last: int | None = self.options.get("keep_last")
-        self.monitor_mode, self.monitor = self._parse_monitor(self.options.get("monitor", "off"))
-        self.early_stop: float = self.options.get("early_stop") or math.inf
+        self.save_period: int = self.options["save_period"]
+        self.keep_last: int | None = self.options["keep_last"]
+        self.monitor_mode, self.monitor = self._parse_monitor(self.options["monitor"])
+        self.early_stop: float = self.options["early_stop"] or math.inf
         self.best: float | None = None
         self.not_improved = 0
         self.batches_done = 0
@@ -194,7 +195,7 @@ class BaseTrainer(ABC):
         try:
             log_to_file(self.paths.log)
             write_json(self.paths.config, self.config)
-            self.writer = make_writer(self.paths.log, bool(self.options.get("tensorboard", True)),
+            self.writer = make_writer(self.paths.log, self.options["tensorboard"],
                                       self.start_epoch - 1, self.global_step)
         except OSError as error:
             raise ConfigError(f"trainer.save_dir: can't write in {error.filename or self.paths.models}: "

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from logger.log import get_logger
 from utils.config.build import build
+from utils.config.schema import TRAINER, defaults
 from utils.errors import ConfigError
 
 log = get_logger()
@@ -130,15 +131,15 @@ def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, trainer_config
     Torch's fused step is used where the optimizer has one and the config doesn't choose: one kernel for all
     parameters instead of a few per parameter.
     """
-    options = trainer_config or {}
+    options = defaults(TRAINER, trainer_config or {})
     args = dict(spec.get("args") or {})
     prefixes = model.classifier_prefixes() if hasattr(model, "classifier_prefixes") else ()
-    groups = param_groups(model, args, prefixes, options.get("classifier_lr"), bool(options.get("no_decay_scale")))
+    groups = param_groups(model, args, prefixes, options["classifier_lr"], options["no_decay_scale"])
     kind = getattr(torch.optim, str(spec.get("type")), None)
     known = inspect.signature(kind).parameters if inspect.isclass(kind) else {}
     chosen = {"fused", "foreach", "differentiable"} & set(args)
     # Where fp16's scaler skips the very first step, the fused SGD leaves its momentum uninitialised.
-    if "fused" in known and not chosen and options.get("amp") != "fp16":
+    if "fused" in known and not chosen and options["amp"] != "fp16":
         args["fused"] = True
     try:
         return build(torch.optim, {"type": spec.get("type"), "args": args}, path, groups)

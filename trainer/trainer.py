@@ -20,6 +20,7 @@ from trainer.precision import autocast, choose_precision
 from utils import dist
 from utils.config.build import lookup
 from utils.config.outside import short_name
+from utils.config.schema import TOP, defaults
 from utils.errors import RunError
 from utils.meters import Means
 
@@ -64,25 +65,25 @@ class Trainer(BaseTrainer):
         self.criterion = criterion.to(self.device)
         self.teacher = teacher
         self.metrics = {short_name(name): lookup(vars(metrics_module), name, "metrics")
-                        for name in dict.fromkeys(config.get("metrics") or ["accuracy"])}
+                        for name in dict.fromkeys(defaults(TOP, config)["metrics"])}
         options = self.options
         self.amp, reason = choose_precision(options["amp"], self.device)
         if options["amp"] not in ("off", None, False):
             log.info("precision: %s (%s)", "float32" if self.amp == "off" else self.amp, reason)
-        self.memory_format = torch.channels_last if options.get("channels_last", True) else torch.contiguous_format
-        self.clip: float | None = options.get("clip_grad_norm")
-        self.log_step: int = options.get("log_step") or max(1, int(len(self.train_loader) ** 0.5))
-        self.on_nonfinite: str = options.get("on_nonfinite", "stop")
-        self.max_skipped: int = options.get("max_skipped", 100)
+        self.memory_format = torch.channels_last if options["channels_last"] else torch.contiguous_format
+        self.clip: float | None = options["clip_grad_norm"]
+        self.log_step: int = options["log_step"] or max(1, int(len(self.train_loader) ** 0.5))
+        self.on_nonfinite: str = options["on_nonfinite"]
+        self.max_skipped: int = options["max_skipped"]
         self.skipped, self.step_was_good = 0, True
         self.model.to(memory_format=self.memory_format)
-        if options.get("bt_gather"):
+        if options["bt_gather"]:
             self.model.gather_batches()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         if self.amp == "fp16":
             self.scaler = torch.amp.GradScaler(self.device.type)
         self.means = Means(self.device)
-        self.accumulate: int = options.get("accumulate") or 1
+        self.accumulate: int = options["accumulate"]
         self.hooks = make_hooks(self, options, self.hook_table)
         self.step_model = self._wrap(self.model)
 
@@ -93,7 +94,7 @@ class Trainer(BaseTrainer):
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: compiled, data parallel, or itself."""
-        if self.options.get("compile"):
+        if self.options["compile"]:
             model = torch.compile(model)
         if dist.world_size() > 1:
             # Buffers are rank 0's at each epoch's end (sync_buffers); in between each rank's norms see its own images.
@@ -354,8 +355,8 @@ class Trainer(BaseTrainer):
     def _progress(self, epoch: int, total: int, start: int) -> Any:
         from tqdm import tqdm
         # A bar on a terminal, plain lines otherwise.
-        shown = self.is_main and sys.stderr.isatty() and self.options.get("progress", True) is not False \
-            and self.options.get("verbosity", 2) > 0
+        shown = self.is_main and sys.stderr.isatty() and self.options["progress"] \
+            and self.options["verbosity"] > 0
         bar = tqdm(total=total, initial=start, desc=f"epoch {epoch}/{self.epochs}", leave=False, disable=not shown,
                    dynamic_ncols=True)
         bar.shown = shown

@@ -29,7 +29,7 @@ class DetectionCurves(Curves):
 
     def first_batch(self, images: list[torch.Tensor]) -> None:
         """The first training images as the model gets them."""
-        if self.run.writer and self.run.options.get("image_grid") is not False:
+        if self.run.writer and self.run.options["image_grid"]:
             for i, image in enumerate(images[:PICTURES]):
                 self.run.writer.add_image(f"input/{i}", as_picture(image), 0, dataformats="HWC")
 
@@ -45,7 +45,7 @@ class DetectionCurves(Curves):
     def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:
         super().epoch_ended(epoch, figures)
         run, loader = self.run, self.run.valid_loader or self.run.train_loader
-        if not run.writer or run.options.get("image_grid") is False:
+        if not run.writer or not run.options["image_grid"]:
             return
         model = run.judged_model.eval()
         for i in range(min(PICTURES, loader.n_samples)):
@@ -71,7 +71,7 @@ class DetectionTrainer(Trainer):
                  config: dict[str, Any], **more: Any):
         super().__init__(model, criterion, optimizer, config, **more)
         self.metrics = {}
-        self.iterations: int | None = self.options.get("iterations")
+        self.iterations: int | None = self.options["iterations"]
         self.steps_an_epoch = len(self.train_loader)
         if self.iterations:
             needed = math.ceil(self.iterations / self.steps_an_epoch)

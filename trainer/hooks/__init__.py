@@ -18,4 +18,4 @@ HOOKS: dict[str, type[Hook]] = {hook.__name__: hook for hook in (
 def make_hooks(run: Run, options: dict[str, Any], table: dict[str, type[Hook]] = HOOKS) -> list[Hook]:
     """The hooks of `table` that the config's `trainer` asks for, then those listed in `trainer.hooks`."""
     hooks = [kind(run) for kind in table.values() if kind.wanted(options)]
-    return hooks + [build(table, spec, f"trainer.hooks[{i}]", run) for i, spec in enumerate(options.get("hooks") or ())]
+    return hooks + [build(table, spec, f"trainer.hooks[{i}]", run) for i, spec in enumerate(options["hooks"])]

@@ -81,7 +81,7 @@ class BatchAttention(Hook):
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
-        return bool(options.get("log_batch_attention"))
+        return options["log_batch_attention"]
 
     def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
         weights = self.block.last_attention

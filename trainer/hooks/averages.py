@@ -45,7 +45,7 @@ class WeightAverage(Hook):
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
-        return options.get("ema") is not None
+        return options["ema"] is not None
 
     @property
     def judged(self) -> nn.Module:
@@ -103,7 +103,7 @@ class EpochAverage(Hook):
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
-        return options.get("swa") is not None
+        return options["swa"] is not None
 
     def epoch_trained(self, epoch: int) -> None:
         if epoch > self.run.epochs - self.count:

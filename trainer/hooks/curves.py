@@ -24,7 +24,7 @@ class Curves(Hook):
         self.gradient_norm: torch.Tensor | None = None
 
     def first_batch(self, images: torch.Tensor) -> None:
-        if not self.run.writer or self.run.options.get("image_grid") is False:
+        if not self.run.writer or not self.run.options["image_grid"]:
             return
         from torchvision.utils import make_grid
         loader = self.run.train_loader
@@ -48,7 +48,7 @@ class Curves(Hook):
             return
         if epoch == 1:
             writer.add_text("config", "    " + json.dumps(run.config, indent=2).replace("\n", "\n    "), 0)
-        every = run.options.get("histograms")
+        every = run.options["histograms"]
         every = max(1, run.epochs // 10) if every is None or every is True else int(every)
         if every and (epoch % every == 0 or epoch == run.epochs):
             for name, parameter in run.model.named_parameters():
@@ -62,11 +62,11 @@ class Statistics(Hook):
     def __init__(self, run: Run):
         super().__init__(run)
         from model.norm import StatisticsRecorder
-        self.recorder = StatisticsRecorder(run.model, run.options.get("statistics_layer"))
+        self.recorder = StatisticsRecorder(run.model, run.options["statistics_layer"])
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
-        return bool(options.get("record_statistics"))
+        return options["record_statistics"]
 
     def log_step(self, step: int) -> None:
         for name, value in self.recorder.read().items():
@@ -78,7 +78,7 @@ class Figures(Hook):
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
-        return bool(options.get("tensorboard", True) and options.get("figures", True))
+        return options["tensorboard"] and options["figures"]
 
     @property
     def wants_images(self) -> bool:

@@ -21,7 +21,7 @@ class Profiler(Hook):
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
-        return bool(options.get("profile"))
+        return options["profile"]
 
     def epoch_begins(self, epoch: int) -> None:
         if self.done or self.run.paths is None or not self.run.is_main:

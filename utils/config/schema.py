@@ -11,6 +11,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from utils.class_counts import FEW, MANY
+
 #: The default of a key that must be given.
 REQUIRED = ...
 
@@ -66,8 +68,8 @@ TOP = (
 )
 
 GROUPS = (
-    Row("many", "int", 100, "a class with more training images is many-shot", low=0),
-    Row("few", "int", 20, "a class with fewer is few-shot; those between are medium-shot", low=0),
+    Row("many", "int", MANY, "a class with more training images is many-shot", low=0),
+    Row("few", "int", FEW, "a class with fewer is few-shot; those between are medium-shot", low=0),
 )
 
 TRAINER = (
