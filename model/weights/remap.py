@@ -3,7 +3,8 @@
 Ours are RIDE's keys (`backbone.layer3s.1.0.bn1.weight`), so files of RIDE and BatchFormer need next to nothing. The
 others are known by their layout: classifier-balancing keeps one dict for the features and one for the classifier, NBN
 has no `backbone.` prefix and a `scale_factor` as long as its norm layers, MABN's classification demo has buffers that
-its formal layer lacks, torchvision and timm call the classifier `fc`.
+its formal layer lacks, torchvision and timm call the classifier `fc`, and whoever trains an encoder (MoCo, SimCLR,
+SupCon, Lightning modules, mmpretrain) puts one prefix before its ResNet's keys and other parts beside it.
 """
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ _MABN_HISTORY = ("iters", "buffer_x2", "buffer_gz")
 _OLD_SPELLINGS = (
     ("backbone.fc.", "backbone.linear."), ("backbone.fcs.", "backbone.linears."),
     ("backbone.encoder_layer.", BLOCK), ("backbone.global_layers.", BLOCK), ("backbone.global_model.", BLOCK),
-    ("model.backbone.", PREFIX))
+    ("model.backbone.", PREFIX), ("head.fc.", "backbone.linear."))
 
 
 def from_ride(weights: Weights) -> Weights:
@@ -47,6 +48,39 @@ def from_ride(weights: Weights) -> Weights:
 def from_resnet(weights: Weights) -> Weights:
     """A bare ResNet (torchvision, timm, LDAM-DRW, NBN's plain ones): no prefix, the classifier is `fc` or `linear`."""
     return from_ride({PREFIX + key: value for key, value in weights.items()})
+
+
+def from_encoder(weights: Weights) -> Weights:
+    """A ResNet under one prefix, named as torchvision's or numbered as in `nn.Sequential(*resnet.children())`.
+
+    What lies elsewhere (a second encoder, a queue, a projection) keeps its name.
+    """
+    prefix, parts = _trunk(weights)
+    inside = {key: key[len(prefix):].partition(".") for key in weights if key.startswith(prefix)}
+    named = from_resnet({f"{parts.get(first, first)}.{rest}": weights[key] for key, (first, _, rest) in inside.items()})
+    return named | {key: value for key, value in weights.items() if key not in inside}
+
+
+# Encoders that follow another slowly; what is trained on begins from the one that they follow.
+_FOLLOWERS = re.compile(r"encoder_k|momentum|target|teacher|ema\b|_ema|key_encoder")
+
+
+def _trunk(weights: Iterable[str]) -> tuple[str, dict[str, str]] | None:
+    """(prefix, {name in the file: ours}) of the ResNet in `weights`: the first that follows no other, else the first.
+
+    The names are empty but for a numbered one: "0" is conv1, "1" is bn1, those that hold blocks are the layers.
+    """
+    keys, found = list(weights), []
+    for key in keys:
+        if match := re.fullmatch(r"(.*?)(\w+)\.0\.conv1\.weight", key):
+            prefix, first = match.groups()
+            if first == "layer1" and f"{prefix}conv1.weight" in keys:
+                found.append((prefix, {}))
+            elif first.isdigit() and f"{prefix}0.weight" in keys and prefix not in [known for known, _ in found]:
+                blocks = re.compile(re.escape(prefix) + r"(\d+)\.0\.conv1\.weight")
+                layers = [block[1] for other in keys if (block := blocks.fullmatch(other))]
+                found.append((prefix, {"0": "conv1", "1": "bn1"} | {n: f"layer{i}" for i, n in enumerate(layers, 1)}))
+    return min(found, key=lambda trunk: bool(_FOLLOWERS.search(trunk[0])), default=None)
 
 
 def from_classifier_balancing(weights: dict[str, Weights]) -> Weights:
@@ -73,7 +107,8 @@ def from_mabn(weights: Weights) -> Weights:
 
 ORIGINS: dict[str, Callable[[Any], Weights]] = {
     "ours": lambda weights: weights, "RIDE": from_ride, "classifier-balancing": from_classifier_balancing,
-    "NBN": from_nbn, "MABN": from_mabn, "ResNet": from_resnet}
+    "NBN": from_nbn, "MABN": from_mabn, "ResNet": from_resnet,
+    "encoder": from_encoder}
 
 
 def _respelt(key: str, spellings: Iterable[tuple[str, str]]) -> str:
@@ -109,6 +144,9 @@ def _read(checkpoint: dict) -> tuple[str, dict]:
         return "NBN", weights
     if ends & set(_MABN_DEMO) or ("buffer_x2" in ends and not any(key.startswith(PREFIX) for key in weights)):
         return "MABN", weights
+    trunk = _trunk(weights)
+    if trunk and (trunk[1] or trunk[0] not in ("", PREFIX, "model." + PREFIX)):
+        return "encoder", weights
     if not any(key.startswith((PREFIX, "model." + PREFIX)) for key in weights):
         return "ResNet", weights
     ours = list(weights) == list(raw) and not any(key.startswith(old) for key in weights for old, _ in _OLD_SPELLINGS)
@@ -227,8 +265,16 @@ def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
     report.missing = [key for key in report.missing if not key.startswith(heads + optional)]
     report.mismatched = [key for key in report.mismatched if not key.startswith(heads)]
     report.unexpected = [key for key in report.unexpected if not key.startswith((f"{PREFIX}linear", *heads))]
-    if fresh:
-        log.info("%s: these start anew: %s", name, ", ".join(key.split(" ", 1)[0] for key in fresh[:4]))
+    # What no ResNet has lies beside it: a projection, a queue, another network. Its own parts must fit.
+    own = re.compile(re.escape(PREFIX) + r"(conv|bn|layer|encoder|scale_factor)")
+    beside = [key for key in report.unexpected if not own.match(key)]
+    report.unexpected = [key for key in report.unexpected if own.match(key)]
+    said = [f"these start anew: {', '.join(key.split(' ', 1)[0] for key in fresh[:4])}"] if fresh else []
+    if beside:
+        parts = list(dict.fromkeys(key.removeprefix(PREFIX).partition(".")[0] for key in beside))
+        said.append(f"left out of the file: {', '.join(parts[:4])}{', ...' if len(parts) > 4 else ''}")
+    if said:
+        log.info("%s: %s", name, "; ".join(said))
 
 
 def _optional(model: nn.Module) -> set[str]:

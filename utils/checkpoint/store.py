@@ -91,16 +91,26 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
-def find_weights(checkpoint: dict) -> tuple[str, dict] | None:
+def find_weights(checkpoint: dict, depth: int = 3) -> tuple[str, dict] | None:
     """(where, weights) of a checkpoint: the entry that holds its weights, "" for the dict itself; None if none does.
 
-    classifier-balancing keeps one dict a network (`feat_model`, `classifier`) in its entry; they are returned so.
+    classifier-balancing keeps one dict a network (`feat_model`, `classifier`) in its entry; they are returned so. Where
+    none of the usual names is there, it's the first entry that holds tensors (BYOL's `online_network_state_dict`), at
+    most `depth` dicts deep.
     """
     for key in WEIGHT_KEYS:
         if isinstance(checkpoint.get(key), (dict, Inert)):
-            return key, checkpoint[key]
+            inner = checkpoint[key]
+            deeper = isinstance(inner, dict) and any(isinstance(inner.get(name), dict) for name in WEIGHT_KEYS)
+            found = find_weights(inner, depth - 1) if deeper and depth else None
+            return (f"{key}.{found[0]}", found[1]) if found else (key, inner)
     bare = any(isinstance(value, (torch.Tensor, np.ndarray)) for value in checkpoint.values())
-    return ("", checkpoint) if bare else None
+    if bare:
+        return "", checkpoint
+    for key, value in checkpoint.items() if depth else ():
+        if isinstance(value, dict) and "optim" not in str(key) and (found := find_weights(value, depth - 1)):
+            return f"{key}.{found[0]}".rstrip("."), found[1]
+    return None
 
 
 def recover_config(checkpoint: dict) -> dict | None:

@@ -155,11 +155,16 @@ def infers(kind, **args):
     assert {k: v.shape for k, v in source.state_dict().items()} == {k: v.shape for k, v in again.state_dict().items()}
 
 
+def resnet10(num_classes: int) -> nn.Module:
+    """torchvision's ResNet-18 without the second block of each layer, filled."""
+    theirs = torchvision.models.resnet18(num_classes=num_classes)
+    theirs.layer1[1] = theirs.layer2[1] = theirs.layer3[1] = theirs.layer4[1] = nn.Identity()
+    return filled(theirs)
+
+
 def test_torchvision_gives_the_same_logits():
-    theirs = torchvision.models.resnet18(num_classes=7)
-    theirs.layer1[1] = theirs.layer2[1] = theirs.layer3[1] = theirs.layer4[1] = nn.Identity()  # a ResNet-10
-    ours = build(num_classes=7)
-    assert load_weights(ours, filled(theirs).state_dict()).origin == "ResNet"
+    theirs, ours = resnet10(7), build(num_classes=7)
+    assert load_weights(ours, theirs.state_dict()).origin == "ResNet"
     torch.testing.assert_close(logits(ours), logits(theirs))
 
 
@@ -259,6 +264,58 @@ def test_new_head():
     assert torch.equal(target.backbone.layer4[2].conv3.weight, theirs.layer4[2].conv3.weight)
     with pytest.raises(ConfigError, match="of another shape"):
         load_weights(build("ResNet50Model", num_classes=7, reduce_dimension=True), theirs.state_dict(), new_head=True)
+
+
+def under(weights, prefix, **more):
+    return {**{prefix + key: value for key, value in weights.items()}, **more}
+
+
+def as_numbered(weights, prefix):
+    """`nn.Sequential(*resnet.children())`, its ReLU and pooling counted, its classifier cut off."""
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    return {f"{prefix}{numbers[first]}.{rest}": value for key, value in weights.items()
+            for first, _, rest in [key.partition(".")] if first in numbers}
+
+
+QUEUE = {"module.queue": torch.zeros(8, 8)}
+ENCODERS = {  # file of the bare weights, whether the classifier comes along, what is left out
+    "MoCo": lambda w: ({"state_dict": {**under({k: v + 1 for k, v in w.items()}, "module.encoder_k."),
+                                       **under(w, "module.encoder_q.", **QUEUE)}}, True, "encoder_k, queue"),
+    "SimCLR": lambda w: ({"state_dict": under(w, "encoder.", **{"projector.0.weight": torch.ones(2)})}, True,
+                         "projector"),
+    "SupCon": lambda w: ({"model": under(w, "encoder.module."), "opt": {}}, True, ""),
+    "Lightning": lambda w: ({"state_dict": under(w, "model.")}, True, ""),
+    "Lightning, deeper": lambda w: ({"state_dict": under(w, "net.resnet.")}, True, ""),
+    "mmpretrain": lambda w: ({"meta": {}, "state_dict": {
+        ("head." if key.startswith("fc.") else "backbone.") + key: value for key, value in w.items()}}, True, ""),
+    "SwAV": lambda w: (under(w, "module.", **{"module.prototypes.weight": torch.ones(2)}), True, "prototypes"),
+    "BYOL": lambda w: ({"online_network_state_dict": under(w, "net."), "optimizer": {"state": {}}}, True, ""),
+    "nested": lambda w: ({"model": {"state_dict": under(w, "backbone.")}, "epoch": 3}, True, ""),
+    "numbered": lambda w: ({"state_dict": as_numbered(w, "backbone.")}, False, ""),
+}
+
+
+@pytest.mark.parametrize("origin", ENCODERS)
+def test_encoders_of_others_are_a_start(origin, tmp_path, caplog, monkeypatch):
+    """One prefix, or a nested dict, is taken off; what isn't the network is left out, and named in one line."""
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
+    theirs = resnet10(10)
+    checkpoint, head, left = ENCODERS[origin](theirs.state_dict())
+    torch.save(checkpoint, tmp_path / "a.pth")
+    target = build()
+    with caplog.at_level(logging.INFO):
+        load_weights(target, tmp_path / "a.pth", new_head=True)
+    assert torch.equal(target.backbone.layer4[0].bn2.bias, theirs.layer4[0].bn2.bias)
+    assert torch.equal(target.backbone.conv1.weight, theirs.conv1.weight)
+    assert torch.equal(target.backbone.linear.weight, theirs.fc.weight) is head
+    said = [line for line in caplog.messages if "left out of the file" in line]
+    assert [line.rpartition("file: ")[2] for line in said] == ([left] if left else [])
+
+
+def test_an_encoder_of_another_depth_is_refused():
+    weights = under(torchvision.models.resnet18().state_dict(), "encoder.")
+    with pytest.raises(ConfigError, match=r"unexpected: backbone\.layer1\.1"):
+        load_weights(build(), {"state_dict": weights}, new_head=True)
 
 
 @pytest.mark.parametrize("args", [dict(), dict(share_layer3=True)], ids=["private", "shared"])
