@@ -19,7 +19,7 @@ from utils.errors import ConfigError
 def main(argv: list[str] | None = None) -> None:
     args = parse_test(argv)
     if args.config:
-        load_config(args.config, args.overrides)  # a mistake in it answers before anything heavy is imported
+        load_config(args.config, args.overrides)  # a mistake in it answers before the checkpoint is read
     test(args)
 
 

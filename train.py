@@ -4,7 +4,7 @@
     python train.py -r saved/models/<name>/<run_id>/checkpoint-epoch5.pth
     torchrun --nproc_per_node 2 train.py -c configs/cifar100_lt_ride.json
 
-Nothing heavy is imported before the config is known to be good, so that a mistake answers at once.
+Nothing heavy is imported before the config's form is known to be good, so that most mistakes answer at once.
 """
 from __future__ import annotations
 

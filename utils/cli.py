@@ -93,8 +93,11 @@ class _Ignore(argparse.Action):
 
 def value_of(text: str) -> Any:
     """JSON where it is JSON, else the text itself: 5 -> 5, true -> True, NBN -> "NBN"."""
+    def not_json(name: str) -> Any:
+        raise ValueError(name)  # NaN and Infinity, which may be somebody's name
+
     try:
-        return parse_json(text)
+        return parse_json(text, parse_constant=not_json)
     except ValueError:
         return text
 

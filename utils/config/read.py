@@ -81,22 +81,21 @@ def read_json(path: str | os.PathLike, flag: str = "-c") -> dict[str, Any]:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ConfigError(f"{flag} {shown_path}: is UTF-16; save it as UTF-8")
     try:
-        value = parse_json(data.decode("utf-8-sig"))
+        value = plain(parse_json(data.decode("utf-8-sig")), "config")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{flag} {shown_path}: isn't UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{flag} {shown_path}: not JSON at line {error.lineno}, column {error.colno}: "
                           f"{error.msg}") from None
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         raise ConfigError(f"{flag} {shown_path}: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{flag} {shown_path}: must hold one JSON object {{...}}, not {shown(value)}")
     return value
 
 
-def parse_json(text: str) -> Any:
-    """Strict JSON. Raises ValueError, also for duplicate keys, NaN and infinity (with their key), huge numbers and
-    endless nesting."""
+def parse_json(text: str, **hooks: Any) -> Any:
+    """JSON with each key once; `hooks` as `json.loads` has them. Raises ValueError, also for endless nesting."""
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
@@ -106,25 +105,9 @@ def parse_json(text: str) -> Any:
         return seen
 
     try:
-        value = json.loads(text, object_pairs_hook=no_duplicates)
-        found = _not_finite(value)
+        return json.loads(text, object_pairs_hook=no_duplicates, **hooks)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
-    if found is not None:
-        raise ValueError("{}: must be a finite number, not {}".format(found[0] or "the value", found[1]))
-    return value
-
-
-def _not_finite(value: Any, path: str = "") -> tuple[str, float] | None:
-    """Where in `value` a number isn't finite, and that number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return path, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        inner = f"{path}[{key}]" if isinstance(value, list) else f"{path}.{key}" if path else str(key)
-        if (found := _not_finite(item, inner)) is not None:
-            return found
-    return None
 
 
 def _neighbour(path: str) -> str | None:
