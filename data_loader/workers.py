@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import rotate
 
 from base.base_data_loader import AUGMENT
 from data_loader.images import read_rgb
@@ -69,6 +68,9 @@ class Sources(Dataset):
         self.store, self.preprocess, self.seed, self.mode = store, preprocess, seed, mode
         self.jitter, self.flip, self.transform, self.degrees = jitter, flip, transform, degrees
         self.policy = None if policy == "basic" else torchvision_policy(policy)
+        if degrees:
+            from torchvision.transforms.functional import rotate  # takes a while to import
+            self.rotate = rotate
 
     def __getitem__(self, key: Key) -> tuple[Any, int, int] | Failure:
         epoch, position, index = key
@@ -89,7 +91,7 @@ class Sources(Dataset):
             if self.flip == "alternate" and alternate_flips(self.seed, epoch, np.array([index]))[0]:
                 pixels = pixels.flip(2)
             if self.degrees:
-                pixels = rotate(pixels, rng.uniform(-self.degrees, self.degrees))
+                pixels = self.rotate(pixels, rng.uniform(-self.degrees, self.degrees))
             if self.policy is not None:
                 with _seeded(mix(self.seed, epoch, AUGMENT, position)):
                     pixels = self.policy(pixels)
