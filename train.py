@@ -89,13 +89,17 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     model = session.make_model(config, train_loader.num_classes)
     config["arch"]["args"]["num_classes"] = model.num_classes
     session.load_start(model, start)
+    if options["freeze"] is not None:
+        model.freeze(options["freeze"])
     model.to(device)
     log.info(model.summary())
 
     criterion = session.make_criterion(config, train_loader.cls_num_list)
     teacher = session.make_teacher(config, model.num_classes, device)
     optimizer = build_optimizer(config["optimizer"], model, options)
-    scheduler = build_scheduler(config["lr_scheduler"], optimizer, options["epochs"])
+    steps_per_epoch = -(-len(train_loader) // options["accumulate"])
+    scheduler = build_scheduler(config["lr_scheduler"], optimizer, options["epochs"], steps_per_epoch,
+                                monitor=options["monitor"])
 
     trainer = trainer_class(options["type"])(
         model, criterion, optimizer, config, teacher=teacher, train_loader=train_loader, valid_loader=valid_loader,

@@ -41,23 +41,28 @@ class BaseDataLoader:
         self.index_sampler = sampler
         self.n_samples = len(self.targets)
         self.epoch_size = self.n_samples if sampler is None else sampler.epoch_length
-        self.epoch, self.start_batch = 1, 0
+        self.epoch, self.start_batch, self.offset = 1, 0, 0
         self._started = False
 
     def __len__(self) -> int:
         """Batches an epoch. A last training batch of one image is dropped: batch norm can't learn from it."""
-        full, rest = divmod(self.epoch_size, self.batch_size)
+        full, rest = divmod(self.epoch_size - self.offset, self.batch_size)
         if rest == 1 and self.training and full:
             rest = 0
         return full + (rest > 0)
 
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """The next iteration is epoch `epoch` (1, 2, ...) from batch `start_batch` on."""
-        self.epoch, self.start_batch, self._started = epoch, start_batch, False
+    def set_epoch(self, epoch: int, start_batch: int = 0, offset: int = 0) -> None:
+        """The next iteration is epoch `epoch` (1, 2, ...) from batch `start_batch` on. offset: images of the epoch that
+        are left out at its beginning, since batches of another size have had them."""
+        self.epoch, self.start_batch, self.offset, self._started = epoch, start_batch, offset, False
+
+    def images_done(self, batches: int) -> int:
+        """How many images of the epoch the first `batches` batches (and the offset) make up."""
+        return min(self.offset + batches * self.batch_size, self.epoch_size)
 
     def span(self, batch: int) -> tuple[int, int]:
         """Positions [start, stop) in the epoch that make up global batch `batch`."""
-        start = batch * self.batch_size
+        start = self.offset + batch * self.batch_size
         return start, min(start + self.batch_size, self.epoch_size)
 
     def share(self, batch: int) -> tuple[int, int]:
@@ -83,7 +88,7 @@ class BaseDataLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # A plain `for epoch: for batch in loader` without set_epoch still sees new epochs.
         if self._started and self.training:
-            self.epoch, self.start_batch = self.epoch + 1, 0
+            self.epoch, self.start_batch, self.offset = self.epoch + 1, 0, 0
         self._started = True
         return self._batches(self.epoch, range(self.start_batch, len(self)))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from utils.errors import ConfigError
+from utils.errors import ConfigError, closest
 
 
 class BaseModel(nn.Module):
@@ -55,6 +55,36 @@ class BaseModel(nn.Module):
     def stage2_prefixes(self) -> list[str]:
         """What a decoupled second stage trains (Kang et al., ICLR 2020)."""
         return self.classifier_prefixes()
+
+    def stage_prefixes(self) -> list[tuple[str, ...]]:
+        """Beginnings of parameter names, stage by stage from the stem to the last before the classifier."""
+        return [(f"{name}.",) for name, _ in self.named_children()]
+
+    def freeze(self, what: str | Iterable[str]) -> None:
+        """`trainer.freeze`: "backbone" (everything but the classifier), "norms", or beginnings of parameters' names.
+
+        Raises ConfigError where a beginning fits no parameter.
+        """
+        if what == "backbone":
+            self.freeze_except(self.classifier_prefixes())
+            return
+        if what == "norms":
+            frozen = {id(p) for layer in self.modules() if "norm" in type(layer).__name__.lower()
+                      for p in layer.parameters(recurse=False)}
+            chosen = [name for name, p in self.named_parameters() if id(p) in frozen]
+        else:
+            chosen = []
+            for start in [what] if isinstance(what, str) else what:
+                found = [name for name, _ in self.named_parameters() if name.startswith(start)]
+                if not found:
+                    near = closest(start, [name for name, _ in self.named_parameters()])
+                    raise ConfigError(f"trainer.freeze: no parameter's name begins with {start!r}; give \"backbone\", "
+                                      f"\"norms\" or a list of beginnings like {near or next(iter(self.state_dict()))}")
+                chosen += found
+        for name, parameter in self.named_parameters():
+            if name in set(chosen):
+                parameter.requires_grad_(False)
+        self.train(self.training)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         """The number of learned values, each shared tensor counted once."""

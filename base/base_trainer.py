@@ -5,9 +5,11 @@ What one epoch does is a subclass's business (`train_epoch`, `validate`).
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shlex
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +75,9 @@ class BaseTrainer(ABC):
         self.not_improved = 0
         self.batches_done = 0
         self.start_epoch, self.start_batch, self.global_step = 1, 0, 0
+        self.start_offset = 0        # images of the first epoch that were done in batches of another size
         self.last_epoch = 0          # the last complete one
+        self.epoch_lr: float | None = None  # the rate at the beginning of the epoch
         self.finished = True         # False where a stop ended the run before its last epoch did
         self.resumed_inside = False  # an epoch: its checkpoint is of the middle until the end is written
         self.scaler = None
@@ -128,7 +132,8 @@ class BaseTrainer(ABC):
             for epoch in self._epochs_left():
                 start_batch = self.start_batch if epoch == self.start_epoch else 0
                 epoch_began = time.monotonic()
-                lr = self.optimizer.param_groups[0]["lr"]
+                if not (self.resumed_inside and epoch == self.start_epoch and self.epoch_lr is not None):
+                    self.epoch_lr = self.optimizer.param_groups[0]["lr"]
                 trained = self.train_epoch(epoch, start_batch)
                 if trained is None:
                     return self._stopped(epoch)
@@ -144,7 +149,8 @@ class BaseTrainer(ABC):
                 improved = self._is_better(figures)
                 self.not_improved = 0 if improved or self.monitor_mode == "off" else self.not_improved + 1
                 with self._writing():
-                    self._report(epoch, lr, figures, time.monotonic() - epoch_began, time.monotonic() - began, improved)
+                    self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began,
+                                 time.monotonic() - began, improved)
                     self._report_time(epoch, start_batch, train_seconds, time.monotonic() - epoch_began)
                 ends = epoch == self.epochs or self.not_improved >= self.early_stop
                 inside = self.resumed_inside and epoch == self.start_epoch
@@ -223,10 +229,13 @@ class BaseTrainer(ABC):
         return str(kept[-1]) if kept else "none yet"
 
     def _step_schedule(self, figures: dict[str, Any]) -> None:
-        if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            value = figures.get("val_loss") if figures.get("val_loss") is not None else figures["loss"]
-            self.lr_scheduler.step(value)
-        elif self.lr_scheduler is not None:
+        unit = getattr(self.lr_scheduler, "unit", "epoch")
+        if unit == "figure":
+            value = figures.get(self.monitor) if self.monitor_mode != "off" else figures.get("val_loss")
+            value = figures["loss"] if value is None and self.monitor_mode != "max" else value
+            if value is not None:
+                self.lr_scheduler.step(value)
+        elif self.lr_scheduler is not None and unit == "epoch":
             self.lr_scheduler.step()
 
     def _report(self, epoch: int, lr: float, figures: dict[str, Any], seconds: float, so_far: float,
@@ -301,13 +310,16 @@ class BaseTrainer(ABC):
             epoch: the epoch that the state belongs to.
             batch: how many of its batches are done, or None where the epoch is complete.
         """
+        position = None if batch is None else {"images": self.train_loader.images_done(batch),
+                                               "order": self._order_of(epoch)}
         judged = self.judged_model
         raw = {} if judged is self.model else {"raw_state_dict": self.model.state_dict()}
-        return {"arch": self.config["arch"]["type"], "epoch": epoch, "batch": batch, "global_step": self.global_step,
-                "state_dict": judged.state_dict(), **raw, "optimizer": self.optimizer.state_dict(),
-                "lr_scheduler": plain_state(self.lr_scheduler), "scaler": self.scaler and self.scaler.state_dict(),
-                "monitor_best": self.best, "not_improved": self.not_improved, "rng": self._all_rng(),
-                "config": self.config, "data": self.data_facts, "extra": self.extra_state()}
+        return {"arch": self.config["arch"]["type"], "epoch": epoch, "batch": batch, "position": position,
+                "global_step": self.global_step, "state_dict": judged.state_dict(), **raw,
+                "optimizer": self.optimizer.state_dict(), "lr_scheduler": plain_state(self.lr_scheduler),
+                "epoch_lr": self.epoch_lr, "scaler": self.scaler and self.scaler.state_dict(),
+                "monitor": self.options["monitor"], "monitor_best": self.best, "not_improved": self.not_improved,
+                "rng": self._all_rng(), "config": self.config, "data": self.data_facts, "extra": self.extra_state()}
 
     def _all_rng(self) -> list[dict[str, Any]]:
         """Every rank's generator states, so that dropout goes on as it would have."""
@@ -371,28 +383,20 @@ class BaseTrainer(ABC):
         name = str(path or "the checkpoint")
         if "optimizer" not in checkpoint or not isinstance(checkpoint.get("epoch"), int):
             raise ConfigError(f"{name}: holds weights only; start a new run from them with --pretrained {name}")
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{name}: its optimizer state doesn't fit this config ({error}); start a new run from "
-                              f"its weights with --pretrained {name}") from None
-        if self.lr_scheduler is not None and checkpoint.get("lr_scheduler"):
-            self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        elif self.lr_scheduler is not None:
-            # Checkpoints of the RIDE template carry no schedule: bring ours to the same epoch.
-            for _ in range(checkpoint["epoch"]):
-                self.lr_scheduler.step()
+        saved_config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
+        self._load_optimizer(checkpoint["optimizer"], saved_config, name)
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.best = checkpoint.get("monitor_best")
-        if isinstance(self.best, torch.Tensor):
-            self.best = self.best.item()
-        self.not_improved = checkpoint.get("not_improved") or 0
+        self._load_best(checkpoint)
+        self.epoch_lr = checkpoint.get("epoch_lr")
         batch = checkpoint.get("batch")
         self.resumed_inside = batch is not None
         self.start_epoch = checkpoint["epoch"] + (batch is None)
         self.last_epoch = self.start_epoch - 1
-        self.start_batch = batch or 0
+        if batch is not None:
+            self._find_position(checkpoint, batch, saved_config, name)
+        if self.lr_scheduler is not None:
+            self.bring_schedule_to(self._schedule_calls(), checkpoint.get("lr_scheduler"))
         step = checkpoint.get("global_step")
         self.global_step = checkpoint["epoch"] * len(self.train_loader) if step is None else step
         if "raw_state_dict" in checkpoint:  # `state_dict` is their average
@@ -405,6 +409,88 @@ class BaseTrainer(ABC):
         elif states:
             log.warning("the run was saved by %d processes and goes on with %d: dropout will differ", len(states),
                         dist.world_size())
+        changes = list(config_changes(saved_config, self.config))
+        if changes:
+            log.info("changed from what the checkpoint had, and in force from here: %s", "; ".join(changes))
+
+    def _load_optimizer(self, state: Any, saved_config: dict[str, Any], name: str) -> None:
+        """The optimizer's memory from a checkpoint; its numbers (rate, decay, momentum) stay the config's."""
+        kind, before = self.config["optimizer"].get("type"), (saved_config.get("optimizer") or {}).get("type")
+        if before is not None and before != kind:
+            raise ConfigError(f"optimizer.type: {name} was trained with {before}, whose state {kind} can't go on with; "
+                              f"start a new run from its weights with --pretrained {name}")
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{name}: its optimizer state doesn't fit this config ({error}); start a new run from "
+                              f"its weights with --pretrained {name}") from None
+        for group, numbers in zip(self.optimizer.param_groups, own):
+            saved = {key: group[key] for key in ("lr", "initial_lr") if key in group}
+            group.update(numbers)
+            if getattr(self.lr_scheduler, "unit", None) == "figure" and saved.get("initial_lr"):
+                # A plateau's rate is history: what it has become, by what the base rate is now.
+                group["lr"] = saved["lr"] * (numbers["lr"] / saved["initial_lr"])
+
+    def _load_best(self, checkpoint: dict[str, Any]) -> None:
+        """The best figure so far, unless it is another figure that is monitored now."""
+        best, monitor = checkpoint.get("monitor_best"), checkpoint.get("monitor")
+        if monitor is not None and monitor != self.options["monitor"] and best is not None:
+            log.info("trainer.monitor: %s instead of %s: the best so far begins anew", self.options["monitor"], monitor)
+            return
+        self.best = best.item() if isinstance(best, torch.Tensor) else best
+        self.not_improved = checkpoint.get("not_improved") or 0
+
+    def _find_position(self, checkpoint: dict[str, Any], batch: int, saved_config: dict[str, Any], name: str) -> None:
+        """Where in its epoch a run goes on: by images, since the batch's size may have changed. Raises ConfigError
+        where the epoch's order of images is another: some would be seen twice and others not at all."""
+        loader, position = self.train_loader, checkpoint.get("position") or {}
+        size = (saved_config.get("data_loader") or {}).get("args", {}).get("batch_size", loader.batch_size)
+        images = position.get("images", min(batch * size, loader.epoch_size))
+        if "order" in position and position["order"] != self._order_of(self.start_epoch):
+            raise ConfigError(f"{name}: was stopped inside epoch {self.start_epoch}, whose images now come in another "
+                              "order (another sampler, seed or data); go on with the old settings until the "
+                              "epoch's end, or from an earlier checkpoint")
+        self.start_batch, self.start_offset = divmod(images, loader.batch_size)
+        if self.start_offset and images < loader.epoch_size:
+            self.start_batch, self.start_offset = 0, images
+        elif self.start_offset:  # the epoch's last batch, which may be short
+            self.start_batch, self.start_offset = self.start_batch + 1, 0
+
+    def _schedule_calls(self) -> int:
+        """How often the schedule would have been called by now, had the run been this one from its beginning."""
+        if getattr(self.lr_scheduler, "unit", "epoch") != "step":
+            return self.last_epoch
+        inside = self.start_batch // (self.options["accumulate"])
+        if self.start_offset:
+            inside = round(self.start_offset / self.train_loader.epoch_size * self.steps_per_epoch)
+        return self.last_epoch * self.steps_per_epoch + inside
+
+    def _order_of(self, epoch: int) -> int:
+        """A fingerprint of the order in which an epoch's images come."""
+        return zlib.crc32(self.train_loader.epoch_order(epoch).tobytes())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return -(-len(self.train_loader) // (self.options["accumulate"]))
+
+    def bring_schedule_to(self, calls: int, saved: dict[str, Any] | None) -> None:
+        """Bring the schedule to where it is after `calls` calls of its `step`."""
+        raise NotImplementedError
+
+
+def config_changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[str]:
+    """What the config says otherwise than a checkpoint's: "optimizer.args.lr 0.05 -> 0.001". Where a run's files are
+    isn't told, nor keys that only one of them knows."""
+    for key in before.keys() & now.keys():
+        here = f"{path}{key}"
+        old, new = before[key], now[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from config_changes(old, new, f"{here}.")
+        elif old != new and here not in ("trainer.save_dir", "trainer.verbosity", "name"):
+            yield f"{here} {json.dumps(old)} -> {json.dumps(new)}"
+
 
 
 def plain_state(scheduler: Any) -> dict[str, Any] | None:

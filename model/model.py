@@ -161,6 +161,10 @@ class Model(BaseModel):
     def classifier_prefixes(self) -> list[str]:
         return ["backbone.linear."] if self.num_experts == 1 else ["backbone.linears."]
 
+    def stage_prefixes(self) -> list[tuple[str, ...]]:
+        return [("backbone.conv1.", "backbone.bn1.")] + [(f"backbone.layer{n}.", f"backbone.layer{n}s.")
+                                                        for n in range(1, self.backbone.num_stages + 1)]
+
     def stage2_prefixes(self) -> list[str]:
         scales = [name for name, _ in self.named_parameters() if name.endswith(".scales")]
         return scales or self.classifier_prefixes()

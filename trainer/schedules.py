@@ -1,43 +1,75 @@
-"""Optimizers and learning-rate schedules by name: torch's own, and RIDE's and BatchFormer's."""
+"""Optimizers and learning-rate schedules by name: torch's own, RIDE's and BatchFormer's, and ours."""
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
 from logger.log import get_logger
+from trainer.optim.groups import is_hidden_matrix, nothing_left, param_groups
+from trainer.optim.muon import Muon
+from trainer.optim.sam import SAM
 from utils.config.build import build
 from utils.config.schema import TRAINER, defaults
 from utils.errors import ConfigError
 
 log = get_logger()
+By = Literal["epoch", "step"]
+#: torch's schedules by how they are called: after each epoch, after each optimizer step, or with a figure.
+BY_EPOCH = ("StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "CosineAnnealingLR",
+            "CosineAnnealingWarmRestarts")
+BY_STEP = ("OneCycleLR", "CyclicLR")
+BY_FIGURE = ("ReduceLROnPlateau",)
+#: Optimizers of our own; they go before torch's of the same name.
+OPTIMIZERS = {"Muon": Muon, "SAM": SAM}
 
 
-def custom_lr(step1: int, step2: int, gamma: float = 0.1, warmup_epoch: int = 0) -> Callable[[int], float]:
-    """RIDE's schedule as a factor of the base rate, by epoch e = 0, 1, ...
+# ---------------------------------------------------------------------- our schedules: a factor of the base rate
 
-    1, then gamma from `step1`, gamma squared from `step2`; during the first `warmup_epoch` epochs also
-    times (e + 1) / warmup_epoch.
+def warm_up(t: float, warmup_epoch: float, unit: float, start: float = 0.0) -> float:
+    """The factor after time t (epochs) of a warm-up over `warmup_epoch` epochs; `unit` is how long a rate lasts.
+
+    It rises in a line from `start` before the first unit to 1 in the last: RIDE's (e + 1) / warmup_epoch where the unit
+    is an epoch.
     """
-    def factor(epoch: int) -> float:
-        value = gamma ** ((epoch >= step1) + (epoch >= step2))
-        return value * (epoch + 1) / warmup_epoch if epoch < warmup_epoch else value
-    return factor
+    return start + (1 - start) * min(1.0, (t + unit) / warmup_epoch) if t < warmup_epoch else 1.0
 
 
-def cos_lr(epochs: int, warmup_epoch: int = 0) -> Callable[[int], float]:
-    """Linear warm-up, then a cosine from 1 at epoch `warmup_epoch` towards 0 at epoch `epochs` (e = 0, 1, ...).
+def custom_lr(step1: int, step2: int, gamma: float = 0.1, warmup_epoch: float = 0, warmup_start: float = 0.0,
+              by: By = "epoch", unit: float = 1.0) -> Callable[[float], float]:
+    """RIDE's schedule as a factor of the base rate, by time t in epochs (t = e = 0, 1, ... with `by` epoch).
+
+    1, then gamma from `step1`, gamma squared from `step2`; during the first `warmup_epoch` epochs also `warm_up`.
+    """
+    return lambda t: gamma ** ((t >= step1) + (t >= step2)) * warm_up(t, warmup_epoch, unit, warmup_start)
+
+
+def cos_lr(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, by: By = "epoch",
+           unit: float = 1.0) -> Callable[[float], float]:
+    """Warm-up, then a cosine from 1 at time `warmup_epoch` towards 0 at `run_epochs`.
 
     BatchFormer's CosLR multiplies by the rate twice and leaves its warm-up out; this is what its name promises.
     """
-    def factor(epoch: int) -> float:
-        if epoch < warmup_epoch:
-            return (epoch + 1) / warmup_epoch
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - warmup_epoch) / max(1, epochs - warmup_epoch))))
+    def factor(t: float) -> float:
+        if t < warmup_epoch:
+            return warm_up(t, warmup_epoch, unit, warmup_start)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (t - warmup_epoch) / max(unit, run_epochs - warmup_epoch))))
+    return factor
+
+
+def linear_lr0(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, by: By = "epoch",
+               unit: float = 1.0) -> Callable[[float], float]:
+    """Warm-up, then a line from 1 at time `warmup_epoch` to 0 at `run_epochs`."""
+    def factor(t: float) -> float:
+        if t < warmup_epoch:
+            return warm_up(t, warmup_epoch, unit, warmup_start)
+        return max(0.0, 1 - (t - warmup_epoch) / max(unit, run_epochs - warmup_epoch))
     return factor
 
 
@@ -56,92 +88,183 @@ def iteration_lr(milestones: list[int], gamma: float = 0.1, warmup_iters: int = 
     return factor
 
 
-#: Schedules of our own: config name -> factor of the base rate; the program gives `epochs`.
-SCHEDULES = {"CustomLR": custom_lr, "CosLR": cos_lr, "IterationLR": iteration_lr}
+#: Schedules of our own: config name -> factor of the base rate; the program gives `run_epochs` and `unit`.
+SCHEDULES = {"CustomLR": custom_lr, "CosLR": cos_lr, "LinearLR0": linear_lr0, "IterationLR": iteration_lr}
 
 
 def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimizer, epochs: int,
-                    path: str = "lr_scheduler") -> torch_schedulers.LRScheduler | None:
-    """The schedule a config names, stepped once an epoch; None where the config has none.
+                    steps_per_epoch: int = 1, path: str = "lr_scheduler",
+                    monitor: str = "off") -> torch_schedulers.LRScheduler | None:
+    """The schedule a config names; None where the config has none.
+
+    Its attribute `unit` says when to call `step()`: after each "epoch", after each optimizer "step", or after each
+    epoch with a "figure".
 
     Args:
-        spec: {"type": CustomLR | CosLR | IterationLR | any name in torch.optim.lr_scheduler, "args": {...}}.
-        epochs: the run's length, for CosLR.
+        spec: {"type": CustomLR | CosLR | LinearLR0 | IterationLR | a name in torch.optim.lr_scheduler, "args": {...}}.
+        epochs, steps_per_epoch: the run's length.
+        monitor: `trainer.monitor`, whose direction a plateau is judged by.
     Raises:
-        ConfigError: unknown type or arguments.
+        ConfigError: unknown type or arguments, or a schedule that is called in a way that training can't.
     """
     if not spec or not spec.get("type"):
         return None
-    args = dict(spec.get("args") or {})
-    if spec["type"] in ("CustomLR", "CosLR") and args.get("warmup_epoch") == 1 and args.get("by", "epoch") == "epoch":
-        log.warning("%s.args.warmup_epoch: 1 is no warm-up: its first epoch, as in RIDE, has (0 + 1) / 1 of the rate; "
-                    "give 2 or more", path)
-    if spec["type"] == "CustomLR":
-        for key in ("step1", "step2"):
-            if key not in args:
-                raise ConfigError(f"{path}.args.{key}: missing; CustomLR needs the epochs step1 and step2")
-        return torch_schedulers.LambdaLR(optimizer, custom_lr(**args))
-    if spec["type"] == "CosLR":
-        # Old configs carry CustomLR's steps along; the cosine has no use for them.
-        return torch_schedulers.LambdaLR(optimizer, cos_lr(epochs, args.get("warmup_epoch", 0)))
-    if spec["type"] == "IterationLR":
-        schedule = torch_schedulers.LambdaLR(optimizer, iteration_lr(**args))
-        schedule.by_iteration = True  # the trainer steps it after each optimizer step, not after each epoch
-        return schedule
+    kind, args = spec["type"], dict(spec.get("args") or {})
+    if kind in SCHEDULES:
+        return _own(kind, args, optimizer, epochs, steps_per_epoch, path)
+    if kind in BY_STEP:
+        args, unit = _by_step(kind, args, epochs, steps_per_epoch, path)
+    elif kind in BY_FIGURE:
+        args, unit = _by_figure(kind, args, monitor, path), "figure"
+    else:
+        unit = "epoch"
+        if hasattr(torch_schedulers, kind) and kind not in BY_EPOCH:
+            raise ConfigError(f"{path}.type: {kind} is called in a way that training doesn't know; use one of "
+                              f"{', '.join((*SCHEDULES, *BY_EPOCH, *BY_STEP, *BY_FIGURE))}")
     try:
-        schedule = build(torch_schedulers, spec, path, optimizer)
-    except (TypeError, ValueError) as error:
+        schedule = build(torch_schedulers, {"type": kind, "args": args}, path, optimizer)
+    except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}.args: {error}") from None
-    if getattr(schedule, "total_steps", epochs) < epochs:  # OneCycleLR fails beyond its end
-        raise ConfigError(f"{path}.args: {spec['type']} ends after {schedule.total_steps} epochs, and trainer.epochs "
-                          f"is {epochs}; give total_steps: {epochs}")
+    schedule.unit = unit
     return schedule
 
 
-def param_groups(model: torch.nn.Module, optimizer_args: dict[str, Any], classifier_prefixes: Iterable[str] = (),
-                 classifier_lr: float | None = None, no_decay_scale: bool = False) -> list[dict[str, Any]]:
-    """The trainable parameters, in the model's order, split only where a config asks for it.
+def _own(kind: str, args: dict[str, Any], optimizer: torch.optim.Optimizer, epochs: int, steps: int,
+         path: str) -> torch_schedulers.LRScheduler:
+    for key in {"CustomLR": ("step1", "step2"), "IterationLR": ("milestones",)}.get(kind, ()):
+        if key not in args:
+            raise ConfigError(f"{path}.args.{key}: missing; {kind} needs it")
+    if kind == "IterationLR":
+        schedule = torch_schedulers.LambdaLR(optimizer, iteration_lr(**args))
+        schedule.unit = "step"
+        return schedule
+    by = args.get("by", "epoch")
+    if by not in ("epoch", "step"):
+        raise ConfigError(f"{path}.args.by: must be \"epoch\" or \"step\", not {by!r}")
+    # Old configs carry CustomLR's steps along; a cosine has no use for them.
+    known = inspect.signature(SCHEDULES[kind]).parameters
+    args = {key: value for key, value in {**args, "run_epochs": epochs}.items() if key in known}
+    if args.get("warmup_epoch", 0) == 1 and by == "epoch":
+        log.warning("%s.args.warmup_epoch: 1 is no warm-up: the first epoch's factor is (0 + 1) / 1; use 2 or more, or "
+                    "\"by\": \"step\"", path)
+    unit = 1 / steps if by == "step" else 1.0
+    factor = SCHEDULES[kind](**args, unit=unit)
+    # k / steps rather than k * unit: exact at the epochs' borders.
+    schedule = torch_schedulers.LambdaLR(optimizer, (lambda k: factor(k / steps)) if by == "step" else factor)
+    schedule.unit = by
+    return schedule
 
-    Args:
-        classifier_lr: a rate of its own for the parameters under `classifier_prefixes` (Places-LT, Kang 2020).
-        no_decay_scale: no weight decay on NBN's learned scales (`scale_factor`).
+
+def _by_step(kind: str, args: dict[str, Any], epochs: int, steps: int, path: str) -> tuple[dict[str, Any], str]:
+    """(arguments, when it is called) of torch's schedules that count steps."""
+    if kind == "CyclicLR":
+        if "step_size_up" not in args:  # torch's 2,000 is longer than many a whole run
+            args["step_size_up"] = max(1, min(2 * steps, epochs * steps // 2))
+            log.info("%s: CyclicLR rises over %d steps, two epochs (Smith, WACV 2017); set args.step_size_up for "
+                     "another number", path, args["step_size_up"])
+        return args, "step"
+    if args.get("total_steps") is None and args.get("epochs") is None:
+        args["total_steps"] = epochs * steps
+    total = args.get("total_steps") or args["epochs"] * args.get("steps_per_epoch", steps)
+    if args.get("total_steps") is None:
+        args.setdefault("steps_per_epoch", steps)
+    if total >= epochs * steps:
+        return args, "step"
+    if args.get("total_steps") is not None and total >= epochs:
+        log.info("%s: OneCycleLR's total_steps (%d) counts epochs here, as the run has %d steps", path, total,
+                 epochs * steps)
+        return args, "epoch"
+    raise ConfigError(f"{path}.args: OneCycleLR ends after {total} steps, and the run has {epochs} epochs of {steps}; "
+                      "leave total_steps out")
+
+
+def _by_figure(kind: str, args: dict[str, Any], monitor: str, path: str) -> dict[str, Any]:
+    """A plateau is one of the monitored figure, in the monitor's direction; of the loss where nothing is monitored."""
+    mode = "min" if monitor == "off" else monitor.split()[0]
+    if args.get("mode", mode) != mode:
+        known = f"trainer.monitor is {monitor!r}" if monitor != "off" else "nothing is monitored, so it gets the loss"
+        raise ConfigError(f"{path}.args.mode: {args['mode']!r}, but {known}; use {mode!r} or monitor another figure")
+    return {**args, "mode": mode}
+
+
+# ---------------------------------------------------------------------- going on
+
+def bring_to(schedule: torch_schedulers.LRScheduler, steps: int, saved: dict[str, Any] | None) -> None:
+    """Bring a schedule that was just built to where it is after `steps` calls, so that its rate is the config's there.
+
+    It is replayed, not loaded: what a checkpoint remembers of numbers that the config changed would win. A plateau's
+    history can't be replayed, so that is loaded: its best figure and how long ago it was.
     """
-    prefixes = tuple(classifier_prefixes)
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_scale = no_decay_scale and name.endswith("scale_factor")
-        is_classifier = classifier_lr is not None and bool(prefixes) and name.startswith(prefixes)
-        group = groups.setdefault((is_scale, is_classifier), {"params": []})
-        group["params"].append(parameter)
-        if is_scale:
-            group["weight_decay"] = 0.0
-        if is_classifier:
-            group["lr"] = classifier_lr
-    if not groups:
-        raise ConfigError("optimizer: nothing to train, every parameter is frozen")
-    return list(groups.values())
+    if isinstance(schedule, torch_schedulers.ReduceLROnPlateau):
+        for key in ("best", "num_bad_epochs", "cooldown_counter", "last_epoch"):
+            if saved and key in saved:
+                setattr(schedule, key, saved[key])
+        return
+    if steps <= 0:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch wants an optimizer step before each call
+        if isinstance(schedule, torch_schedulers.LambdaLR | torch_schedulers.OneCycleLR | torch_schedulers.CyclicLR):
+            schedule.last_epoch = steps - 1  # their rate depends on the count alone
+            schedule._step_count = steps
+            schedule.step()
+        else:
+            for _ in range(steps):
+                schedule.step()
 
 
-def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, trainer_config: dict[str, Any] | None = None,
+# ---------------------------------------------------------------------- optimizers
+
+def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, options: dict[str, Any] | None = None,
                     path: str = "optimizer") -> torch.optim.Optimizer:
     """The optimizer a config names, over the model's trainable parameters.
 
-    Torch's fused step is used where the optimizer has one and the config doesn't choose: one kernel for all
-    parameters instead of a few per parameter.
+    spec: {"type": Muon | SAM | any of torch.optim, "args": {...}}. options: the config's `trainer`, see
+    `optim.groups.param_groups`. Torch's fused step is used where the optimizer has one and the config doesn't choose:
+    one kernel for all parameters instead of a few per parameter. Raises ConfigError.
     """
-    options = defaults(TRAINER, trainer_config or {})
+    options = defaults(TRAINER, options or {})
     args = dict(spec.get("args") or {})
-    prefixes = model.classifier_prefixes() if hasattr(model, "classifier_prefixes") else ()
-    groups = param_groups(model, args, prefixes, options["classifier_lr"], options["no_decay_scale"])
-    kind = getattr(torch.optim, str(spec.get("type")), None)
-    known = inspect.signature(kind).parameters if inspect.isclass(kind) else {}
-    chosen = {"fused", "foreach", "differentiable"} & set(args)
+    if spec.get("type") == "SAM":
+        base = args.pop("base", None)
+        if not isinstance(base, dict):
+            raise ConfigError(f"{path}.args.base: missing; SAM needs the optimizer that it works with, "
+                              "{\"type\": \"SGD\", \"args\": {\"lr\": 0.1}}")
+        base = build_optimizer(base, model, options, f"{path}.args.base")
+        return build({"SAM": partial(SAM, base.param_groups, base)}, {"type": "SAM", "args": args}, path)
+    if spec.get("type") == "Muon":
+        return _build_muon(args, model, options, path)
+    groups = param_groups(model, options, args.get("lr"))
+    nothing_left(groups)
+    return _build_torch(spec.get("type"), args, groups, options, path)
+
+
+def _build_muon(args: dict[str, Any], model: torch.nn.Module, options: dict[str, Any], path: str) -> Muon:
+    others = args.pop("others", None) or {"type": "SGD", "args": {"lr": 0.1, "momentum": 0.9, "nesterov": True}}
+    if not isinstance(others, dict) or others.get("type") in ("Muon", "SAM"):
+        raise ConfigError(f"{path}.args.others: must name the optimizer of stem, norms, biases and classifiers, "
+                          "{\"type\": \"SGD\", \"args\": {\"lr\": 0.1}}")
+    hidden = is_hidden_matrix(model)
+    lr = args.get("lr", inspect.signature(Muon).parameters["lr"].default)
+    groups = param_groups(model, options, lr, hidden)
+    inner = dict(others.get("args") or {})
+    rest = param_groups(model, options, inner.get("lr"), lambda name, p: not hidden(name, p))
+    nothing_left(groups or rest)
+    if not groups:
+        raise ConfigError(f"{path}.type: Muon finds no filter or matrix to train (everything but the classifier is "
+                          f"frozen); use {others['type']}")
+    second = _build_torch(others.get("type"), inner, rest, options, f"{path}.args.others") if rest else None
+    return build({"Muon": partial(Muon, groups, others=second)}, {"type": "Muon", "args": args}, path)
+
+
+def _build_torch(kind: Any, args: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any],
+                 path: str) -> torch.optim.Optimizer:
+    found = getattr(torch.optim, str(kind), None)
+    known = inspect.signature(found).parameters if inspect.isclass(found) else {}
     # Where fp16's scaler skips the very first step, the fused SGD leaves its momentum uninitialised.
-    if "fused" in known and not chosen and options["amp"] != "fp16":
-        args["fused"] = True
+    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(args) and options["amp"] != "fp16":
+        args = {**args, "fused": True}
     try:
-        return build(torch.optim, {"type": spec.get("type"), "args": args}, path, groups)
+        return build(torch.optim, {"type": kind, "args": args}, path, groups)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}.args: {error}") from None

@@ -16,7 +16,9 @@ from logger.log import get_logger
 from model import metric as metrics_module
 from trainer.evaluate import evaluate
 from trainer.hooks import HOOKS, make_hooks
+from trainer.optim.sam import SAM
 from trainer.precision import autocast, choose_precision
+from trainer.schedules import bring_to
 from utils import dist
 from utils.config.build import lookup
 from utils.config.outside import short_name
@@ -121,6 +123,8 @@ class Trainer(BaseTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         loss, outputs, figures = self._backward(parts)
         norm = self._update(loss, parts)
+        if getattr(self.lr_scheduler, "unit", "epoch") == "step":
+            self.lr_scheduler.step()
         if self.step_was_good:
             for hook in self.hooks:
                 hook.step_taken(outputs, plain_labels(parts[-1].labels), norm)
@@ -169,13 +173,33 @@ class Trainer(BaseTrainer):
             self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
         self.step_was_good = self._is_good(loss, norm)
+        sharp = isinstance(self.optimizer, SAM)
+        # With a scaler, a first gradient that overflowed is a step that the scaler skips.
+        if self.step_was_good and sharp and (self.scaler is None or bool(torch.isfinite(norm))):
+            self._climb(parts)
         if self.step_was_good:
             if self.scaler is not None:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             else:
                 self.optimizer.step()
+        if sharp:
+            self.optimizer.restore()  # where the step was skipped
         return norm
+
+    def _climb(self, parts: list[Part]) -> None:
+        """SAM's second pass: the gradients where the loss nearby is highest. Norms keep the first pass's statistics."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.optimizer.first_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler.update()  # the first pass's gradients are done with
+        loss, _, _ = self._backward(parts)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        for buffer, before in zip(self.model.buffers(), buffers):
+            buffer.copy_(before)
+        self.step_was_good = self._is_good(loss, self._gradient_norm())
 
     def _gradient_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.trainable if p.grad is not None]
@@ -229,7 +253,7 @@ class Trainer(BaseTrainer):
     def train_epoch(self, epoch: int, start_batch: int) -> dict[str, float] | None:
         """See BaseTrainer. Reads figures from the device every `trainer.log_step` steps only."""
         self._start_epoch(epoch, start_batch)
-        total = len(self.train_loader)
+        total = len(self.train_loader)  # of what is left of it, where batches of another size had its beginning
         began, images_seen = time.monotonic(), 0
         pending: list[torch.Tensor] = []
         self.batches_done = start_batch
@@ -269,9 +293,10 @@ class Trainer(BaseTrainer):
         self.model.train()
         self.criterion.train()
         self.criterion.set_epoch(epoch)
-        self.train_loader.set_epoch(epoch, start_batch)
+        offset = self.start_offset if epoch == self.start_epoch else 0
+        self.train_loader.set_epoch(epoch, start_batch, offset)
         self.bad_step = torch.full((), -1, dtype=torch.long, device=self.device)
-        if start_batch == 0:
+        if start_batch == 0 and not offset:
             self.means.reset()
         for hook in self.hooks:
             hook.epoch_begins(epoch)
@@ -336,6 +361,9 @@ class Trainer(BaseTrainer):
             log.info("dry run: a validation step on %d images, loss %.4f", result["n_samples"], result["loss"])
 
     # ------------------------------------------------------------------ around it
+
+    def bring_schedule_to(self, calls: int, saved: dict[str, Any] | None) -> None:
+        bring_to(self.lr_scheduler, calls, saved)
 
     def extra_state(self) -> dict[str, Any]:
         states = {hook.key: hook.state_dict() for hook in self.hooks if hook.key}

@@ -62,7 +62,7 @@ class DetectionTrainer(Trainer):
     """A Trainer of models whose losses are their own (`loss` and its parts) and whose figures are box and mask AP.
 
     With `trainer.iterations` the run ends after so many optimizer steps, in the middle of an epoch if need be (or
-    after `trainer.epochs`, if that is less). A schedule of the type IterationLR is stepped after each step.
+    after `trainer.epochs`, if that is less).
     """
 
     hook_table = {**HOOKS, "Curves": DetectionCurves}
@@ -79,7 +79,6 @@ class DetectionTrainer(Trainer):
                 log.warning("trainer.epochs: %d epochs of %d steps end before trainer.iterations (%d)", self.epochs,
                             self.steps_an_epoch, self.iterations)
             self.epochs = min(self.epochs, needed)
-        self.by_iteration = getattr(self.lr_scheduler, "by_iteration", False)
 
     def compute(self, part: Part, whole: Any) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
         """The detector's own losses: `loss` and its parts. images: list of [3, H, W]; labels: see the loaders."""
@@ -87,24 +86,10 @@ class DetectionTrainer(Trainer):
         figures = {name: value.detach() for name, value in losses.items()}
         return losses["loss"], figures, figures
 
-    def _update(self, loss: torch.Tensor, parts: list[Part]) -> torch.Tensor:
-        norm = super()._update(loss, parts)
-        if self.by_iteration:
-            self.lr_scheduler.step()
-        return norm
-
     def _start_epoch(self, epoch: int, start_batch: int) -> None:
         if self.iterations:
             self.train_loader.batch_limit = self.iterations - (epoch - 1) * self.steps_an_epoch
         super()._start_epoch(epoch, start_batch)
-
-    def _step_schedule(self, figures: dict[str, Any]) -> None:
-        if not self.by_iteration:
-            super()._step_schedule(figures)
-
-    def _report(self, epoch: int, lr: float, *more: Any) -> None:
-        # A rate that changes within the epoch is reported as it ended, wherever a resumed run began.
-        super()._report(epoch, self.optimizer.param_groups[0]["lr"] if self.by_iteration else lr, *more)
 
     # ------------------------------------------------------------------ evaluation
 

@@ -1,0 +1,1 @@
+"""Optimizers of our own, and which parameters go together."""

@@ -1,0 +1,70 @@
+"""Which parameters an optimizer treats alike: decay, rates of their own, rates that fall with depth."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from utils.errors import ConfigError
+
+
+def param_groups(model: nn.Module, options: dict[str, Any], base_lr: float | None = None,
+                 wanted: Callable[[str, nn.Parameter], bool] = lambda name, parameter: True) -> list[dict[str, Any]]:
+    """The trainable parameters that are `wanted`, in the model's order, split only where `options` asks for it.
+
+    options (the config's `trainer`):
+        classifier_lr: a rate of its own for the classifier (Places-LT; Kang et al., ICLR 2020).
+        no_decay_scale: no weight decay on NBN's learned scales (`scale_factor`).
+        no_decay: "norm_bias": none on one-dimensional parameters (norms' weights, biases, scales).
+        layer_decay: the rate is multiplied by it once for each stage between a parameter and the classifier, as is
+            usual in fine-tuning (Clark et al., ELECTRA, ICLR 2020).
+    base_lr: the optimizer's rate, which layer_decay needs.
+    """
+    prefixes = tuple(classifier_prefixes(model))
+    classifier_lr, layer_decay = options["classifier_lr"], options["layer_decay"]
+    stages = model.stage_prefixes() if layer_decay is not None else []
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or not wanted(name, parameter):
+            continue
+        undecayed = (bool(options["no_decay_scale"]) and name.endswith("scale_factor")) or (
+            options["no_decay"] == "norm_bias" and parameter.dim() <= 1)
+        is_classifier = bool(prefixes) and name.startswith(prefixes)
+        lr = classifier_lr if is_classifier else None
+        if stages:
+            lr = (base_lr if lr is None else lr) * layer_decay ** (len(stages) - stage_of(name, stages))
+        group = groups.setdefault((undecayed, lr), {"params": []})
+        group["params"].append(parameter)
+        if undecayed:
+            group["weight_decay"] = 0.0
+        if lr is not None:
+            group["lr"] = lr
+    return list(groups.values())
+
+
+def stage_of(name: str, stages: list[tuple[str, ...]]) -> int:
+    """The stage that a parameter belongs to, from 0 at the input; behind them all where it is in none (classifiers)."""
+    return next((number for number, prefixes in enumerate(stages) if name.startswith(prefixes)), len(stages))
+
+
+def classifier_prefixes(model: nn.Module) -> list[str]:
+    """The model's own word, and none for a module that isn't one of ours."""
+    return model.classifier_prefixes() if hasattr(model, "classifier_prefixes") else []
+
+
+def is_hidden_matrix(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+    """Whether a parameter is a convolution's filters or a matrix inside the network: not of the stem, which sees
+    pixels, and not of the classifier, whose rows are classes."""
+    stem = model.stage_prefixes()[0] if hasattr(model, "stage_prefixes") else ()
+    outside = (*classifier_prefixes(model), *stem)
+
+    def hidden(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.dim() >= 2 and not (outside and name.startswith(outside))
+    return hidden
+
+
+def nothing_left(groups: list[dict[str, Any]]) -> None:
+    """Raises ConfigError where there is nothing to train."""
+    if not groups:
+        raise ConfigError("optimizer: nothing to train, every parameter is frozen")

@@ -1,0 +1,73 @@
+"""Sharpness-aware minimization: the gradient is taken where the loss nearby is highest (Foret et al., ICLR 2021)."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from utils.errors import ConfigError
+
+
+class SAM(Optimizer):
+    """`first_step()` after one backward pass moves the weights to w + e, `second_step()` after another one moves them
+    back and lets `base` step with the gradient found there.
+
+    params, base: the groups of an optimizer, and it.
+    e = rho g / |g|, adaptive: rho w² g / |w g| (ASAM; Kwon et al., ICML 2021), norms over all parameters. Groups and
+    state are those of `base`, so schedules and checkpoints see one optimizer. Raises ConfigError for a rho that isn't
+    positive.
+    """
+
+    def __init__(self, params: Any, base: Any, rho: float = 0.05, adaptive: bool = False):
+        if not 0 < rho < math.inf:
+            raise ConfigError(f"optimizer.args.rho: must be greater than 0, not {rho}")
+        self.base, self.rho, self.adaptive = base, rho, adaptive
+        self._moved: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+        super().__init__(params, base.defaults)
+        self._share()
+
+    def _share(self) -> None:
+        self.base.param_groups, self.base.state = self.param_groups, self.state
+        if hasattr(self.base, "_share"):
+            self.base._share()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Move to where the loss is highest nearby, by the gradients that are there."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        directions = [p.grad for p in params]
+        if self.adaptive:
+            directions = torch._foreach_mul(params, directions)
+        norm = torch.nn.utils.get_total_norm(directions)
+        scale = self.rho / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        if self.adaptive:
+            directions = torch._foreach_mul(params, directions)
+        moves = torch._foreach_mul(directions, scale)
+        before = [p.clone() for p in params]
+        torch._foreach_add_(params, moves)
+        self._moved = params, before
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Back to the weights before `first_step`, to the last bit."""
+        if self._moved is not None:
+            torch._foreach_copy_(*self._moved)
+            self._moved = None
+
+    def second_step(self) -> None:
+        """Back, and a step of the base optimizer with the gradients that are there now."""
+        if self._moved is None:
+            raise RuntimeError("second_step() comes after first_step() and another backward pass")
+        self.restore()
+        self.base.step()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """The same as `second_step`; `closure` isn't evaluated."""
+        self.second_step()
