@@ -18,10 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tools.cli import Parser
 from tools.published import PUBLISHED, SOURCES
 from tools.run_table import COLUMNS, FIGURES, Row, csv_table, html_table, markdown_table, text_table
 from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of
-from utils.cli import Parser, run_main
+from utils.cli import run_main
 from utils.errors import ConfigError, unknown
 from utils.files import write_text
 

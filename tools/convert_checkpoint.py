@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.cli import Parser, run_main
+from tools.cli import Parser
+from utils.cli import run_main
 from utils.errors import ConfigError, RunError
 
 # Of an architecture's args, the ones that leave no trace in the weights are taken from the old config.

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli import check_file, parse_tool, run_main, tool_parser
+from tools.cli import check_file, parse_tool, tool_parser
+from utils.cli import run_main
 from utils.errors import ConfigError, RunError, unknown
 
 TOLERANCE = 1e-4     # largest difference of a logit

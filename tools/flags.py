@@ -5,7 +5,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from utils.cli import SetValue, add_named, add_overrides, base_parser, check_file, parse
+from tools.cli import SetValue, add_named, add_overrides, base_parser, check_file, parse
 from utils.errors import ConfigError
 
 #: Flags of a start from other weights: they are files, and config keys too so that a resumed run knows.

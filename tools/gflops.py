@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli import check_file, parse_tool, run_main, tool_parser
+from tools.cli import check_file, parse_tool, tool_parser
+from utils.cli import run_main
 from utils.config.check import constructor, task_of
 from utils.config.load import load_config
 from utils.config.schema import SECTIONS

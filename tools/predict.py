@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools.classify import Prediction, Predictions, classify, detect, facts_of, find_images
-from utils.cli import check_file, parse_tool, run_main, tool_parser
+from tools.cli import check_file, parse_tool, tool_parser
+from utils.cli import run_main
 from utils.errors import ConfigError, RunError
 
 # ---------------------------------------------------------------------- what is written

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from base.run_paths import RunPaths, run_of
-from utils.cli import Parser, add_set, check_device, check_file, run_main
+from tools.cli import Parser, add_set, check_device, check_file
+from utils.cli import run_main
 from utils.config.load import Override
 from utils.errors import ConfigError
 

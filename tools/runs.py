@@ -12,7 +12,7 @@ from typing import Any
 
 from base.run_paths import RunPaths, run_of
 from logger.metrics_csv import read_table
-from utils.config.load import read_json
+from utils.config.read import read_json
 from utils.errors import ConfigError
 
 LOSSES = {"CrossEntropyLoss": "CE", "FocalLoss": "focal loss", "LDAMLoss": "LDAM", "RIDELoss": "RIDE",

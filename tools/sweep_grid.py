@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from base.run_paths import RunPaths, new_run
+from tools.cli import value_of
 from tools.compare import COSMETIC
-from utils.cli import value_of
-from utils.config.load import Override, check_config, load_config, read_json
+from utils.config.load import Override, check_config, load_config
 from utils.config.outside import outside_flags, outside_names
+from utils.config.read import read_json
 from utils.errors import ConfigError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent

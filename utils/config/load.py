@@ -23,7 +23,7 @@ from utils.config.check import (
     task_of,
 )
 from utils.config.outside import is_outside, outside_names, refuse_outside
-from utils.config.read import MAX_BYTES, MAX_DEPTH, parse_json, plain, read_config, read_json  # noqa: F401  handed on
+from utils.config.read import MAX_DEPTH, plain, read_config
 from utils.config.schema import GROUPS, HOOKS, REQUIRED, SECTIONS, TOP, TRAINER, TRAINERS, Row
 from utils.errors import ConfigError, unknown
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from utils.config.annotation import parse
 from utils.config.check import constructor, known_types
-from utils.config.load import MAX_BYTES, Override, check_config, load_config
+from utils.config.load import Override, check_config, load_config
+from utils.config.read import MAX_BYTES
 from utils.config.schema import GROUPS, REQUIRED, SECTIONS, TOP, TRAINER, reference
 from utils.config.signature import of_callable
 from utils.errors import ConfigError
