@@ -35,9 +35,9 @@ def check_form(name: str, spec: Any, overrides: Sequence[Any] = ()) -> Any:
     for key in args:
         if key in section.reserved:
             raise ConfigError(f"{name}.args.{key}: can't be set here; it comes from {section.reserved[key]}")
-    _check_limits(args, f"{name}.args", "arch" if name == "distill_arch" else name)
-    for key, path, inner in _nested(name, args):
-        _check_limits(inner["args"], f"{path}.args", key)
+    _check_limits(args, f"{name}.args", section.what)
+    for _, part, path, inner in _nested(name, args):
+        _check_limits(inner["args"], f"{path}.args", part.what)
     return {"type": kind, "args": args}
 
 
@@ -59,8 +59,8 @@ def check_classes(name: str, spec: dict[str, Any], texts: Mapping[str, str]) -> 
         check_value(value, parse(dropped[key]), f"{name}.args.{key}", texts)
     args = check_args(found, {key: value for key, value in spec["args"].items() if key not in idle}, f"{name}.args",
                       section.provided, texts)
-    for key, path, inner in _nested(name, args):
-        inner = check_part(NESTED[key], inner, path, texts)
+    for key, part, path, inner in _nested(name, args):
+        inner = check_part(part, inner, path, texts)
         args[key] = args[key] if isinstance(args[key], str) else inner
     return {"type": kind, "args": args}
 
@@ -105,14 +105,14 @@ def _parts(path: str, spec: Any, overrides: Sequence[Any] = (), default: Any = .
     return kind, dict(args)
 
 
-def _nested(name: str, args: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(key, dotted path, {"type", "args"}) of each name or spec inside a section's arguments."""
-    for key in NESTED:
+def _nested(name: str, args: Mapping[str, Any]) -> Iterator[tuple[str, Section, str, dict[str, Any]]]:
+    """(key, what it is, dotted path, {"type", "args"}) of each name or spec inside a section's arguments."""
+    for key, part in NESTED.get(name, {}).items():
         value = args.get(key)
         if value is not None:
             path = f"{name}.args.{key}"
             kind, inner = _parts(path, {"type": value} if isinstance(value, str) else value)
-            yield key, path, {"type": kind, "args": inner}
+            yield key, part, path, {"type": kind, "args": inner}
 
 
 # ---------------------------------------------------------------------- classes by name
@@ -172,7 +172,7 @@ def check_within(value: Any, path: str, low: float | None = None, high: float | 
 
 
 def _check_limits(args: Mapping[str, Any], path: str, what: str) -> None:
-    limits = LIMITS.get(f"{what}.args", {})
+    limits = LIMITS.get(what, {})
     for key in sorted(args.keys() & limits.keys()):
         check_within(args[key], f"{path}.{key}", **limits[key])
 

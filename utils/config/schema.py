@@ -142,14 +142,19 @@ SECTIONS = {
                             dropped={kind: {"step1": "int", "step2": "int", "gamma": "float"}
                                      for kind in ("CosLR", "LinearLR0")}, default={}),
 }
-#: Names and specs inside arguments, wherever they stand.
-NESTED = {
+_IN_ARCH = {
     "classifier": Section("classifier", ("model.classifier:HEADS",), "torch.nn:Module", placed=3),
     "norm": Section("norm", ("model.norm.convert:NORMS",), "torch.nn:Module", placed=1,
                     reserved={"affine": "the norm it takes the place of"}),
-    "sampler": Section("sampler", ("data_loader.samplers:SAMPLERS",), "torch.utils.data:Sampler",
-                       provided=("epochs",), reserved={"targets": "the data", "seed": "the top-level key seed",
-                                                       "rank": "torchrun", "world_size": "torchrun"}),
+}
+#: Names and specs inside a section's arguments: section -> argument -> what it is.
+NESTED = {
+    "arch": _IN_ARCH, "distill_arch": _IN_ARCH,
+    "data_loader": {"sampler": Section(
+        "sampler", ("data_loader.samplers:SAMPLERS",), "torch.utils.data:Sampler", provided=("epochs",),
+        reserved={"targets": "the data", "seed": "the top-level key seed", "rank": "torchrun",
+                  "world_size": "torchrun"})},
+    "optimizer": {"base": SECTIONS["optimizer"], "others": SECTIONS["optimizer"]},
 }
 #: What `trainer.hooks` lists.
 HOOKS = Section("hook", ("trainer.hooks:HOOKS",), "trainer.hooks.base:Hook", placed=1)
@@ -161,17 +166,17 @@ METRICS = "model.metric"
 #: Figures that can be monitored beside the loss and the config's metrics.
 MONITORED = ("loss", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc", "bbox_AP", "segm_AP")
 
-#: Ranges that hold for an argument whatever class takes it. Constructors check what is theirs alone.
+#: What a section is -> ranges that hold for an argument whatever class takes it. Constructors check what is theirs.
 LIMITS = {
-    "arch.args": {"num_experts": {"low": 1}, "num_classes": {"low": 1}, "top_choices_num": {"low": 1},
-                  "pos_weight": {"above": 0}, "layer2_output_dim": {"low": 1}, "layer3_output_dim": {"low": 1},
-                  "layer4_output_dim": {"low": 1}},
-    "data_loader.args": {"batch_size": {"low": 1}, "num_workers": {"low": 0}, "image_size": {"low": 1}},
-    "optimizer.args": {"lr": {"above": 0}, "weight_decay": {"low": 0}},
-    "lr_scheduler.args": {"step1": {"low": 0}, "step2": {"low": 0}, "warmup_epoch": {"low": 0}, "T_max": {"low": 1},
-                          "T_0": {"low": 1}, "T_mult": {"low": 1}, "step_size": {"low": 1}, "total_iters": {"low": 1},
-                          "gamma": {"low": 0}, "step_size_up": {"low": 1}, "step_size_down": {"low": 1}},
-    "norm.args": {"eps": {"above": 0}, "momentum": {"low": 0, "high": 1}, "num_groups": {"low": 1}},
+    "model": {"num_experts": {"low": 1}, "num_classes": {"low": 1}, "top_choices_num": {"low": 1},
+              "pos_weight": {"above": 0}, "layer2_output_dim": {"low": 1}, "layer3_output_dim": {"low": 1},
+              "layer4_output_dim": {"low": 1}},
+    "data loader": {"batch_size": {"low": 1}, "num_workers": {"low": 0}, "image_size": {"low": 1}},
+    "optimizer": {"lr": {"above": 0}, "weight_decay": {"low": 0}},
+    "schedule": {"step1": {"low": 0}, "step2": {"low": 0}, "warmup_epoch": {"low": 0}, "T_max": {"low": 1},
+                 "T_0": {"low": 1}, "T_mult": {"low": 1}, "step_size": {"low": 1}, "total_iters": {"low": 1},
+                 "gamma": {"low": 0}, "step_size_up": {"low": 1}, "step_size_down": {"low": 1}},
+    "norm": {"eps": {"above": 0}, "momentum": {"low": 0, "high": 1}, "num_groups": {"low": 1}},
 }
 
 
