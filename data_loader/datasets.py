@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.checkpoint.safe_pickle import read_arrays
+from utils.checkpoint.plain_pickle import read_arrays
 from utils.dist import rank
 from utils.errors import ConfigError
 

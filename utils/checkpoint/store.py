@@ -1,6 +1,6 @@
 """Checkpoints: written whole as plain tensors and data, read without running anything in them.
 
-What is read is tensors and plain data, whoever wrote the file: see `torch_file` and `safe_pickle`.
+What is read is tensors and plain data, whoever wrote the file: see `torch_file` and `plain_pickle`.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.checkpoint.safe_pickle import Inert, Refused
+from utils.checkpoint.plain_pickle import Inert, Refused, settled
 from utils.checkpoint.torch_file import read_torch_file
 from utils.errors import ConfigError
 from utils.files import atomic_write
@@ -78,7 +78,7 @@ def _plain(value: Any, where: str) -> Any:
 def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
     """The checkpoint at `path` as a dict of tensors and plain data; nothing in the file is ever run.
 
-    Objects beside the weights (RIDE's pickled configuration) come as `safe_pickle.Inert`. Raises ConfigError,
+    Objects beside the weights (RIDE's pickled configuration) come as `plain_pickle.Inert`. Raises ConfigError,
     with the file's name and what is wrong, where it is missing, damaged, would run code, or holds no weights that can
     be read as plain tensors.
     """
@@ -87,7 +87,7 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
         _check_weights(checkpoint)
     except Refused as error:
         raise ConfigError(f"{path}: refused, {error}") from error
-    return checkpoint if str(map_location) == "cpu" else _moved(checkpoint, torch.device(map_location), {})
+    return checkpoint if str(map_location) == "cpu" else settled(checkpoint, torch.device(map_location))
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -155,28 +155,6 @@ def _check_weights(checkpoint: Any) -> None:
         if not isinstance(key, str) or (where and not isinstance(value, (torch.Tensor, np.ndarray))):
             shown = value.name if isinstance(value, Inert) else type(value).__name__
             raise Refused(f"its weights can't be read as plain tensors ({where}: {str(key)[:80]!r} is a {shown[:80]})")
-
-
-def _moved(value: Any, device: torch.device, done: dict[int, Any]) -> Any:
-    """`value` with its tensors on `device`; `done` keeps shared parts shared, and circles finite."""
-    if id(value) in done:
-        return done[id(value)][0]
-    if isinstance(value, torch.Tensor):
-        result: Any = value.to(device)
-    elif isinstance(value, dict):
-        result = type(value)()
-        done[id(value)] = result, value
-        result.update((key, _moved(item, device, done)) for key, item in value.items())
-    elif type(value) is list:
-        result = []
-        done[id(value)] = result, value
-        result.extend(_moved(item, device, done) for item in value)
-    elif type(value) is tuple:
-        result = tuple(_moved(item, device, done) for item in value)
-    else:
-        return value
-    done[id(value)] = result, value
-    return result
 
 
 def newest_good_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict] | None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from utils.checkpoint.safe_pickle import Inert
+from utils.checkpoint.plain_pickle import Inert
 from utils.checkpoint.store import (
     load_checkpoint,
     newest_good_checkpoint,
@@ -201,6 +201,30 @@ def test_rides_config_is_inert(tmp_path, monkeypatch, kind):
     assert recover_config(read)["arch"] == {"type": "ResNet32Model", "args": {"num_classes": 10}}
 
 
+class Options(dict):
+    pass
+
+
+class Names(list):
+    pass
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_kinds_of_dict_and_list_and_other_protocols(tmp_path, protocol):
+    """torch's reader has no place for these beside the weights, and knows protocol 2 alone; the weights are read."""
+    options, names = Options(lr=0.1), Names(["ant", "bee"])
+    options.note = "x"
+    base = torch.arange(6.0)
+    torch.save({"state_dict": {"a": base[1:], "b": base, "empty": torch.zeros(0)}, "config": options, "names": names,
+                "counts": np.arange(3)}, tmp_path / "a.pth", pickle_protocol=protocol)
+    read = load_checkpoint(tmp_path / "a.pth")
+    assert same(read["state_dict"], {"a": base[1:], "b": base, "empty": torch.zeros(0)})
+    read["state_dict"]["b"][1] = 7
+    assert read["state_dict"]["a"][0] == 7 and read["counts"].tolist() == [0, 1, 2]
+    assert read["config"].pairs == {"lr": 0.1} and read["config"].attribute("note") == "x"
+    assert plain_data(read["names"]) == ["ant", "bee"]
+
+
 def test_recover_config_of_others():
     assert recover_config({"config": {"arch": {}}}) == {"arch": {}}
     assert recover_config({}) is None and recover_config({"config": "x"}) is None
@@ -255,6 +279,7 @@ def forged(path: Path, program: bytes, storages: dict[str, bytes] | None = None,
     """A torch archive with this pickle in it."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
         for name, content in {**{f"data/{key}": raw for key, raw in (storages or {}).items()}, **entries}.items():
             archive.writestr(f"archive/{name}", content)
     return path
