@@ -51,7 +51,7 @@ class Trainer(BaseTrainer):
     """Trains one model with one criterion.
 
     Args:
-        criterion: called as `criterion(outputs, labels)` with the model's dict; has `set_epoch`.
+        criterion: called as `criterion(outputs, labels)` with the model's dict; told each epoch if it has `set_epoch`.
         teacher: a model whose logits join the outputs as `teacher` [N, C] (distillation), or None.
         Others as in BaseTrainer.
     """
@@ -292,7 +292,8 @@ class Trainer(BaseTrainer):
         self.epoch = epoch
         self.model.train()
         self.criterion.train()
-        self.criterion.set_epoch(epoch)
+        if hasattr(self.criterion, "set_epoch"):  # a plain module of somebody's has no epochs
+            self.criterion.set_epoch(epoch)
         offset = self.start_offset if epoch == self.start_epoch else 0
         self.train_loader.set_epoch(epoch, start_batch, offset)
         self.bad_step = torch.full((), -1, dtype=torch.long, device=self.device)

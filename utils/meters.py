@@ -27,10 +27,11 @@ class Means:
         self.sums: dict[str, torch.Tensor] = {}
         self.count = 0
 
-    def add(self, values: dict[str, torch.Tensor], n: int) -> None:
-        """Add a batch's mean `values` (0-d tensors) over `n` images; n = 0 counts nothing."""
+    def add(self, values: dict[str, torch.Tensor | float], n: int) -> None:
+        """Add a batch's mean `values` (0-d tensors, or numbers) over `n` images; n = 0 counts nothing."""
         for name, value in values.items():
-            term = value.detach().to(self.dtype) * n if n else torch.zeros((), dtype=self.dtype, device=self.device)
+            value = torch.as_tensor(value, dtype=self.dtype, device=self.device).detach()
+            term = value * n if n else torch.zeros((), dtype=self.dtype, device=self.device)
             if name in self.sums:
                 self.sums[name] += term
             else:

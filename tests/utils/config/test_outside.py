@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import train
 from tools.session import config_of, find_start, make_criterion, make_loader, make_model, open_run
 from trainer import trainer_class
 from trainer.schedules import build_optimizer, build_scheduler
@@ -35,6 +36,10 @@ class Loss(LDAMLoss):
     def __init__(self, cls_num_list: list | None = None, power: float = 2.0, s: float = 20.0):
         super().__init__(cls_num_list, s=s)
         self.power = power
+
+class Plain(nn.Module):
+    def forward(self, outputs, target):
+        return nn.functional.cross_entropy(outputs["output"], target)
 
 class Momentum(torch.optim.SGD):
     def __init__(self, weights, lr: float, momentum: float = 0.5):
@@ -150,6 +155,14 @@ def test_a_module_that_fails_says_why(own, tmp_path, text, said):
     (tmp_path / own.replace(".", "/")).with_name("broken.py").write_text(text)
     with pytest.raises(ConfigError, match=rf"^loss\.type: .*broken.*{said}"):
         check_config(config(loss__type=f"{own.partition('.')[0]}.broken:Loss"))
+
+
+def test_a_run_with_them(own, tmp_path, capsys):
+    """The loss is a plain module here: no counts, no epochs."""
+    raw = {**with_all(own), "loss": {"type": f"{own}:Plain"}}
+    (tmp_path / "own.json").write_text(json.dumps(raw))
+    assert train.main(["-c", "own.json", "--dry_run", "-d", "cpu"]) == 0
+    assert "everything builds and runs" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- a config that comes with a checkpoint
