@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from model.norm import MABN2d
+from model.weights.efficientnet import from_efficientnet
 from utils.checkpoint.store import find_weights, load_checkpoint, strip_module
 from utils.errors import ConfigError
 
@@ -108,7 +109,7 @@ def from_mabn(weights: Weights) -> Weights:
 ORIGINS: dict[str, Callable[[Any], Weights]] = {
     "ours": lambda weights: weights, "RIDE": from_ride, "classifier-balancing": from_classifier_balancing,
     "NBN": from_nbn, "MABN": from_mabn, "ResNet": from_resnet,
-    "encoder": from_encoder}
+    "encoder": from_encoder, "EfficientNet": from_efficientnet}
 
 
 def _respelt(key: str, spellings: Iterable[tuple[str, str]]) -> str:
@@ -144,6 +145,8 @@ def _read(checkpoint: dict) -> tuple[str, dict]:
         return "NBN", weights
     if ends & set(_MABN_DEMO) or ("buffer_x2" in ends and not any(key.startswith(PREFIX) for key in weights)):
         return "MABN", weights
+    if "_conv_stem.weight" in weights:
+        return "EfficientNet", weights
     trunk = _trunk(weights)
     if trunk and (trunk[1] or trunk[0] not in ("", PREFIX, "model." + PREFIX)):
         return "encoder", weights
