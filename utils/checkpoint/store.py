@@ -78,10 +78,10 @@ def _plain(value: Any, where: str) -> Any:
 def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
     """The checkpoint at `path` as a dict of tensors and plain data; nothing in the file is ever run.
 
-    Objects beside the weights (RIDE's pickled configuration) come as `plain_pickle.Inert`; `optimizer` is the plain dict
-    that its project wrote (RIDE's: `lr` as decayed, `initial_lr` before it, and no schedule's state). Raises ConfigError,
-    with the file's name and what is wrong, where it is missing, damaged, would run code, or holds no weights that can
-    be read as plain tensors.
+    Objects beside the weights (RIDE's pickled configuration) come as `plain_pickle.Inert`; `optimizer` is the plain
+    dict that its project wrote (RIDE's: `lr` as decayed, `initial_lr` before it, and no schedule's state). Raises
+    ConfigError, with the file's name and what is wrong, where it is missing, damaged, would run code, or holds no
+    weights that can be read as plain tensors.
     """
     checkpoint = read_torch_file(path)
     try:

@@ -186,7 +186,8 @@ def ride_like(monkeypatch) -> dict:
     arch = {"type": "ResNet32Model", "args": {"num_classes": 10}}
     config = collections.OrderedDict(name="x", arch=arch, metrics=["a"])
     return {"arch": "ResNet32Model", "epoch": 7, "state_dict": nn.Linear(2, 3).state_dict(),
-            "monitor_best": np.float64(0.4), "optimizer": {"state": {}, "param_groups": [{"lr": 0.01, "initial_lr": 0.1, "params": [0]}]},
+            "monitor_best": np.float64(0.4),
+            "optimizer": {"state": {}, "param_groups": [{"lr": 0.01, "initial_lr": 0.1, "params": [0]}]},
             "config": ConfigParser(config)}
 
 
