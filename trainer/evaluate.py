@@ -1,6 +1,7 @@
 """One pass over a split: the figures of test.py, of each epoch's validation and of the report."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
 from utils.class_counts import FEW, GROUPS, MANY
+from utils.config.check import metric_kind
 from utils.meters import Means
 
 Head = Callable[[dict[str, Any]], torch.Tensor]
@@ -30,7 +32,8 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
     Args:
         model: returns the contract's dict; put in evaluation mode here.
         criterion: for `loss` (its evaluation mode); cross-entropy of the logits without one.
-        metrics: more figures by name, functions of (logits [N, C], labels [N]).
+        metrics: more figures by name: functions of (output [N, C], target [N]), whose mean over the images is taken,
+            or of (probs [N, C], labels [N]), the whole split's on every rank; None for what is counted anyway.
         groups: {"many": 100, "few": 20}, the limits of training counts.
         head: other logits [N, C] from the model's dict (NCM, tau-normalised), in place of `output`.
         max_batches: stop early (a dry run).
@@ -51,6 +54,9 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
     state = EvalState(len(loader.cls_num_list), device, num_experts if num_experts > 1 else 0, confusion)
     means = Means(device)
     kept: list[tuple[torch.Tensor, ...]] = []
+    batchwise, whole_split = ({name: function for name, function in (metrics or {}).items()
+                               if metric_kind(function) == kind} for kind in ("batch", "split"))
+    probs: list[tuple[torch.Tensor, torch.Tensor]] = []
     began = time.monotonic()
     for batch, (images, labels) in enumerate(loader):
         if max_batches is not None and batch >= max_batches:
@@ -68,11 +74,13 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
                                            "sample_num_experts": outputs.get("sample_num_experts")}
         if own.get("expert_logits") is not None and own["expert_logits"].shape[1] != num_experts:
             own["expert_logits"] = None  # `use_experts` left some out
-        figures = {name: function(logits, labels) for name, function in (metrics or {}).items()}
+        figures = {name: function(logits, labels) for name, function in batchwise.items()}
         if criterion is not None and head is None:
             whole = {"whole": WholeBatch(labels, n, n, n_global)} if dist.world_size() > 1 else {}
             figures["loss"] = criterion({**outputs, **whole}, labels)
         means.add(figures, n)
+        if whole_split:
+            probs.append((logits[:n].softmax(1), labels[:n]))
         if n == 0:
             continue
         state.update(logits, labels, **own)
@@ -85,6 +93,10 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         dist.all_reduce_sum(tensor)
     result = state.compute(loader.cls_num_list, **{"many": MANY, "few": FEW, **(groups or {})})
     result.update(means.read(reduce=True))
+    if whole_split:
+        everyone = [dist.all_gather_with_grad(torch.cat(part))[0] for part in zip(*probs)]
+        values = {name: float(function(*everyone)) for name, function in whole_split.items()}
+        result.update({name: value if math.isfinite(value) else None for name, value in values.items()})
     result["seconds"] = time.monotonic() - began
     if confusion:
         result["confusion"] = state.confusion()

@@ -13,7 +13,6 @@ from torch import nn
 from base.base_trainer import BaseTrainer
 from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
-from model import metric as metrics_module
 from trainer.evaluate import evaluate
 from trainer.hooks import HOOKS, make_hooks
 from trainer.optim.sam import SAM
@@ -21,6 +20,7 @@ from trainer.precision import autocast, choose_precision
 from trainer.schedules import bring_to
 from utils import dist
 from utils.config.build import lookup
+from utils.config.check import metric_kind, metric_table
 from utils.config.outside import short_name
 from utils.config.schema import TOP, defaults
 from utils.errors import RunError
@@ -66,8 +66,10 @@ class Trainer(BaseTrainer):
         super().__init__(model, optimizer, config, **base)
         self.criterion = criterion.to(self.device)
         self.teacher = teacher
-        self.metrics = {short_name(name): lookup(vars(metrics_module), name, "metrics")
-                        for name in dict.fromkeys(defaults(TOP, config)["metrics"])}
+        table, monitored = metric_table(), self.monitor.removeprefix("val_")
+        names = [*defaults(TOP, config)["metrics"], *([monitored] if monitored in table else [])]
+        self.metrics = {short_name(name): lookup(table, name, "metrics") for name in names}
+        self.batch_metrics = {name: value for name, value in self.metrics.items() if metric_kind(value) == "batch"}
         options = self.options
         self.amp, reason = choose_precision(options["amp"], self.device)
         if options["amp"] not in ("off", None, False):
@@ -163,7 +165,7 @@ class Trainer(BaseTrainer):
         loss = outputs["loss"] if "loss" in outputs else self.criterion(outputs, part.labels)
         figures = {"loss": loss.detach()}
         with torch.no_grad():
-            for name, function in self.metrics.items():
+            for name, function in self.batch_metrics.items():
                 figures[name] = function(outputs["output"].detach(), plain_labels(part.labels))
         return loss, outputs, figures
 
@@ -286,7 +288,9 @@ class Trainer(BaseTrainer):
                     return None
         for hook in self.hooks:
             hook.epoch_trained(epoch)
-        return self.means.read(reduce=True)
+        # Those of a whole split are validation's alone.
+        return {**self.means.read(reduce=True),
+                **{name: None for name in self.metrics if name not in self.batch_metrics}}
 
     def _start_epoch(self, epoch: int, start_batch: int) -> None:
         self.epoch = epoch
@@ -332,7 +336,8 @@ class Trainer(BaseTrainer):
 
     def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
         """What of a validation pass goes into the log and metrics.csv."""
-        return {key: result[key] for key in ("loss", *self.metrics, *self.kept_figures) if key in result}
+        return {key: result[key] for key in dict.fromkeys(("loss", *self.metrics, *self.kept_figures))
+                if key in result}
 
     def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
         """The figures of the weights as they are on another split; with `keep` also by image, as far as known."""

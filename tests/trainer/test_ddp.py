@@ -18,7 +18,8 @@ from utils.errors import ConfigError
 GROUP = {"norm": "GroupNorm"}
 TWO = {"num_experts": 2, "use_norm": True, **GROUP}
 #: 23 images in batches of 10 are 10, 10 and 3; 11 validation images are 10 and 1: rank 1 has none of the last.
-UNEVEN = {"data_loader": {"args": {"batch_size": 10, "retain_epoch_size": True}}}
+UNEVEN = {"data_loader": {"args": {"batch_size": 10, "retain_epoch_size": True}},
+          "metrics": ["accuracy", "macro_f1", "auc"]}
 KINDS = {
     "cross-entropy": ({"arch": {"args": GROUP}}, 1e-6),
     "weighted LDAM": ({"arch": {"args": {**GROUP, "use_norm": True}},

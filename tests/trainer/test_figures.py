@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.hooks import curves as watch
+from utils.errors import ConfigError
 
 WANTED = {"tensorboard": True, "figures": True, "histograms": False, "image_grid": False}
 
@@ -70,3 +71,32 @@ def test_every_ranks_images_are_drawn(monkeypatch):
     assert whole["labels"].tolist() == [0, 1, 0]
     monkeypatch.setattr(watch.dist, "world_size", lambda: 1)
     assert watch.gather_images({"accuracy": 0.5}) == {}
+
+
+def test_figures_of_the_whole_split_are_reported_and_monitored(runs):
+    """The best epoch's, from the checkpoint, are those that test.py's code computes of the validation images."""
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    from logger.metrics_csv import read_table
+    from tools.session import open_run
+    models = runs("split", metrics=["accuracy", "auc"], trainer={"monitor": "max val_macro_f1"})
+    rows = read_table(runs.log("split") / "metrics.csv")
+    best = max(rows, key=lambda row: row["val_macro_f1"])
+    run = open_run(models / "model_best.pth")
+    assert run.checkpoint["epoch"] == best["epoch"] and run.checkpoint["monitor_best"] == best["val_macro_f1"]
+    probs, labels = [], []
+    with torch.no_grad():
+        for images, targets in run.loader("val"):
+            probs.append(run.model(images)["output"].softmax(1))
+            labels.append(targets)
+    probs, labels = torch.cat(probs).double().numpy(), torch.cat(labels).numpy()
+    assert best["val_macro_f1"] == pytest.approx(f1_score(labels, probs.argmax(1), average="macro"))
+    each = [roc_auc_score(labels == c, probs[:, c]) for c in range(3)]
+    assert best["val_auc"] == pytest.approx(sum(each) / 3, abs=1e-6)
+    assert all(row["auc"] is None and row["val_auc"] is not None for row in rows)  # training has no whole split
+
+
+@pytest.mark.parametrize(("monitor", "says"), [("max val_macro_f2", "val_macro_f1"), ("max auc", "val_auc")])
+def test_a_figure_that_isnt_there_cant_be_monitored(runs, monitor, says):
+    with pytest.raises(ConfigError, match=f"^trainer.monitor: .*{says}"):
+        runs("none", trainer={"monitor": monitor})

@@ -70,7 +70,7 @@ class DetectionTrainer(Trainer):
     def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
                  config: dict[str, Any], **more: Any):
         super().__init__(model, criterion, optimizer, config, **more)
-        self.metrics = {}
+        self.metrics = self.batch_metrics = {}
         self.iterations: int | None = self.options["iterations"]
         self.steps_an_epoch = len(self.train_loader)
         if self.iterations:
@@ -103,7 +103,9 @@ class DetectionTrainer(Trainer):
         figures = self._evaluate(self.valid_loader, stop=lambda batch: self.stop.agreed(self.device, batch % 10 == 0))
         if figures is None:
             return None
-        return {f"{kind}_{name}": figures[f"{kind}_{name}"] for kind in ("bbox", "segm") for name in SHOWN}
+        names = [f"{kind}_{name}" for kind in ("bbox", "segm") for name in SHOWN]
+        monitored = self.monitor.removeprefix("val_")
+        return {name: figures[name] for name in dict.fromkeys((*names, monitored)) if name in figures}
 
     def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
         return self._evaluate(loader, keep=keep)

@@ -12,7 +12,7 @@ from typing import Any
 from utils.config.annotation import parse, shown
 from utils.config.build import check_args, check_value, lookup, public_names
 from utils.config.outside import is_outside, load_outside, short_name
-from utils.config.schema import LIMITS, METRICS, MONITORED, NESTED, SECTIONS, Section
+from utils.config.schema import COUNTED, LIMITS, METRICS, MONITORED, NESTED, SECTIONS, Section
 from utils.config.signature import Signature, of_callable
 from utils.errors import ConfigError, unknown
 
@@ -179,20 +179,33 @@ def _check_limits(args: Mapping[str, Any], path: str, what: str) -> None:
 
 # ---------------------------------------------------------------------- metrics
 
+def metric_kind(value: Any) -> str | None:
+    """`batch` for a function of (output, target), whose mean over batches is taken, `split` for one of (probs, labels)
+    of a whole split, None for anything else."""
+    if not inspect.isfunction(value):
+        return None
+    kinds = {("output", "target"): "batch", ("probs", "labels"): "split"}
+    return kinds.get(tuple(inspect.signature(value).parameters)[:2])
+
+
+def metric_table() -> dict[str, Any]:
+    """What `metrics` may name: functions, and None for figures that each validation counts anyway."""
+    table: dict[str, Any] = dict.fromkeys(COUNTED)
+    for module in map(importlib.import_module, METRICS):
+        table |= {name: getattr(module, name) for name in public_names(module) if metric_kind(getattr(module, name))}
+    return table
+
+
 def check_metrics(metrics: list[str]) -> None:
-    """Each is a function of (output, target), and none is there twice. Raises ConfigError."""
-    module = importlib.import_module(METRICS)
-    known = {name: value for name, value in vars(module).items() if name in public_names(module) and _is_metric(value)}
+    """Each is in the table or a metric from outside, and none is there twice. Raises ConfigError."""
+    known = metric_table()
     for i, name in enumerate(metrics):
         found = lookup(known, name, f"metrics[{i}]", "metric")
-        if not _is_metric(found):
-            raise ConfigError(f"metrics[{i}]: {name} isn't a metric: its first arguments must be output and target")
+        if found is not None and not metric_kind(found):
+            raise ConfigError(f"metrics[{i}]: {name} isn't a metric: its first arguments must be output and target, or "
+                              "probs and labels")
         if short_name(name) in map(short_name, metrics[:i]):
             raise ConfigError(f"metrics[{i}]: {short_name(name)} is there twice")
-
-
-def _is_metric(value: Any) -> bool:
-    return inspect.isfunction(value) and list(inspect.signature(value).parameters)[:2] == ["output", "target"]
 
 
 def check_monitor(monitor: str, metrics: list[str]) -> None:
@@ -203,7 +216,9 @@ def check_monitor(monitor: str, metrics: list[str]) -> None:
     if mode not in ("min", "max") or not name:
         raise ConfigError(f"trainer.monitor: must be \"off\", \"max val_accuracy\", \"min val_loss\" or the like, "
                           f"not {shown(monitor)}")
-    figures = dict.fromkeys((*map(short_name, metrics), *MONITORED))
-    known = [f"{prefix}{figure}" for figure in figures for prefix in ("", "val_")]
+    table = metric_table()
+    trained = [short_name(metric) for metric in metrics if metric_kind(lookup(table, metric, "metrics")) == "batch"]
+    figures = dict.fromkeys((*MONITORED, *map(short_name, metrics), *table))
+    known = ["loss", *trained, *(f"val_{figure}" for figure in figures)]
     if name not in known:
         raise unknown("trainer.monitor", name, known, "figure")

@@ -57,7 +57,8 @@ TOP = (
     Row("name", "str", "run", "the run's name, and its folder's"),
     Row("n_gpu", "int", 1, "processes to train with, one a GPU; fewer where the machine has fewer", low=0),
     Row("seed", "int", 0, "seed of weights, data order, augmentation and dropout", low=0, high=2**32 - 1),
-    Row("metrics", "list[str]", ["accuracy"], "functions of model/metric.py reported each epoch"),
+    Row("metrics", "list[str]", ["accuracy"],
+        "each epoch's figures: accuracy, top_k_acc; of the whole validation split: auc, ece, macro_f1; your own"),
     Row("add_extra_info", "bool", False, "of old configs; the losses always get what they need"),
     Row("distill", "bool", False, "learn from a teacher too: needs distill_arch and distill_checkpoint"),
     Row("distill_checkpoint", "str | None", None, "the teacher's weights"),
@@ -79,7 +80,8 @@ TRAINER = (
     Row("save_period", "int", 10, "write a checkpoint every so many epochs; the last is always written", low=1),
     Row("keep_last", "int | None", None, "keep only the newest so many epoch checkpoints; null keeps all", low=1),
     Row("verbosity", "int", 2, "0 warnings, 1 a line an epoch, 2 also a line every log_step", low=0, high=2),
-    Row("monitor", "str", "off", "\"off\", or what makes an epoch the best: \"max val_accuracy\", \"min val_loss\""),
+    Row("monitor", "str", "off",
+        "\"off\", or what makes an epoch the best: \"max val_accuracy\", \"min val_loss\", \"max val_macro_f1\""),
     Row("early_stop", "int | None", None, "stop after so many epochs without a better one; null or 0 never", low=0),
     Row("tensorboard", "bool", True, "write TensorBoard events"),
     Row("log_step", "int | None", None, "steps between two readings of loss and metrics; null chooses", low=1),
@@ -160,11 +162,14 @@ NESTED = {
 HOOKS = Section("hook", ("trainer.hooks:HOOKS",), "trainer.hooks.base:Hook", placed=1)
 #: `trainer.type` -> its class.
 TRAINERS = "trainer:TRAINERS"
-#: Functions of (output, target) that `metrics` may name.
-METRICS = "model.metric"
+#: Where the functions are that `metrics` may name.
+METRICS = ("model.metric", "model.split_metrics")
+#: Figures of a whole split that every validation counts: `metrics` may name them too.
+COUNTED = ("class_mean_acc", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "macro_f1", "ece")
 
-#: Figures that can be monitored beside the loss and the config's metrics.
-MONITORED = ("loss", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc", "bbox_AP", "segm_AP")
+#: Figures that can be monitored beside those that `metrics` may name.
+MONITORED = ("loss", *(f"{kind}_{name}" for kind in ("bbox", "segm") for name in (
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AP_many", "AP_medium", "AP_few")))
 
 #: What a section is -> ranges that hold for an argument whatever class takes it. Constructors check what is theirs.
 LIMITS = {
