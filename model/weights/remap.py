@@ -148,7 +148,7 @@ def _read(checkpoint: dict) -> tuple[str, dict]:
     if "_conv_stem.weight" in weights:
         return "EfficientNet", weights
     trunk = _trunk(weights)
-    if trunk and (trunk[1] or trunk[0] not in ("", PREFIX, "model." + PREFIX)):
+    if trunk and (trunk[1] or trunk[0] not in ("", PREFIX, "model." + PREFIX, "backbone.body.")):  # the last: detectors
         return "encoder", weights
     if not any(key.startswith((PREFIX, "model." + PREFIX)) for key in weights):
         return "ResNet", weights
