@@ -56,6 +56,8 @@ def join_labels(parts: Sequence[torch.Tensor | MixedLabels]) -> torch.Tensor | M
     """The labels of several parts of a batch in one; mixed ones without their weights."""
     if len(parts) == 1:
         return parts[0]
+    if isinstance(parts[0], list):  # a detector's, an image each
+        return [label for part in parts for label in part]
     if not any(isinstance(part, MixedLabels) for part in parts):
         return torch.cat(list(parts))
     pairs = [part if isinstance(part, MixedLabels) else MixedLabels(part, part, 1.0) for part in parts]

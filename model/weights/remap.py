@@ -163,6 +163,8 @@ def to_ours(checkpoint: dict, model: nn.Module | None = None, spread: bool = Fal
     `spread` a file of one expert fills every expert of a model with several.
     """
     origin, weights = _read(checkpoint)
+    if model is not None and weights.keys() == model.state_dict().keys():
+        return weights  # the model's own, whatever they look like: a detector's encoder isn't a file of others
     weights = ORIGINS[origin](weights)
     return weights if model is None else _fit_experts(weights, model, spread)
 

@@ -72,7 +72,7 @@ class DetectionTrainer(Trainer):
         super().__init__(model, criterion, optimizer, config, **more)
         self.metrics = self.batch_metrics = {}
         self.iterations: int | None = self.options["iterations"]
-        self.steps_an_epoch = len(self.train_loader)
+        self.steps_an_epoch = self.steps_per_epoch
         if self.iterations:
             needed = math.ceil(self.iterations / self.steps_an_epoch)
             if needed > self.epochs:
@@ -88,7 +88,8 @@ class DetectionTrainer(Trainer):
 
     def _start_epoch(self, epoch: int, start_batch: int) -> None:
         if self.iterations:
-            self.train_loader.batch_limit = self.iterations - (epoch - 1) * self.steps_an_epoch
+            steps = self.iterations - (epoch - 1) * self.steps_an_epoch
+            self.train_loader.batch_limit = steps * self.accumulate
         super()._start_epoch(epoch, start_batch)
 
     # ------------------------------------------------------------------ evaluation
