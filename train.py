@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         check_second_stage(config)
     workers = workers_wanted(args, config)
     if workers > 1:
-        from utils.launch import run_workers
+        from tools.launch import run_workers
         return run_workers(workers, [str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)])
     stop = StopRequest()
     # Heard from here on: what isn't begun yet is saved as such. A dry run has nothing to save.
@@ -59,12 +59,12 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     """The run, step by step."""
     from logger.log import get_logger, set_verbosity, setup_logging
     from tools import session
+    from tools.launch import note_stop
     from trainer import trainer_class
     from trainer.schedules import build_optimizer, build_scheduler
     from trainer.tasks import task_of, write_figures
     from utils import dist
     from utils.device import pick_device, set_determinism
-    from utils.launch import note_stop
     from utils.seed import seed_everything
 
     setup_logging()

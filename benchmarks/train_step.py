@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.timing import cpu_seconds, finish, interleave, machine, parser, spread
 from data_loader.data_loaders import ImbalanceCIFAR100DataLoader
 from data_loader.datasets import ImageSet, Splits
@@ -37,7 +38,6 @@ from model.metric import accuracy, top_k_acc
 from model.model import build_model
 from trainer.schedules import build_optimizer
 from trainer.trainer import Trainer
-from utils.allocator import keep_freed_memory
 from utils.config.load import load_config
 
 CONFIG, BATCH, LOADER_PROCESSES = "configs/cifar100_lt_ride_bt.json", 128, 2
