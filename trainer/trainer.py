@@ -80,6 +80,9 @@ class Trainer(BaseTrainer):
         self.on_nonfinite: str = options["on_nonfinite"]
         self.max_skipped: int = options["max_skipped"]
         self.skipped, self.step_was_good = 0, True
+        #: False until the optimizer has stepped: a loss scaler may leave that out, and waits for the device itself.
+        self.weights_changed = False
+        self.optimizer.register_step_post_hook(self._note_change)
         self.model.to(memory_format=self.memory_format)
         if options["bt_gather"]:
             self.model.gather_batches()
@@ -122,12 +125,13 @@ class Trainer(BaseTrainer):
     def step(self, parts: list[Part]) -> dict[str, torch.Tensor]:
         """One optimizer step on this rank's share of one or more batches; its figures as tensors on the device."""
         self._remember_buffers()
+        self.weights_changed = False
         self.optimizer.zero_grad(set_to_none=True)
         loss, outputs, figures = self._backward(parts)
         norm = self._update(loss, parts)
         if getattr(self.lr_scheduler, "unit", "epoch") == "step":
             self.lr_scheduler.step()
-        if self.step_was_good:
+        if self.weights_changed:
             for hook in self.hooks:
                 hook.step_taken(outputs, plain_labels(parts[-1].labels), norm)
         return figures
@@ -233,6 +237,9 @@ class Trainer(BaseTrainer):
         for buffer, before in zip(self.model.buffers(), self.buffers_before):
             buffer.copy_(before)
         return False
+
+    def _note_change(self, *_: Any) -> None:
+        self.weights_changed = True
 
     def _remember_buffers(self) -> None:
         """With `on_nonfinite: skip`, keep the norms' statistics: a batch whose step is skipped mustn't spoil them."""

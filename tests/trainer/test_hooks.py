@@ -1,4 +1,6 @@
-"""What a run shows in TensorBoard where it is asked to: attention, norm statistics, NBN's scales."""
+"""Hooks: averaged weights, and what a run shows in TensorBoard where it is asked to."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from logger.metrics_csv import read_table
 from model.model import build_model
+from tools.session import open_run
 from trainer.hooks import attention
 from trainer.hooks.attention import AttentionByClass
 from trainer.schedules import build_optimizer
@@ -136,6 +139,37 @@ def test_the_average_of_the_weights_equals_a_plain_loop(runs, monkeypatch, ema, 
     assert not torch.equal(checkpoint["state_dict"]["backbone.conv1.weight"], last["backbone.conv1.weight"])
 
 
+def test_a_step_that_the_scaler_leaves_out_isnt_averaged(runs, monkeypatch):
+    """The third step's gradient overflows half precision; its loss doesn't."""
+    from trainer.trainer import Trainer
+    original, seen = Trainer._backward, []
+
+    def overflow(self, parts):
+        result = original(self, parts)
+        if self.global_step == 2:
+            self.trainable[0].grad[0] = float("inf")
+        return result
+
+    def note(self, outputs, labels, norm):
+        seen.append(self.run.global_step)
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=8.0))
+    monkeypatch.setattr(Trainer, "_backward", overflow)
+    monkeypatch.setattr("trainer.hooks.curves.Curves.step_taken", note)
+    models = runs("scaled", "--epochs", 1, trainer={"ema": {"decay": 0.9}, "amp": "fp16"})
+    checkpoint = torch.load(models / "checkpoint-epoch1.pth", weights_only=True)
+    assert seen == [0, 1, 3] and checkpoint["extra"]["hooks"]["ema"]["steps"] == 3
+    assert checkpoint["scaler"]["scale"] == 4
+
+
+def test_the_mean_of_epochs_leaves_frozen_norms_alone(runs):
+    one = runs("first", "--epochs", 1) / "checkpoint-epoch1.pth"
+    stage1 = torch.load(one, weights_only=True)["state_dict"]
+    models = runs("second", "--load_crt", one, trainer={"swa": {"epochs": 1}})
+    mean = torch.load(models / "model_swa.pth", weights_only=True)["state_dict"]
+    for name in stage1:
+        assert torch.equal(mean[name], stage1[name]) != name.startswith("backbone.linear"), name
+
+
 def test_a_stopped_run_with_averages_ends_as_if_it_never_stopped(runs, signal_at, same_state):
     options = {"ema": {"decay": 0.9}, "swa": {"epochs": 2}, "epochs": 3}
     whole = runs("whole", trainer=options)
@@ -158,6 +192,11 @@ def test_the_last_epochs_mean_has_statistics_of_its_own(runs):
     assert torch.allclose(mean[name], (ends[0][name] + ends[1][name]) / 2, atol=1e-6)
     statistics = "backbone.bn1.running_mean"
     assert not torch.allclose(mean[statistics], (ends[0][statistics] + ends[1][statistics]) / 2, atol=1e-6)
+    loader, run = open_run(models / "checkpoint-epoch2.pth").loader("train"), open_run(models / "model_swa.pth")
+    loader.set_epoch(3)
+    with torch.no_grad():
+        means = [run.model.backbone.conv1(images).mean((0, 2, 3)) for images, _ in loader]
+    assert torch.allclose(mean[statistics], torch.stack(means).mean(0), atol=1e-5)
 
 
 def test_the_average_is_what_is_tested_and_the_raw_weights_can_be(runs, capsys):
@@ -176,10 +215,12 @@ def test_the_average_is_what_is_tested_and_the_raw_weights_can_be(runs, capsys):
 @pytest.mark.parametrize(("options", "says"), [
     ({"ema": {"decay": 1.0}}, "trainer.ema.decay"), ({"ema": {"decy": 0.9}}, "decay"),
     ({"ema": {"every": 0}}, "trainer.ema.every"), ({"swa": {"epochs": 0}}, "trainer.swa.epochs"),
-    ({"swa": {}}, "trainer.swa.epochs"), ({"hooks": [{"type": "Profilr"}]}, "Profiler")])
+    ({"swa": {}}, "trainer.swa.epochs"), ({"swa": {"epochs": 1}, "norm": "MABN"}, "trainer.swa: .*MABN"),
+    ({"hooks": [{"type": "Profilr"}]}, "Profiler")])
 def test_wrong_options_are_named_and_nothing_is_written(runs, options, says):
+    options = dict(options)
     with pytest.raises(ConfigError, match=says):
-        runs("wrong", trainer=options)
+        runs("wrong", arch={"args": {"norm": options.pop("norm", "BatchNorm2d")}}, trainer=options)
     assert not runs.models("wrong").exists()
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from logger.log import get_logger
 from trainer.hooks.base import Hook, Run
+from utils import dist
 from utils.config.build import check_args
 from utils.config.signature import of_callable
 from utils.errors import ConfigError
@@ -69,10 +70,6 @@ class WeightAverage(Hook):
         self.steps = state["steps"]
         self.average.load_state_dict(checkpoint["state_dict"])
 
-    def start_from_weights(self) -> None:
-        """The average of weights that were loaded after it was made."""
-        self.average.load_state_dict(self.run.model.state_dict())
-
 
 def ema_options(decay: float = 0.999, warmup: bool = True, every: int = 1) -> tuple[float, bool, int]:
     if not 0 <= decay < 1:
@@ -86,7 +83,8 @@ class EpochAverage(Hook):
     """Stochastic weight averaging (Izmailov et al., UAI 2018): the mean of the weights at the ends of the last `epochs`
     epochs, its batch norms' statistics from one pass over the training images. Written as `model_swa.pth`.
 
-    `trainer.swa`: {"epochs": 5}. Raises ConfigError for norms whose statistics can't be made anew this way.
+    `trainer.swa`: {"epochs": 5}. Frozen norms keep their statistics. Raises ConfigError for norms whose statistics
+    can't be made anew this way, and for detectors.
     """
 
     key = "swa"
@@ -96,6 +94,8 @@ class EpochAverage(Hook):
         self.count = swa_epochs(**check_args(of_callable(swa_epochs), run.options["swa"], "trainer.swa"))
         tracked = [m for m in run.model.modules() if dict(m.named_buffers(recurse=False)).keys() & {"running_var"}]
         odd = [type(m).__name__ for m in tracked if not isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if run.train_loader.task != "classification":
+            raise ConfigError("trainer.swa: is for classifiers; use trainer.ema")
         if odd:
             raise ConfigError(f"trainer.swa: makes the statistics of batch norm anew, not those of {odd[0]}; use "
                               "trainer.ema, which averages them")
@@ -111,13 +111,32 @@ class EpochAverage(Hook):
 
     def run_ended(self, result: dict[str, Any]) -> None:
         if not int(self.average.n_averaged):
+            log.warning("trainer.swa: the run ended before its last %d epochs; there is no mean of them", self.count)
             return
-        loader = self.run.train_loader
-        loader.set_epoch(self.run.epochs + 1)
-        torch.optim.swa_utils.update_bn((images for images, _ in loader), self.average, self.run.device)
+        self.make_statistics()
         path = self.run.paths.models / "model_swa.pth"
         self.run.save_weights(path, self.average.module)
         log.info("the mean of the last %d epochs' weights is in %s", int(self.average.n_averaged), path)
+
+    @torch.no_grad()
+    def make_statistics(self) -> None:
+        """The statistics of the norms that trained, as plain means over one epoch's batches. torch's `update_bn` would
+        empty frozen norms too."""
+        model = self.average.module.train()
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        if norms:
+            momenta = [norm.momentum for norm in norms]
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+            self.run.train_loader.set_epoch(self.run.epochs + 1)
+            for images, _ in self.run.train_loader:
+                model(images.contiguous(memory_format=self.run.memory_format))
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
+                for statistic in (norm.running_mean, norm.running_var):
+                    dist.all_reduce_sum(statistic).div_(dist.world_size())
+        model.eval()
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average.state_dict()} if int(self.average.n_averaged) else {}

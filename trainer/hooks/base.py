@@ -17,6 +17,7 @@ class Run(Protocol):
     config: dict[str, Any]
     device: torch.device
     amp: str                            # bf16, fp16 or off
+    memory_format: torch.memory_format
     train_loader: Any
     valid_loader: Any
     data_facts: dict[str, Any]
