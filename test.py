@@ -36,6 +36,8 @@ def test(args: Namespace) -> dict[str, Any]:
     setup_logging(0 if args.quiet else 2)
     log = get_logger()
     device = pick_device(args.device)
+    if args.open_set and dist.world_size() > 1:
+        raise ConfigError("--open_set: needs all test images in one process; run it without torchrun")
     dist.setup(device)
     run = open_run(args.resume, args.config, args.overrides, device, allow_partial=args.allow_partial,
                    weights=args.weights)
@@ -60,7 +62,8 @@ def test(args: Namespace) -> dict[str, Any]:
         result["open_set"] = open_set(args, run, head, result)
     everything = dict(result)
     log.info("%s", task.format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
-    target = Path(args.resume).parent / f"{args.split}_metrics.json"  # validation's never pass for test's
+    target = figures_file(args, run, loader)
+    result.update(checkpoint=run.path.name, data_dir=(run.config["data_loader"].get("args") or {}).get("data_dir"))
     if dist.is_main():
         for path in write_figures(task, target, result):
             log.info("detections in %s", path)
@@ -70,6 +73,25 @@ def test(args: Namespace) -> dict[str, Any]:
             log.info("report     %s", write_report(run, result=everything, loader=loader))
     dist.cleanup()
     return result
+
+
+def figures_file(args: Namespace, run: Any, loader: Any) -> Path:
+    """Where the figures go: test_metrics.json is the run's own, of its newest or best weights on its own data, or on a
+    folder of test images alone. Other data, and older checkpoints, have a file that names them; validation's never pass
+    for test's."""
+    folder, parts = run.path.parent, [f"{args.split}_metrics"]
+    if getattr(loader, "whole", False):
+        own = folder / "test_metrics.json"  # of the images that training had set aside: kept
+        if own.exists() and not own.with_name("test_metrics.set_aside.json").exists():
+            own.replace(own.with_name("test_metrics.set_aside.json"))
+        return own
+    if not run.is_own_data:
+        parts.append(Path(run.config["data_loader"]["args"]["data_dir"]).resolve().name)
+    newest = [path for path in folder.glob("checkpoint-epoch*.pth")
+              if (run.checkpoint.get("epoch") or 0) < int(path.stem.removeprefix("checkpoint-epoch") or 0)]
+    if not run.is_own_data or (newest and run.path.name.startswith("checkpoint-epoch")):
+        parts.append(run.path.stem)
+    return folder / f"{'.'.join(parts)}.json"
 
 
 def check_classes(run: Any, loader: Any) -> None:
@@ -122,9 +144,6 @@ def open_set(args: Namespace, run: Any, head: Any, result: dict[str, Any]) -> di
     from logger.log import get_logger
     from model.metric import open_set_f_measure
     from tools.classify import classify_list
-    from utils import dist
-    if dist.world_size() > 1:
-        raise ConfigError("--open_set: needs all test images in one process; run it without torchrun")
     preds, probs = classify_list(run, args.open_set, head)
     labels = np.concatenate([result["labels"], np.full(len(preds), -1)])
     value = open_set_f_measure(np.concatenate([result["predictions"], preds]), labels,

@@ -82,13 +82,14 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     set_determinism(options["deterministic"])
     seed_everything(config["seed"], dist.rank())
 
-    train_loader = session.make_loader(config, device)
+    train_loader = session.make_loader(config, device, facts=session.facts_to_follow(start))
     valid_loader = train_loader.split_validation()
     describe_data(train_loader, config)
+    session.check_labels(config, train_loader)
 
     model = session.make_model(config, train_loader.num_classes)
     config["arch"]["args"]["num_classes"] = model.num_classes
-    session.load_start(model, start)
+    session.load_start(model, start, train_loader.class_names)
     if options["freeze"] is not None:
         model.freeze(options["freeze"])
     model.to(device)
@@ -119,7 +120,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         return
     if not stop.agreed(device, True):
         # What the run is worth, on images that no choice was made on.
-        test_loader = session.make_loader(config, device, training=False)
+        test_loader = session.make_loader(config, device, training=False, facts=trainer.data_facts)
         task = task_of(test_loader)
         result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images)
         log.info("\n%s", task.format_result(result, f"test, epoch {trainer.last_epoch}"))
@@ -162,7 +163,7 @@ def describe_data(loader: Any, config: dict[str, Any]) -> None:
     """Say what there is to learn from: for a user's own images the whole summary, else one line."""
     from logger.log import get_logger
     log = get_logger()
-    for line in loader.summary():
+    for line in loader.summary(config["groups"]):
         log.info(line)
     if loader.validation_note:
         log.info(loader.validation_note)

@@ -6,6 +6,7 @@ from typing import Any as _Any
 
 from data_loader import datasets as _datasets
 from data_loader import files as _files
+from data_loader import folders as _folders
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader  # noqa: F401  detection's, offered here too
 from data_loader.image_loader import ImageDataLoader as _ImageDataLoader
 from data_loader.imbalance import img_num_per_cls as _img_num_per_cls
@@ -122,7 +123,7 @@ class ImageFolderLTDataLoader(_ImageDataLoader):
     jitter = 0.4
 
     def read(self, training: bool) -> _datasets.Splits:
-        return _files.read_folders(self.data_dir, self.test_share, self.split_seed, self.allow_outside)
+        return _folders.read_folders(self.data_dir, self.division, self.allow_outside, self.whole)
 
 
 def build_loader(spec: dict, *, path: str = "data_loader", **more: _Any) -> _ImageDataLoader:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.checkpoint.plain_pickle import read_arrays
-from utils.dist import rank
+from utils.dist import local_rank
 from utils.errors import ConfigError
 
 
@@ -22,12 +22,14 @@ from utils.errors import ConfigError
 class ImageSet:
     """The images of one split: labels, and either the pixels or where the files are.
 
-    targets: np.int64 [N]. pixels: uint8 [N, S, S, 3] or None. paths: file names, or None for arrays.
+    targets: np.int64 [N]. pixels: uint8 [N, S, S, 3] or None. paths: file names, or None for arrays. where: the list
+    that names the images, and each one's line in it.
     """
 
     targets: np.ndarray
     pixels: np.ndarray | None = None
     paths: list[str] | None = None
+    where: tuple[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
         self.targets = np.asarray(self.targets, dtype=np.int64)
@@ -38,7 +40,8 @@ class ImageSet:
     def subset(self, indices: np.ndarray) -> ImageSet:
         """The images at `indices`, in that order."""
         return ImageSet(self.targets[indices], None if self.pixels is None else self.pixels[indices],
-                        None if self.paths is None else [self.paths[i] for i in indices])
+                        None if self.paths is None else [self.paths[i] for i in indices],
+                        None if self.where is None else (self.where[0], [self.where[1][i] for i in indices]))
 
 
 @dataclass
@@ -145,7 +148,7 @@ def _find_cifar(data_dir: Path, kind: CifarKind, download: bool) -> Path:
     advice = f"unpack the official python version ({kind.url}) there, as {kind.folder}/"
     if not download:
         raise ConfigError(f"data_loader.args.data_dir: {data_dir} holds no {kind.folder}; {advice}")
-    if rank() > 0:  # rank 0 fetches for all; should it fail, it ends the job
+    if local_rank() > 0:  # one process a machine fetches for all on it; should it fail, it ends the job
         return _wait_for(data_dir / kind.folder)
     try:
         _download(kind, data_dir)
@@ -159,7 +162,8 @@ def _wait_for(folder: Path, seconds: float = 3600) -> Path:
     until = time.monotonic() + seconds
     while not folder.is_dir():
         if time.monotonic() > until:
-            raise ConfigError(f"{folder}: rank 0 hasn't brought it here in {seconds:.0f} seconds; fetch it beforehand")
+            raise ConfigError(f"{folder}: this machine's first process hasn't brought it here in {seconds:.0f} "
+                              "seconds; fetch it beforehand")
         time.sleep(1)
     return folder
 
@@ -175,7 +179,11 @@ def _download(kind: CifarKind, data_dir: Path) -> None:
                 shutil.copyfileobj(source, target)
             with tarfile.open(archive) as packed:
                 packed.extractall(place, filter="data")
-            os.replace(Path(place) / kind.folder, data_dir / kind.folder)
+            try:
+                os.replace(Path(place) / kind.folder, data_dir / kind.folder)
+            except OSError:  # another machine was faster on a disk that both use
+                if not (data_dir / kind.folder).is_dir():
+                    raise
     except BaseException:
         for folder in made:  # leave no empty folders where nothing could be fetched
             folder.rmdir()

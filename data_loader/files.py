@@ -1,4 +1,4 @@
-"""Finding image files: lists of `path label` lines, and folders with a folder a class. Nothing is decoded here.
+"""Finding image files that lists of `path label` lines name. Nothing is decoded here.
 
 All files are looked for before training begins. A path that leaves `data_dir` (`..`, absolute, a link that points out)
 is refused unless `allow_outside` is set.
@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
-from data_loader.images import EXTENSIONS, shown
-from data_loader.splitting import take_share
+from data_loader.images import shown
 from utils.errors import ConfigError
 
 DATA_DIR = "data_loader.args.data_dir"
+WITH_NAME = re.compile(r"(?P<path>.*\S) +(?P<label>-?\d{1,18}) +(?P<name>\D.*)")   # path label name
 
 
 def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
@@ -33,11 +34,11 @@ def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
 
 
 # -- lists -----------------------------------------------------------------------------------------------------------
-def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int]:
-    """A list file: (paths as written, labels np.int64, line numbers, repeated lines left out).
+def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int, dict[int, str]]:
+    """A list file: (paths as written, labels np.int64, line numbers, repeated lines left out, names of classes).
 
-    `path label` a line, the label after the last blank; Windows line ends, blank lines and a byte-order mark are
-    fine, and so are names that aren't UTF-8. Raises ConfigError with file and line.
+    `path label` a line, the label after the last blank, or `path label name`; Windows line ends, blank lines and a
+    byte-order mark are fine, and so are names that aren't UTF-8. Raises ConfigError with file and line.
     """
     try:
         content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -45,10 +46,19 @@ def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int]:
         raise ConfigError(f"{shown(str(file))}: can't be read ({error.strerror or error})") from None
     names: dict[str, tuple[int, int]] = {}
     repeated = 0
+    classes: dict[int, str] = {}
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
-        name, _, label = os.fsdecode(line.strip().replace(b"\t", b" ")).rpartition(" ")
+        text = os.fsdecode(line.strip().replace(b"\t", b" "))
+        name, _, label = text.rpartition(" ")
+        named = None if label.removeprefix("-").isdigit() else WITH_NAME.fullmatch(text)
+        if named is not None:
+            name, label = named["path"], named["label"]
+            called = classes.setdefault(int(label), named["name"].strip())
+            if called != named["name"].strip():
+                raise ConfigError(f"{shown(str(file))}, line {number}: class {label} is {shown(named['name'])} here "
+                                  f"and {shown(called)} before")
         if not name:
             raise ConfigError(f"{shown(str(file))}, line {number}: {shown(label)[:80]!r} has no label; "
                               "a line is `path label`")
@@ -67,14 +77,36 @@ def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int]:
     if not names:
         raise ConfigError(f"{shown(str(file))}: lists no image; a line is `path label`")
     labels, lines = zip(*names.values(), strict=True)
-    return list(names), np.array(labels, dtype=np.int64), list(lines), repeated
+    return list(names), np.array(labels, dtype=np.int64), list(lines), repeated, classes
+
+
+def read_class_names(file: Path, num_classes: int) -> list[str]:
+    """classes.txt: a name a line, in the order of the labels; `name label` as Places365 writes it will do too.
+
+    Raises ConfigError where there are fewer names than classes.
+    """
+    try:
+        text = file.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise ConfigError(f"{shown(str(file))}: can't be read ({error.strerror or error})") from None
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if all(name.rpartition(" ")[2] == str(number) and " " in name for number, name in enumerate(names)):
+        names = [name.rpartition(" ")[0].strip() for name in names]
+    if len(names) < num_classes:
+        raise ConfigError(f"{shown(str(file))}: names {len(names)} classes, and the lists have {num_classes}; a line a "
+                          "class, in the order of the labels")
+    if len(set(names)) < len(names):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ConfigError(f"{shown(str(file))}: {shown(twice)} is there twice")
+    return [shown(name) for name in names]
 
 
 def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder: str, training: bool,
                allow_outside: bool) -> Splits:
     """The splits that list files in `data_dir` (or `data_dir/folder`) name; a missing test list: val is the test split.
 
-    Classes are 0 to the largest training label.
+    Classes are 0 to the largest training label. Their names come from classes.txt beside the lists, or from a third
+    column.
     """
     root = Path(data_dir)
     if folder and not (root / lists[0]).exists() and (root / folder).is_dir():
@@ -88,22 +120,35 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
             raise ConfigError(f"{shown(str(root / name))}: no such file; {DATA_DIR} must hold the list files "
                               f"{', '.join(n for n in lists if n)}")
     notes: list[str] = []
-    train = _read_split(root, Path(data_dir), train_name, None, allow_outside, notes) if has[train_name] else None
-    test = _read_split(root, Path(data_dir), test_name, train, allow_outside, notes)
-    val = _read_split(root, Path(data_dir), val_name, train, allow_outside, notes) if has.get(val_name) else None
+    named: dict[int, str] = {}
+    more = (allow_outside, notes, named)
+    train = _read_split(root, Path(data_dir), train_name, None, *more) if has[train_name] else None
+    test = _read_split(root, Path(data_dir), test_name, train, *more)
+    val = _read_split(root, Path(data_dir), val_name, train, *more) if has.get(val_name) else None
     if train is not None:
         for name, split in ((test_name, test), (val_name, val)):
             both = len(set(train.paths) & set(split.paths)) if split is not None else 0
             if both:
                 notes.append(f"warning: {both} images are in {train_name} and in {name}")
     classes = int((train or test).targets.max()) + 1
-    return Splits(train, test, val=val, num_classes=classes, notes=notes)
+    class_names = None
+    if (root / "classes.txt").exists():
+        class_names = read_class_names(root / "classes.txt", classes)
+        classes = len(class_names)
+    elif set(named) >= set(range(classes)):
+        class_names = [shown(named[label]) for label in range(classes)]
+    return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes)
 
 
-def _read_split(root: Path, data_dir: Path, name: str, train: ImageSet | None, allow_outside: bool,
-                notes: list[str]) -> ImageSet:
+def _read_split(root: Path, data_dir: Path, name: str, train: ImageSet | None, allow_outside: bool, notes: list[str],
+                named: dict[int, str]) -> ImageSet:
+    """One list's images; the names of classes that it gives go into `named`."""
     file = root / name
-    names, labels, lines, repeated = read_list(file)
+    names, labels, lines, repeated, called = read_list(file)
+    for label, text in called.items():
+        if named.setdefault(label, text) != text:
+            raise ConfigError(f"{shown(str(file))}: class {label} is {shown(text)} here and {shown(named[label])} in "
+                              "another list")
     if repeated:
         notes.append(f"warning: {name}: {repeated} repeated lines are left out")
     classes = len(names) if train is None else int(train.targets.max()) + 1
@@ -114,9 +159,14 @@ def _read_split(root: Path, data_dir: Path, name: str, train: ImageSet | None, a
             f"0, 1, 2, ... without gaps ({classes} images can't fill more than {classes} classes)"
         raise ConfigError(f"{shown(str(file))}, line {lines[at]}: label {labels[at]} is out of range; "
                           f"labels are {limit}")
+    # Places365's own lists begin paths with a slash, Windows writes backslashes: both are meant below data_dir.
+    if not allow_outside:
+        names = [name.replace("\\", "/") if "\\" in name and not os.path.lexists(data_dir / name) else name
+                 for name in names]
     # Images are relative to data_dir; official lists may lie, with their images, in a folder of it.
     base = root if not os.path.lexists(data_dir / names[0]) and os.path.lexists(root / names[0]) else data_dir
-    return ImageSet(labels, paths=check_paths(base, names, allow_outside, shown(str(file)), lines))
+    return ImageSet(labels, paths=check_paths(base, names, allow_outside, shown(str(file)), lines),
+                    where=(shown(str(file)), lines))
 
 
 def check_paths(root: Path, names: list[str], allow_outside: bool, source: str, lines: list[int]) -> list[str]:
@@ -134,12 +184,12 @@ def check_paths(root: Path, names: list[str], allow_outside: bool, source: str, 
         if folder not in folders:
             folders[folder] = _entries(os.path.join(root, folder))
             if not allow_outside and folders[folder] is not None:
-                _check_inside(os.path.join(root, folder), real_root, f"{source}, line {lines[at]}", name, root)
+                check_inside(os.path.join(root, folder), real_root, f"{source}, line {lines[at]}", name, root)
         entries = folders[folder]
         if entries is None or base not in entries:
             missing.append(at)
         elif entries[base] and not allow_outside:
-            _check_inside(os.path.join(root, name), real_root, f"{source}, line {lines[at]}", name, root)
+            check_inside(os.path.join(root, name), real_root, f"{source}, line {lines[at]}", name, root)
     if missing:
         at = missing[0]
         more = f"; {len(missing) - 1} more are missing" if len(missing) > 1 else ""
@@ -156,7 +206,7 @@ def _entries(folder: str) -> dict[str, bool] | None:
         return None
 
 
-def _check_inside(path: str, real_root: str, where: str, name: str, root: Path) -> None:
+def check_inside(path: str, real_root: str, where: str, name: str, root: Path) -> None:
     real = os.path.realpath(path)
     if real != real_root and not real.startswith(os.path.join(real_root, "")):
         raise _outside(where, name, root)
@@ -165,74 +215,3 @@ def _check_inside(path: str, real_root: str, where: str, name: str, root: Path) 
 def _outside(where: str, name: str, root: Path) -> ConfigError:
     return ConfigError(f"{where}: {shown(name)} leads outside {shown(str(root))}; "
                        "set data_loader.args.allow_outside to true if that is meant")
-
-
-# -- folders ---------------------------------------------------------------------------------------------------------
-def read_folders(data_dir: str, test_share: float, split_seed: int, allow_outside: bool) -> Splits:
-    """The splits in a folder: `train/CLASS/*` with `val` and `test` alike, or `CLASS/*`, of which part is for testing.
-
-    Classes are the training folders in alphabetical order. With train and val only, val is the test split.
-    """
-    root = Path(data_dir)
-    parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    layout = "data_dir/train/CLASS/* or data_dir/CLASS/*"
-    if "train" not in parts and any(_class_folders(part) for part in parts.values()):
-        raise ConfigError(f"{shown(str(root / 'train'))}: no such folder; images belong into {layout}")
-    first = parts.get("train", root) if "train" in parts else root
-    names = _class_folders(first)
-    if len(names) < 2:
-        raise ConfigError(f"{DATA_DIR}: {shown(str(first))} has {len(names)} class folders, training needs two or "
-                          f"more; images belong into {layout}")
-    notes: list[str] = []
-    train = _read_classes(first, names, root, allow_outside, notes, needed=True)
-    shown_names = [shown(name) for name in names]
-    if "train" not in parts or len(parts) == 1:
-        kept, taken = take_share(train.targets, test_share, split_seed)
-        if not len(taken):
-            raise ConfigError(f"{DATA_DIR}: {shown(str(first))}: every class has one image; none is left to test on")
-        notes.append(f"no test folder: {len(taken)} of {len(train)} images, {test_share:.0%} of each class, are set "
-                     "aside for testing")
-        return Splits(train.subset(kept), train.subset(taken), class_names=shown_names, num_classes=len(names),
-                      notes=notes)
-    read = {}
-    for part in ("val", "test"):
-        if part in parts:
-            for name in _class_folders(parts[part]):
-                if name not in names:
-                    raise ConfigError(f"{shown(str(parts[part] / name))}: no such class in {shown(str(first))}")
-            read[part] = _read_classes(parts[part], names, root, allow_outside, notes, needed=False)
-    test = read.get("test", read.get("val"))
-    if not len(test):
-        raise ConfigError(f"{shown(str(parts.get('test', parts.get('val'))))}: holds no image")
-    return Splits(train, test, val=read.get("val") if "test" in read else None, class_names=shown_names,
-                  num_classes=len(names), notes=notes)
-
-
-def _class_folders(root: Path) -> list[str]:
-    with os.scandir(root) as found:
-        return sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _read_classes(folder: Path, names: list[str], root: Path, allow_outside: bool, notes: list[str],
-                  needed: bool) -> ImageSet:
-    paths, labels = [], []
-    real_root, other = os.path.realpath(root), 0
-    for label, name in enumerate(names):
-        place = os.path.join(folder, name)
-        entries = _entries(place) or {}
-        if entries and not allow_outside:
-            _check_inside(place, real_root, DATA_DIR, place, root)
-        files = sorted(entry for entry in entries if not entry.startswith("."))
-        images = [entry for entry in files if os.path.splitext(entry)[1].lower() in EXTENSIONS]
-        other += len(files) - len(images)
-        if needed and not images:
-            raise ConfigError(f"{shown(place)}: holds no image ({', '.join(sorted(EXTENSIONS))}); "
-                              "add some or remove the folder")
-        for image in images:
-            if entries[image] and not allow_outside:
-                _check_inside(os.path.join(place, image), real_root, DATA_DIR, os.path.join(place, image), root)
-        paths += [os.path.join(place, image) for image in images]
-        labels += [label] * len(images)
-    if other:
-        notes.append(f"warning: {shown(str(folder))}: {other} files are no images by their names and are left out")
-    return ImageSet(np.array(labels, dtype=np.int64), paths=paths)

@@ -22,7 +22,7 @@ from data_loader.memory import MemoryImages, Recipe
 from data_loader.mixing import Mixing
 from data_loader.policies import POLICIES
 from data_loader.samplers import SAMPLERS, ClassBalancedSampler
-from data_loader.splitting import holdout_of_spare, summary, take_share
+from data_loader.splitting import Division, holdout_of_spare, is_same_place, match_classes, summary
 from data_loader.transforms import (
     IMAGENET_STATISTICS,
     LARGEST_RESIZED,
@@ -64,6 +64,8 @@ class ImageDataLoader(BaseDataLoader):
         its centre anywhere. random_erasing: the share of images in which a rectangle becomes 0.
     mix: {"type": "mixup" | "cutmix" | "either", "alpha": 0.4, "prob": 1.0, "off_epochs": 0}: labels are then
         `MixedLabels`, see `data_loader.mixing`.
+    facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, groups follow its
+        training counts, and what was training data stays training data.
     transform: a function of a PIL image for the training images instead of the loader's own (Python only).
     distributed: as in old configs; ignored, `torchrun` decides.
     epochs: what ProgressivelyBalanced takes as its number of epochs.
@@ -88,7 +90,8 @@ class ImageDataLoader(BaseDataLoader):
                  distributed: bool | None = None, seed: int = 0, device: str | torch.device = "cpu", rank: int = 0,
                  world_size: int = 1, epochs: int | None = None, transform: Callable | None = None,
                  augment: Literal["basic", "autoaugment", "randaugment", "trivialaugment"] = "basic",
-                 rotation: float | None = None, cutout: int = 0, random_erasing: float = 0.0, mix: dict | None = None):
+                 rotation: float | None = None, cutout: int = 0, random_erasing: float = 0.0, mix: dict | None = None,
+                 facts: Any = None):
         self.data_dir = data_dir
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
         self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
@@ -103,7 +106,16 @@ class ImageDataLoader(BaseDataLoader):
         self.mean, self.std = self.statistics
         if data_dir is not None:
             check_data_dir(data_dir, may_be_made=self.may_download and download)
+        facts = facts or {}
+        self.division = Division.of(facts.get("split", {}) if facts else None, root=str(data_dir), seed=split_seed,
+                                    test_share=test_share, val_share=val_share)
+        #: Test images in a folder of their own are all for testing, unless they are where the training images were.
+        self.whole = bool(facts) and not training and not is_same_place(str(data_dir), facts.get("split"))
         splits = self.read(training)
+        self.whole = self.whole and splits.train is None  # and there was no training folder
+        if facts.get("class_names") and splits.class_names and not (facts.get("optional") and match_classes(
+                splits.class_names, facts["class_names"], not training) is None):
+            follow_classes(splits, facts["class_names"], str(data_dir), some=not training)
         self.notes = list(splits.notes)
         if image_size == "auto" and splits.test.paths is not None:
             self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu")
@@ -113,6 +125,9 @@ class ImageDataLoader(BaseDataLoader):
         train, self._val, self.validation_note = self._divide(splits)
         self.cls_num_list = [0] * self.num_classes if train is None else \
             np.bincount(train.targets, minlength=self.num_classes).tolist()
+        if facts.get("cls_num_list") and not training and len(facts["cls_num_list"]) == self.num_classes:
+            self.cls_num_list = list(facts["cls_num_list"])
+        self.split_memory = None if train is None or train.paths is None else self.division.memory(train)
         self._test_counts = np.bincount(splits.test.targets[splits.test.targets >= 0], minlength=self.num_classes)
         images = train if training else splits.test
         order = self._sampler(sampler, balanced, retain_epoch_size, images.targets, seed, epochs) if training else None
@@ -178,7 +193,7 @@ class ImageDataLoader(BaseDataLoader):
             if missing:
                 note += f"; {missing} of {self.num_classes} classes have none left over"
             return train, spare.subset(chosen), note
-        kept, held = take_share(train.targets, self.val_share, self.split_seed, keep_rare=5)
+        kept, held = self.division.divide(train, "val")
         if not len(held):
             return train, None, "validation: \"holdout\": no class has enough images to spare one; there is none"
         return train.subset(kept), train.subset(held), (
@@ -322,9 +337,34 @@ class ImageDataLoader(BaseDataLoader):
                 images = images if draws is None else erase(images, draws[positions].boxes)
             yield images, labels
 
-    def summary(self) -> list[str]:
-        """What the data look like, for the log: classes, counts, imbalance, few-shot classes, and warnings."""
-        return summary(self.cls_num_list, self._test_counts, self.class_names, self.notes)
+    def summary(self, groups: dict[str, float] | None = None) -> list[str]:
+        """What the data look like, for the log: classes, counts, imbalance, few-shot classes, and warnings.
+
+        groups: {"many": 100, "few": 20}, the config's limits.
+        """
+        return summary(self.cls_num_list, self._test_counts, self.class_names, self.notes, **(groups or {}))
+
+
+def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool) -> None:
+    """Number the splits' classes as `wanted` does, by name, in place. some: the data may lack classes.
+
+    Raises ConfigError where names don't fit.
+    """
+    numbers = match_classes(splits.class_names, wanted, some)
+    if numbers is None:
+        def listed(names: list[str]) -> str:
+            return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ConfigError(f"data_loader.args.data_dir: {data_dir} has the classes {listed(splits.class_names)}, and "
+                          f"the checkpoint's model knows {listed(wanted)}; give the data it was trained for, or start "
+                          "a new classifier with --pretrained")
+    if splits.class_names != list(wanted):
+        if numbers != list(range(len(wanted))):
+            splits.notes.append("classes are numbered as in the checkpoint, by their names")
+        table = np.array(numbers)
+        for part in (splits.train, splits.val, splits.test, splits.spare):
+            if part is not None:
+                part.targets = np.where(part.targets >= 0, table[part.targets], part.targets)
+        splits.class_names, splits.num_classes = list(wanted), len(wanted)
 
 
 def suited_size(paths: list[str], fast: bool) -> tuple[int, str]:

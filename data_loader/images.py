@@ -20,6 +20,9 @@ from utils.errors import ConfigError
 
 MOST_PIXELS = 178_956_970
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
+#: Folders and files that systems and programs leave in other people's folders, in lower case.
+_SYSTEM = {"__macosx", "@eadir", "@tmp", "#recycle", "lost+found", "$recycle.bin", "system volume information",
+           "thumbs.db", "desktop.ini", "__pycache__"}
 _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
 
@@ -34,6 +37,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif "transparency" in image.info:  # without this detour Pillow warns
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder of this name is no one's photos: hidden (`.ipynb_checkpoints`, `._photo.jpg`,
+    `.Trash-0`), or left there by an archive, a disk or a file server."""
+    return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def shown(path: str) -> str:

@@ -1,9 +1,18 @@
 """Dividing images by class: held-out shares, balanced left-overs, and the lines that describe a split."""
 from __future__ import annotations
 
+import hashlib
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 
-MANY, FEW = 100, 20
+from utils.class_counts import FEW, MANY
+
+_PERSON = b"split313"   # of the hash that divides by name: one with which numbered names divide evenly
 TOO_FEW_TO_TELL = 10   # test images a class, under which a class's accuracy says little
 
 
@@ -22,6 +31,103 @@ def take_share(targets: np.ndarray, share: float, seed: int, keep_rare: int = 2)
     return np.setdiff1d(np.arange(len(targets)), taken), taken
 
 
+@dataclass
+class Division:
+    """Which images of a folder or list are set aside, by their names: a photo that is added moves no other.
+
+    An image is taken where a hash of its name relative to `root` and of the seed, 0 to 1, is under the share. No class
+    gives its last image; a class of two or more gives at least one to the test, one of five or more to validation. What
+    such exceptions kept for training is remembered (`memory`), and stays there when more images come.
+
+    rule: "names", or "shares" for runs of versions that drew a share of each class's images by their number.
+    """
+
+    root: str
+    seed: int
+    test_share: float
+    val_share: float
+    rule: str = "names"
+    kept: set[str] = field(default_factory=set)
+    sample: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, memory: dict[str, Any] | None, **settings: Any) -> Division:
+        """As a checkpoint remembers it; memory None: a new one; without a `rule`: of an old run."""
+        if memory is None:
+            return cls(**settings)
+        return cls(**settings, rule=memory.get("rule", "shares"), kept=set(memory.get("kept", ())))
+
+    def divide(self, images: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """(indices kept, indices taken) of an ImageSet, both ascending. what: "test" or "val"."""
+        share, keep_rare = (self.test_share, 2) if what == "test" else (self.val_share, 5)
+        if self.rule == "shares" or images.paths is None:
+            return take_share(images.targets, share, self.seed, keep_rare)
+        names = [relative_name(path, self.root) for path in images.paths]
+        values = np.array([name_value(name, self.seed, what) for name in names])
+        free = np.array([f"{what}:{name}" not in self.kept for name in names])
+        taken = np.zeros(len(names), dtype=bool)
+        for label in np.unique(images.targets):
+            own = np.flatnonzero(images.targets == label)
+            candidates = own[free[own]]
+            if len(own) < keep_rare or not len(candidates):
+                continue
+            chosen = candidates[values[candidates] < share]
+            if not len(chosen):
+                chosen = candidates[[values[candidates].argmin()]]
+            if len(chosen) == len(own):
+                chosen = np.setdiff1d(chosen, chosen[[values[chosen].argmax()]])
+            taken[chosen] = True
+        alone = np.bincount(images.targets, minlength=1)[images.targets] < keep_rare
+        self.kept |= {f"{what}:{names[i]}" for i in np.flatnonzero(~taken & ((values < share) | alone))}
+        return np.flatnonzero(~taken), np.flatnonzero(taken)
+
+    def memory(self, images: Any) -> dict[str, Any]:
+        """What a checkpoint must know of it, as plain data; images: the training split, of which some are remembered by
+        name and size, so that the same photos are known again in another place."""
+        step = max(1, len(images.paths) // 64)
+        sample = {relative_name(path, self.root): os.path.getsize(path) for path in images.paths[::step][:64]}
+        return {"rule": self.rule, "kept": sorted(self.kept), "sample": sample}
+
+
+def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
+    """Whether a folder holds the training photos that a checkpoint remembers: half of the sample at least."""
+    sample = (memory or {}).get("sample") or {}
+    def there(name: str, size: int) -> bool:
+        try:
+            return os.path.getsize(os.path.join(root, name)) == size
+        except OSError:
+            return False
+    return not sample or sum(there(name, size) for name, size in sample.items()) * 2 >= len(sample)
+
+
+def relative_name(path: str, root: str) -> str:
+    """A file's name below `root`, the same on every system."""
+    return unicodedata.normalize("NFC", os.path.relpath(path, root).replace(os.sep, "/"))
+
+
+def name_value(name: str, seed: int, what: str) -> float:
+    """A number from 0 to 1 that depends on a name and a seed alone."""
+    text = f"{seed}/{what}/{name}".encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(text, digest_size=8, person=_PERSON).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def match_classes(own: Sequence[str], wanted: Sequence[str], some: bool = False) -> list[int] | None:
+    """For each class of `own`, its number in `wanted`, by name: exactly, or else in any case and Unicode form.
+
+    some: `own` may lack classes. None where names don't fit.
+    """
+    def key(name: str) -> str:
+        return unicodedata.normalize("NFC", name).strip().casefold()
+    for fold in (str, key):
+        numbers = {fold(name): number for number, name in enumerate(wanted)}
+        found = [numbers.get(fold(name)) for name in own]
+        if len(numbers) == len(wanted) and None not in found and len(set(found)) == len(found) and (
+                some or len(found) == len(wanted)):
+            return found
+    return None
+
+
 def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, seed: int) -> tuple[np.ndarray, int]:
     """A validation split out of images that no split uses: (indices, number of classes without any).
 
@@ -36,8 +142,12 @@ def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, see
     return np.concatenate(chosen), int((counts == 0).sum())
 
 
-def summary(train: list[int], test: np.ndarray, names: list[str] | None, notes: list[str]) -> list[str]:
-    """Lines for the log: classes, counts, imbalance, groups, and what to be careful about."""
+def summary(train: list[int], test: np.ndarray, names: list[str] | None, notes: list[str], many: float = MANY,
+            few: float = FEW) -> list[str]:
+    """Lines for the log: classes, counts, imbalance, groups, and what to be careful about.
+
+    many, few: the limits of the groups, in training images.
+    """
     counts = np.asarray(train)
     filled = counts[counts > 0]
     named = [str(label) for label in range(len(counts))] if names is None else names
@@ -47,9 +157,9 @@ def summary(train: list[int], test: np.ndarray, names: list[str] | None, notes: 
         lines = [f"classes: {len(counts)}, training images: {counts.sum():,}, test images: {int(test.sum()):,}",
                  f"training images a class: {filled.max():,} ({named[big]}) to {filled.min():,} ({named[small]}), "
                  f"imbalance {filled.max() / filled.min():.4g} : 1",
-                 f"groups: {(counts > MANY).sum()} many-shot (over {MANY}), "
-                 f"{((counts <= MANY) & (counts >= FEW)).sum()} medium-shot, "
-                 f"{(counts < FEW).sum()} few-shot (under {FEW})"]
+                 f"groups: {(counts > many).sum()} many-shot (over {many:g}), "
+                 f"{((counts <= many) & (counts >= few)).sum()} medium-shot, "
+                 f"{(counts < few).sum()} few-shot (under {few:g})"]
 
     def listed(labels: np.ndarray) -> str:
         some = ", ".join(named[label] for label in labels[:5])

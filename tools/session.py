@@ -4,6 +4,7 @@ This file alone brings models and data together; nothing in the other rooms impo
 """
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from base.base_data_loader import BaseDataLoader
 from base.run_paths import new_run
 from data_loader.data_loaders import build_loader
+from data_loader.splitting import is_same_place
 from logger.log import get_logger
 from model.loss import build_loss
 from model.model import build_model
@@ -113,11 +115,44 @@ def data_facts(loader: BaseDataLoader) -> dict[str, Any]:
     """What a model's user needs to know of its data, as plain data for the checkpoint."""
     return {"num_classes": int(loader.num_classes), "cls_num_list": [int(n) for n in loader.cls_num_list],
             "class_names": None if loader.class_names is None else [str(name) for name in loader.class_names],
-            "preprocess": loader.preprocess}
+            "preprocess": loader.preprocess, "split": getattr(loader, "split_memory", None) or {"rule": "names"}}
 
 
-def load_start(model: nn.Module, start: Start) -> None:
+def check_labels(config: dict[str, Any], loader: BaseDataLoader) -> None:
+    """A list's label beyond what `arch.args.num_classes` allows is named by file and line. Raises ConfigError."""
+    limit = (config["arch"].get("args") or {}).get("num_classes")
+    where = getattr(getattr(loader, "images", None), "where", None)
+    if limit is None or where is None or not (loader.targets >= limit).any():
+        return
+    at = int((loader.targets >= limit).argmax())
+    raise ConfigError(f"{where[0]}, line {where[1][at]}: label {loader.targets[at]} is out of range; "
+                      f"arch.args.num_classes is {limit}, so labels are 0 to {limit - 1}")
+
+
+def facts_of_checkpoint(checkpoint: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a checkpoint knows of its data; None where it says nothing (another project's)."""
+    facts = (checkpoint or {}).get("data")
+    return facts if isinstance(facts, dict) else None
+
+
+def facts_to_follow(start: Start) -> dict[str, Any] | None:
+    """The data facts of the model that a training's data must agree with: of the run that goes on, of the teacher, or,
+    as far as the classes fit, of the weights that it starts from."""
+    if start.checkpoint is not None:
+        return facts_of_checkpoint(start.checkpoint)
+    config = start.config
+    if config.get("distill") and config.get("distill_checkpoint"):
+        return facts_of_checkpoint(load_checkpoint(config["distill_checkpoint"]))
+    source = config.get("load_crt") or config.get("pretrained")
+    facts = facts_of_checkpoint(load_checkpoint(source)) if source else None
+    return None if facts is None else {**facts, "optional": True}
+
+
+def load_start(model: nn.Module, start: Start, class_names: list[str] | None = None) -> None:
     """Load the weights that a run starts from, and freeze what stage 2 doesn't train.
+
+    class_names: the data's, in the order of their labels. A classifier that knows other classes isn't taken, whatever
+    their number.
 
     The config's `pretrained` is a file of weights to start from (a classifier of other classes is left new); its
     `load_crt` is stage 1's file: all but the classifier is loaded, and everything but the classifier frozen (Kang
@@ -131,7 +166,13 @@ def load_start(model: nn.Module, start: Start) -> None:
     elif config.get("pretrained") and hasattr(model, "load_pretrained"):
         log.info(model.load_pretrained(load_checkpoint(config["pretrained"]), config["pretrained"]))
     elif config.get("pretrained"):
-        load_weights(model, config["pretrained"], skip_prefixes=(GATES,), new_head=True)
+        file = load_checkpoint(config["pretrained"])
+        known = (facts_of_checkpoint(file) or {}).get("class_names")
+        other = None not in (known, class_names) and list(known) != list(class_names)
+        if other:
+            log.info("%s knows other classes: the classifier is left new", config["pretrained"])
+        load_weights(model, file, name=config["pretrained"], new_head=True,
+                     skip_prefixes=(GATES, *(model.classifier_prefixes() if other else ())))
     elif model.routed and not model.force_all:
         log.warning("the gates learn when experts that nobody trained are right; give the trained model with "
                     "-r STAGE1")
@@ -158,6 +199,23 @@ class Run:
     _loaders: dict[str, BaseDataLoader] = field(default_factory=dict)
 
     @property
+    def facts(self) -> dict[str, Any] | None:
+        """What the checkpoint knows of its data."""
+        return facts_of_checkpoint(self.checkpoint)
+
+    @property
+    def is_own_data(self) -> bool:
+        """Whether the config's data are those that the model was trained for, there or elsewhere."""
+        saved = recover_config(self.checkpoint) or {}
+        before, now = (config.get("data_loader") or {} for config in (saved, self.config))
+        places = [(part.get("args") or {}).get("data_dir") for part in (before, now)]
+        if before.get("type", now.get("type")) != now.get("type"):
+            return False
+        if None in places or os.path.realpath(places[0]) == os.path.realpath(places[1]):
+            return True
+        return is_same_place(places[1], (self.facts or {}).get("split"))
+
+    @property
     def data(self) -> dict[str, Any]:
         """num_classes, cls_num_list, class_names, preprocess: from the checkpoint, else from the data."""
         return self.checkpoint.get("data") or data_facts(self.loader("test"))
@@ -166,9 +224,9 @@ class Run:
         """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
         if split not in self._loaders:
             if split == "test":
-                self._loaders[split] = make_loader(self.config, self.device, training=False)
+                self._loaders[split] = make_loader(self.config, self.device, training=False, facts=self.facts)
             elif split == "train":
-                self._loaders[split] = make_loader(self.config, self.device)
+                self._loaders[split] = make_loader(self.config, self.device, facts=self.facts)
             elif split == "train_eval":
                 self._loaders[split] = self.loader("train").train_eval_loader()
             else:

@@ -151,8 +151,9 @@ class CocoDataLoader(BaseDataLoader):
             whole = whole.subset(self._held_out(whole)[1])
         return whole.counts()
 
-    def summary(self) -> list[str]:
-        """What there is to learn from, for the log."""
+    def summary(self, groups: dict[str, float] | None = None) -> list[str]:
+        """What there is to learn from, for the log. groups: {"few": 20, ...}, the config's limits."""
+        few = (groups or {}).get("few", FEW)
         counts = self.cls_num_list or []
         instances = sum(map(len, self.split.annotations))
         lines = [f"{self.split.file}: {self.num_classes} classes, {self.n_samples:,} images, {instances:,} instances"]
@@ -160,7 +161,7 @@ class CocoDataLoader(BaseDataLoader):
             most, least = max(counts), min(n for n in counts if n)
             lines.append(f"training instances a class: {most:,} ({self.class_names[counts.index(most)]}) to {least:,} "
                          f"({self.class_names[counts.index(least)]}), imbalance {most / least:.4g} : 1; few-shot "
-                         f"(under {FEW}): {sum(n < FEW for n in counts)} classes")
+                         f"(under {few:g}): {sum(n < few for n in counts)} classes")
         untrained = [name for name, n in zip(self.class_names, counts) if not n]
         if untrained:
             lines.append(f"warning: {len(untrained)} classes have no training instance: {', '.join(untrained[:5])}"

@@ -207,7 +207,7 @@ def test_cifar_is_fetched_only_if_absent(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_other_ranks_wait_for_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_cifar(tmp_path / "source", datasets.CIFAR100, 2)
-    monkeypatch.setattr(datasets, "rank", lambda: 1)
+    monkeypatch.setattr(datasets, "local_rank", lambda: 1)
     monkeypatch.setattr(datasets.time, "sleep", lambda _: (source / "cifar-100-python").rename(
         tmp_path / "cifar-100-python"))
     assert CIFAR100DataLoader(str(tmp_path)).n_samples == 200

@@ -1,0 +1,147 @@
+"""Images in folders: whose folders they are, which splits they make, and what is left out. Nothing is decoded here."""
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from data_loader.datasets import ImageSet, Splits
+from data_loader.files import DATA_DIR, check_inside
+from data_loader.images import EXTENSIONS, is_system, shown
+from data_loader.splitting import Division
+from utils.errors import ConfigError
+
+#: What people call the folder of a split, in any case of letters.
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+LAYOUT = "data_dir/train/CLASS/* or data_dir/CLASS/*"
+
+
+def class_key(name: str) -> str:
+    """One text for every Unicode form of a name: é may be one character or two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def read_folders(data_dir: str, division: Division, allow_outside: bool, whole: bool = False) -> Splits:
+    """The splits in a folder: `train/CLASS/*` with `val` and `test` alike, or `CLASS/*`, of which part is for testing.
+
+    Splits' folders may have any of SPLIT_NAMES. A class is its folder and all folders in it. Classes are those of
+    training in alphabetical order. With train and val only, val is the test split. whole: all of `CLASS/*` is for
+    testing. Whatever is left out is counted in the notes. Raises ConfigError.
+    """
+    root, notes = Path(data_dir), []
+    parts = split_folders(root)
+    if "train" not in parts and any(class_folders(part) for part in parts.values()):
+        raise ConfigError(f"{shown(str(root / 'train'))}: no such folder; images belong into {LAYOUT}")
+    first = parts.get("train", root)
+    names = class_folders(first)
+    if len(names) < (1 if whole else 2):
+        raise ConfigError(f"{DATA_DIR}: {shown(str(first))} has {len(names)} class folders, training needs two or "
+                          f"more; images belong into {LAYOUT}")
+    if "train" in parts:
+        note_rest(root, set(parts.values()), notes)
+    train = read_classes(first, names, root, allow_outside, notes, needed=True)
+    shown_names = [shown(name) for name in names]
+    if "train" not in parts or len(parts) == 1:
+        if whole:
+            return Splits(None, train, class_names=shown_names, num_classes=len(names), notes=notes)
+        kept, taken = division.divide(train, "test")
+        if not len(taken):
+            raise ConfigError(f"{DATA_DIR}: {shown(str(first))}: every class has one image; none is left to test on")
+        notes.append(f"no test folder: {len(taken)} of {len(train)} images, about {division.test_share:.0%} of each "
+                     "class, are set aside for testing, chosen by their names: they stay the same when you add images")
+        return Splits(train.subset(kept), train.subset(taken), class_names=shown_names, num_classes=len(names),
+                      notes=notes)
+    read = {}
+    for part in ("val", "test"):
+        if part in parts:
+            for name in class_folders(parts[part]):
+                if name not in names:
+                    raise ConfigError(f"{shown(str(parts[part] / name))}: no such class in {shown(str(first))}")
+            read[part] = read_classes(parts[part], {name: class_folders(parts[part]).get(name, []) for name in names},
+                                      root, allow_outside, notes, needed=False)
+    test = read.get("test", read.get("val"))
+    if not len(test):
+        raise ConfigError(f"{shown(str(parts.get('test', parts.get('val'))))}: holds no image")
+    return Splits(train, test, val=read.get("val") if "test" in read else None, class_names=shown_names,
+                  num_classes=len(names), notes=notes)
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """`train`, `val`, `test` -> its folder in `root`, as far as it is there. Raises ConfigError where two could be one.
+    """
+    found: dict[str, Path] = {}
+    with os.scandir(root) as entries:
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
+    for name in folders:
+        for part, names in SPLIT_NAMES.items():
+            if name.lower() in names:
+                if part in found:
+                    raise ConfigError(f"{DATA_DIR}: {shown(str(root))} has {found[part].name}/ and {name}/, and only "
+                                      f"one can be the {part} split; rename or remove one")
+                found[part] = root / name
+    return found
+
+
+def class_folders(root: Path) -> dict[str, list[str]]:
+    """Class -> the folders in `root` that are named so, in any Unicode form; classes in alphabetical order."""
+    found: dict[str, list[str]] = {}
+    with os.scandir(root) as entries:
+        for name in sorted(entry.name for entry in entries if entry.is_dir() and not is_system(entry.name)):
+            found.setdefault(class_key(name), []).append(name)
+    return {name: found[name] for name in sorted(found)}
+
+
+def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
+    """Say which folders beside the splits' are left out, and how many images they hold."""
+    with os.scandir(root) as entries:
+        others = sorted(entry.name for entry in entries if entry.is_dir() and root / entry.name not in known
+                        and not is_system(entry.name))
+    for name in others:
+        count = sum(is_image(file) for _, _, files in os.walk(root / name) for file in files)
+        if count:
+            notes.append(f"warning: {shown(str(root / name))}: {count} images are in no split and are left out")
+
+
+def is_image(name: str) -> bool:
+    return not is_system(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_outside: bool, notes: list[str],
+                 needed: bool) -> ImageSet:
+    """Every image below each class's folders, and notes on what is left out."""
+    paths, labels, other, seen = [], [], 0, False
+    real_root = os.path.realpath(root)
+    for label, places in enumerate(names.values()):
+        own = []
+        for place in places:
+            top = os.path.join(folder, place)
+            seen = True
+            for where, folders, files in os.walk(top, followlinks=allow_outside):
+                folders[:] = sorted(inner for inner in folders if not is_system(inner))
+                if files and not allow_outside:
+                    check_inside(where, real_root, DATA_DIR, where, root)
+                for file in sorted(files):
+                    path = os.path.join(where, file)
+                    if is_system(file):
+                        continue
+                    if not is_image(file):
+                        other += 1
+                        continue
+                    if not allow_outside and os.path.islink(path):
+                        check_inside(path, real_root, DATA_DIR, path, root)
+                    own.append(path)
+        if needed and not own:
+            raise ConfigError(f"{shown(os.path.join(folder, places[0]))}: holds no image "
+                              f"({', '.join(sorted(EXTENSIONS))}); add some or remove the folder")
+        paths += own
+        labels += [label] * len(own)
+    if other:
+        notes.append(f"warning: {shown(str(folder))}: {other} files are no images by their names and are left out")
+    if seen:
+        with os.scandir(folder) as entries:
+            loose = sum(entry.is_file() and is_image(entry.name) for entry in entries)
+        if loose:
+            notes.append(f"warning: {shown(str(folder))}: {loose} images lie beside the class folders and are left out")
+    return ImageSet(np.array(labels, dtype=np.int64), paths=paths)

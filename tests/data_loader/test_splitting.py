@@ -1,0 +1,192 @@
+"""Which images a split made here takes: by name, so that new photos move none; classes matched by name."""
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_loader.data_loaders import ImageFolderLTDataLoader, ListFileDataLoader
+from data_loader.datasets import ImageSet
+from data_loader.splitting import Division, is_same_place, match_classes
+from utils.errors import ConfigError
+
+SMALL = dict(batch_size=4, image_size=8, num_workers=0)
+
+
+def photos(folder: Path, count: int, start: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(start, start + count):
+        Image.new("RGB", (9 + i % 5, 9), (i % 256, 0, 0)).save(folder / f"{i:04d}.png")
+
+
+def images(names: list[str]) -> ImageSet:
+    classes = sorted({name.split("/")[0] for name in names})
+    targets = np.array([classes.index(name.split("/")[0]) for name in names])
+    return ImageSet(targets, paths=[f"/data/{name}" for name in names])
+
+
+def division(memory: dict | None = None) -> Division:
+    return Division.of(memory, root="/data", seed=0, test_share=0.2, val_share=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(before=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60)), unique=True, min_size=1),
+       more=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60)), unique=True),
+       what=st.sampled_from(["test", "val"]))
+def test_photos_that_were_trained_on_are_never_taken_later(before: list, more: list, what: str) -> None:
+    names = sorted(f"{c}/{i}.png" for c, i in before)
+    one = division()
+    kept, taken = one.divide(images(names), what)
+    assert sorted([*kept, *taken]) == list(range(len(names)))
+    counts = np.bincount(images(names).targets)
+    left = np.bincount(images(names).targets[kept], minlength=len(counts))
+    assert (left >= 1).all()
+    if what == "test":
+        assert ((counts - left >= 1) | (counts < 2)).all()
+    later = sorted({*names, *(f"{c}/{i}.png" for c, i in more)})
+    memory = {"rule": one.rule, "kept": sorted(one.kept)}
+    _, taken_later = division(memory).divide(images(later), what)
+    assert not {names[i] for i in kept} & {later[i] for i in taken_later}
+
+
+def test_shares_are_about_the_wanted_ones_and_old_runs_keep_their_rule() -> None:
+    names = [f"{c}/{i}.png" for c in "abcde" for i in range(400)]
+    _, taken = division().divide(images(names), "test")
+    per_class = np.bincount(images(names).targets[taken])
+    assert abs(len(taken) / 2000 - 0.2) < 0.03 and (abs(per_class / 400 - 0.2) < 0.08).all()
+    _, old = division({}).divide(images(names), "test")   # a checkpoint that says nothing of a rule
+    assert np.bincount(images(names).targets[old]).tolist() == [80] * 5
+
+
+def test_a_folder_that_grows_moves_no_photo_from_training_to_test(tmp_path: Path) -> None:
+    for name, count in (("ant", 30), ("bee", 12), ("crab", 5)):
+        photos(tmp_path / name, count)
+    before = set(ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL).paths)
+    for name in ("ant", "bee", "crab"):
+        photos(tmp_path / name, 25, start=500)
+    after = ImageFolderLTDataLoader(str(tmp_path), training=False, **SMALL)
+    assert not before & set(after.paths) and len(after.paths) > 10
+
+
+def test_the_same_photos_in_another_place_are_known_again(tmp_path: Path) -> None:
+    photos(tmp_path / "here" / "ant", 20)
+    photos(tmp_path / "here" / "bee", 20)
+    loader = ImageFolderLTDataLoader(str(tmp_path / "here"), validation="none", **SMALL)
+    os.rename(tmp_path / "here", tmp_path / "there")
+    photos(tmp_path / "other" / "ant", 6, start=900)
+    assert is_same_place(str(tmp_path / "there"), loader.split_memory)
+    assert not is_same_place(str(tmp_path / "other"), loader.split_memory)
+    facts = {"class_names": ["ant", "bee"], "cls_num_list": [16, 16], "split": loader.split_memory}
+    moved = ImageFolderLTDataLoader(str(tmp_path / "there"), training=False, facts=facts, **SMALL)
+    assert moved.n_samples == 40 - loader.n_samples
+    tests = ImageFolderLTDataLoader(str(tmp_path / "other"), training=False, facts=facts, **SMALL)
+    assert tests.n_samples == 6 and tests.cls_num_list == [16, 16] and tests.num_classes == 2   # all of it, and no bee
+
+
+@pytest.mark.parametrize(("own", "wanted", "some", "expected"), [
+    (["a", "b"], ["a", "b"], False, [0, 1]), (["a", "B", "c"], ["C", "a", "b"], False, [1, 2, 0]),
+    (["b"], ["a", "b"], True, [1]), (["b"], ["a", "b"], False, None), (["a", "x"], ["a", "b"], True, None),
+    (["A", "a"], ["a", "A"], False, [1, 0]), (["A", "a"], ["a", "b"], True, None),
+    ([unicodedata.normalize("NFD", "café")], [unicodedata.normalize("NFC", "Café")], False, [0])])
+def test_classes_are_matched_by_name(own: list, wanted: list, some: bool, expected: list | None) -> None:
+    assert match_classes(own, wanted, some) == expected
+
+
+def test_data_of_a_checkpoints_classes_in_another_order_and_of_others(tmp_path: Path) -> None:
+    for name, count in (("Crab", 3), ("ant", 4), ("bee", 5)):
+        photos(tmp_path / "train" / name, count)
+        photos(tmp_path / "test" / name, count)
+    facts = {"class_names": ["ant", "bee", "crab"], "cls_num_list": [40, 30, 7]}
+    loader = ImageFolderLTDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
+    assert loader.class_names == ["ant", "bee", "crab"] and loader.cls_num_list == [40, 30, 7]
+    assert np.bincount(loader.targets).tolist() == [4, 5, 3]
+    with pytest.raises(ConfigError, match=r"has the classes Crab, ant, bee.*knows apple, banana, cherry"):
+        ImageFolderLTDataLoader(str(tmp_path), facts={"class_names": ["apple", "banana", "cherry"]}, **SMALL)
+    free = ImageFolderLTDataLoader(str(tmp_path), facts={"class_names": ["apple"], "optional": True}, **SMALL)
+    assert free.class_names == ["Crab", "ant", "bee"]
+
+
+@pytest.mark.parametrize(("train", "second"), [("train", "valid"), ("Training", "Testing"), ("TRAIN", "Validation")])
+def test_splits_by_the_names_that_people_give_them(tmp_path: Path, train: str, second: str) -> None:
+    for name in ("ant", "bee"):
+        photos(tmp_path / train / name, 6)
+        photos(tmp_path / second / name, 4)
+    assert ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL).n_samples == 12
+    assert ImageFolderLTDataLoader(str(tmp_path), training=False, **SMALL).n_samples == 8
+
+
+def test_two_folders_that_could_be_one_split_are_refused(tmp_path: Path) -> None:
+    for part in ("train", "val", "valid"):
+        photos(tmp_path / part / "ant", 2)
+    with pytest.raises(ConfigError, match="val/ and valid/"):
+        ImageFolderLTDataLoader(str(tmp_path), **SMALL)
+
+
+def test_photos_below_a_class_count_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    photos(tmp_path / "train" / "ant" / "summer" / "june", 3)
+    photos(tmp_path / "train" / "ant", 2, start=50)
+    photos(tmp_path / "train" / "bee", 4)
+    photos(tmp_path / "test" / "ant", 2)
+    photos(tmp_path / "test" / "bee", 2)
+    photos(tmp_path / "holiday", 5)
+    photos(tmp_path / "train" / "@eaDir" / "ant", 3)
+    photos(tmp_path / "train" / "ant" / "@eaDir", 3)
+    photos(tmp_path / "train" / "__MACOSX", 1)
+    (tmp_path / "train" / "ant" / "._0000.png").write_bytes(b"x")
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("x")
+    photos(tmp_path / "train", 2)
+    loader = ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL)
+    said = "\n".join(loader.summary())
+    assert loader.class_names == ["ant", "bee"] and loader.cls_num_list == [5, 4]
+    assert "5 images are in no split" in said and "2 images lie beside the class folders" in said
+    assert "1 files are no images" in said
+
+
+def test_one_class_in_two_unicode_forms(tmp_path: Path) -> None:
+    photos(tmp_path / unicodedata.normalize("NFC", "café"), 5)
+    photos(tmp_path / unicodedata.normalize("NFD", "café"), 5, start=20)
+    photos(tmp_path / "bar", 5)
+    loader = ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL)
+    assert loader.class_names == ["bar", unicodedata.normalize("NFC", "café")]
+    assert loader.n_samples + ImageFolderLTDataLoader(str(tmp_path), training=False, **SMALL).n_samples == 15
+
+
+@pytest.mark.parametrize(("third", "classes", "expected"), [
+    (True, None, ["red fox", "bar"]), (False, "red fox\nbar\n", ["red fox", "bar"]),
+    (False, "red fox 0\nbar 1\nunseen 2\n", ["red fox", "bar", "unseen"]), (False, None, None)])
+def test_lists_name_their_classes(tmp_path: Path, third: bool, classes: str | None, expected: list | None) -> None:
+    photos(tmp_path / "my photos 1", 8)
+    for part, numbers in (("train", range(6)), ("test", range(6, 8))):
+        ending = (" red fox", " bar") if third else ("", "")
+        lines = [f"my photos 1/{i:04d}.png {i % 2}{ending[i % 2]}" for i in numbers]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
+    if classes:
+        (tmp_path / "classes.txt").write_text(classes)
+    assert ListFileDataLoader(str(tmp_path), **SMALL).class_names == expected
+
+
+def test_too_few_names_and_names_that_change_are_refused(tmp_path: Path) -> None:
+    photos(tmp_path, 4)
+    (tmp_path / "train.txt").write_text("0000.png 0 ant\n0001.png 1 bee\n0002.png 0 bee\n")
+    (tmp_path / "test.txt").write_text("0003.png 0\n")
+    with pytest.raises(ConfigError, match=r"train\.txt, line 3: class 0 is bee here and ant before"):
+        ListFileDataLoader(str(tmp_path), **SMALL)
+    (tmp_path / "train.txt").write_text("0000.png 0\n0001.png 1\n")
+    (tmp_path / "classes.txt").write_text("ant\n")
+    with pytest.raises(ConfigError, match=r"classes\.txt: names 1 classes, and the lists have 2"):
+        ListFileDataLoader(str(tmp_path), **SMALL)
+
+
+def test_the_summary_takes_the_configs_groups(tmp_path: Path) -> None:
+    photos(tmp_path / "train" / "ant", 9)
+    photos(tmp_path / "train" / "bee", 3)
+    photos(tmp_path / "test" / "ant", 1)
+    photos(tmp_path / "test" / "bee", 1)
+    loader = ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL)
+    assert "groups: 1 many-shot (over 8), 0 medium-shot, 1 few-shot (under 4)" in loader.summary({"many": 8, "few": 4})
