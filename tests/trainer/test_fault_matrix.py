@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-import base.base_trainer as base_trainer
+import base.resumable as resumable
 from tests.detection.conftest import SCENES, SMALL, scenes  # noqa: F401 (a fixture)
 from trainer import TRAINERS
 from trainer.trainer import Trainer
@@ -84,14 +84,14 @@ def test_faults_cost_nothing(train, kind, runs, monkeypatch, signal_at, same_sta
     for weights in ("state_dict", "raw_state_dict"):
         assert all(torch.isfinite(value).all() for value in saved[weights].values())
 
-    save = base_trainer.save_checkpoint
+    save = resumable.save_checkpoint
 
     def full(path, state):
         if state["epoch"] == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(path, state)
     with monkeypatch.context() as patch:
-        patch.setattr(base_trainer, "save_checkpoint", full)
+        patch.setattr(resumable, "save_checkpoint", full)
         with pytest.raises(RunError, match=r"checkpoint-epoch2\.pth: No space left on device.*newest is .*epoch1\.pth"):
             train("faulty")
     faulty = runs.models("faulty")

@@ -13,7 +13,8 @@ from trainer.detection.coco_eval import evaluate_detector
 from trainer.hooks import HOOKS
 from trainer.hooks.curves import Curves
 from trainer.precision import autocast
-from trainer.trainer import Part, Trainer
+from trainer.step import Part
+from trainer.trainer import Trainer
 from utils.errors import ConfigError
 
 log = get_logger()
