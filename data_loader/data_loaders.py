@@ -30,7 +30,8 @@ class DigitsLTDataLoader(_ImageDataLoader):
         super().__init__(data_dir, *more, imb_factor=imb_factor, **args)
 
     def read(self, training: bool) -> _datasets.Splits:
-        counts = _img_num_per_cls(120, 10, None if self.imb_factor is None else self.imb_type, self.imb_factor or 1)
+        counts = _img_num_per_cls(120, 10, None if self.imb_factor is None else self.imb_type,
+                                  1 if self.imb_factor is None else self.imb_factor)
         return _datasets.read_digits(self.split_seed, counts, size=self.image_size)
 
     def _imbalanced(self, splits: _datasets.Splits) -> tuple:

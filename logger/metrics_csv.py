@@ -1,9 +1,11 @@
-"""metrics.csv and timing.csv, written and read: one row an epoch; a resumed run continues the same file."""
+"""Tables as CSV, written and read. metrics.csv and timing.csv: one row an epoch; a resumed run continues the file."""
 from __future__ import annotations
 
 import csv
-import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from utils.files import write_text
 
@@ -28,12 +30,37 @@ class MetricsCSV:
         self.rows.append(row)
         # A metric that appears later (an empty group that fills) widens the table instead of breaking it.
         columns = list(dict.fromkeys(key for r in self.rows for key in r))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        for r in self.rows:
-            writer.writerow({k: "" if v is None else repr(v) if isinstance(v, float) else v for k, v in r.items()})
-        write_text(self.path, text.getvalue())
+        write_text(self.path, csv_text(columns, self.rows))
+
+
+#: What a spreadsheet takes for the beginning of a formula; in full width too, as some do.
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
+
+
+def plain_cell(value: Any) -> Any:
+    """A CSV cell that no spreadsheet computes: a text that would be a formula there gets an apostrophe in front, which
+    makes it text (OWASP, "CSV Injection"). Numbers stay as they are, and so does a text that is one.
+
+    >>> [plain_cell(value) for value in ("=1+1", "-a.png", "-0.5", -0.5, "cat", None)]
+    ["'=1+1", "'-a.png", '-0.5', -0.5, 'cat', None]
+    """
+    if not isinstance(value, str) or not value.startswith(_FORMULA):
+        return value
+    try:
+        float(value)
+        return value
+    except ValueError:
+        return f"'{value}"
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as CSV with a heading, for programs and spreadsheets alike (see `plain_cell`); None and absent: empty."""
+    lines: list[str] = []
+    # Told that lines end with both, it quotes a cell with either; what is written ends with "\n".
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerow(map(plain_cell, columns))
+    writer.writerows([plain_cell(row.get(column)) for column in columns] for row in rows)
+    return "".join(f"{line[:-2]}\n" for line in lines)
 
 
 def read_table(path: Path) -> list[dict[str, float | None]]:

@@ -127,10 +127,9 @@ def arrange(rows: Sequence[Row], sort: str | None = None, only_means: bool = Fal
 
     def order(block: list[Row]) -> tuple:
         value = block[-1][column.key]
-        missing = value is None
-        value = 0 if missing and column.numeric else value or ""
-        rank = -value if column.best > 0 and not missing else value
-        return ("" if sort else block[-1]["data"], missing, rank, block[-1]["run"])
+        if value is None:
+            return "" if sort else block[-1]["data"], True, 0, block[-1]["run"]
+        return "" if sort else block[-1]["data"], False, -value if column.best > 0 else value, block[-1]["run"]
     return [row for block in sorted(blocks, key=order) for row in block]
 
 

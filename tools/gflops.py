@@ -141,7 +141,7 @@ def image_size(config: dict[str, Any]) -> int:
     if size == "auto":
         from data_loader.image_loader import SMALLEST_AUTO
         return SMALLEST_AUTO
-    return size or getattr(data_loaders, spec["type"]).default_size
+    return getattr(data_loaders, spec["type"]).default_size if size is None else size
 
 
 def number_of_classes(config: dict[str, Any]) -> int:

@@ -7,14 +7,13 @@ Folders are searched with all that is below them. Files that can't be read are l
 """
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from logger.metrics_csv import csv_text
 from tools.classify import Prediction, Predictions, classify, detect, facts_of, find_images
 from tools.cli import check_file, parse_tool, tool_parser
 from utils.cli import run_main
@@ -48,13 +47,9 @@ def rows(done: Predictions, names: Sequence[str] | None) -> list[dict[str, Any]]
 
 def as_csv(table: list[dict[str, Any]]) -> str:
     """Rows as CSV; a column for every key, probabilities with six digits."""
-    columns = list(dict.fromkeys(key for row in table for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in table:
-        writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue()
+    return csv_text(list(dict.fromkeys(key for row in table for key in row)),
+                    ({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()}
+                     for row in table))
 
 
 def as_line(row: dict[str, Any], width: int, num_experts: int) -> str:

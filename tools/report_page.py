@@ -40,14 +40,14 @@ def _head(facts: RunFacts, run: Any, record: RunRecord, title: str) -> str:
     """The title, a sentence that says it all, the headline numbers, and what was trained."""
     epoch = run.checkpoint.get("epoch")
     pairs = {"run": record.name, "checkpoint": run.path.name,
-             "epochs": f"{epoch} of {run.config['trainer']['epochs']}" if epoch else None,
+             "epochs": None if epoch is None else f"{epoch} of {run.config['trainer']['epochs']}",
              "seed": run.config.get("seed", 0), "model": model_of(run.config), "experts": experts_of(run.config),
              "parameters": f"{run.model.num_parameters():,}" if hasattr(run.model, "num_parameters") else None,
              "data": data_of(run.config), "classes": len(facts.counts),
              "training images": f"{sum(facts.counts):,}",
              "imbalance": _imbalance(facts.counts), "test images": _count(facts.result.get("n_samples")),
              "training time": None if record.seconds is None else clock(record.seconds),
-             "speed": None if not record.images_per_second else f"{record.images_per_second:,.0f} images/s"}
+             "speed": None if record.images_per_second is None else f"{record.images_per_second:,.0f} images/s"}
     return (f'<header><p class="kind">Training report</p><h1>{escape(title)}</h1>'
             f'<p class="lead">{escape(_lead(facts))}</p></header>{_tiles(facts)}{fact_list(pairs)}')
 

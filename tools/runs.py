@@ -143,7 +143,7 @@ class RunRecord:
     @property
     def images_per_second(self) -> float | None:
         """Training speed, the median of its epochs."""
-        speeds = sorted(row["images_per_second"] for row in self.times if row.get("images_per_second"))
+        speeds = sorted(row["images_per_second"] for row in self.times if row.get("images_per_second") is not None)
         return speeds[len(speeds) // 2] if speeds else None
 
 

@@ -14,7 +14,7 @@ from model.metric import EvalState
 from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
-from utils.class_counts import FEW, GROUPS, MANY
+from utils.class_counts import GROUPS, group_limits
 from utils.config.check import metric_kind
 from utils.meters import Means
 
@@ -91,7 +91,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
                          torch.empty(n, 0) if experts is None else experts.argmax(2).cpu()))
     for tensor in state.tensors():
         dist.all_reduce_sum(tensor)
-    result = state.compute(loader.cls_num_list, **{"many": MANY, "few": FEW, **(groups or {})})
+    result = state.compute(loader.cls_num_list, **group_limits(groups))
     result.update(means.read(reduce=True))
     if whole_split:
         everyone = [dist.all_gather_with_grad(torch.cat(part))[0] for part in zip(*probs)]

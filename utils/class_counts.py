@@ -27,12 +27,15 @@ def class_counts(cls_num_list: Sequence[float], path: str = "cls_num_list") -> l
     return [count or rarest for count in counts]
 
 
+def group_limits(groups: dict[str, float] | None = None) -> dict[str, float]:
+    """A config's `groups`, {"many": ..., "few": ...}, with the published limits where it says nothing."""
+    return {"many": MANY, "few": FEW, **(groups or {})}
+
+
 def shot_group(count: float, many: float = MANY, few: float = FEW) -> str:
     """The group of a class with `count` training images: `many` (> many), `few` (< few) or `medium`.
 
     >>> [shot_group(n) for n in (101, 100, 20, 19)]
     ['many', 'medium', 'medium', 'few']
     """
-    if count > many:
-        return "many"
-    return "few" if count < few else "medium"
+    return "many" if count > many else "few" if count < few else "medium"

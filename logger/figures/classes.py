@@ -32,7 +32,7 @@ def short(name: str, most: int = 22) -> str:
 
 def _points(history: History, key: str) -> tuple[list[float], list[float]]:
     """(epochs, values) of a metrics.csv column, without its empty fields."""
-    pairs = [(row["epoch"], row[key]) for row in history if row.get("epoch") and row.get(key) is not None]
+    pairs = [(row["epoch"], row[key]) for row in history if row.get("epoch") is not None and row.get(key) is not None]
     return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
 

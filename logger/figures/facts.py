@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.class_counts import FEW, GROUPS, MANY, shot_group
+from utils.class_counts import GROUPS, group_limits, shot_group
 
 BY_IMAGE = ("predictions", "confidences", "labels", "expert_predictions")
 
@@ -31,11 +31,11 @@ class RunFacts:
 
     @property
     def many(self) -> int:
-        return (self.config.get("groups") or {}).get("many", MANY)
+        return group_limits(self.config.get("groups"))["many"]
 
     @property
     def few(self) -> int:
-        return (self.config.get("groups") or {}).get("few", FEW)
+        return group_limits(self.config.get("groups"))["few"]
 
     @cached_property
     def names(self) -> list[str]:

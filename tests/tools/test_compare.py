@@ -171,3 +171,17 @@ def test_times_at_a_glance(seconds, said):
 
 def test_unknown_is_a_dash():
     assert {cell({}, column) for column in COLUMNS} == {"-"}
+
+
+def test_a_figure_of_zero_is_a_figure(tmp_path):
+    """0 % stands after what is better and before what isn't known, whatever column the table is sorted by."""
+    for run_id, seed, accuracy in (("zero", 0, 0.0), ("good", 1, 0.4), ("untested", 2, None)):
+        make_run(tmp_path, run_id, seed, accuracy, loss={"type": "FocalLoss", "args": {"gamma": seed}})
+    from tools.compare import row_of
+    rows = [row_of(run, costs=False) for run in find_runs(tmp_path)[0]]
+    for column in COLUMNS:
+        arranged = [row["run"] for row in arrange(rows, column.key)]
+        assert len(arranged) == 3
+        if column.key in ("all", "many", "few"):
+            assert arranged == ["ce/good", "ce/zero", "ce/untested"]
+    assert arrange(rows)[1]["all"] == 0.0

@@ -20,6 +20,7 @@ from data_loader.detection.rle import encode, unpack
 from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
+from utils.class_counts import group_limits
 from utils.errors import ConfigError
 from utils.files import write_text
 
@@ -80,7 +81,7 @@ class CocoEvaluator:
                  groups: dict[str, int] | None = None):
         load_backend()  # says at once, not after the pass over the images, that it is missing
         self.ground_truth, self.cls_num_list = ground_truth, cls_num_list
-        self.limits = {"many": 100, "few": 20, **(groups or {})}
+        self.limits = group_limits(groups)
         self.category_ids = [category["id"] for category in ground_truth["categories"]]
         self.image_ids: list[int] = []
         self.results: list[dict[str, Any]] = []

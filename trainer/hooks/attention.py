@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from trainer.hooks.base import Hook, Run
-from utils.class_counts import FEW, GROUPS, MANY, shot_group
+from utils.class_counts import GROUPS, group_limits, shot_group
 from utils.errors import ConfigError
 
 MOST_ROWS = 240     # of the attention matrix; classes that are next to each other in frequency share one from there on
@@ -21,7 +21,7 @@ class AttentionByClass:
     """
 
     def __init__(self, counts: Sequence[int], groups: dict[str, float], device: torch.device):
-        self.group_of = [shot_group(count, groups.get("many", MANY), groups.get("few", FEW)) for count in counts]
+        self.group_of = [shot_group(count, **group_limits(groups)) for count in counts]
         order = sorted(range(len(counts)), key=lambda c: (GROUPS.index(self.group_of[c]), -counts[c]))
         together = -(-len(counts) // MOST_ROWS)
         self.rows: list[list[int]] = []                     # the classes of each row
