@@ -83,12 +83,12 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     seed_everything(config["seed"], dist.rank())
 
     train_loader = session.make_loader(config, device, facts=session.facts_to_follow(start))
+    config = session.settled(config, train_loader)
     valid_loader = train_loader.split_validation()
     describe_data(train_loader, config)
     session.check_labels(config, train_loader)
 
     model = session.make_model(config, train_loader.num_classes)
-    config["arch"]["args"]["num_classes"] = model.num_classes
     session.load_start(model, start, train_loader.class_names)
     if options["freeze"] is not None:
         model.freeze(options["freeze"])

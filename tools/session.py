@@ -85,11 +85,18 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
 def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, training: bool = True,
                 **more: Any) -> BaseDataLoader:
     """The loader of the config's training split, or of its test split (`training=False`)."""
-    loader = build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
-                          world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training, **more)
-    if (config["data_loader"].get("args") or {}).get("image_size") == "auto":
-        config["data_loader"]["args"]["image_size"] = loader.image_size  # the same for every split, on any machine
-    return loader
+    return build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
+                        world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training, **more)
+
+
+def settled(config: dict[str, Any], loader: BaseDataLoader) -> dict[str, Any]:
+    """The config with what it left to the data, so that it says the same for every split and on any machine: the number
+    of classes, and an `image_size` of "auto"."""
+    arch, data = config["arch"].get("args") or {}, config["data_loader"].get("args") or {}
+    arch = {**arch, "num_classes": arch.get("num_classes") or loader.num_classes}
+    if data.get("image_size") == "auto":
+        data = {**data, "image_size": loader.image_size}
+    return {**config, "arch": {**config["arch"], "args": arch}, "data_loader": {**config["data_loader"], "args": data}}
 
 
 def make_model(config: dict[str, Any], num_classes: int | None = None, section: str = "arch") -> nn.Module:
@@ -225,8 +232,10 @@ class Run:
         if split not in self._loaders:
             if split == "test":
                 self._loaders[split] = make_loader(self.config, self.device, training=False, facts=self.facts)
+                self.config = settled(self.config, self._loaders[split])
             elif split == "train":
                 self._loaders[split] = make_loader(self.config, self.device, facts=self.facts)
+                self.config = settled(self.config, self._loaders[split])
             elif split == "train_eval":
                 self._loaders[split] = self.loader("train").train_eval_loader()
             else:

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from data_loader.image_loader import suited_size
-from tools.session import make_loader
+from tools.session import make_loader, settled
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,13 @@ def test_no_readable_image_leaves_the_smallest(tmp_path):
 
 
 def test_the_choice_is_kept(photos):
-    config = {"data_loader": {"type": "ImageFolderLTDataLoader",
+    config = {"arch": {"type": "ResNet32Model"}, "data_loader": {"type": "ImageFolderLTDataLoader",
                               "args": {"data_dir": str(photos), "batch_size": 2, "image_size": "auto"}},
               "trainer": {"epochs": 1}}
     loader = make_loader(config)
-    assert config["data_loader"]["args"]["image_size"] == loader.image_size == 64
+    effective = settled(config, loader)
+    assert effective["data_loader"]["args"]["image_size"] == loader.image_size == 64
+    assert effective["arch"]["args"] == {"num_classes": loader.num_classes}
+    assert config["data_loader"]["args"]["image_size"] == "auto" and "args" not in config["arch"]
     assert next(iter(loader))[0].shape[1:] == (3, 64, 64) and loader.preprocess["image_size"] == 64
     assert any("image size: 64" in line for line in loader.summary())
