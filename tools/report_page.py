@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 
 from base.run_paths import RunPaths
-from logger.figures.classes import count_of
 from logger.figures.drawings import Drawing, points
 from logger.figures.facts import BY_IMAGE, RunFacts
-from logger.figures.style import to_svg
+from logger.figures.style import count_of, to_svg
 from tools.page import escape, page, table, tile
 from tools.page import facts as fact_list
 from tools.run_table import clock

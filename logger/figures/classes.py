@@ -1,4 +1,4 @@
-"""The figures of a run, drawn from plain numbers: for the report, for TensorBoard, for anyone's own page.
+"""Figures of classes and their groups, drawn from plain numbers: for the report, TensorBoard, anyone's own page.
 
 Every function returns a matplotlib Figure. Accuracies come as fractions and are drawn in percent. Groups are "many",
 "medium", "few" as in utils.class_counts. N images, C classes, E experts.
@@ -10,71 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from logger.figures.style import FULL, GROUP_COLOURS, HALF, LIGHT, new_figure, styled
+from logger.figures.style import (
+    FULL,
+    GROUP_COLOURS,
+    GROUP_LABELS,
+    HALF,
+    LIGHT,
+    bare,
+    count_of,
+    new_figure,
+    short,
+    stacked_bars,
+    styled,
+)
 from utils.class_counts import FEW, GROUPS, MANY
 
-GROUP_LABELS = {"many": "many-shot", "medium": "medium-shot", "few": "few-shot"}
 RELIABILITY_BINS = 15
-NAMED_CLASSES = 40      # a confusion matrix names its classes up to here
-ON_PICTURE = "#ffffff"  # on strong cells of a picture, which is the same in light and dark
-History = Sequence[dict[str, float | None]]
-
-
-def count_of(number: int, one: str, several: str) -> str:
-    """1 class, 5 classes."""
-    return f"{number:,} {one if number == 1 else several}"
-
-
-def short(name: str, most: int = 22) -> str:
-    """A class's name, cut where it would take the room of the figure."""
-    return name if len(name) <= most else f"{name[:most - 1]}…"
-
-
-def _points(history: History, key: str) -> tuple[list[float], list[float]]:
-    """(epochs, values) of a metrics.csv column, without its empty fields."""
-    pairs = [(row["epoch"], row[key]) for row in history if row.get("epoch") is not None and row.get(key) is not None]
-    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
-
-
-def _draw_lines(axes: Any, history: History, lines: Sequence[tuple[str, str, str]], scale: float = 1.0) -> None:
-    """Lines of metrics.csv columns, (column, name, colour), each named at its end: no legend to look up."""
-    ends = []
-    for key, name, colour in lines:
-        xs, ys = _points(history, key)
-        if xs:
-            ys = [scale * y for y in ys]
-            axes.plot(xs, ys, color=colour, marker="o" if len(xs) < 3 else None, markersize=4)
-            ends.append([ys[-1], xs[-1], name, colour])
-    axes.margins(x=0.02)
-    axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    # Names that would overlap are moved apart, in order of the lines' ends, and not above the panel.
-    low, high = axes.get_ylim()
-    gap, heights = (high - low) * 0.085, []
-    for end in sorted(ends):
-        heights.append(end[0] if not heights else max(end[0], heights[-1] + gap))
-    for place in reversed(range(len(heights))):
-        heights[place] = min(heights[place], high - gap * (len(heights) - place - 0.7))
-    for (_, x, name, colour), y in zip(sorted(ends), heights):
-        axes.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", color=colour, va="center", fontsize=8.5,
-                      annotation_clip=False)
-
-
-def curves(history: History) -> Any:
-    """Loss, accuracy (a detector's AP) and validation accuracy by group over epochs. history: rows of metrics.csv."""
-    pair = (("", "training", LIGHT["quiet"]), ("val_", "validation", LIGHT["accent"]))
-    panels = [("loss", [(f"{prefix}loss", name, colour) for prefix, name, colour in pair], 1),
-              ("accuracy, %", [(f"{prefix}accuracy", name, colour) for prefix, name, colour in pair], 100),
-              ("validation AP, %", [("val_bbox_AP", "box", LIGHT["accent"]),
-                                    ("val_segm_AP", "mask", LIGHT["right"])], 100),
-              ("validation by group, %", [(f"val_{g}_shot_acc", g, GROUP_COLOURS[g]) for g in GROUPS], 100)]
-    panels = [panel for panel in panels if any(_points(history, key)[0] for key, _, _ in panel[1])]
-    with styled():
-        figure, axes = new_figure(FULL, 2.7, max(len(panels), 1))
-        for place, (title, lines, scale) in zip(axes, panels):
-            _draw_lines(place, history, lines, scale)
-            place.set_title(title)
-    return figure
 
 
 def _shade_groups(axes: Any, low: float, high: float, many: float, few: float) -> None:
@@ -171,116 +122,22 @@ def group_bars(result: dict[str, Any]) -> Any:
                       fontweight="bold" if value is not None else "normal", fontsize=9.5)
         axes.set_yticks(range(len(bars) - 1, -1, -1), [f"{n}\n{s}" if s else n for n, _, _, s in bars])
         axes.set(xlim=(0, 122), xticks=[])
-        axes.grid(visible=False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        bare(axes)
     return figure
 
 
 def group_confusion(flow: dict[str, dict[str, float]]) -> Any:
     """Where each group's images end up. flow: group -> {"right", "many", "medium", "few"} as shares of its images."""
-    shown = [group for group in GROUPS if group in flow]
-    parts = [("right", "right", LIGHT["right"])] + [(g, f"mistaken for a {GROUP_LABELS[g]} class", GROUP_COLOURS[g])
-                                                   for g in GROUPS]
+    parts = [("right", LIGHT["right"], LIGHT["surface"])]
+    parts += [(f"mistaken for a {GROUP_LABELS[g]} class", GROUP_COLOURS[g], "#221a05" if g == "medium" else
+               LIGHT["surface"]) for g in GROUPS]
     with styled():
         figure, (axes,) = new_figure(HALF, 2.7)
-        for place, group in enumerate(shown):
-            left, y = 0.0, len(shown) - 1 - place
-            for key, _, colour in parts:
-                width = 100 * flow[group][key]
-                axes.barh(y, width, left=left, color=colour, height=0.56, linewidth=1, edgecolor=LIGHT["surface"])
-                if width >= 9:
-                    axes.text(left + width / 2, y, f"{width:.0f}", ha="center", va="center", fontweight="bold",
-                              color=LIGHT["surface"] if key != "medium" else "#221a05", fontsize=8.5)
-                left += width
-        axes.set_yticks(range(len(shown) - 1, -1, -1), [GROUP_LABELS[group] for group in shown])
-        axes.set(xlim=(0, 100), xlabel="% of the group's test images")
-        axes.grid(visible=False)
-        axes.spines["left"].set_visible(False)
-        handles = [patch(colour) for _, _, colour in parts]
-        figure.legend(handles, [name for _, name, _ in parts], loc="outside upper left", ncols=2, handlelength=1,
+        stacked_bars(axes, {GROUP_LABELS[group]: [flow[group][key] for key in ("right", *GROUPS)]
+                            for group in GROUPS if group in flow}, parts, 0.09)
+        axes.set_xlabel("% of the group's test images")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, handlelength=1,
                       handleheight=1, columnspacing=1.2, fontsize=7.6)
-    return figure
-
-
-def patch(colour: str) -> Any:
-    from matplotlib.patches import Patch
-    return Patch(color=colour)
-
-
-def confusion_matrix(matrix: np.ndarray, names: Sequence[str], groups: Sequence[str]) -> Any:
-    """Rows: the true class, columns: the predicted one, in percent of the row. matrix: [C, C] images, C <= 100.
-
-    Up to NAMED_CLASSES classes are named; of more, in order of their training images, only the groups are.
-    """
-    from matplotlib.colors import to_rgb
-    size = len(matrix)
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    # Colour on nothing: the page's background shows through, whether it is light or dark.
-    picture = np.empty((size, size, 4))
-    picture[..., :3], picture[..., 3] = to_rgb(LIGHT["few"]), shares ** 0.7
-    picture[np.arange(size), np.arange(size), :3] = to_rgb(LIGHT["right"])
-    with styled():
-        figure, (axes,) = new_figure(min(FULL, 4.2 + 0.05 * size + 0.16 * min(size, 12)),
-                                     min(7.6, 2.4 + 0.05 * size + 0.17 * min(size, 12)))
-        axes.imshow(picture, aspect="auto", interpolation="nearest")
-        _name_classes(axes, names, groups)
-        if size <= 15:
-            for (row, column), share in np.ndenumerate(shares):
-                if share >= 0.005:
-                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
-                              color=LIGHT["ink"] if share < 0.5 else ON_PICTURE)
-        axes.set(xlabel="predicted class", ylabel="true class")
-    return figure
-
-
-def _name_classes(axes: Any, names: Sequence[str], groups: Sequence[str]) -> None:
-    """Both axes of a matrix of classes [C, C]: the classes' names, or from NAMED_CLASSES on those of their groups."""
-    size, marked = len(names), groups
-    if size <= NAMED_CLASSES:
-        names = [short(name) for name in names]
-        axes.set_xticks(range(size), names, rotation=90 if size > 12 or max(map(len, names)) > 3 else 0)
-        axes.set_yticks(range(size), names)
-    else:
-        marked = list(dict.fromkeys(groups))
-        middles = [np.mean([i for i, group in enumerate(groups) if group == name]) for name in marked]
-        axes.set_xticks(middles, [GROUP_LABELS[name] for name in marked])
-        axes.set_yticks(middles, [GROUP_LABELS[name] for name in marked])
-        for edge in (i - 0.5 for i in range(1, size) if groups[i] != groups[i - 1]):
-            axes.axhline(edge, color=LIGHT["quiet"], linewidth=0.8)
-            axes.axvline(edge, color=LIGHT["quiet"], linewidth=0.8)
-    for labels in (axes.get_yticklabels(), axes.get_xticklabels()):
-        for tick, group in zip(labels, marked):
-            tick.set_color(GROUP_COLOURS[group])
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def attention(relative: np.ndarray, names: Sequence[str], groups: Sequence[str]) -> Any:
-    """How much images of a class (row) attend to those of another (column) in BatchFormer. relative: [C, C] mean
-    attention of one image to another over that of all pairs, so 1 is even; NaN where two classes never met."""
-    from matplotlib.colors import LogNorm
-    size = len(relative)
-    seen = relative[np.isfinite(relative) & (relative > 0)]
-    reach = min(max([2.0, *seen, *(1 / seen)]), 100.0)       # 1 is in the middle
-    with styled():
-        figure, (axes,) = new_figure(5.2 + 0.12 * min(size, 12), 4.0 + 0.12 * min(size, 12))
-        shown = axes.imshow(np.where(relative > 0, relative, np.nan), aspect="auto", interpolation="nearest",
-                            cmap="RdBu_r", norm=LogNorm(1 / reach, reach))
-        _name_classes(axes, names, groups)
-        if size <= 15:
-            for (row, column), value in np.ndenumerate(relative):
-                if np.isfinite(value):
-                    strong = abs(np.log(max(value, 1e-9))) > 0.6 * np.log(reach)
-                    axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8,
-                              color=ON_PICTURE if strong else LIGHT["ink"])
-        bar = figure.colorbar(shown, ax=axes, label="attention, 1 is even")
-        bar.set_ticks(np.geomspace(1 / reach, reach, 5), minor=False)
-        bar.set_ticks([], minor=True)
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-        bar.outline.set_visible(False)
-        axes.set(xlabel="images looked at, by class", ylabel="images that look, by class")
     return figure
 
 

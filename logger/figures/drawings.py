@@ -9,10 +9,10 @@ import numpy as np
 
 from logger.figures import classes as figures
 from logger.figures import experts as expert_figures
+from logger.figures import matrices, training
 from logger.figures import norms as norm_figures
-from logger.figures.classes import GROUP_LABELS
 from logger.figures.facts import RunFacts
-from logger.figures.style import to_array
+from logger.figures.style import GROUP_LABELS, count_of, to_array
 from logger.metrics_csv import read_table
 from utils.class_counts import GROUPS
 
@@ -50,7 +50,7 @@ def drawings(facts: RunFacts) -> Iterator[Drawing]:
                       lambda: figures.class_accuracy(facts.counts, result["per_class_acc"], facts.groups, facts.names,
                                                      facts.many, facts.few))
     if facts.history:
-        yield Drawing("training", "How training went", _training_text(facts), lambda: figures.curves(facts.history))
+        yield Drawing("training", "How training went", _training_text(facts), lambda: training.curves(facts.history))
     if facts.by_image:
         if len(facts.counts) <= MATRIX_CLASSES:
             yield Drawing("confusion", "What is taken for what", _confusion_text(facts),
@@ -80,9 +80,9 @@ def drawings(facts: RunFacts) -> Iterator[Drawing]:
 def _matrix(facts: RunFacts) -> Any:
     """The confusion matrix; many classes stand in order of their training images."""
     order = np.arange(len(facts.counts))
-    if len(order) > figures.NAMED_CLASSES:
+    if len(order) > matrices.NAMED_CLASSES:
         order = np.argsort(-np.array(facts.counts), kind="stable")
-    return figures.confusion_matrix(facts.confusion()[np.ix_(order, order)], [facts.names[i] for i in order],
+    return matrices.confusion_matrix(facts.confusion()[np.ix_(order, order)], [facts.names[i] for i in order],
                                     [facts.groups[i] for i in order])
 
 
@@ -123,7 +123,7 @@ def _classes_text(facts: RunFacts) -> str:
     known = [(acc, i) for i, acc in enumerate(facts.result["per_class_acc"]) if acc is not None]
     worst = min(known)[1]
     line = " The line is the trend." if len(known) >= 12 else ""
-    images = figures.count_of(facts.counts[worst], "training image", "training images")
+    images = count_of(facts.counts[worst], "training image", "training images")
     return (f"Each dot is a class, rare ones on the left.{line} The weakest is “{facts.names[worst]}” "
             f"({images}) with {points(min(known)[0])}.")
 
@@ -143,7 +143,7 @@ def _training_text(facts: RunFacts) -> str:
 def _confusion_text(facts: RunFacts) -> str:
     text = ("A row is a true class (in its group's colour), a column what the model said; green is right, red a "
             "mistake, in percent of the row.")
-    if len(facts.counts) > figures.NAMED_CLASSES:
+    if len(facts.counts) > matrices.NAMED_CLASSES:
         text = ("Rows are true classes, columns what the model said, both from common to rare; green is right, red a "
                 "mistake, in percent of the row.")
     pairs = facts.confused_pairs(1)

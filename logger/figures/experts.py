@@ -6,8 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from logger.figures.classes import GROUP_LABELS, ON_PICTURE, patch
-from logger.figures.style import FULL, GROUP_COLOURS, LIGHT, new_figure, styled
+from logger.figures.style import (
+    FULL,
+    GROUP_COLOURS,
+    GROUP_LABELS,
+    LIGHT,
+    ON_PICTURE,
+    bare,
+    new_figure,
+    stacked_bars,
+    styled,
+)
 from utils.class_counts import GROUPS
 
 
@@ -64,35 +73,22 @@ def _draw_disagreement(axes: Any, disagreement: np.ndarray) -> None:
     axes.set_yticks(range(size), numbers)
     axes.set(xlabel="expert", ylabel="expert")
     axes.set_title("two experts differ, % of images")
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    bare(axes)
 
 
 def expert_shares(shares: dict[str, Sequence[float] | None]) -> Any:
     """How many experts the images of each group used. shares: "all" and groups -> [E] fractions of 1..E experts."""
     from matplotlib.colors import to_rgb
-    shown = [key for key in ("all", *GROUPS) if shares.get(key)]
     names = {"all": "all images", **GROUP_LABELS}
+    rows = {names[key]: shares[key] for key in ("all", *GROUPS) if shares.get(key)}
+    size = len(next(iter(rows.values())))
+    strengths = [0.3 + 0.7 * number / max(size - 1, 1) for number in range(size)]
+    parts = [(f"{number} expert{'s' if number > 1 else ''}", (*to_rgb(LIGHT["accent"]), strength),
+              LIGHT["surface" if strength > 0.55 else "ink"]) for number, strength in enumerate(strengths, 1)]
     with styled():
-        figure, (axes,) = new_figure(FULL, 0.9 + 0.42 * len(shown))
-        size = len(shares[shown[0]])
-        base = np.array(to_rgb(LIGHT["accent"]))
-        for place, key in enumerate(shown):
-            left, y = 0.0, len(shown) - 1 - place
-            for number, share in enumerate(shares[key]):
-                strength = 0.3 + 0.7 * number / max(size - 1, 1)
-                axes.barh(y, 100 * share, left=left, height=0.6, color=(*base, strength), linewidth=1,
-                          edgecolor=LIGHT["surface"])
-                if share >= 0.05:
-                    axes.text(left + 50 * share, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8.5,
-                              color=LIGHT["surface"] if strength > 0.55 else LIGHT["ink"])
-                left += 100 * share
-        axes.set_yticks(range(len(shown) - 1, -1, -1), [names[key] for key in shown])
-        axes.set(xlim=(0, 100), xlabel="% of images")
-        axes.grid(visible=False)
-        axes.spines["left"].set_visible(False)
-        handles = [patch((*base, 0.3 + 0.7 * n / max(size - 1, 1))) for n in range(size)]
-        figure.legend(handles, [f"{n + 1} expert{'s' if n else ''}" for n in range(size)], loc="outside upper left",
-                      ncols=size, handlelength=1, handleheight=1)
+        figure, (axes,) = new_figure(FULL, 0.9 + 0.42 * len(rows))
+        stacked_bars(axes, rows, parts, 0.05)
+        axes.set_xlabel("% of images")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=size, handlelength=1,
+                      handleheight=1)
     return figure

@@ -24,6 +24,8 @@ COLOURS = {
 }
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 GROUP_COLOURS = {name: LIGHT[name] for name in ("many", "medium", "few")}
+GROUP_LABELS = {"many": "many-shot", "medium": "medium-shot", "few": "few-shot"}
+ON_PICTURE = "#ffffff"  # on strong cells of a picture, which is the same in light and dark
 FULL, HALF = 9.2, 4.5  # widths in inches: of the page's column, and of half of it
 
 STYLE = {
@@ -67,6 +69,41 @@ def styled() -> Iterator[None]:
                                 "backend": matplotlib.get_backend()}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
+
+
+def bare(axes: Any) -> None:
+    """No grid and no frame."""
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def count_of(number: int, one: str, several: str) -> str:
+    """1 class, 5 classes."""
+    return f"{number:,} {one if number == 1 else several}"
+
+
+def short(name: str, most: int = 22) -> str:
+    """A class's name, cut where it would take the room of the figure."""
+    return name if len(name) <= most else f"{name[:most - 1]}…"
+
+
+def stacked_bars(axes: Any, rows: dict[str, Any], parts: list[tuple[str, Any, str]], least: float) -> None:
+    """A bar a row, from the top down, cut into its shares. rows: name -> shares, one a part. parts: (label, colour,
+    colour of its number). least: the share from which on the number stands in it."""
+    for place, shares in enumerate(rows.values()):
+        left = 0.0
+        for share, (label, colour, ink) in zip(shares, parts):
+            axes.barh(-place, 100 * share, left=left, height=0.58, color=colour, linewidth=1,
+                      edgecolor=LIGHT["surface"], label="" if place else label)
+            if share >= least:
+                axes.text(left + 50 * share, -place, f"{100 * share:.0f}", ha="center", va="center", fontweight="bold",
+                          fontsize=8.5, color=ink)
+            left += 100 * share
+    axes.set_yticks(range(0, -len(rows), -1), list(rows))
+    axes.set(xlim=(0, 100))
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
 
 
 def to_svg(figure: Any, label: str) -> str:

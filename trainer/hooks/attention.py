@@ -89,7 +89,7 @@ class BatchAttention(Hook):
             self.attention.add(weights, labels)
 
     def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:
-        from logger.figures.classes import attention
+        from logger.figures.matrices import attention
         from logger.figures.style import to_array
         writer, shares = self.run.writer, self.attention.shares()
         if not writer:
