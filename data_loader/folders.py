@@ -94,7 +94,10 @@ def class_folders(root: Path) -> dict[str, list[str]]:
 
 
 def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
-    """Say which folders beside the splits' are left out, and how many images they hold."""
+    """Say what is left out beside the splits' folders: other folders, with how many images they hold, and images."""
+    loose = sum(is_image(name) and (root / name).is_file() for name in os.listdir(root))
+    if loose:
+        notes.append(f"warning: {shown(str(root))}: {loose} images lie beside the folders of splits and are left out")
     with os.scandir(root) as entries:
         others = sorted(entry.name for entry in entries if entry.is_dir() and root / entry.name not in known
                         and not is_system(entry.name))

@@ -332,3 +332,10 @@ def test_one_image_a_class(tmp_path: Path) -> None:
     loader = ListFileDataLoader(data, batch_size=2, image_size=16, validation="holdout")
     assert loader.cls_num_list == [1, 1, 1] and len(loader) == 1     # a last batch of one is dropped
     assert sum(len(y) for _, y in ListFileDataLoader(data, batch_size=1, image_size=16)) == 3
+
+
+def test_images_beside_the_splits_are_counted(tmp_path: Path) -> None:
+    data = folders(tmp_path, train=[2, 2], test=[1, 1])
+    picture(tmp_path / "loose.png")
+    assert any("1 images lie beside the folders of splits" in line for line in
+               ImageFolderLTDataLoader(data, validation="none", **SMALL).notes)
