@@ -27,11 +27,13 @@ def read_folders(data_dir: str, division: Division, allow_outside: bool, whole: 
     """The splits in a folder: `train/CLASS/*` with `val` and `test` alike, or `CLASS/*`, of which part is for testing.
 
     Splits' folders may have any of SPLIT_NAMES. A class is its folder and all folders in it. Classes are those of
-    training in alphabetical order. With train and val only, val is the test split. whole: all of `CLASS/*` is for
-    testing. Whatever is left out is counted in the notes. Raises ConfigError.
+    training in alphabetical order. With train and val only, val is the test split. whole: all of `CLASS/*`, or of
+    `test/CLASS/*` without a `train`, is for testing. Whatever is left out is counted in the notes. Raises ConfigError.
     """
     root, notes = Path(data_dir), []
     parts = split_folders(root)
+    if whole and "train" not in parts and parts:  # test/CLASS/* alone
+        root, parts = parts.get("test", parts.get("val")), {}
     if "train" not in parts and any(class_folders(part) for part in parts.values()):
         raise ConfigError(f"{shown(str(root / 'train'))}: no such folder; images belong into {LAYOUT}")
     first = parts.get("train", root)
@@ -121,8 +123,13 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
         for place in places:
             top = os.path.join(folder, place)
             seen = True
-            for where, folders, files in os.walk(top, followlinks=allow_outside):
-                folders[:] = sorted(inner for inner in folders if not is_system(inner))
+            walked: set[str] = set()  # a link may lead back up
+            for where, folders, files in os.walk(top, followlinks=True):
+                real = os.path.realpath(where)
+                folders[:] = sorted(inner for inner in folders if not is_system(inner)) if real not in walked else []
+                if real in walked:
+                    continue
+                walked.add(real)
                 if files and not allow_outside:
                     check_inside(where, real_root, DATA_DIR, where, root)
                 for file in sorted(files):

@@ -339,3 +339,19 @@ def test_images_beside_the_splits_are_counted(tmp_path: Path) -> None:
     picture(tmp_path / "loose.png")
     assert any("1 images lie beside the folders of splits" in line for line in
                ImageFolderLTDataLoader(data, validation="none", **SMALL).notes)
+
+
+def test_linked_folders_in_a_class_count_once(tmp_path: Path) -> None:
+    data = folders(tmp_path, train=[2, 2], test=[1, 1], more=[3])
+    inner = tmp_path / "train/class_0"
+    (inner / "linked").symlink_to(tmp_path / "more/class_0")
+    (inner / "back").symlink_to(inner)
+    loader = ImageFolderLTDataLoader(data, validation="none", **SMALL)
+    assert loader.cls_num_list == [5, 2]
+
+
+def test_a_test_folder_alone_is_tested_whole(tmp_path: Path) -> None:
+    data = folders(tmp_path, test=[3, 4])
+    facts = {"class_names": ["class_0", "class_1"], "cls_num_list": [30, 20], "split": {"sample": {"gone.png": 1}}}
+    loader = ImageFolderLTDataLoader(data, training=False, facts=facts, **SMALL)
+    assert loader.n_samples == 7 and loader.cls_num_list == [30, 20]
