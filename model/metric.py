@@ -115,7 +115,7 @@ def macro_f1(preds: Any, labels: Any, num_classes: int | None = None) -> float |
     preds, labels = as_array(preds).astype(np.int64).ravel(), as_array(labels).astype(np.int64).ravel()
     if not len(labels):
         return None
-    num_classes = num_classes or int(max(preds.max(), labels.max())) + 1
+    num_classes = int(max(preds.max(), labels.max())) + 1 if num_classes is None else num_classes
     right, labelled = class_tally(preds, labels, num_classes)
     return f1_from_tally(right, np.bincount(preds, minlength=num_classes), labelled)
 

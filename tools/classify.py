@@ -23,17 +23,17 @@ AHEAD = 3  # batches that are decoded while one is classified
 def find_images(paths: Iterable[str]) -> list[str]:
     """Image files: those named, and all in the folders named and below, in order and once each.
 
-    In folders only names that end like an image's count, and hidden files don't. Raises ConfigError for a path that
-    isn't there, and where there is no image.
+    In folders only names that end like an image's count, and nothing hidden or left there by a system does (see
+    data_loader.images.is_system). Raises ConfigError for a path that isn't there, and where there is no image.
     """
-    from data_loader.images import EXTENSIONS, shown
+    from data_loader.images import EXTENSIONS, is_system, shown
     found: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
             for folder, below, names in os.walk(path):
-                below[:] = sorted(name for name in below if not name.startswith("."))
+                below[:] = sorted(name for name in below if not is_system(name))
                 found.update((os.path.join(folder, name), None) for name in sorted(names)
-                             if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."))
+                             if os.path.splitext(name)[1].lower() in EXTENSIONS and not is_system(name))
         elif "\0" in path or not os.path.exists(path):
             raise ConfigError(f"{shown(path)}: no such file or folder")
         else:
@@ -84,14 +84,15 @@ def read_open_set(file: str | Path, data_dir: str | None = None, allow_outside: 
 class Prediction:
     """What the model says of one image.
 
-    classes, probabilities: the likeliest k, the likeliest first. experts: how many were used. agreement: the share of
-    them whose own first choice is the first class (None where that isn't known: one expert, or expert assignment).
+    classes, probabilities: the likeliest k, the likeliest first. experts: how many were used (None: an exported model
+    doesn't say). agreement: the share of them whose own first choice is the first class (None where that isn't known:
+    one expert, or expert assignment).
     """
 
     path: str
     classes: list[int]
     probabilities: list[float]
-    experts: int = 1
+    experts: int | None = 1
     agreement: float | None = None
 
 
@@ -139,7 +140,7 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
 
     from data_loader.transforms import Normalise, read_for_test, test_pixels
     from data_loader.workers import worker_count
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device  # an exported model has none
     normalise = Normalise(preprocess["mean"], preprocess["std"], device)
     done = Predictions()
     threads = worker_count(None, 1) if threads is None else max(1, threads)
@@ -163,8 +164,8 @@ def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | Non
     used, experts = outputs.get("sample_num_experts"), outputs.get("logits")
     agreement = None
     if used is None:
-        count = 1 if experts is None else experts.shape[1]
-        if count > 1 and head is None:
+        count = None if experts is None else experts.shape[1]
+        if experts is not None and count > 1 and head is None:
             agreement = (experts.argmax(2) == best.indices[:, :1]).float().mean(1).tolist()
         used = [count] * len(paths)
     else:

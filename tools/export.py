@@ -79,14 +79,10 @@ def write_onnx(model: Any, example: Any, about: dict[str, str], path: Path) -> N
 
 
 def run_onnx(path: Path) -> Callable[[Any], Any]:
-    """The file as a function of a tensor, run by onnxruntime."""
-    import onnxruntime
-    import torch
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["output"], {"images": images.numpy()})[0])
+    """The file as a function of a tensor, opened as tools.predict opens it."""
+    from tools.exported import OnnxModel
+    model = OnnxModel(path)
+    return lambda images: model(images)["output"]
 
 
 def write_pt2(model: Any, example: Any, about: dict[str, str], path: Path) -> None:

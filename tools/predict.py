@@ -3,7 +3,8 @@
     python -m tools.predict -r saved/models/<name>/<run_id>/model_best.pth photo.jpg holiday/ --csv found.csv
     python -m tools.predict -r CHECKPOINT holiday/ --topk 3 --gallery found.png
 
-Folders are searched with all that is below them. Files that can't be read are listed at the end.
+Folders are searched with all that is below them, without what systems leave there. Files that can't be read are listed
+at the end. CHECKPOINT may also be the ONNX file that tools.export made of one.
 """
 from __future__ import annotations
 
@@ -110,27 +111,48 @@ def predict(args: Namespace) -> None:
 
     from logger.log import setup_logging
     from model.norm import fold_norm
-    from tools.session import open_run
-    from utils.device import pick_device
+    from tools.exported import is_exported
     setup_logging(0)
-    run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
-    facts = facts_of(run)
+    kind = is_exported(args.resume)
+    model, facts = open_model(args) if kind is None else open_export(args, kind)
     names = facts["class_names"]
     with tqdm(total=len(paths), unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:
         if facts["preprocess"].get("task") == "detection":
-            done = detect(run.model, paths, threads=args.num_workers, threshold=args.threshold, advance=bar.update)
+            done = detect(model, paths, threads=args.num_workers, threshold=args.threshold, advance=bar.update)
         else:
-            model = fold_norm(run.model).to(memory_format=torch.channels_last)
-            done = classify(model, paths, facts["preprocess"], topk=args.topk, batch_size=args.batch_size,
+            folded = fold_norm(model).to(memory_format=torch.channels_last) if kind is None else model
+            done = classify(folded, paths, facts["preprocess"], topk=args.topk, batch_size=args.batch_size,
                             threads=args.num_workers, advance=bar.update)
     table = rows(done, names)
     if done.found:
-        report(args, done, table, names, run.model.num_experts)
+        report(args, done, table, names, model.num_experts)
     if done.unreadable and len(paths) > 1:
         print(f"\n{len(done.unreadable)} of {len(paths)} files couldn't be read:")
         print("\n".join(f"  {reason}" for _, reason in done.unreadable))
     if not done.found:
         raise RunError("none of the files could be read" if len(paths) > 1 else done.unreadable[0][1])
+
+
+def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
+    """(the checkpoint's model, its facts: `preprocess` and `class_names`)."""
+    from tools.session import open_run
+    from utils.device import pick_device
+    run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
+    return run.model, facts_of(run)
+
+
+def open_export(args: Namespace, kind: str) -> tuple[Any, dict[str, Any]]:
+    """The same of a file that tools.export wrote."""
+    from tools.exported import open_exported
+    for given, flag in ((args.config, "-c"), (args.overrides, "--set")):
+        if given:
+            raise ConfigError(f"{flag}: {args.resume} is an exported model, which has no config; leave {flag} out or "
+                              "give the checkpoint")
+    if args.device not in (None, "cpu"):
+        raise ConfigError(f"-d/--device: {args.resume} is an exported model and runs on the CPU here; leave -d out or "
+                          "give the checkpoint")
+    model = open_exported(args.resume, kind)
+    return model, {"preprocess": model.preprocess, "class_names": model.class_names}
 
 
 def report(args: Namespace, done: Predictions, table: list[dict[str, Any]], names: Sequence[str] | None,

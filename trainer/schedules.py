@@ -165,9 +165,9 @@ def _by_step(kind: str, args: dict[str, Any], epochs: int, steps: int, path: str
         return args, "step"
     if args.get("total_steps") is None and args.get("epochs") is None:
         args["total_steps"] = epochs * steps
-    total = args.get("total_steps") or args["epochs"] * args.get("steps_per_epoch", steps)
-    if args.get("total_steps") is None:
-        args.setdefault("steps_per_epoch", steps)
+    total = args.get("total_steps")
+    if total is None:
+        total = args["epochs"] * args.setdefault("steps_per_epoch", steps)
     if total >= epochs * steps:
         return args, "step"
     if args.get("total_steps") is not None and total >= epochs:

@@ -1,4 +1,5 @@
 """python -m tools.export: one file that gives what the model gives, for any batch, and says how to feed it."""
+import csv
 import json
 import re
 import shutil
@@ -11,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import export
+from tools import export, predict
+from tools.classify import classify
+from tools.exported import is_exported, open_exported
+from utils.checkpoint.store import load_checkpoint
 from utils.errors import ConfigError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +55,6 @@ def test_onnx_of_a_run(digits_run, tmp_path, run_cli):
     assert json.loads(about["class_names"]) == [str(n) for n in range(10)]
     assert json.loads(about["preprocess"])["image_size"] == 32 and about["arch"] == "ResNet32Model"
 
-    from tools.classify import classify
     from tools.session import open_run
     run = open_run(digits_run.checkpoint)
     Image.fromarray(run.loader("test").raw_image(3)).save(tmp_path / "photo.jpg")
@@ -60,6 +63,12 @@ def test_onnx_of_a_run(digits_run, tmp_path, run_cli):
     said = run_cli([tmp_path / "shown.py"], cwd=tmp_path, check=True).stdout.strip()
     found = classify(run.model, [str(tmp_path / "photo.jpg")], run.data["preprocess"]).found[0]
     assert said == str(found.classes[0])
+
+    run_cli(["-m", "tools.predict", "-r", tmp_path / "model.onnx", tmp_path / "photo.jpg", "--csv", tmp_path / "x.csv"],
+            check=True)
+    (row,) = csv.DictReader((tmp_path / "x.csv").open())
+    assert row["class"] == said and float(row["probability"]) == pytest.approx(found.probabilities[0], abs=1e-4)
+    assert row["experts"] == "" == row["agreement"], "the file doesn't say how many there were"
 
 
 def test_pt2_of_expert_assignment(tmp_path):
@@ -98,6 +107,80 @@ def test_wrong_flags_are_named(digits_run, tmp_path):
                         (["--format", "pt2", "--out", str(digits_run.checkpoint)], "checkpoint itself")):
         with pytest.raises(ConfigError, match=said):
             export.parse(["-r", str(digits_run.checkpoint), *flags])
+
+
+# ---------------------------------------------------------------------- exported files given to predict
+
+ABOUT = {"preprocess": json.dumps(PREPROCESS), "class_names": json.dumps(list("abcde"))}
+
+
+def tiny_onnx(path, about, size=32, classes=5):
+    """An ONNX file whose class k has the logit k times the images' mean."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+    nodes = [helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=0),
+             helper.make_node("Unsqueeze", ["mean", "one"], ["column"]),
+             helper.make_node("Mul", ["column", "factors"], ["output"])]
+    constants = [helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3]),
+                 helper.make_tensor("one", TensorProto.INT64, [1], [1]),
+                 helper.make_tensor("factors", TensorProto.FLOAT, [1, classes], range(classes))]
+    graph = helper.make_graph(nodes, "tiny", [helper.make_tensor_value_info("images", 1, ["N", 3, size, size])],
+                              [helper.make_tensor_value_info("output", 1, ["N", classes])], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, about)
+    onnx.save(model, str(path))
+    return path
+
+
+def test_an_onnx_file_predicts_with_its_own_preprocessing(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = open_exported(str(tiny_onnx(tmp_path / "m.onnx", ABOUT)), "onnx")
+    Image.new("RGB", (64, 48), (255, 255, 255)).save(tmp_path / "white.png")
+    (found,) = classify(model, [str(tmp_path / "white.png")], model.preprocess).found
+    logits = np.arange(5) * (1 - 0.5) / 0.25
+    assert found.classes == [4, 3, 2, 1, 0] and found.experts is None
+    assert np.allclose(found.probabilities, (np.exp(logits) / np.exp(logits).sum())[::-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("about", [
+    {}, {"preprocess": ABOUT["preprocess"]}, {**ABOUT, "class_names": json.dumps(list("abc"))},
+    {**ABOUT, "preprocess": "{"}, {**ABOUT, "preprocess": "[1]"},
+    {**ABOUT, "preprocess": json.dumps({**PREPROCESS, "image_size": 64})},
+    {**ABOUT, "preprocess": json.dumps({**PREPROCESS, "resize": 10**9})},
+    {**ABOUT, "preprocess": json.dumps({**PREPROCESS, "std": [0.0, 1.0, 1.0]})},
+    {**ABOUT, "preprocess": json.dumps({**PREPROCESS, "mean": [float("nan")] * 3})}])
+def test_an_onnx_file_of_others_is_named(about, tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ConfigError, match=r"m\.onnx: an ONNX file without the `preprocess`"):
+        open_exported(str(tiny_onnx(tmp_path / "m.onnx", about)), "onnx")
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(ConfigError, match=r"m\.onnx: onnxruntime can't read it"):
+        open_exported(str(tmp_path / "m.onnx"), "onnx")
+    with pytest.raises(ConfigError, match="ONNX model"):
+        load_checkpoint(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "renamed.pth"])
+def test_an_exported_program_is_named_and_not_opened(name, tmp_path, monkeypatch):
+    """Loading one can run code in it."""
+    monkeypatch.setattr(torch.export, "load", lambda *more, **args: pytest.fail("it was loaded"))
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 1), (torch.zeros(1, 2),)), tmp_path / "m.pt2")
+    path = (tmp_path / "m.pt2").rename(tmp_path / name)
+    assert is_exported(str(path)) == "pt2"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for more, said in (([], "an exported program"), (["--set", "seed=1"], "--set"), (["-d", "0"], "-d")):
+        with pytest.raises(ConfigError, match=said):
+            predict.main(["-r", str(path), str(tmp_path / "a.png"), *more])
+    with pytest.raises(ConfigError, match="an exported program"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_is_no_export(digits_run):
+    assert is_exported(str(digits_run.checkpoint)) is None
 
 
 def test_detectors_are_refused(tmp_path):

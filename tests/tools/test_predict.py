@@ -85,8 +85,10 @@ def test_paths_may_stand_on_both_sides_of_flags(digits_run):
 
 
 def test_find_images(tmp_path):
-    for name in ("b.JPG", "a.png", ".hidden.png", "x.txt", "sub/c.webp", ".git/d.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    left = ["sub/@eaDir/c.webp", "__MACOSX/._a.png", "lost+found/e.png", "$RECYCLE.BIN/e.png",
+            ".ipynb_checkpoints/e.png", "sub/System Volume Information/e.png", "sub/._c.webp"]
+    for name in ("b.JPG", "a.png", ".hidden.png", "x.txt", "sub/c.webp", ".git/d.png", *left):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     found = find_images([str(tmp_path / "x.txt"), str(tmp_path), str(tmp_path / "a.png")])
     assert [path[len(str(tmp_path)) + 1:] for path in found] == ["x.txt", "a.png", "b.JPG", "sub/c.webp"]
