@@ -37,8 +37,8 @@ def read_torch_file(path: str | PathLike) -> Any:
             if not start:
                 raise Refused("it is empty")
             if path.suffix.lower() == ".onnx":
-                raise Refused("it is an exported ONNX model, which only tools.predict takes; give the checkpoint it was "
-                              "made of")
+                raise Refused("it is an exported ONNX model, which only tools.predict takes; give the checkpoint it was made "
+                              "of")
             if start.startswith(b"PK\x03\x04"):
                 return _read_archive(path)
             return _read_stacked(path) if start == _MAGIC else loads(handle.read())
