@@ -160,8 +160,6 @@ def test_what_is_no_model_is_named(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"no model")
     with pytest.raises(ConfigError, match=r"m\.onnx: onnxruntime can't read it"):
         open_exported(str(tmp_path / "m.onnx"), "onnx")
-    with pytest.raises(ConfigError, match="ONNX model"):
-        load_checkpoint(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("name", ["m.pt2", "renamed.pth"])
@@ -175,7 +173,7 @@ def test_an_exported_program_is_named_and_not_opened(name, tmp_path, monkeypatch
     for more, said in (([], "an exported program"), (["--set", "seed=1"], "--set"), (["-d", "0"], "-d")):
         with pytest.raises(ConfigError, match=said):
             predict.main(["-r", str(path), str(tmp_path / "a.png"), *more])
-    with pytest.raises(ConfigError, match="an exported program"):
+    with pytest.raises(ConfigError, match="no checkpoint .of an exported program"):
         load_checkpoint(path)
 
 

@@ -36,9 +36,6 @@ def read_torch_file(path: str | PathLike) -> Any:
             handle.seek(0)
             if not start:
                 raise Refused("it is empty")
-            if path.suffix.lower() == ".onnx":
-                raise Refused("it is an exported ONNX model, which only tools.predict takes; give the checkpoint it was made "
-                              "of")
             if start.startswith(b"PK\x03\x04"):
                 return _read_archive(path)
             return _read_stacked(path) if start == _MAGIC else loads(handle.read())
@@ -53,12 +50,9 @@ def _read_archive(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-            if any(name.endswith("/archive_format") for name in entries):
-                raise Refused("it is an exported program (torch.export), not a checkpoint; give the checkpoint it was "
-                              "made of")
             outlines = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
             if len(outlines) != 1:
-                raise Refused("it is a zip file, but not one of torch's")
+                raise Refused("it is a zip file, but no checkpoint (of an exported program give the checkpoint it was of)")
             root = outlines[0].partition("/")[0]
             if f"{root}/constants.pkl" in entries:
                 raise Refused("it is a TorchScript program, not a checkpoint; save the model's state_dict instead")
