@@ -173,7 +173,7 @@ def test_an_exported_program_is_named_and_not_opened(name, tmp_path, monkeypatch
     for more, said in (([], "an exported program"), (["--set", "seed=1"], "--set"), (["-d", "0"], "-d")):
         with pytest.raises(ConfigError, match=said):
             predict.main(["-r", str(path), str(tmp_path / "a.png"), *more])
-    with pytest.raises(ConfigError, match="no checkpoint .of an exported program"):
+    with pytest.raises(ConfigError, match="an export isn't one"):
         load_checkpoint(path)
 
 

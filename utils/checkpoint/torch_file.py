@@ -52,7 +52,7 @@ def _read_archive(path: Path) -> Any:
             entries = {entry.filename: entry for entry in archive.infolist()}
             outlines = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
             if len(outlines) != 1:
-                raise Refused("it is a zip file, but no checkpoint (of an exported program give the checkpoint it was of)")
+                raise Refused("it is a zip file, but not one of torch's checkpoints (an export isn't one)")
             root = outlines[0].partition("/")[0]
             if f"{root}/constants.pkl" in entries:
                 raise Refused("it is a TorchScript program, not a checkpoint; save the model's state_dict instead")
