@@ -85,8 +85,9 @@ class StepTrainer(BaseTrainer):
             self.scaler = torch.amp.GradScaler(self.device.type)
         self.means = Means(self.device)
         self.accumulate: int = options["accumulate"]
-        self.hooks = make_hooks(self, options, self.hook_table)
         self.step_model = self._wrap(self.model)
+        # After the wrapping, which gives every rank rank 0's weights: averages begin from them.
+        self.hooks = make_hooks(self, options, self.hook_table)
 
     @property
     def judged_model(self) -> nn.Module:
