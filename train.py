@@ -146,8 +146,12 @@ def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool, more: str
 def run_folders(args: Namespace, start: Start) -> RunPaths:
     """Where the run's files go: a new place, or where it goes on. Another run's files are never written over."""
     from base.run_paths import new_run, run_of
+    from logger.log import get_logger
     from utils import dist
     if start.goes_on:
+        for item in args.overrides if args.resume != "auto" else ():
+            if item.path in ("name", "trainer.save_dir"):
+                get_logger().warning("%s: a run that goes on stays in its own folder, %s", item.path, start.path.parent)
         return run_of(start.path)
 
     def claim() -> RunPaths:

@@ -45,9 +45,10 @@ class BaseDataLoader:
         self._started = False
 
     def __len__(self) -> int:
-        """Batches an epoch. A last training batch of one image is dropped: batch norm can't learn from it."""
+        """Batches an epoch. A last training batch of one image is dropped, since batch norm can't learn from it; after
+        an offset that image joins the batch before it, since batches of the old size may have had it."""
         full, rest = divmod(self.epoch_size - self.offset, self.batch_size)
-        if rest == 1 and self.training and full:
+        if rest == 1 and self.training and (full or self.offset):
             rest = 0
         return full + (rest > 0)
 
@@ -58,12 +59,14 @@ class BaseDataLoader:
 
     def images_done(self, batches: int) -> int:
         """How many images of the epoch the first `batches` batches (and the offset) make up."""
-        return min(self.offset + batches * self.batch_size, self.epoch_size)
+        return self.span(batches - 1)[1]
 
     def span(self, batch: int) -> tuple[int, int]:
         """Positions [start, stop) in the epoch that make up global batch `batch`."""
         start = self.offset + batch * self.batch_size
-        return start, min(start + self.batch_size, self.epoch_size)
+        stop = min(start + self.batch_size, self.epoch_size)
+        alone = self.offset and self.training and batch >= 0 and self.epoch_size - stop == 1
+        return start, stop + bool(alone)
 
     def share(self, batch: int) -> tuple[int, int]:
         """Real images of batch `batch`: (on this rank, on all ranks). A rank left without any gets one repeated

@@ -284,8 +284,9 @@ class BaseTrainer(Resumable):
     def _stopped(self, epoch: int, saved: Path | None = None, complete: bool = False) -> Path:
         path = saved or self.save(epoch, batch=None if complete else self.batches_done)
         self.finished = False
-        where = f"after epoch {epoch}" if complete else \
-            f"in epoch {epoch}, after {self.batches_done} of its {len(self.train_loader)} steps"
+        where = f"after epoch {epoch}" if complete else (
+            f"in epoch {epoch}, after {self.train_loader.images_done(self.batches_done)} of its "
+            f"{self.train_loader.epoch_size} images")
         log.info("stopped on request %s; go on with: %s -r %s%s", where, dist.command("train.py"),
                  shlex.quote(str(path)), outside_flags(self.config))
         self.writer.close()

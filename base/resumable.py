@@ -1,16 +1,15 @@
 """What a run keeps to go on from, and how it does: mid-epoch if need be, bit for bit on CPU."""
 from __future__ import annotations
 
-import json
 import zlib
 from abc import ABC
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from base.changes import config_changes, missing_memory, regrouped
 from base.run_paths import RunPaths
 from logger.log import get_logger
 from utils import dist
@@ -165,9 +164,15 @@ class Resumable(ABC):
     def _load_optimizer(self, state: Any, saved_config: dict[str, Any], name: str) -> None:
         """The optimizer's memory from a checkpoint; its numbers (rate, decay, momentum) stay the config's."""
         kind, before = self.config["optimizer"].get("type"), (saved_config.get("optimizer") or {}).get("type")
+        schedule_was = (saved_config.get("lr_scheduler") or {}).get("type")
+        base_was = ((saved_config.get("optimizer") or {}).get("args") or {}).get("lr")
         if before is not None and before != kind:
             raise ConfigError(f"optimizer.type: {name} was trained with {before}, whose state {kind} can't go on with; "
                               f"start a new run from its weights with --pretrained {name}")
+        moved = regrouped(saved_config.get("trainer") or self.options, self.options)
+        if moved:
+            raise ConfigError(f"{moved[0]}: divides the parameters otherwise than {name}, so its optimizer state "
+                              f"can't be told apart; start a new run from its weights with --pretrained {name}")
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state)
@@ -175,11 +180,16 @@ class Resumable(ABC):
             raise ConfigError(f"{name}: its optimizer state doesn't fit this config ({error}); start a new run from "
                               f"its weights with --pretrained {name}") from None
         for group, numbers in zip(self.optimizer.param_groups, own):
-            saved = {key: group[key] for key in ("lr", "initial_lr") if key in group}
+            rate, base = group["lr"], group.get("initial_lr", base_was or numbers["lr"])
             group.update(numbers)
-            if getattr(self.lr_scheduler, "unit", None) == "figure" and saved.get("initial_lr"):
+            if getattr(self.lr_scheduler, "unit", None) == "figure" and schedule_was in (
+                    None, self.config["lr_scheduler"]["type"]):
                 # A plateau's rate is history: what it has become, by what the base rate is now.
-                group["lr"] = saved["lr"] * (numbers["lr"] / saved["initial_lr"])
+                group["lr"] = rate * (numbers["lr"] / base)
+        missing = missing_memory(self.optimizer)
+        if missing:
+            raise ConfigError(f"optimizer.args: what is asked needs {', '.join(missing)}, which {name} doesn't hold; "
+                              f"start a new run from its weights with --pretrained {name}")
 
     def _load_best(self, checkpoint: dict[str, Any]) -> None:
         """The best figure so far, unless it is another figure that is monitored now."""
@@ -196,10 +206,10 @@ class Resumable(ABC):
         loader, position = self.train_loader, checkpoint.get("position") or {}
         size = (saved_config.get("data_loader") or {}).get("args", {}).get("batch_size", loader.batch_size)
         images = position.get("images", min(batch * size, loader.epoch_size))
-        if "order" in position and position["order"] != self._order_of(self.start_epoch):
+        if images and "order" in position and position["order"] != self._order_of(self.start_epoch):
             raise ConfigError(f"{name}: was stopped inside epoch {self.start_epoch}, whose images now come in another "
-                              "order (another sampler, seed or data); go on with the old settings until the "
-                              "epoch's end, or from an earlier checkpoint")
+                              "order (another sampler, seed or data, or batches of another size by aspect); go on with "
+                              "the old settings until the epoch's end, or from an earlier checkpoint")
         self.start_batch, self.start_offset = divmod(images, loader.batch_size)
         if self.start_offset and images < loader.epoch_size:
             self.start_batch, self.start_offset = 0, images
@@ -210,10 +220,13 @@ class Resumable(ABC):
         """How often the schedule would have been called by now, had the run been this one from its beginning."""
         if getattr(self.lr_scheduler, "unit", "epoch") != "step":
             return self.last_epoch
-        inside = self.start_batch // (self.options["accumulate"])
-        if self.start_offset:
-            inside = round(self.start_offset / self.train_loader.epoch_size * self.steps_per_epoch)
-        return self.last_epoch * self.steps_per_epoch + inside
+        if not self.resumed_inside:
+            return self.last_epoch * self.steps_per_epoch
+        # Counted from the epoch's end: whatever size its first batches had, the next epoch begins where it would have.
+        self.train_loader.set_epoch(self.start_epoch, self.start_batch, self.start_offset)
+        left = -(-(len(self.train_loader) - self.start_batch) // self.options["accumulate"])
+        self.train_loader.set_epoch(self.start_epoch)
+        return self.start_epoch * self.steps_per_epoch - left
 
     def _order_of(self, epoch: int) -> int:
         """A fingerprint of the order in which an epoch's images come."""
@@ -222,23 +235,11 @@ class Resumable(ABC):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a whole epoch."""
-        return -(-len(self.train_loader) // (self.options["accumulate"]))
+        return -(-len(self.train_loader) // self.options["accumulate"])
 
     def bring_schedule_to(self, calls: int, saved: dict[str, Any] | None) -> None:
         """Bring the schedule to where it is after `calls` calls of its `step`."""
         raise NotImplementedError
-
-
-def config_changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[str]:
-    """What the config says otherwise than a checkpoint's: "optimizer.args.lr 0.05 -> 0.001". Where a run's files are
-    isn't told, nor keys that only one of them knows."""
-    for key in before.keys() & now.keys():
-        here = f"{path}{key}"
-        old, new = before[key], now[key]
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from config_changes(old, new, f"{here}.")
-        elif old != new and here not in ("trainer.save_dir", "trainer.verbosity", "name"):
-            yield f"{here} {json.dumps(old)} -> {json.dumps(new)}"
 
 
 def plain_state(scheduler: Any) -> dict[str, Any] | None:

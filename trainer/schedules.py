@@ -116,6 +116,8 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
         args, unit = _by_step(kind, args, epochs, steps_per_epoch, path)
     elif kind in BY_FIGURE:
         args, unit = _by_figure(kind, args, monitor, path), "figure"
+        for group in optimizer.param_groups:   # torch's plateau doesn't keep what it began with; going on asks for it
+            group.setdefault("initial_lr", group["lr"])
     else:
         unit = "epoch"
         if hasattr(torch_schedulers, kind) and kind not in BY_EPOCH:

@@ -97,7 +97,7 @@ def test_a_stop_of_one_rank_stops_all_at_the_same_step(runs, same_state):
     one, other = (torch.load(runs.models(name) / "model_swa.pth", weights_only=True)["state_dict"]
                   for name in ("stopped", "straight"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert "stopped on request in epoch 2, after 2 of its 4 steps" in (runs.log("stopped") / "info.log").read_text()
+    assert "stopped on request in epoch 2, after 12 of its 23 images" in (runs.log("stopped") / "info.log").read_text()
 
 
 # ---------------------------------------------------------------------- torchrun, and the launcher of our own

@@ -41,7 +41,7 @@ def test_at_any_moment(runs, straight, same_state, monkeypatch, capfd, moment, e
     path = runs("stopped") / f"checkpoint-epoch{epoch}.pth"
     said = capfd.readouterr().out
     assert f"go on with: python train.py -r {path}" in said
-    assert f"in epoch {epoch}, after {batch} of its 4 steps" in said
+    assert f"in epoch {epoch}, after {min(6 * batch, 23)} of its 23 images" in said
     assert torch.load(path, weights_only=True)["batch"] == batch
     runs(None, "-r", path)
     assert same_state(straight, runs.models("stopped") / "checkpoint-epoch2.pth") == []

@@ -89,8 +89,9 @@ class DetectionTrainer(Trainer):
 
     def _start_epoch(self, epoch: int, start_batch: int) -> None:
         if self.iterations:
-            steps = self.iterations - (epoch - 1) * self.steps_an_epoch
-            self.train_loader.batch_limit = steps * self.accumulate
+            had = self.start_offset // self.train_loader.batch_size if epoch == self.start_epoch else 0
+            left = self.iterations - (epoch - 1) * self.steps_an_epoch
+            self.train_loader.batch_limit = left * self.accumulate - had
         super()._start_epoch(epoch, start_batch)
 
     # ------------------------------------------------------------------ evaluation

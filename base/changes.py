@@ -1,0 +1,59 @@
+"""What differs between a checkpoint and the run that goes on from it, and what can't be gone on with."""
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.config.schema import TOP, TRAINER, defaults
+
+#: What of the config's `trainer` decides which parameters are trained and go together.
+GROUPING = ("freeze", "no_decay", "no_decay_scale", "layer_decay", "classifier_lr")
+
+
+def config_changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[str]:
+    """What the config says otherwise than a checkpoint's: "optimizer.args.lr 0.05 -> 0.001". Where a run's files are
+    isn't told, nor a key that is absent in one and has its default in the other."""
+    rows = {"": TOP, "trainer.": TRAINER}.get(path, ())
+    before, now = defaults(rows, before), defaults(rows, now)
+    for key in sorted(before.keys() | now.keys()):
+        here = f"{path}{key}"
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from config_changes(old, new, f"{here}.")
+        elif old != new and here not in ("trainer.save_dir", "trainer.verbosity", "name"):
+            yield f"{here} {json.dumps(old, default=str)} -> {json.dumps(new, default=str)}"
+
+
+def regrouped(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys of `trainer` by which the optimizer's groups have other parameters than before. Of rates it only counts
+    that there is one."""
+    def meant(options: dict[str, Any], key: str) -> Any:
+        return options[key] is not None if key in ("layer_decay", "classifier_lr") else options[key]
+    before, now = defaults(TRAINER, before), defaults(TRAINER, now)
+    return [f"trainer.{key}" for key in GROUPING if meant(before, key) != meant(now, key)]
+
+
+def missing_memory(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What a step with the present numbers needs of a parameter's memory that isn't there (AdamW that had no amsgrad
+    has no largest second moment), found by a step of a twin on one number."""
+    own: Any = optimizer
+    while own is not None and not type(own).__module__.startswith("torch.optim"):
+        own = getattr(own, "base", None) or getattr(own, "others", None)   # the one inside SAM, inside Muon
+    for group in own.param_groups if own is not None else ():
+        p = next((p for p in group["params"] if own.state.get(p)), None)
+        if p is None:
+            continue
+        number = nn.Parameter(torch.zeros([1] * p.dim()))
+        number.grad = torch.zeros_like(number)
+        known = inspect.signature(type(own)).parameters.keys() - {"params"}
+        twin = type(own)([number], **{key: value for key, value in group.items() if key in known})
+        twin.step()
+        missing = twin.state[number].keys() - own.state[p].keys()
+        if missing and type(own) is not torch.optim.SGD:   # SGD makes its momentum where there is none
+            return sorted(missing)
+    return []
