@@ -118,6 +118,7 @@ def test_our_schedules_equal_their_formulas(kind: str, args: dict, factor) -> No
 
 @pytest.mark.parametrize(("spec", "monitor", "says"), [
     ({"type": "OneCycleLR", "args": {"max_lr": 1.0, "total_steps": 4}}, "off", "total_steps"),
+    ({"type": "OneCycleLR", "args": {"max_lr": 1.0, "total_steps": 0}}, "off", "ends after 0 steps"),
     ({"type": "OneCycleLR", "args": {"max_lr": 1.0, "epochs": 5, "steps_per_epoch": 4}}, "off", "6 epochs of 4"),
     ({"type": "ReduceLROnPlateau", "args": {"mode": "max"}}, "off", "mode"),
     ({"type": "ReduceLROnPlateau", "args": {"mode": "min"}}, "max val_accuracy", "mode"),
