@@ -2,6 +2,8 @@
 
     python -m tools.compare saved/
     python -m tools.compare saved/ --sort few --markdown table.md --csv table.csv --html table.html
+    python -m tools.compare results/ --readme
+    python -m tools.compare results/ --curves docs/curves.png
 
 Runs that differ only in their seed are followed by their mean and standard deviation. A run that test.py hasn't
 evaluated shows its last validation figures, and says so. Figures that papers publish for the same data stand between
@@ -47,7 +49,8 @@ def row_of(run: RunRecord, costs: bool = True) -> Row:
             "experts": experts_of(run.config), "epochs": run.epochs_done or None, "parameters": cost[0],
             "gflops": cost[1], "images_per_s": run.images_per_second, "seconds": run.seconds,
             "seed": str(run.config.get("seed", 0)), "note": ", ".join(filter(None, notes)), "kind": "run",
-            "same": _sameness(run), **{key: finite(run.figures.get(name)) for key, name in FIGURES.items()}}
+            "same": _sameness(run), "config": str(run.paths.config),
+            **{key: finite(run.figures.get(name)) for key, name in FIGURES.items()}}
 
 
 def finite(value: Any) -> float | None:
@@ -157,6 +160,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--csv", metavar="FILE", help="write the table as CSV (accuracies as fractions)")
     parser.add_argument("--markdown", metavar="FILE", help="write it as Markdown; - prints that instead")
     parser.add_argument("--html", metavar="FILE", help="write it as a page")
+    parser.add_argument("--readme", action="store_true", help="print README's table instead: a row a method, with the "
+                        "published figure and the command (see tools.keep)")
+    parser.add_argument("--curves", metavar="PNG", help="draw each method's accuracy over epochs instead")
     parser.add_argument("--published", nargs="?", const="all", default="same", choices=("same", "all", "none"),
                         help="published rows to add: of the same data sets (default), all, none")
     parser.add_argument("--only_means", action="store_true", help="leave out the single runs of several seeds")
@@ -172,12 +178,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.folder)
     if not folder.is_dir():
         raise ConfigError(f"{args.folder}: no such folder; give the one that holds the runs, e.g. saved/")
-    rows, skipped = compare(folder, sort=args.sort, published=args.published, only_means=args.only_means,
-                            costs=not args.no_costs)
+    if args.curves:
+        from tools.results import draw_curves
+        draw_curves(find_runs(folder)[0], args.folder, args.curves)
+        if not args.readme:
+            return
+    rows, skipped = compare(folder, sort=args.sort, published="none" if args.readme else args.published,
+                            only_means=args.only_means or args.readme, costs=not args.no_costs)
     for line in skipped:
         print(f"skipped {line}")
     if not any(row["kind"] in ("run", "mean") for row in rows):
         raise ConfigError(f"{args.folder}: holds no runs (models/<name>/<run_id> with a config.json)")
+    if args.readme:
+        from tools.results import readme_table
+        print(readme_table(rows))
+        return
     print(markdown_table(rows) if args.markdown == "-" else text_table(rows))
     for path, write in ((args.csv, lambda: csv_table(rows)), (args.html, lambda: html_table(rows, "Runs compared")),
                         (args.markdown if args.markdown != "-" else None, lambda: markdown_table(rows))):

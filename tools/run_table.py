@@ -77,17 +77,22 @@ def _shown(rows: Sequence[Row]) -> list[Column]:
     return [column for column in COLUMNS if any(row.get(column.key) not in (None, "") for row in rows)]
 
 
+def markdown(columns: Sequence[Column], table: Sequence[Sequence[str]]) -> str:
+    """Lines of texts as a Markdown table under the columns' heads."""
+    lines = [[column.head for column in columns], ["---:" if column.numeric else "---" for column in columns],
+             *([text.replace("|", "\\|") for text in line] for line in table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     """A Markdown table; means are bold, published rows in italics."""
-    shown = _shown(rows)
-    lines = ["| " + " | ".join(column.head for column in shown) + " |",
-             "| " + " | ".join("---:" if column.numeric else "---" for column in shown) + " |"]
+    shown, table = _shown(rows), []
     for row in rows:
         mark = {"mean": "**", "published": "*"}.get(row["kind"], "")
-        texts = [cell(row, column).replace("|", "\\|") for column in shown]
-        lines.append("| " + " | ".join(f"{mark}{text}{mark}" if text.strip() else "" for text in texts) + " |")
+        texts = [cell(row, column) for column in shown]
+        table.append([f"{mark}{text}{mark}" if text.strip() else "" for text in texts])
     sources = sorted({row["source"] for row in rows if row.get("source")})
-    return "\n".join([*lines, *([""] + [f"- {source}" for source in sources] if sources else [])]) + "\n"
+    return markdown(shown, table) + "\n" + ("\n" + "".join(f"- {source}\n" for source in sources) if sources else "")
 
 
 def csv_table(rows: Sequence[Row]) -> str:

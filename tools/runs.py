@@ -156,7 +156,8 @@ def read_run(models: Path) -> RunRecord:
     for section in ("arch", "data_loader", "trainer"):
         if not isinstance(config.get(section), dict) or (section != "trainer" and "type" not in config[section]):
             raise ConfigError(f"{config_path}: isn't a run's config, it has no {section}")
-    run = RunRecord(run_of(models / "checkpoint"), config)
+    kept = (models / "metrics.csv").is_file()  # one folder, see tools.keep
+    run = RunRecord(RunPaths(models, models) if kept else run_of(models / "checkpoint"), config)
     tested = models / "test_metrics.json"
     if tested.is_file():
         try:
@@ -175,8 +176,8 @@ def run_folders(top: Path) -> Iterator[Path]:
     """Every folder under `top` (itself too) that looks like a run's models folder, in order of their names."""
     for folder, below, files in os.walk(top):
         below.sort()
-        if any(name.startswith("checkpoint-epoch") or name == "model_best.pth" for name in files) \
-                or ("config.json" in files and Path(folder).parent.parent.name == "models"):
+        if any(name.startswith("checkpoint-epoch") or name in ("model_best.pth", "weights.pth") for name in files) \
+                or ("config.json" in files and (Path(folder).parent.parent.name == "models" or "metrics.csv" in files)):
             yield Path(folder)
             below.clear()  # what a run holds (a report's pictures) is no run
 

@@ -10,21 +10,18 @@ from utils.class_counts import GROUPS
 History = Sequence[dict[str, float | None]]
 
 
-def _points(history: History, key: str) -> tuple[list[float], list[float]]:
-    """(epochs, values) of a metrics.csv column, without its empty fields."""
+def _points(history: History, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
+    """(epochs, values times `scale`) of a metrics.csv column, without its empty fields."""
     pairs = [(row["epoch"], row[key]) for row in history if row.get("epoch") is not None and row.get(key) is not None]
-    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+    return [epoch for epoch, _ in pairs], [scale * value for _, value in pairs]
 
 
-def _draw_lines(axes: Any, history: History, lines: Sequence[tuple[str, str, str]], scale: float = 1.0) -> None:
-    """Lines of metrics.csv columns, (column, name, colour), each named at its end: no legend to look up."""
+def _draw_lines(axes: Any, lines: Sequence[tuple]) -> None:
+    """Lines (epochs, values, name, colour, style), each named at its end: no legend to look up."""
     ends = []
-    for key, name, colour in lines:
-        xs, ys = _points(history, key)
-        if xs:
-            ys = [scale * y for y in ys]
-            axes.plot(xs, ys, color=colour, marker="o" if len(xs) < 3 else None, markersize=4)
-            ends.append([ys[-1], xs[-1], name, colour])
+    for xs, ys, name, colour, style in lines:
+        axes.plot(xs, ys, color=colour, linestyle=style, marker="o" if len(xs) < 3 else None, markersize=4)
+        ends.append([ys[-1], xs[-1], name, colour])
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -52,6 +49,35 @@ def curves(history: History) -> Any:
     with styled():
         figure, axes = new_figure(FULL, 2.7, max(len(panels), 1))
         for place, (title, lines, scale) in zip(axes, panels):
-            _draw_lines(place, history, lines, scale)
+            points = [(*_points(history, key, scale), name, colour, "-") for key, name, colour in lines]
+            _draw_lines(place, [line for line in points if line[0]])
+            place.set_title(title)
+    return figure
+
+
+#: What runs are compared by: the first two of these that any run has.
+_COMPARED = (("val_accuracy", "validation accuracy, %"), ("val_few_shot_acc", "validation, few-shot classes, %"),
+             ("accuracy", "accuracy in training, %"))
+
+
+def compared(runs: dict[str, Sequence[History]]) -> Any:
+    """Accuracy over epochs of several methods. runs: name -> the histories of its seeds, whose mean is drawn."""
+    names = ("accent", "few", "many", "right", "medium", "ink", "quiet")
+    panels = []
+    for key, title in _COMPARED:
+        lines = []
+        for number, (name, histories) in enumerate(runs.items()):
+            seeds = [dict(zip(*_points(history, key, 100))) for history in histories]
+            epochs = sorted(set.intersection(*map(set, seeds)))
+            if epochs:
+                means = [sum(seed[epoch] for seed in seeds) / len(seeds) for epoch in epochs]
+                lines.append((epochs, means, name, LIGHT[names[number % len(names)]],
+                              ("-", "--", ":")[number // len(names) % 3]))
+        if lines:
+            panels.append((title, lines))
+    with styled():
+        figure, axes = new_figure(FULL, 3.4, max(len(panels[:2]), 1))
+        for place, (title, lines) in zip(axes, panels):
+            _draw_lines(place, lines)
             place.set_title(title)
     return figure

@@ -1,0 +1,107 @@
+"""Runs kept in results/: small folders that test.py evaluates, README's table and the curves drawn from them."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from tools.keep import halved, keep, without_places
+from tools.results import published_for, stem
+from utils.errors import ConfigError
+
+FIGURES = {"accuracy": 0.5, "many_shot_acc": 0.6, "medium_shot_acc": 0.4, "few_shot_acc": 0.0, "ece": 0.1,
+           "n_samples": 10000}
+
+
+@pytest.fixture(scope="module")
+def kept(digits_run, tmp_path_factory):
+    """The shared run, kept, and two more folders like it made by hand: another seed, and an ablation."""
+    top = tmp_path_factory.mktemp("kept")
+    assert (digits_run.models / "test_metrics.json").is_file(), "a training leaves its test figures"
+    folder = keep(digits_run.checkpoint, top / "results", "digits_ride_s0")
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+    for name, seed, accuracy in (("digits_ride_s1", 1, 0.5), ("digits_minus_router_s0", 0, 0.0)):
+        other = shutil.copytree(folder, folder.parent / name)
+        (other / "weights.pth").unlink()
+        config = json.loads((folder / "config.json").read_text())
+        config["seed"] = seed
+        if "minus" in name:
+            config["optimizer"]["args"]["lr"] = 0.5
+        (other / "config.json").write_text(json.dumps(config))
+        (other / "test_metrics.json").write_text(json.dumps({**FIGURES, "accuracy": accuracy}))
+    return folder
+
+
+def test_a_kept_run_is_what_it_was(kept, digits_run, run_cli):
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "config.json", "metrics.csv", "test_metrics.json", "timing.csv", "weights.pth"]
+    before = json.loads((digits_run.models / "test_metrics.json").read_text())
+    assert json.loads((kept / "test_metrics.json").read_text()) == before
+    assert (kept / "weights.pth").stat().st_size < 0.4 * digits_run.checkpoint.stat().st_size
+    loaded = torch.load(kept / "weights.pth", weights_only=True)
+    assert {"arch", "epoch", "state_dict", "config", "data"} <= set(loaded)
+    assert str(digits_run.models.parent.parent.parent) not in json.dumps(loaded["config"])
+    again = kept.parent.parent / "again"
+    shutil.copytree(kept, again)
+    run_cli(["test.py", "-r", again / "weights.pth", "--data_dir", again, "-d", "cpu"], check=True)
+    after = json.loads((again / "test_metrics.json").read_text())
+    assert after["n_samples"] == before["n_samples"] and abs(after["accuracy"] - before["accuracy"]) <= 0.004
+    assert after["loss"] == pytest.approx(before["loss"], rel=0.01) if before.get("loss") else True
+
+
+def test_half_is_kept_only_where_it_holds_the_weights():
+    weights = {"conv.weight": torch.randn(4, 3, 3, 3), "far.weight": torch.full((2, 2), 1e6),
+               "bn.weight": torch.ones(4), "bn.running_var": torch.full((4,), 1e6), "n": torch.tensor(3)}
+    types = {name: value.dtype for name, value in halved(weights).items()}
+    assert types == {"conv.weight": torch.float16, "far.weight": torch.float32, "bn.weight": torch.float32,
+                     "bn.running_var": torch.float32, "n": torch.int64}
+
+
+def test_no_path_of_this_machine_is_kept():
+    config = {"data_loader": {"args": {"data_dir": "/home/me/cifar", "batch_size": 4}}, "load_crt": "/a/b/c.pth",
+              "trainer": {"save_dir": "/tmp/saved"}, "extra": ["/x/y", "as/it/is"]}
+    assert without_places(config) == {
+        "data_loader": {"args": {"data_dir": "data", "batch_size": 4}}, "load_crt": "c.pth",
+        "trainer": {"save_dir": "saved/"}, "extra": ["y", "as/it/is"]}
+
+
+def test_the_readmes_table(kept, run_cli):
+    text = run_cli(["-m", "tools.compare", kept.parent, "--readme"], check=True).stdout
+    head, _, first, second = text.strip().splitlines()
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "run", "method", "params M", "epochs", "minutes", "all %", "many", "medium", "few", "ECE %", "command"]
+    assert "| digits_ride | RIDE, 3 experts + square-root sampling |" in first and " ± " in first
+    assert re.search(r"`python train.py -c \S+digits_ride_s0/config.json --seed 0 \(then 1\)`", first)
+    assert second.startswith("| digits_minus_router |") and ", without router" in second and "| 0.0 |" in second
+
+
+def test_each_kept_run_has_a_row(kept, run_cli):
+    text = run_cli(["-m", "tools.compare", kept.parent, "--no_costs"], check=True).stdout
+    assert "results/digits_ride_s0" in text and "results/digits_minus_router_s0" in text and "mean of 2 seeds" in text
+
+
+def test_published_figures_stand_beside():
+    row = {"data": "CIFAR-100-LT", "model": "ResNet32", "experts": 3, "epochs": 200, "method": "RIDE, 3 experts"}
+    assert published_for(row).all == 48.6
+    assert published_for({**row, "method": "CE", "experts": 1}).source == "LDAM"
+    assert published_for({**row, "method": "CE", "experts": 1, "epochs": 100}).source == "RIDE"
+    assert published_for({**row, "method": "RIDE, 3 experts + NBN"}) is None
+    assert stem("cifar100_lt_ride_fast30_s12") == "cifar100_lt_ride_fast30"
+
+
+def test_the_curves(kept, run_cli, tmp_path):
+    run_cli(["-m", "tools.compare", kept.parent, "--curves", tmp_path / "new" / "curves.png"], check=True)
+    with Image.open(tmp_path / "new" / "curves.png") as picture:
+        assert picture.width > 900 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_a_mistake_is_named(digits_run, kept, tmp_path):
+    with pytest.raises(ConfigError, match="there already"):
+        keep(digits_run.checkpoint, kept.parent, kept.name)
+    shutil.copy(digits_run.checkpoint, tmp_path / "checkpoint-epoch2.pth")
+    with pytest.raises(ConfigError, match="first: python"):
+        keep(tmp_path / "checkpoint-epoch2.pth", tmp_path / "results")
+    assert not (tmp_path / "results").exists()

@@ -1,0 +1,120 @@
+"""A finished run as one small folder, to keep beside the code: what is quoted of it, and weights to check that with.
+
+    python -m tools.keep saved/models/<name>/<run_id> results/
+    python -m tools.keep saved/models/<name>/<run_id> results/ --name cifar100_lt_ride_s0
+
+Writes results/<name>/ with config.json, metrics.csv, timing.csv, test_metrics.json and weights.pth: a checkpoint
+without the optimizer's state, its matrices and filters in float16, for
+`python test.py -r results/<name>/weights.pth --data_dir data`. Paths of this machine are left out: images are looked
+for in `data`.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from base.run_paths import run_of
+from tools.cli import Parser
+from tools.report import choose_checkpoint
+from utils.cli import run_main
+from utils.errors import ConfigError
+
+COPIED = ("metrics.csv", "timing.csv")
+#: Dotted keys of the config whose values are places on this machine -> what a reader of the folder has instead.
+PLACES = {"data_loader.args.data_dir": "data", "trainer.save_dir": "saved/"}
+
+
+def without_places(config: Any, path: str = "") -> Any:
+    """A config whose absolute paths are replaced (PLACES) or cut to their last part."""
+    if isinstance(config, dict):
+        return {key: without_places(value, f"{path}.{key}".lstrip(".")) for key, value in config.items()}
+    if isinstance(config, list):
+        return [without_places(value, path) for value in config]
+    if isinstance(config, str) and os.path.isabs(config):
+        return PLACES.get(path, os.path.basename(config.rstrip("/")))
+    return config
+
+
+def halved(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights with matrices and filters as float16, where that holds them; statistics, biases and norms as they are."""
+    def half(name: str, value: Any) -> Any:
+        if not name.endswith("weight") or value.dim() < 2 or not value.is_floating_point():
+            return value
+        small = value.half()
+        return small if bool(small.isfinite().all()) else value
+    return {name: half(name, value) for name, value in weights.items()}
+
+
+def keep(checkpoint: Path, top: Path, name: str | None = None) -> Path:
+    """Write the folder of `checkpoint`'s run under `top`, whole or not at all; returns it.
+
+    Raises ConfigError: no test figures, no config, a folder of that name is there, or it can't be written.
+    """
+    from tools.session import config_of
+    from utils.checkpoint.store import load_checkpoint, save_checkpoint
+    from utils.files import write_json
+    paths = run_of(checkpoint)
+    figures = paths.models / "test_metrics.json"
+    if not figures.is_file():
+        raise ConfigError(f"{figures}: isn't there; first: python test.py -r {checkpoint}")
+    loaded = load_checkpoint(checkpoint)
+    config = without_places(config_of(loaded, checkpoint))
+    target = top / (name or f"{config['name']}_s{config.get('seed', 0)}")
+    if target.exists():
+        raise ConfigError(f"--name: {target} is there already; delete it or choose another name")
+    kept = {"arch": loaded.get("arch", config["arch"]["type"]), "epoch": loaded.get("epoch"), "config": config,
+            "state_dict": halved(loaded["state_dict"]), "data": without_places(loaded.get("data"))}
+    try:
+        top.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".keep-", dir=top))
+    except OSError as error:
+        raise ConfigError(f"{top}: can't be written: {error.strerror}") from None
+    try:
+        write_json(unfinished / "config.json", config)
+        shutil.copyfile(figures, unfinished / figures.name)
+        for file in (paths.log / name for name in COPIED):
+            if file.is_file():
+                shutil.copyfile(file, unfinished / file.name)
+        save_checkpoint(unfinished / "weights.pth", kept)
+        os.chmod(unfinished, 0o755)  # mkdtemp's are private
+        unfinished.rename(target)
+    except OSError as error:
+        raise ConfigError(f"{target}: can't be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+# ---------------------------------------------------------------------- the command
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    parser = Parser(prog="python -m tools.keep", description="Keep a finished run as one small folder.",
+                    allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="the run's folder, <save_dir>/models/<name>/<run_id>")
+    parser.add_argument("top", metavar="DIR", help="where the folder goes, e.g. results/")
+    parser.add_argument("--name", metavar="NAME", help="the folder's name (default: the config's name and the seed)")
+    parser.add_argument("--checkpoint", metavar="WHICH", default="last", help="last (default), best, or a file's name")
+    args = parser.parse_args(argv)
+    if not Path(args.run).is_dir():
+        raise ConfigError(f"{args.run}: no such folder; give a run's, <save_dir>/models/<name>/<run_id>")
+    if args.name is not None and (args.name in ("", ".", "..") or "/" in args.name):
+        raise ConfigError(f"--name: {args.name!r} can't name a folder")
+    args.path = choose_checkpoint(Path(args.run), args.checkpoint)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    target = keep(args.path, Path(args.top), args.name)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"written to {target} ({size / 2**20:.1f} MiB)\n"
+          f"check it with: python test.py -r {target / 'weights.pth'} --data_dir data")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,87 @@
+"""What README says of the runs kept in results/ (see tools.keep): its table, and their training curves."""
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.published import PUBLISHED, SOURCES, Published
+from tools.run_table import Column, Row, cell, markdown, percent
+from tools.runs import RunRecord
+from utils.errors import ConfigError
+
+COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "data"),
+           Column("parameters", "params M", lambda n: f"{n / 1e6:.2f}"), Column("epochs", "epochs", lambda n: f"{n:g}"),
+           Column("seconds", "minutes", lambda seconds: f"{seconds / 60:.3g}"),
+           *(Column(key, head, percent, 1, True) for key, head in (
+               ("all", "all %"), ("many", "many"), ("medium", "medium"), ("few", "few"), ("ece", "ECE %"))),
+           Column("published", "published", lambda value: f"{value:.1f}"), Column("command", "command"))
+
+
+def stem(folder: str) -> str:
+    """A kept run's name without its seed: cifar100_lt_ride of cifar100_lt_ride_s0."""
+    return re.sub(r"_s\d+$", "", folder)
+
+
+def is_ablation(name: str) -> bool:
+    """Whether a kept run only shows what is lost without something."""
+    return "minus_" in name
+
+
+def _plain(method: str) -> str:
+    return re.sub(r" \+ EA| \(teacher\)|, \d+ experts", "", method)
+
+
+def published_for(row: Row) -> Published | None:
+    """The published figure to read a row beside: same data, backbone, method (with or without expert assignment) and
+    number of experts; of several the one whose training is most nearly as long."""
+    alike = [entry for entry in PUBLISHED if (entry.data, entry.model, entry.experts) == (
+        row["data"], row["model"], row["experts"]) and _plain(entry.method) == _plain(row["method"])]
+    return min(alike, key=lambda entry: abs((entry.epochs or 0) - (row["epochs"] or 0)), default=None)
+
+
+def readme_table(rows: Sequence[Row]) -> str:
+    """Markdown: a row a method (seeds as mean ± standard deviation), ablations last, quoted figures explained below.
+
+    rows: as `tools.compare.arrange` gives them with only_means.
+    """
+    table, notes = [], {}
+    for row in rows:
+        if row["all"] is None or row["note"].startswith("validation"):
+            raise ConfigError(f"{row['config']}: that run has no test figures; run test.py on it first")
+        folder, entry = Path(row["config"]).parent.name, published_for(row)
+        name, seeds = stem(folder), row["seed"].split(", ")
+        command = f"python train.py -c {shlex.quote(row['config'])}" + (
+            f" --seed {seeds[0]} (then {', '.join(seeds[1:])})" if seeds[1:] else "")
+        method = row["method"] + (f", without {name.split('minus_', 1)[1]}" if is_ablation(name) else "")
+        table.append({**row, "run": name, "method": method, "command": f"`{command}`",
+                      "published": entry and entry.all})
+        if entry:
+            notes[f"{entry.all:.1f}: {entry.method}" + (f", {entry.epochs} epochs" if entry.epochs else "")
+                  + f"; {SOURCES[entry.source]}."] = None
+    table.sort(key=lambda row: is_ablation(row["run"]))
+    shown = [column for column in COLUMNS if any(cell(row, column) != "-" for row in table)
+             and (column.key != "data" or len({row["data"] for row in table}) > 1)]
+    return "\n".join([markdown(shown, [[cell(row, column) for column in shown] for row in table]),
+                      *([""] + [f"- published {note}" for note in notes] if notes else [])])
+
+
+def draw_curves(runs: Sequence[RunRecord], folder: str, path: str) -> None:
+    """The training curves of the runs that are no ablations as the PNG `path`. Raises ConfigError."""
+    from logger.figures.style import to_png
+    from logger.figures.training import compared
+    together: dict[str, list] = {}
+    for run in runs:
+        if run.history and not is_ablation(run.paths.models.name):
+            # Runs of saved/ all have folders of the kind <name>/<run_id>; kept ones a folder each.
+            name = stem(run.paths.models.name) if run.paths.models == run.paths.log else run.name
+            together.setdefault(name, []).append(run.history)
+    if not together:
+        raise ConfigError(f"{folder}: holds no runs with a metrics.csv to draw")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        to_png(compared(together), Path(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--curves: {path}: can't be written: {getattr(error, 'strerror', None) or error}") from None
+    print(f"written to {path}")
