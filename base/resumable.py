@@ -135,7 +135,7 @@ class Resumable(ABC):
         self._load_optimizer(checkpoint["optimizer"], saved_config, name)
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self._load_best(checkpoint)
+        self._load_best(checkpoint, saved_config.get("trainer") or {})
         self.epoch_lr = checkpoint.get("epoch_lr")
         batch = checkpoint.get("batch")
         self.resumed_inside = batch is not None
@@ -191,9 +191,9 @@ class Resumable(ABC):
             raise ConfigError(f"optimizer.args: what is asked needs {', '.join(missing)}, which {name} doesn't hold; "
                               f"start a new run from its weights with --pretrained {name}")
 
-    def _load_best(self, checkpoint: dict[str, Any]) -> None:
+    def _load_best(self, checkpoint: dict[str, Any], saved: dict[str, Any]) -> None:
         """The best figure so far, unless it is another figure that is monitored now."""
-        best, monitor = checkpoint.get("monitor_best"), checkpoint.get("monitor")
+        best, monitor = checkpoint.get("monitor_best"), checkpoint.get("monitor") or saved.get("monitor")
         if monitor is not None and monitor != self.options["monitor"] and best is not None:
             log.info("trainer.monitor: %s instead of %s: the best so far begins anew", self.options["monitor"], monitor)
             return

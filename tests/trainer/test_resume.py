@@ -4,6 +4,9 @@ import csv
 import signal
 
 import pytest
+import torch
+
+from utils.checkpoint.store import load_checkpoint
 
 RIDE = {"arch": {"args": {"num_experts": 2, "add_bt": 1, "dropout": 0.2, "use_norm": True}},
         "loss": {"type": "RIDELoss", "args": {"reweight_epoch": 2}}, "add_extra_info": True}
@@ -180,3 +183,19 @@ def test_a_run_is_never_written_over(runs):
     runs("mine", "--epochs", 1)
     with pytest.raises(ConfigError, match=r"--run_id: mine is a run already.*-r auto"):
         runs("mine", "--epochs", 1)
+
+
+@pytest.mark.parametrize("written_before", [False, True])
+def test_another_monitor_begins_anew(runs, written_before):
+    """The best accuracy is no measure of a loss, and epochs without a better one don't bring the stop nearer."""
+    models = runs("other", "--epochs", 1, trainer={"monitor": "max val_accuracy", "early_stop": 3})
+    path = models / "checkpoint-epoch1.pth"
+    checkpoint = load_checkpoint(path) | {"monitor_best": 0.0, "not_improved": 3}
+    if written_before:  # by a version that kept it in the config only
+        del checkpoint["monitor"]
+    torch.save(checkpoint, path)
+    runs(None, "-r", path, "--epochs", 2, "--set", "trainer.monitor=min val_loss")
+    row = list(csv.DictReader((runs.log("other") / "metrics.csv").open()))[1]
+    best = load_checkpoint(models / "model_best.pth")
+    assert best["epoch"] == 2 and best["monitor_best"] == float(row["val_loss"]) and best["not_improved"] == 0
+    assert (runs.log("other") / "info.log").read_text().count("the best so far begins anew") == 1
