@@ -3,6 +3,7 @@
     python test.py -r saved/models/<name>/<run_id>/model_best.pth
     python test.py -r CHECKPOINT --classifier tau --tau 0:2:0.1
     python test.py -r CHECKPOINT --classifier ncm --feat_type cl2n
+    python test.py -r CHECKPOINT --classifier la --tau 1 --calibrate
 """
 from __future__ import annotations
 
@@ -47,17 +48,20 @@ def test(args: Namespace) -> dict[str, Any]:
     loader = run.loader(args.split)
     check_classes(run, loader)
     task = task_of(loader)
-    if not task.classifies and (args.classifier != "joint" or args.open_set):
-        raise ConfigError(f"{'--open_set' if args.open_set else '--classifier'}: is for classifiers; {args.resume} is "
-                          "a detector")
-    head, note = choose_classifier(args, run)
+    asked = {"--open_set": args.open_set, "--classifier": args.classifier != "joint", "--prior": args.prior,
+             "--calibrate": args.calibrate, "--expert_weights": args.expert_weights != "equal"}
+    if not task.classifies and any(asked.values()):
+        raise ConfigError(f"{next(flag for flag, value in asked.items() if value)}: is for classifiers; {args.resume} "
+                          "is a detector")
+    head, note = choose_classifier(args, run, loader)
+    head, note = adapt(args, run, loader, head, note) if args.calibrate or args.prior else (head, note)
     amp, _ = choose_precision(run.config["trainer"]["amp"], device)
     more = {} if head is None else {"head": head}
     result = task.evaluate(run.model, loader, groups=run.config["groups"], amp=amp,
                            keep=bool(args.open_set) or task.keeps or args.report, **more)
     result.update(note)
     if "expert_share" in result and "expert_acc" not in result:
-        result.update(with_all_experts(run, loader, amp, keep=args.report))
+        result.update(with_all_experts(run, loader, amp, args.report, **more))
     if args.open_set:
         result["open_set"] = open_set(args, run, head, result)
     everything = dict(result)
@@ -101,36 +105,112 @@ def check_classes(run: Any, loader: Any) -> None:
                           f"{run.model.num_classes}; give the data it was trained for")
 
 
-def choose_classifier(args: Namespace, run: Any) -> tuple[Any, dict[str, Any]]:
+def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict[str, Any]]:
     """The head that `--classifier` asks for (None: the model's own) and what to note of it in the metrics."""
     from logger.log import get_logger
-    from trainer.classifiers import ncm_head, sweep_tau, tau_head
-    if args.classifier != "joint":
+    from trainer import classifiers
+    if args.expert_weights == "learn":
+        if run.model.routed or run.model.num_experts < 2:
+            raise ConfigError(f"--expert_weights: learn needs several experts that every image uses; {args.resume} "
+                              + ("chooses them by gates" if run.model.routed else "has one"))
+        weights = classifiers.learned_expert_weights(run.model, loader, run.config["seed"])
+        get_logger().info("weights of the experts: %s", "  ".join(f"{w:.3f}" for w in weights.tolist()))
+        joint, note = classifiers.weighted_head(weights), {"expert_weights": weights.tolist()}
+    else:
+        joint, note = None, {}
+    if args.classifier in ("ncm", "tau"):
         run.model.route = False  # these heads need every expert's features
     if args.classifier == "ncm":
-        head = ncm_head(run.model, run.loader("train_eval"), run.model.num_classes, args.feat_type)
+        head = classifiers.ncm_head(run.model, run.loader("train_eval"), run.model.num_classes, args.feat_type)
         return head, {"classifier": "ncm", "feat_type": args.feat_type}
-    if args.classifier == "tau":
+    if args.classifier in ("tau", "la"):
+        counts, base = run.data["cls_num_list"], joint or trained
+        make = (lambda tau: classifiers.tau_head(run.model, tau)) if args.classifier == "tau" else \
+            (lambda tau: classifiers.la_head(counts, tau, base))
         taus = args.tau
         if len(taus) == 1:
-            return tau_head(run.model, taus[0]), {"classifier": "tau", "tau": taus[0]}
+            return make(taus[0]), {"classifier": args.classifier, "tau": taus[0], **note}
         # Chosen on validation images, reported on test images.
-        best, values = sweep_tau(run.model, run.loader("val"), taus, args.tau_metric)
+        if args.classifier == "tau":
+            best, values = classifiers.sweep_tau(run.model, run.loader("val"), taus, args.tau_metric)
+        else:
+            found = classifiers.outputs_of(run.model, run.loader("val"), base)
+            best, values = classifiers.sweep_la(*found, counts, taus, args.tau_metric)
         log = get_logger()
         for tau, value in zip(taus, values):
             log.info("tau %.2f  validation %s %.4f%s", tau, args.tau_metric, value, "  <- best" if tau == best else "")
-        return tau_head(run.model, best), {"classifier": "tau", "tau": best, "tau_sweep": {
-            "metric": args.tau_metric, "tau": taus, f"val_{args.tau_metric}": values}}
-    return None, {"classifier": "joint"}
+        return make(best), {"classifier": args.classifier, "tau": best, "tau_sweep": {
+            "metric": args.tau_metric, "tau": taus, f"val_{args.tau_metric}": values}, **note}
+    return joint, {"classifier": "joint", **note}
 
 
-def with_all_experts(run: Any, loader: Any, amp: str, keep: bool) -> dict[str, Any]:
+def trained(outputs: dict[str, Any]) -> Any:
+    """The model's own logits [N, C]."""
+    return outputs["output"]
+
+
+def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`--calibrate` and `--prior` on top of a head; what they found joins the note."""
+    from logger.log import get_logger
+    from model.shift import frequencies
+    from tools.session import keep_temperature, make_criterion
+    from trainer import classifiers
+    from utils import dist
+    log, own = get_logger(), head is None
+    head = head or trained
+    if args.calibrate:
+        found = classifiers.calibrate(run.model, run.loader("val"), head)
+        note = {**note, "calibration": found}
+        log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
+                 found["after"], "; kept for predictions and export" if own and args.weights == "ema" else "")
+        if own and args.weights == "ema" and dist.is_main():
+            keep_temperature(run, found)
+        head = (lambda plain: lambda outputs: plain(outputs).float() / found["temperature"])(head)
+    if args.prior:
+        import torch
+        counts = run.data["cls_num_list"]
+        uniform = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
+        learned = uniform   # tau-normalised and adjusted logits are for classes of equal size
+        if args.classifier == "joint":
+            criterion = make_criterion(run.config, counts)
+            if hasattr(criterion, "set_epoch"):
+                criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
+            learned = classifiers.learned_prior(criterion, run.loader("train"), run.model.num_experts)
+        if args.prior == "estimate":
+            prior = classifiers.estimated_prior(run.model, loader, head, learned)
+            log.info("estimated class distribution: from %.4f (class %d) to %.4f (class %d)", prior.min(),
+                     int(prior.argmin()), prior.max(), int(prior.argmax()))
+        else:
+            prior = {"uniform": uniform, "train": frequencies(counts)}.get(args.prior)
+            prior = read_prior(args.prior, len(counts)) if prior is None else prior
+        head = classifiers.prior_head(head, learned, prior)
+        note = {**note, "prior": args.prior, "class_distribution": prior.tolist()}
+    return head, note
+
+
+def read_prior(path: str, num_classes: int) -> Any:
+    """A file of one number a class (0 or more; counts or shares) as shares, float64 [C]. Raises ConfigError."""
+    import torch
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = torch.tensor([float(word) for word in text.strip().strip("[]").replace(",", " ").split()],
+                              dtype=torch.float64)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prior: {path}: should hold a number a class: {str(error)[:100]}") from None
+    usable = len(values) == num_classes and values.isfinite().all() and (values >= 0).all() and values.sum() > 0
+    if not usable:
+        raise ConfigError(f"--prior: {path}: should hold {num_classes} numbers, one a class, 0 or more and not all 0; "
+                          f"it has {len(values)}")
+    return values / values.sum()
+
+
+def with_all_experts(run: Any, loader: Any, amp: str, keep: bool, **more: Any) -> dict[str, Any]:
     """What routing leaves unseen, from a second pass that asks every expert for every image: `all_experts_acc` of
     their mean, `expert_acc` of each alone, `expert_disagreement`, and with `keep` `expert_predictions` [N, E]."""
     from trainer.evaluate import evaluate
     run.model.force_all = True
     try:
-        everyone = evaluate(run.model, loader, groups=run.config["groups"], amp=amp, keep=keep)
+        everyone = evaluate(run.model, loader, groups=run.config["groups"], amp=amp, keep=keep, **more)
     finally:
         run.model.force_all = False
     names = ("expert_acc", "expert_disagreement", "expert_predictions")

@@ -2,10 +2,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import nn
 
 from utils.errors import ConfigError, closest
+
+
+@dataclass(frozen=True)
+class CostPart:
+    """A line of a model's cost: modules by name, of expert `expert` (from 0), or shared by all; `gates`: of routing;
+    `training`: a part that training may have for itself."""
+
+    name: str
+    modules: tuple[str, ...]
+    expert: int | None = None
+    gates: bool = False
+    training: bool = False
 
 
 class BaseModel(nn.Module):
@@ -47,6 +60,22 @@ class BaseModel(nn.Module):
     def heads(self) -> list[nn.Module]:
         """The classifier of each expert, [E]; each maps features `[N, D]` to scaled logits `[N, C]`."""
         raise NotImplementedError
+
+    def used_heads(self) -> list[nn.Module]:
+        """The heads that evaluation uses, in the order of `feat`: all but those a config leaves out."""
+        return self.heads()
+
+    def cost_parts(self) -> list[CostPart]:
+        """What a cost is told by, in the order of the forward pass: modules' names, each module in one part only.
+
+        What is left (scales of norms) is counted for itself.
+        """
+        heads = {id(head): i for i, head in enumerate(self.heads())}
+        parts = [CostPart(name, (name,)) for name, module in self.named_children()
+                 if not any(id(part) in heads for part in module.modules())]
+        return parts + [CostPart("classifier" if len(heads) == 1 else f"expert {heads[id(module)] + 1}, classifier",
+                                 (name,), heads[id(module)])
+                        for name, module in self.named_modules() if id(module) in heads]
 
     def classifier_prefixes(self) -> list[str]:
         """Beginnings of the classifier's parameter and buffer names (heads, their norms and scales)."""

@@ -50,14 +50,12 @@ def check(name: str, fast: torch.Tensor, slow: torch.Tensor) -> float:
 def routed(images: torch.Tensor) -> tuple[nn.Module, list[float]]:
     """A folded expert-assignment model, and the shares of images that use 1, 2, 3 experts."""
     model = channels_last(fold_norm(network("ResNet32EAModel", share_expert_help_pred_fc=False)))
-    backbone = model.backbone
-    backbone.route = False
+    model.route = False
     outputs = model(images)
-    means = outputs["logits"].cumsum(1) / torch.arange(1, 4).view(-1, 1)
-    for i, gate in enumerate(backbone.expert_help_pred_fcs):
-        gate.bias -= backbone.ask(i, outputs["feat"][:, i], means[:, i]).quantile(0.5)
+    for gate, said in zip(model.gates(), model.gate_logits(outputs["feat"], outputs["logits"]).unbind(1)):
+        gate.bias -= said.quantile(0.5)
     slow = model(images)
-    backbone.route = True
+    model.route = True
     fast = model(images)
     check("routed", fast["output"], slow["output"])
     used = fast["sample_num_experts"]

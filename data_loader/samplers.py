@@ -23,6 +23,8 @@ class EpochSampler(Sampler):
     rank, world_size: this process takes every world_size-th index, beginning with its rank-th.
     """
 
+    power = 0.0     # q of a training's last epoch
+
     def __init__(self, targets: Any, seed: int = 0, *, epoch_length: int | None = None, rank: int = 0,
                  world_size: int = 1):
         targets = np.asarray(targets)
@@ -75,6 +77,8 @@ class EpochSampler(Sampler):
 class InstanceBalancedSampler(EpochSampler):
     """q = 1: each image once an epoch in shuffled order (round again for an `epoch_length` over N)."""
 
+    power = 1.0
+
     def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
                  world_size: int = 1):
         super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
@@ -86,6 +90,8 @@ class InstanceBalancedSampler(EpochSampler):
 
 class SquareRootSampler(EpochSampler):
     """q = 1/2, with replacement: class j with a chance proportional to the root of its size, then any image of it."""
+
+    power = 0.5
 
     def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
                  world_size: int = 1):

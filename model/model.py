@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from base import BaseModel
+from base.base_model import CostPart
 from model import batchformer
 from model.blocks import BasicBlock, Bottleneck
 from model.classifier import HEADS
 from model.resnet import CIFAR, IMAGENET, ResNet
-from model.routing import RoutedResNet
+from model.routing import GATES, RoutedResNet
 from utils.config.build import build, lookup
 from utils.errors import ConfigError
 
@@ -158,6 +159,25 @@ class Model(BaseModel):
     def heads(self) -> list[torch.nn.Module]:
         return self.backbone.heads
 
+    def used_heads(self) -> list[torch.nn.Module]:
+        used = self.backbone.use_experts
+        return [self.backbone.heads[i] for i in (range(self.num_experts) if used == "rand" else used)]
+
+    def cost_parts(self) -> list[CostPart]:
+        net = self.backbone
+        stages = range(1, net.num_stages + 1)
+        parts = [CostPart("stem", ("backbone.conv1", "backbone.bn1"))]
+        parts += [CostPart(f"stage {n}", (f"backbone.layer{n}",)) for n in stages if n < net.first_private]
+        several = self.num_experts > 1
+        for i in range(self.num_experts):
+            parts += [CostPart(f"expert {i + 1}, stage {n}", (f"backbone.layer{n}s.{i}",), i)
+                      for n in stages if n >= net.first_private]
+            parts.append(CostPart(f"expert {i + 1}, classifier" if several else "classifier",
+                                  (f"backbone.linears.{i}" if several else "backbone.linear",), i))
+        if net.batchformer is not None:
+            parts.append(CostPart("BatchFormer", ("backbone.encoder_layers",), training=True))
+        return parts
+
     def classifier_prefixes(self) -> list[str]:
         return ["backbone.linear."] if self.num_experts == 1 else ["backbone.linears."]
 
@@ -188,75 +208,38 @@ class EAModel(Model):
 
     routed = True
 
+    def gates(self) -> list[torch.nn.Linear]:
+        """Each gate's last layer, [E - 1], or the one that all share."""
+        return self.backbone.gates
 
-class ResNet32Model(Model):
-    family = dict(layout=CIFAR, block=BasicBlock, depths=(5, 5, 5))
+    def gate_logits(self, feats: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What each gate says, "help" above 0: feats [N, E, D] and the experts' logits [N, E, C] -> [N, E - 1]."""
+        means = logits.cumsum(1) / torch.arange(1, self.num_experts + 1, device=logits.device)[:, None]
+        return torch.stack([self.backbone.ask(i, feats[:, i], means[:, i]) for i in range(self.num_experts - 1)], 1)
 
-
-class ResNet10Model(Model):
-    family = dict(block=BasicBlock, depths=(1, 1, 1, 1))
-
-
-class ResNet50Model(Model):
-    family = dict(block=Bottleneck, depths=(3, 4, 6, 3))
-
-
-class ResNet101Model(Model):
-    family = dict(block=Bottleneck, depths=(3, 4, 23, 3))
+    def cost_parts(self) -> list[CostPart]:
+        names = tuple(f"backbone.{name}" for name, _ in self.backbone.named_children() if name.startswith(GATES))
+        return super().cost_parts() + ([CostPart("gates", names, gates=True)] if self.num_experts > 1 else [])
 
 
-class ResNet152Model(Model):
-    family = dict(block=Bottleneck, depths=(3, 8, 36, 3))
-
-
-class ResNeXt50Model(Model):
-    family = dict(block=Bottleneck, depths=(3, 4, 6, 3), groups=32, base_width=4)
-
-
-class ResNeXt101Model(Model):
-    family = dict(block=Bottleneck, depths=(3, 4, 23, 3), groups=32, base_width=4)
-
-
-class ResNeXt152Model(Model):
-    family = dict(block=Bottleneck, depths=(3, 8, 36, 3), groups=32, base_width=4)
-
-
-class ResNet32EAModel(EAModel):
-    family = ResNet32Model.family
-
-
-class ResNet10EAModel(EAModel):
-    family = ResNet10Model.family
-
-
-class ResNet50EAModel(EAModel):
-    family = ResNet50Model.family
-
-
-class ResNet101EAModel(EAModel):
-    family = ResNet101Model.family
-
-
-class ResNet152EAModel(EAModel):
-    family = ResNet152Model.family
-
-
-class ResNeXt50EAModel(EAModel):
-    family = ResNeXt50Model.family
-
-
-class ResNeXt101EAModel(EAModel):
-    family = ResNeXt101Model.family
-
-
-class ResNeXt152EAModel(EAModel):
-    family = ResNeXt152Model.family
-
-
-ARCHS: dict[str, type[BaseModel]] = {
-    name: value for name, value in list(globals().items())
-    if isinstance(value, type) and issubclass(value, Model) and value.family
+#: Each network and, with EAModel for Model at its name's end, its expert assignment: what differs is data.
+FAMILIES: dict[str, dict] = {
+    "ResNet32": dict(layout=CIFAR, block=BasicBlock, depths=(5, 5, 5)),
+    "ResNet10": dict(block=BasicBlock, depths=(1, 1, 1, 1)),
+    "ResNet50": dict(block=Bottleneck, depths=(3, 4, 6, 3)),
+    "ResNet101": dict(block=Bottleneck, depths=(3, 4, 23, 3)),
+    "ResNet152": dict(block=Bottleneck, depths=(3, 8, 36, 3)),
+    "ResNeXt50": dict(block=Bottleneck, depths=(3, 4, 6, 3), groups=32, base_width=4),
+    "ResNeXt101": dict(block=Bottleneck, depths=(3, 4, 23, 3), groups=32, base_width=4),
+    "ResNeXt152": dict(block=Bottleneck, depths=(3, 8, 36, 3), groups=32, base_width=4),
 }
+
+#: A config's `arch.type`: also names of this module, which pickle and help() know like any other class.
+ARCHS: dict[str, type[BaseModel]] = {
+    name + base.__name__: type(name + base.__name__, (base,), {
+        "family": family, "__module__": __name__, "__doc__": f"{name}; the arguments are `Model`'s."})
+    for base in (Model, EAModel) for name, family in FAMILIES.items()}
+globals().update(ARCHS)
 
 
 #: Architectures whose module is imported when they are asked for: torchvision alone takes a second.

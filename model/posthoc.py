@@ -1,4 +1,4 @@
-"""Classifiers made from a trained model without training: tau-normalised heads, nearest class mean, adjusted logits.
+"""Classifiers made from a trained model without training: tau-normalised heads, nearest class mean.
 
 All work on pooled features `feat` [N, E, D], expert by expert, and give [N, C]: the mean over the experts, as a
 model's `output` is. Work is cut into pieces of rows; nothing of size N x C x D is ever made.
@@ -15,21 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.metric import EvalState
-from utils.class_counts import class_counts
 from utils.errors import unknown
 
 FEAT_TYPES = ("un", "l2n", "cl2n")
 DISTANCES = ("euclidean", "cosine")
 CHUNK = 2**24  # logits [n, E, C] held at once
-
-
-def adjust_logits(logits: Tensor, cls_num_list: Sequence[float], tau: float = 1.0) -> Tensor:
-    """Post-hoc logit adjustment (Menon et al., ICLR 2021): z_j - tau · log(n_j / n). logits: [..., C] -> the same.
-
-    For models trained with plain cross-entropy; one trained with the logit-adjusted loss needs none.
-    """
-    counts = torch.tensor(class_counts(cls_num_list), dtype=torch.float64)
-    return logits - (tau * (counts / counts.sum()).log()).to(logits)
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], feats: Tensor, classes: int) -> Tensor:
@@ -67,10 +57,7 @@ def linear_head(head: nn.Module) -> LinearHead:
 
 def model_heads(model: nn.Module) -> list[LinearHead]:
     """The linear heads of the experts that a model uses in evaluation, in the order of its `feat`."""
-    backbone = model.backbone
-    experts = backbone.use_experts if isinstance(backbone.use_experts, list | tuple) else range(backbone.num_experts)
-    heads = backbone.heads
-    return [linear_head(heads[i]) for i in experts]
+    return [linear_head(head) for head in model.used_heads()]
 
 
 def tau_normalised(weight: Tensor, tau: float) -> Tensor:

@@ -77,8 +77,12 @@ class RoutedResNet(ResNet):
         """Gate i (from 0): features `[N, D]` of expert i, mean logits `[N, C]` so far -> logits `[N]`, "help"."""
         hidden = F.relu(self.expert_help_pred_hidden_fcs[i](F.normalize(feat, dim=1)))
         seen = torch.cat([logits.topk(self.top_choices_num, dim=1).values.to(hidden.dtype), hidden], dim=1)
-        gate = self.expert_help_pred_fcs[i] if hasattr(self, "expert_help_pred_fcs") else self.expert_help_pred_fc
-        return gate(seen).squeeze(1)
+        return self.gates[i % len(self.gates)](seen).squeeze(1)
+
+    @property
+    def gates(self) -> list[nn.Linear]:
+        """The gates' last layers: one, or one each."""
+        return list(self.expert_help_pred_fcs) if hasattr(self, "expert_help_pred_fcs") else [self.expert_help_pred_fc]
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         if not self.training and self.route and not self.force_all:

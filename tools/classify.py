@@ -125,7 +125,7 @@ def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, t
 
 
 def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, head: Callable | None = None,
-             topk: int = 5, batch_size: int = 64, threads: int | None = None,
+             temperature: float = 1.0, topk: int = 5, batch_size: int = 64, threads: int | None = None,
              advance: Callable[[int], Any] = lambda n: None) -> Predictions:
     """The model on image files, preprocessed as its test images are.
 
@@ -133,6 +133,7 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
         model: one of model.model's, in evaluation mode.
         preprocess: as in a checkpoint's `data`; see data_loader.transforms.
         head: other logits [N, C] from the model's dict (NCM, tau-normalised), in place of `output`.
+        temperature: what logits are divided by.
         threads: that decode (None: one a core, 8 at most).
         advance: told the number of images done, after each batch.
     """
@@ -152,14 +153,15 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
             if good:
                 pixels = torch.stack([pixels for _, pixels in good]).to(device)
                 outputs = model(normalise(pixels).contiguous(memory_format=torch.channels_last))
-                done.found += read_outputs([path for path, _ in good], outputs, head, topk)
+                done.found += read_outputs([path for path, _ in good], outputs, head, topk, temperature)
             advance(len(batch))
     return done
 
 
-def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | None, topk: int) -> list[Prediction]:
+def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | None, topk: int,
+                 temperature: float = 1.0) -> list[Prediction]:
     """A model's dict for a batch as a Prediction an image."""
-    logits = (outputs["output"] if head is None else head(outputs)).float()
+    logits = (outputs["output"] if head is None else head(outputs)).float() / temperature
     best = logits.softmax(1).topk(min(topk, logits.shape[1]), dim=1)
     used, experts = outputs.get("sample_num_experts"), outputs.get("logits")
     agreement = None

@@ -65,7 +65,7 @@ def _sameness(run: RunRecord) -> str:
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
     for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has a stage 1 of its own
         config[start] = bool(config.get(start))
-    how = {key: run.figures.get(key) for key in ("classifier", "tau", "feat_type")}
+    how = {key: run.figures.get(key) for key in ("classifier", "tau", "feat_type", "prior", "expert_weights")}
     return json.dumps([config, how, run.split, run.epochs_done], sort_keys=True, default=str)
 
 

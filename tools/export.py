@@ -30,8 +30,8 @@ OPSET = 18
 ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file can hold itself
 
 
-def exportable(model: Any) -> Any:
-    """The model as a function of images alone: folded, evaluating, [N, 3, H, W] -> logits [N, C]."""
+def exportable(model: Any, temperature: float = 1.0) -> Any:
+    """The model as a function of images alone: folded, evaluating, [N, 3, H, W] -> logits [N, C] over `temperature`."""
     import torch
 
     from model.norm import fold_norm
@@ -44,7 +44,8 @@ def exportable(model: Any) -> Any:
             self.model = fold_norm(model).cpu().to(memory_format=torch.contiguous_format)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.model(images)["output"]
+            logits = self.model(images)["output"]
+            return logits if temperature == 1 else logits / temperature
 
     return Classifier().eval().requires_grad_(False)
 
@@ -130,7 +131,7 @@ def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
         raise ConfigError(f"-r {run.path}: is a detector; only classifiers are exported")
     check_packages(kind)
     write, reload, _ = FORMATS[kind]
-    model, size = exportable(run.model), facts["preprocess"]["image_size"]
+    model, size = exportable(run.model, run.temperature), facts["preprocess"]["image_size"]
     generator = torch.Generator().manual_seed(0)
     try:
         folder = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
@@ -143,14 +144,15 @@ def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
             write(model, torch.randn(2, 3, size, size, generator=generator), metadata(run, facts, run.model),
                   folder / target.name)
             answers = reload(folder / target.name)
-            difference = largest_difference(run.model, answers, size, generator)
+            difference = largest_difference(run.model, answers, size, generator, run.temperature)
         written = [Path(shutil.move(path, target.parent / path.name)) for path in sorted(folder.iterdir())]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return difference, written
 
 
-def largest_difference(model: Any, answers: Callable, size: int, generator: Any) -> float:
+def largest_difference(model: Any, answers: Callable, size: int, generator: Any,
+                       temperature: float = 1.0) -> float:
     """The largest |difference| of a logit between `model`, unfolded, and the exported one.
 
     Raises RunError above TOLERANCE or, with logits above 10, above ROUNDING of them.
@@ -159,7 +161,7 @@ def largest_difference(model: Any, answers: Callable, size: int, generator: Any)
     device, worst, scale = next(model.parameters()).device, 0.0, 0.0
     for n in CHECKED:
         images = torch.randn(n, 3, size, size, generator=generator)
-        wanted = model(images.to(device))["output"].float().cpu()
+        wanted = model(images.to(device))["output"].float().cpu() / temperature
         given = answers(images)
         if given.shape != wanted.shape:
             raise RunError(f"the exported model answers {n} images with {list(given.shape)}, not {list(wanted.shape)}")

@@ -39,13 +39,21 @@ def test_parser() -> argparse.ArgumentParser:
   python test.py -r CHECKPOINT --classifier tau --tau 0:2:0.1""")
     how = parser.add_argument_group("how to evaluate")
     how.add_argument("--split", choices=("test", "val"), default="test", help="which images (default test)")
-    how.add_argument("--classifier", choices=("joint", "ncm", "tau"),
-                     help="joint: the trained one (default); ncm: nearest class mean; tau: weights / norm^tau")
-    how.add_argument("--tau", metavar="T", help="0.7, or FIRST:LAST:STEP for a sweep; for --classifier tau")
+    how.add_argument("--classifier", choices=("joint", "ncm", "tau", "la"),
+                     help="joint: the trained one (default); ncm: nearest class mean; tau: weights / norm^tau; la: "
+                          "logits - tau log(n_j / n)")
+    how.add_argument("--tau", metavar="T", help="0.7, or FIRST:LAST:STEP for a sweep; for --classifier tau (default "
+                     "0:2:0.1) and la (default 1)")
     how.add_argument("--tau_metric", choices=("class_mean_acc", "accuracy", "macro_f1"), help="what a sweep's tau is "
                      "best in on the validation images (default class_mean_acc: rare classes count as much as others)")
     how.add_argument("--feat_type", choices=("un", "l2n", "cl2n"), help="features for --classifier ncm: "
                      "as they are, of length 1, or centred and of length 1 (default cl2n)")
+    how.add_argument("--prior", metavar="P", help="the class distribution where the model will be used: uniform, "
+                     "train, estimate (from the test images, without their labels), or a file of one number a class")
+    how.add_argument("--expert_weights", choices=("equal", "learn"), default="equal", help="learn: weigh the experts "
+                     "by how steady they are on the test images, without their labels")
+    how.add_argument("--calibrate", action="store_true", help="fit a temperature on the validation split; of the "
+                     "trained classifier it's kept, for predictions and export")
     how.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run with averaged weights "
                      "(trainer.ema): the average (default), or those that training went on with")
     how.add_argument("--open_set", metavar="LIST", help="a list file of images of no known class")
@@ -82,8 +90,8 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of test.py: config, resume, device, overrides as in train.py; split, classifier ("joint" where not
-    given), tau (list of floats, None without the tau classifier), tau_metric, feat_type, open_set, open_threshold,
-    allow_partial, report.
+    given), tau (list of floats, None without the tau or la classifier), tau_metric, feat_type, prior (None, a word
+    or a file), expert_weights, calibrate, weights, open_set, open_threshold, allow_partial, report.
 
     Raises ConfigError for an unknown flag, a missing value or file, and flags that don't go together.
     """
@@ -91,12 +99,19 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.resume is None:
         raise ConfigError("test.py: needs -r CHECKPOINT")
     check_file(args.resume, "-r")
-    if args.tau is not None and args.classifier not in (None, "tau"):
-        raise ConfigError(f"--tau: goes with --classifier tau, not {args.classifier}")
+    if args.tau is not None and args.classifier not in (None, "tau", "la"):
+        raise ConfigError(f"--tau: goes with --classifier tau or la, not {args.classifier}")
     if args.feat_type is not None and args.classifier != "ncm":
         raise ConfigError("--feat_type: goes with --classifier ncm")
     args.classifier = args.classifier or ("tau" if args.tau is not None else "joint")
-    args.tau = parse_taus(args.tau or "0:2:0.1") if args.classifier == "tau" else None
+    default = {"tau": "0:2:0.1", "la": "1"}.get(args.classifier)
+    args.tau = parse_taus(args.tau or default) if default else None
+    if args.prior is not None and args.classifier == "ncm":
+        raise ConfigError("--prior: is for logits; a nearest class mean has distances, leave out --classifier ncm")
+    if args.prior not in (None, "uniform", "train", "estimate"):
+        check_file(args.prior, "--prior")
+    if args.expert_weights == "learn" and args.classifier not in ("joint", "la"):
+        raise ConfigError(f"--expert_weights: weighs the model's own classifiers, not --classifier {args.classifier}")
     if args.tau_metric is not None and len(args.tau or ()) < 2:
         raise ConfigError("--tau_metric: chooses from a sweep, --tau FIRST:LAST:STEP")
     args.tau_metric = args.tau_metric or "class_mean_acc"

@@ -91,40 +91,26 @@ def count(arch: dict[str, Any], num_classes: int, size: int) -> tuple[Any, dict[
 
 def take_apart(model: Any, counts: dict[str, int]) -> tuple[list[dict[str, Any]], list[float]]:
     """(parts with their costs in the order of the forward pass, GFLOPs of an image that uses 1, 2, ... experts)."""
-    from torch import nn
-    backbone = model.backbone
-    experts = range(model.num_experts)
+    def spent(name: str) -> int:
+        """A list of modules is never called itself."""
+        if name in counts:
+            return counts[name]
+        return sum(spent(f"{name}.{child}") for child, _ in model.get_submodule(name).named_children())
+
     parts: list[dict[str, Any]] = []
-
-    def add(name: str, *modules: str, flops: int | None = None) -> float:
-        """A line of the table; `modules` are names below the backbone that there may be."""
-        there = [module for module in modules if module.split(".")[0] in dict(backbone.named_children())]
-        values = sum(p.numel() for module in there for p in backbone.get_submodule(module).parameters())
-        flops = sum(counts.get(f"backbone.{module}", 0) for module in there) if flops is None else flops
-        parts.append({"name": name, "gflops": flops / 1e9, "parameters": values})
-        return flops / 1e9
-
-    shared = add("stem", "conv1", "bn1")
-    for n in range(1, min(backbone.first_private, backbone.num_stages + 1)):
-        shared += add(f"stage {n}", f"layer{n}")
-    costs = []
-    several = model.num_experts > 1
-    for i in experts:
-        cost = 0.0
-        for n in range(backbone.first_private, backbone.num_stages + 1):
-            cost += add(f"expert {i + 1}, stage {n}", f"layer{n}s.{i}")
-        costs.append(cost + add(f"expert {i + 1}, classifier" if several else "classifier",
-                                f"linears.{i}" if several else "linear"))
-    if isinstance(backbone.batchformer, nn.Module):
-        used = counts.get("backbone.encoder_layers", 0)
-        shared += add("BatchFormer" + ("" if used else " (training only)"), "encoder_layers", flops=used)
-    gates = 0.0
-    if model.routed and several:
-        layers = [f"{place}.{i}" if many else place for place, many in (
-            ("expert_help_pred_hidden_fcs", True),
-            ("expert_help_pred_fcs", True) if hasattr(backbone, "expert_help_pred_fcs") else
-            ("expert_help_pred_fc", False)) for i in (range(model.num_experts - 1) if many else [0])]
-        gates = add("gates", *layers) / (model.num_experts - 1)
+    shared, gates, costs = 0.0, 0.0, [0.0] * model.num_experts
+    for part in model.cost_parts():
+        flops = math.fsum(spent(name) for name in part.modules) / 1e9
+        values = sum(p.numel() for name in part.modules for p in model.get_submodule(name).parameters())
+        unused = not flops and part.training
+        parts.append({"name": part.name + (" (training only)" if unused else ""), "gflops": flops,
+                      "parameters": values})
+        if part.expert is not None:
+            costs[part.expert] += flops
+        elif part.gates:
+            gates += flops / (model.num_experts - 1)
+        else:
+            shared += flops
     totals = [shared + math.fsum(costs[:k]) + gates * min(k, model.num_experts - 1)
               for k in range(1, model.num_experts + 1)]
     known = sum(part["parameters"] for part in parts)

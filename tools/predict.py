@@ -121,8 +121,8 @@ def predict(args: Namespace) -> None:
             done = detect(model, paths, threads=args.num_workers, threshold=args.threshold, advance=bar.update)
         else:
             folded = fold_norm(model).to(memory_format=torch.channels_last) if kind is None else model
-            done = classify(folded, paths, facts["preprocess"], topk=args.topk, batch_size=args.batch_size,
-                            threads=args.num_workers, advance=bar.update)
+            done = classify(folded, paths, facts["preprocess"], temperature=facts.get("temperature", 1.0), topk=args.topk,
+                            batch_size=args.batch_size, threads=args.num_workers, advance=bar.update)
     table = rows(done, names)
     if done.found:
         report(args, done, table, names, model.num_experts)
@@ -138,7 +138,7 @@ def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
     from tools.session import open_run
     from utils.device import pick_device
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
-    return run.model, facts_of(run)
+    return run.model, {**facts_of(run), "temperature": run.temperature}
 
 
 def open_export(args: Namespace, kind: str) -> tuple[Any, dict[str, Any]]:

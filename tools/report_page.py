@@ -158,7 +158,8 @@ def data_uri(picture: Any) -> tuple[str, bool]:
 def _recipe(facts: RunFacts, run: Any, paths: RunPaths) -> str:
     """The commands that make this run and its figures again, all figures, and the config."""
     extra = " -r STAGE1_CHECKPOINT" if run.config.get("resume_state_dict_only") else ""
-    how = {"ncm": " --classifier ncm", "tau": f" --tau {facts.result.get('tau', 0):g}"} \
+    tau = f" --tau {facts.result.get('tau', 0):g}"
+    how = {"ncm": " --classifier ncm", "tau": tau, "la": f" --classifier la{tau}"} \
         .get(facts.result.get("classifier", "joint"), "")
     commands = [f"python train.py -c {shlex.quote(str(paths.config))}{extra}",
                 f"python test.py -r {shlex.quote(str(paths.models / run.path.name))}{how}",

@@ -113,7 +113,8 @@ class RunRecord:
     def method(self) -> str:
         """What was trained, and how it was evaluated where that isn't by its own classifier."""
         classifier = self.figures.get("classifier", "joint")
-        how = {"joint": "", "ncm": ", NCM", "tau": f", tau {self.figures.get('tau', 0):g}"}.get(classifier, "")
+        tau = self.figures.get("tau", 0)
+        how = {"joint": "", "ncm": ", NCM", "tau": f", tau {tau:g}", "la": f", adjusted {tau:g}"}.get(classifier, "")
         return method_of(self.config) + how
 
     @cached_property

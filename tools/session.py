@@ -4,6 +4,8 @@ This file alone brings models and data together; nothing in the other rooms impo
 """
 from __future__ import annotations
 
+import json
+import math
 import os
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -25,9 +27,11 @@ from utils import dist
 from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, recover_config
 from utils.config.load import check_config, load_config
 from utils.errors import ConfigError
+from utils.files import write_json
 
 log = get_logger()
 GATES = "backbone.expert_help_pred"
+CALIBRATION = "calibration.json"
 
 
 # ---------------------------------------------------------------------- configs of checkpoints
@@ -227,6 +231,17 @@ class Run:
         """num_classes, cls_num_list, class_names, preprocess: from the checkpoint, else from the data."""
         return self.checkpoint.get("data") or data_facts(self.loader("test"))
 
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1."""
+        try:
+            kept = json.loads((self.path.parent / CALIBRATION).read_text(encoding="utf-8"))[self.path.name]
+            same = kept["epoch"] == self.checkpoint.get("epoch")
+            value = float(kept["temperature"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 1.0
+        return value if same and math.isfinite(value) and value > 0 else 1.0
+
     def loader(self, split: str = "test") -> BaseDataLoader:
         """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
         if split not in self._loaders:
@@ -244,6 +259,17 @@ class Run:
                     raise ConfigError("data_loader.args.validation: this run has no validation split; use \"holdout\"")
                 self._loaders[split] = found
         return self._loaders[split]
+
+
+def keep_temperature(run: Run, found: dict[str, float]) -> None:
+    """Write what `--calibrate` found beside the checkpoint, by its file's name and epoch."""
+    path = run.path.parent / CALIBRATION
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = {}
+    kept = kept if isinstance(kept, dict) else {}
+    write_json(path, {**kept, run.path.name: {"epoch": run.checkpoint.get("epoch"), **found}})
 
 
 def open_run(path: str | Path, config: str | Path | None = None, overrides: list[tuple] = (),

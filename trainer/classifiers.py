@@ -1,4 +1,5 @@
-"""Classifiers that test.py puts on a trained model without training: tau-normalised heads and NCM (Kang 2020)."""
+"""What test.py puts on a trained model without training: tau-normalised heads and NCM (Kang 2020), adjusted logits
+(Menon 2021), the class distribution at use, weights of experts, a temperature; the formulas are in `model`."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import posthoc
+from model import posthoc, shift
 from model.metric import EvalState
 from utils import dist
 
@@ -41,6 +42,19 @@ def sweep_tau(model: nn.Module, loader: Any, taus: list[float],
     states = [EvalState(heads.num_classes, next(model.parameters()).device) for _ in taus]
     for feats, labels in features(model, loader):
         heads.count(feats, labels, taus, states)
+    return _best(taus, states, metric)
+
+
+def sweep_la(logits: torch.Tensor, labels: torch.Tensor, cls_num_list: list[int], taus: list[float],
+             metric: str = "class_mean_acc") -> tuple[float, list[float]]:
+    """The same for adjusted logits: this rank's logits [n, C] and labels [n] of a split."""
+    states = [EvalState(logits.shape[1], logits.device) for _ in taus]
+    for tau, state in zip(taus, states, strict=True):
+        state.update(shift.adjust_logits(logits, cls_num_list, tau), labels)
+    return _best(taus, states, metric)
+
+
+def _best(taus: list[float], states: list[EvalState], metric: str) -> tuple[float, list[float]]:
     for state in states:
         for counter in state.tensors():
             dist.all_reduce_sum(counter)
@@ -53,3 +67,80 @@ def ncm_head(model: nn.Module, train_loader: Any, num_classes: int, feat_type: s
     classifier = posthoc.fit_nearest_class_mean(lambda: features(model, train_loader), num_classes, feat_type,
                                                 merge=dist.all_reduce_sum)
     return lambda outputs: classifier.logits(outputs["feat"])
+
+
+def la_head(cls_num_list: list[int], tau: float, base: Head = lambda outputs: outputs["output"]) -> Head:
+    """The logits of `base` less tau · log(n_j / n)."""
+    return lambda outputs: shift.adjust_logits(base(outputs).float(), cls_num_list, tau)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, loader: Any, head: Head, view: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's logits of a split, [n, ...] float32 as `head` gives them, and labels [n]; `view` is what the model
+    sees of a batch."""
+    model.eval()
+    found = []
+    for batch, (images, labels) in enumerate(loader):
+        n, _ = loader.share(batch)
+        logits = head(model(view(images).contiguous(memory_format=torch.channels_last))).float()
+        found.append((logits[:n], labels[:n]))      # no row of a rank that was lent an image; its shape though
+    logits, labels = zip(*found)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def calibrate(model: nn.Module, loader: Any, head: Head) -> dict[str, float]:
+    """The temperature of `head`'s logits that fits `loader`'s split best, and that split's ECE `before` and `after`."""
+    logits, labels = outputs_of(model, loader, head)
+    temperature = shift.fit_temperature(logits, labels, dist.all_reduce_sum)
+    eces = []
+    for factor in (1.0, temperature):
+        state = EvalState(logits.shape[1], logits.device)
+        state.update(logits / factor, labels)
+        for counter in state.tensors():
+            dist.all_reduce_sum(counter)
+        eces.append(state.compute()["ece"])
+    return {"temperature": temperature, "before": eces[0], "after": eces[1]}
+
+
+def learned_prior(criterion: nn.Module, loader: Any, num_experts: int) -> torch.Tensor:
+    """The class distribution that a model's plain logits are right for, [C]: what its sampler drew, its loss's class
+    weights and what its loss added. loader: of the training split."""
+    seen = shift.frequencies(loader.cls_num_list)
+    seen = seen ** getattr(loader.index_sampler, "power", 1.0)
+    seen = seen / seen.sum()
+    return criterion.learned_prior(seen, num_experts) if hasattr(criterion, "learned_prior") else seen
+
+
+def prior_head(base: Head, learned: torch.Tensor, prior: torch.Tensor) -> Head:
+    """The logits of `base`, right for the class distribution `learned` [C], made right for `prior` [C]."""
+    offset = prior.double().clamp_min(torch.finfo(torch.float32).tiny).log() - learned.double().log()
+    return lambda outputs: base(outputs).float() + offset.to(outputs["output"].device, torch.float32)
+
+
+def estimated_prior(model: nn.Module, loader: Any, head: Head, learned: torch.Tensor) -> torch.Tensor:
+    """The class distribution of a split's images, without their labels: see `model.shift.estimate_prior`."""
+    logits, _ = outputs_of(model, loader, head)
+    return shift.estimate_prior(logits, learned, dist.all_reduce_sum).cpu()
+
+
+def learned_expert_weights(model: nn.Module, loader: Any, seed: int = 0) -> torch.Tensor:
+    """Weights of the experts, [E], from each image as it is and once flipped or moved by up to an eighth of its side:
+    see `model.shift.learn_expert_weights`. No label is looked at."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(images: torch.Tensor) -> torch.Tensor:
+        far = max(1, images.shape[-1] // 8)
+        down, right = torch.randint(2 * far + 1, (2,), generator=generator).tolist()
+        flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        return nn.functional.pad(images, (far,) * 4)[:, :, down:down + images.shape[2], right:right + images.shape[3]]
+
+    views = [outputs_of(model, loader, lambda outputs: outputs["logits"], view)[0] for view in (lambda x: x, moved)]
+    return shift.learn_expert_weights(*views, merge=dist.all_reduce_sum).cpu()
+
+
+def weighted_head(weights: torch.Tensor) -> Head:
+    """The experts' logits weighed by `weights` [E], in place of their mean."""
+    return lambda outputs: torch.einsum("nec,e->nc", outputs["logits"].float(),
+                                        weights.to(outputs["logits"].device, torch.float32))

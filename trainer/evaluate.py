@@ -70,8 +70,9 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         with autocast(device, amp):
             outputs = model(images)
         logits = (outputs["output"] if head is None else head(outputs)).float()
-        own = {} if head is not None else {"expert_logits": outputs.get("logits"),
-                                           "sample_num_experts": outputs.get("sample_num_experts")}
+        gated = getattr(model, "route", False)      # then it's the gates that chose, whatever the head
+        own = {} if head is not None and not gated else {"expert_logits": outputs.get("logits"),
+                                                         "sample_num_experts": outputs.get("sample_num_experts")}
         if own.get("expert_logits") is not None and own["expert_logits"].shape[1] != num_experts:
             own["expert_logits"] = None  # `use_experts` left some out
         figures = {name: function(logits, labels) for name, function in batchwise.items()}

@@ -166,6 +166,18 @@ class LongTailLoss(nn.Module):
     def log_frequencies(self) -> Tensor:
         return (self.counts / self.counts.sum()).log()
 
+    def added(self, num_experts: int = 1) -> Tensor | float:
+        """What training adds to the mean logits and testing leaves out, [C]; 0 where there is nothing."""
+        return 0.0
+
+    def learned_prior(self, seen: Tensor, num_experts: int = 1) -> Tensor:
+        """The class distribution that plain logits at test are right for: `seen`, what training drew, times the class
+        weights now in force, less what was added. seen: shares [C] -> shares, float64 [C]. Margins don't count."""
+        log = seen.double().log() - self.added(num_experts)
+        if self.weighted:
+            log = log + self.class_weights().log()
+        return log.softmax(0)
+
 
 def cross_entropies(z: Tensor, target: Tensor) -> Tensor:
     """Each sample's cross-entropy: [M, C], [M] -> [M]."""

@@ -158,6 +158,9 @@ class ShiftedExperts(LongTailLoss):
         """What is added to each expert's logits, float64 [E, C]. Raises ConfigError for a wrong number of experts."""
         raise NotImplementedError
 
+    def added(self, num_experts: int = 1) -> Tensor:
+        return self.offsets(num_experts).mean(0)
+
     def stream_loss(self, stream: Mapping[str, Tensor], target: Tensor | MixedLabels,
                     whole: WholeBatch | None = None) -> Tensor:
         if self.evaluates(stream):

@@ -95,12 +95,15 @@ class BalancedSoftmaxLoss(LongTailLoss):
     def __init__(self, cls_num_list: list | None = None):
         super().__init__(cls_num_list)
 
+    def added(self, num_experts: int = 1) -> Tensor:
+        return self.log_frequencies()
+
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:
         return cross_entropies(z + self.table("log_frequencies", z), target)
 
 
 class LogitAdjustmentLoss(LongTailLoss):
-    """Cross-entropy of z + tau · log(n_j / n) (Menon et al., ICLR 2021). `model.posthoc` has the post-hoc form."""
+    """Cross-entropy of z + tau · log(n_j / n) (Menon et al., ICLR 2021). `model.shift` has the post-hoc form."""
 
     needs_counts = True
 
@@ -108,8 +111,11 @@ class LogitAdjustmentLoss(LongTailLoss):
         super().__init__(cls_num_list)
         self.tau = finite(tau, "tau")
 
+    def added(self, num_experts: int = 1) -> Tensor:
+        return self.tau * self.log_frequencies()
+
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:
-        return cross_entropies(z + self.tau * self.table("log_frequencies", z), target)
+        return cross_entropies(z + self.table("added", z), target)
 
 
 class LabelSmoothingLoss(LongTailLoss):
@@ -125,14 +131,12 @@ class LabelSmoothingLoss(LongTailLoss):
         return F.cross_entropy(z, target, label_smoothing=self.smoothing, reduction="none")
 
 
-class HCMLoss(LongTailLoss):
+class HCMLoss(BalancedSoftmaxLoss):
     """Hard category mining (Li et al., CVPR 2022, as NBN uses it): balanced softmax twice.
 
     The second time only the `HCM_N` largest logits, the target among them in any case, keep their value (with the log
     frequency log(n_j / n) added); the others count as 0. Fewer classes than `HCM_N`: all keep theirs.
     """
-
-    needs_counts = True
 
     def __init__(self, cls_num_list: list | None = None, HCM_N: int = 300):
         super().__init__(cls_num_list)
@@ -161,11 +165,13 @@ class VSLoss(LongTailLoss):
         super().__init__(cls_num_list)
         self.gamma, self.tau = not_negative(gamma, "gamma"), finite(tau, "tau")
 
+    added = LogitAdjustmentLoss.added
+
     def scales(self) -> Tensor:
         return (self.counts / self.counts.max()).pow(self.gamma)
 
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:
-        return cross_entropies(z * self.table("scales", z) + self.tau * self.table("log_frequencies", z), target)
+        return cross_entropies(z * self.table("scales", z) + self.table("added", z), target)
 
 
 class GCLLoss(LongTailLoss):

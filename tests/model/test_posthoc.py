@@ -11,7 +11,6 @@ from model.metric import EvalState, evaluate_logits
 from model.posthoc import (
     LinearHead,
     TauHeads,
-    adjust_logits,
     best_tau,
     fit_nearest_class_mean,
     linear_head,
@@ -188,11 +187,3 @@ def test_wrong_names_are_named(data):
             fit_nearest_class_mean(lambda: [data], C, *args)
     with pytest.raises(ValueError, match="no training features"):
         fit_nearest_class_mean(list, C, "un")
-
-
-def test_post_hoc_adjustment_subtracts_the_log_share():
-    logits = torch.zeros(2, 3, dtype=torch.float64)
-    got = adjust_logits(logits, [6, 3, 1], tau=2.0)
-    assert got[1].tolist() == pytest.approx([-2 * math.log(n / 10) for n in (6, 3, 1)])
-    assert torch.isfinite(adjust_logits(logits.half(), [5, 0, 0])).all()
-    assert adjust_logits(logits.half(), [5, 1, 1]).dtype == torch.float16

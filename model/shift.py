@@ -1,0 +1,103 @@
+"""What a model's finished logits become where it is used: other class frequencies, honest probabilities, weighed
+experts. Nothing here needs a label of a test image, and nothing is trained but a handful of numbers.
+
+Every `merge` sums a tensor over all processes in place; each process brings its own images.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.class_counts import class_counts
+
+Merge = Callable[[Tensor], Any]
+ROWS = 4096                     # images whose probabilities are held at once
+COLDEST, HOTTEST = 0.05, 20.0   # temperatures tried
+
+
+def frequencies(cls_num_list: Sequence[float]) -> Tensor:
+    """n_j / n, float64 [C]; a class without images counts as the rarest that has some."""
+    counts = torch.tensor(class_counts(cls_num_list), dtype=torch.float64)
+    return counts / counts.sum()
+
+
+def adjust_logits(logits: Tensor, cls_num_list: Sequence[float], tau: float = 1.0) -> Tensor:
+    """Post-hoc logit adjustment (Menon et al., ICLR 2021): z_j - tau · log(n_j / n). logits: [..., C] -> the same.
+
+    For models trained with plain cross-entropy; one trained with the logit-adjusted loss needs none.
+    """
+    return logits - (tau * frequencies(cls_num_list).log()).to(logits)
+
+
+def estimate_prior(logits: Tensor, learned: Tensor, merge: Merge = lambda x: x, steps: int = 200,
+                   tolerance: float = 1e-6) -> Tensor:
+    """The class distribution of unlabelled images by expectation maximisation (Saerens et al., Neural Computation
+    2002): p(j | x) ~ q_j / a_j · a(j | x), then q_j = the mean of p(j | x) over the images; q begins as a.
+
+    logits: [N, C], right for the class distribution `learned` a [C]. -> q, float64 [C], the likelihood's maximum.
+    Ends after `steps`, or once no share moves by `tolerance`.
+    """
+    log_learned = learned.double().log().to(logits.device)
+    count = merge(torch.tensor(float(len(logits)), dtype=torch.float64, device=logits.device))
+    prior = log_learned.exp()
+    for _ in range(steps):
+        shift = prior.log() - log_learned           # -inf where a class has died out: it stays so
+        total = torch.zeros_like(prior)
+        for piece in logits.split(ROWS):
+            total += (piece.double() + shift).softmax(1).sum(0)
+        before, prior = prior, merge(total) / count
+        if (prior - before).abs().max() < tolerance:
+            break
+    return prior
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, merge: Merge = lambda x: x) -> float:
+    """The temperature T for which softmax(z / T) has the smallest cross-entropy (Guo et al., ICML 2017).
+
+    logits: [N, C]; labels: [N]. The loss is convex in 1 / T, and its slope, the mean of E_p[z] - z_y, is brought to 0
+    by halving between COLDEST and HOTTEST, where it ends if the best lies outside.
+    """
+    low, high = 1 / HOTTEST, 1 / COLDEST
+    for _ in range(50):
+        middle = (low * high) ** 0.5
+        slope = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for z, y in zip(logits.split(ROWS), labels.split(ROWS), strict=True):
+            z = z.double()
+            slope += (((z * middle).softmax(1) * z).sum(1) - z.gather(1, y[:, None])[:, 0]).sum()
+        low, high = (middle, high) if float(merge(slope)) < 0 else (low, middle)
+    return (low * high) ** -0.5
+
+
+def learn_expert_weights(first: Tensor, second: Tensor, merge: Merge = lambda x: x, steps: int = 100,
+                         lr: float = 0.1, least: float = 0.05) -> Tensor:
+    """Weights of experts from two views of unlabelled images (Zhang et al., NeurIPS 2022): those under which the
+    views' predictions agree most. An expert that knows a distribution is steady on it.
+
+    first, second: each view's logits [N, E, C]. The weights are w = softmax(v); the mean over the images of
+    cos(softmax(sum w_e z_e), softmax(sum w_e z'_e)) is raised by steps of Adam on v, from equal weights, until the
+    smallest weight falls below `least` (SADE stops there too). -> float64 [E], sum 1.
+    """
+    experts = first.shape[1]
+    v = torch.zeros(experts, dtype=torch.float64, device=first.device, requires_grad=True)
+    optimizer = torch.optim.Adam([v], lr=lr)
+    count = merge(torch.tensor(float(len(first)), dtype=torch.float64, device=first.device))
+    for _ in range(steps):
+        weights = v.detach().softmax(0)
+        if weights.min() < min(least, 0.5 / experts):
+            break
+        grad = torch.zeros_like(weights)
+        for a, b in zip(first.split(ROWS), second.split(ROWS), strict=True):
+            grad += torch.autograd.grad(-stability(v.softmax(0), a, b), v)[0]
+        v.grad = merge(grad) / count
+        optimizer.step()
+    return v.detach().softmax(0)
+
+
+def stability(weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Sum over the images of the cosine between both views' predictions. weights: [E]; first, second: [N, E, C]."""
+    one, two = (torch.einsum("nec,e->nc", z.double(), weights).softmax(1) for z in (first, second))
+    return F.cosine_similarity(one, two, dim=1).sum()
