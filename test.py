@@ -153,7 +153,8 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
     """`--calibrate` and `--prior` on top of a head; what they found joins the note."""
     from logger.log import get_logger
     from model.shift import frequencies
-    from tools.session import keep_temperature, make_criterion
+    from tools.calibration import keep_temperature
+    from tools.session import make_criterion
     from trainer import classifiers
     from utils import dist
     log, own = get_logger(), head is None
@@ -164,7 +165,7 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
         log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
                  found["after"], "; kept for predictions and export" if own and args.weights == "ema" else "")
         if own and args.weights == "ema" and dist.is_main():
-            keep_temperature(run, found)
+            keep_temperature(run.path, run.checkpoint.get("epoch"), found)
         head = (lambda plain: lambda outputs: plain(outputs).float() / found["temperature"])(head)
     if args.prior:
         import torch

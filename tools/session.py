@@ -4,8 +4,6 @@ This file alone brings models and data together; nothing in the other rooms impo
 """
 from __future__ import annotations
 
-import json
-import math
 import os
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -23,15 +21,14 @@ from logger.log import get_logger
 from model.loss import build_loss
 from model.model import build_model
 from model.weights.remap import load_weights
+from tools.calibration import kept_temperature
 from utils import dist
 from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, recover_config
 from utils.config.load import check_config, load_config
 from utils.errors import ConfigError
-from utils.files import write_json
 
 log = get_logger()
 GATES = "backbone.expert_help_pred"
-CALIBRATION = "calibration.json"
 
 
 # ---------------------------------------------------------------------- configs of checkpoints
@@ -234,13 +231,7 @@ class Run:
     @property
     def temperature(self) -> float:
         """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1."""
-        try:
-            kept = json.loads((self.path.parent / CALIBRATION).read_text(encoding="utf-8"))[self.path.name]
-            same = kept["epoch"] == self.checkpoint.get("epoch")
-            value = float(kept["temperature"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 1.0
-        return value if same and math.isfinite(value) and value > 0 else 1.0
+        return kept_temperature(self.path, self.checkpoint.get("epoch"))
 
     def loader(self, split: str = "test") -> BaseDataLoader:
         """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
@@ -259,17 +250,6 @@ class Run:
                     raise ConfigError("data_loader.args.validation: this run has no validation split; use \"holdout\"")
                 self._loaders[split] = found
         return self._loaders[split]
-
-
-def keep_temperature(run: Run, found: dict[str, float]) -> None:
-    """Write what `--calibrate` found beside the checkpoint, by its file's name and epoch."""
-    path = run.path.parent / CALIBRATION
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = {}
-    kept = kept if isinstance(kept, dict) else {}
-    write_json(path, {**kept, run.path.name: {"epoch": run.checkpoint.get("epoch"), **found}})
 
 
 def open_run(path: str | Path, config: str | Path | None = None, overrides: list[tuple] = (),
