@@ -121,8 +121,8 @@ def predict(args: Namespace) -> None:
             done = detect(model, paths, threads=args.num_workers, threshold=args.threshold, advance=bar.update)
         else:
             folded = fold_norm(model).to(memory_format=torch.channels_last) if kind is None else model
-            done = classify(folded, paths, facts["preprocess"], temperature=facts.get("temperature", 1.0), topk=args.topk,
-                            batch_size=args.batch_size, threads=args.num_workers, advance=bar.update)
+            done = classify(folded, paths, facts["preprocess"], temperature=facts.get("temperature", 1.0),
+                            topk=args.topk, batch_size=args.batch_size, threads=args.num_workers, advance=bar.update)
     table = rows(done, names)
     if done.found:
         report(args, done, table, names, model.num_experts)
