@@ -2,7 +2,7 @@
 
 What odd files give: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; transparency is
 dropped; of an animation the first frame counts. Photos stand upright: the EXIF orientation is applied, as any viewer
-does (torchvision's `ImageFolder` doesn't); detection data is read as stored, where its boxes lie. JPEGs of any size
+does (torchvision's `ImageFolder` doesn't), and detection's boxes and masks turn along. JPEGs of any size
 are read, reduced while decoding; other formats up to 179 megapixels, Pillow's own limit.
 """
 from __future__ import annotations
@@ -31,7 +31,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in _WIDE_GREY:  # convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image).astype(np.float64)
+        if image.mode == "I" and (pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535):
+            raise ValueError("integer pixels beyond 16 bits, whose range isn't known; save it with 8 or 16 bits")
+        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits")
     elif "transparency" in image.info:  # without this detour Pillow warns
@@ -68,6 +71,19 @@ def read_rgb(path: str, plan: Callable[[int, int], int] | None = None) -> Image.
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image in a known format, or empty"
         raise ConfigError(f"{shown(path)}: can't be read as an image ({reason}); replace or remove it") from None
+
+
+def stored_as(path: str) -> tuple[int, int, int]:
+    """(EXIF orientation 1 to 8, width, height) of the pixels as a file stores them, by its header alone; (1, 0, 0)
+    where that can't be read."""
+    try:
+        with open(path, "rb") as handle, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(handle)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            return orientation if orientation in range(1, 9) else 1, *image.size
+    except Exception:  # whoever reads the pixels says what is wrong
+        return 1, 0, 0
 
 
 def short_side(path: str) -> int | None:

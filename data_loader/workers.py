@@ -138,7 +138,7 @@ class FileBatches:
             warnings.simplefilter("ignore")
             self.loader = DataLoader(source, batch_sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
                                      collate_fn=_collate, generator=torch.Generator(),
-                                     worker_init_fn=_leave_stops_to_parent, **more)
+                                     worker_init_fn=leave_stops_to_parent, **more)
         # Before anything is torn down: once the garbage collector has closed a queue, workers can't be told to stop.
         weakref.finalize(self, _dismiss, self.loader)
 
@@ -170,7 +170,7 @@ class FileBatches:
             yield batch
 
 
-def _leave_stops_to_parent(worker: int) -> None:
+def leave_stops_to_parent(worker: int) -> None:
     """A batch system sends SIGTERM or SIGUSR1, and a terminal SIGINT, to every process of a job, but the parent
     needs its workers until its step is done: only its own SIGTERM ends them."""
     if not hasattr(signal, "sigwaitinfo"):

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from data_loader.detection.rle import decode
+from data_loader.detection.masks import area, decode, turned
+from data_loader.images import stored_as
 from utils.errors import ConfigError
 
 #: Annotators' boxes stick out of real pictures by fractions of a pixel; more than this is a mistake.
@@ -40,6 +41,7 @@ class CocoSplit:
     annotations: list[list[dict[str, Any]]]
     categories: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    _settled: set[int] = field(default_factory=set)
 
     @property
     def class_names(self) -> list[str]:
@@ -61,8 +63,22 @@ class CocoSplit:
         return CocoSplit(self.file, self.folder, [self.images[i] for i in indices],
                          [self.annotations[i] for i in indices], self.categories, self.notes)
 
+    def settle(self, index: int) -> None:
+        """Bring a picture's annotations to how it is shown. Photos are read upright; where the file's width and height
+        are those of the pixels as stored on their side, boxes and masks were made on these and turn along."""
+        if index in self._settled:
+            return
+        self._settled.add(index)
+        image = self.images[index]
+        orientation, width, height = stored_as(str(self.folder / image["file_name"]))
+        if orientation >= 5 and (image["width"], image["height"]) == (width, height) and width != height:
+            self.annotations[index] = [turned(a, orientation, height, width) for a in self.annotations[index]]
+            self.images[index] = {**image, "width": height, "height": width}
+
     def ground_truth(self) -> dict[str, Any]:
         """The split as one COCO dict, crowds included, for the evaluation."""
+        for index in range(len(self.images)):
+            self.settle(index)
         annotations = [{**a, "image_id": image["id"]} for image, found in zip(self.images, self.annotations)
                        for a in found]
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
@@ -110,7 +126,7 @@ def read_coco(file: str | os.PathLike, folder: str | os.PathLike, *, categories:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"data_loader.args.data_dir: no annotation file {file}") from None
     except OSError as error:
@@ -206,11 +222,11 @@ def _annotation(where: str, entry: dict, image: dict, skip_degenerate: bool) -> 
     if crowd not in (0, 1):
         raise ConfigError(f"{where}: iscrowd {crowd!r}; it must be 0 or 1")
     segmentation = _segmentation(where, entry.get("segmentation"), image)
-    area = entry.get("area")
-    if not _is_number(area) or area < 0:
-        area = (right - x) * (bottom - y)
+    size = entry.get("area")
+    if not _is_number(size) or size < 0:
+        size = area(segmentation, image["height"], image["width"])  # AP by size goes by the mask's
     return {"id": entry["id"], "bbox": [x, y, right - x, bottom - y], "category_id": entry["category_id"],
-            "segmentation": segmentation, "area": area, "iscrowd": int(crowd)}
+            "segmentation": segmentation, "area": size, "iscrowd": int(crowd)}
 
 
 def _is_number(value: Any) -> bool:
@@ -233,7 +249,7 @@ def _segmentation(where: str, value: Any, image: dict) -> list | dict:
         raise ConfigError(f"{where}: run lengths for size {value.get('size')}, the image is "
                           f"[{image['height']}, {image['width']}] (height, width)")
     try:
-        decode(value)
+        decode(value, *value["size"])
     except (ValueError, TypeError, OverflowError) as error:
         raise ConfigError(f"{where}: bad run lengths: {error}") from None
     return value

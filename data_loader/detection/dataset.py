@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from base.base_data_loader import AUGMENT, ORDER
 from data_loader.detection.coco import CocoSplit, box_corners
-from data_loader.detection.rle import to_mask
+from data_loader.detection.masks import to_mask
+from data_loader.images import read_rgb
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
 
@@ -59,13 +60,10 @@ class DetectionDataset(Dataset):
         return self.split.folder / self.split.images[index]["file_name"]
 
     def picture(self, index: int) -> Image.Image:
-        """The picture in RGB, of the size its annotations are for. Raises ConfigError."""
+        """The picture in RGB, upright, of the size its annotations are for. Raises ConfigError."""
+        self.split.settle(index)
         path, entry = self.path(index), self.split.images[index]
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"{path}: not a readable image ({str(error)[:100]})") from None
+        image = read_rgb(str(path))
         if image.size != (entry["width"], entry["height"]):
             raise ConfigError(f"{path}: {image.width}x{image.height} pixels, but {self.split.file} says "
                               f"{entry['width']}x{entry['height']}")

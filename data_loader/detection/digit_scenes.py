@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_loader.detection.rle import encode
+from data_loader.detection.masks import encode, mask_tools
 from utils.dist import barrier, is_main
 from utils.errors import ConfigError
 from utils.files import atomic_write, write_json
@@ -52,6 +52,7 @@ def make_scenes(data_dir: str | Path, *, image_size: int = 128, n_max: int = 300
             raise ConfigError(f"data_loader.args.{key}: {settings[key]}; it must be at least {least}")
     if not 0 < imb_factor <= 1:
         raise ConfigError(f"data_loader.args.imb_factor: {imb_factor}; it must be above 0 and at most 1")
+    mask_tools()  # that it is missing is said before anything is written
     folder = scenes_folder(data_dir, settings)
     stamp = folder / "scenes.json"
     if is_main() and not _is_complete(stamp, settings):

@@ -18,6 +18,7 @@ from base.base_data_loader import BaseDataLoader
 from data_loader.detection.coco import CocoSplit, read_coco
 from data_loader.detection.dataset import DetectionDataset, RepeatFactor
 from data_loader.detection.digit_scenes import make_scenes
+from data_loader.workers import leave_stops_to_parent
 from utils.class_counts import FEW
 from utils.errors import ConfigError, unknown
 from utils.seed import generator, numpy_rng
@@ -211,7 +212,8 @@ class CocoDataLoader(BaseDataLoader):
         keys = [[(epoch, int(p), int(order[p])) for p in self.positions(batch)] for batch in batches]
         # Its own generator: DataLoader would draw from the global one, which a resumed run has put back already.
         loader = DataLoader(self.dataset, batch_sampler=keys, num_workers=self.options["num_workers"],
-                            collate_fn=list, generator=generator(self.seed, epoch))
+                            collate_fn=list, generator=generator(self.seed, epoch),
+                            worker_init_fn=leave_stops_to_parent)
         for samples in loader:
             for sample in samples:
                 if isinstance(sample, ConfigError):

@@ -17,14 +17,14 @@ class StatisticsRecorder:
     g = w * dL/d(output): `mean`, `var` of x, `mean_g` = mean of g, `mean_gy` = mean of g * y, over the whole batch
     (Yan et al., ICLR 2020, call the last two g_B and Psi_B: their spread is what small batches enlarge).
 
-    `layer`: the norm's name in `model`; by default the middle one. `channel`: which channel to report, None: the mean
+    `layer`: the norm's name in `model`; by default the last one. `channel`: which channel to report, None: the mean
     over channels. Values stay on the device; `read` gives 0-d tensors. `close()` ends the recording.
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None, channel: int | None = None):
         norms = {name: m for name, m in model.named_modules() if is_norm(m)}
         if layer is None and norms:
-            layer = list(norms)[len(norms) // 2]
+            layer = list(norms)[-1]
         if layer not in norms:
             raise unknown("trainer.statistics_layer", layer, norms, "norm layer")
         self.layer, self.channel = layer, channel

@@ -8,7 +8,7 @@ import torch
 
 from data_loader.detection.coco import read_coco
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
-from data_loader.detection.rle import decode
+from data_loader.detection.masks import decode
 from tests.detection.conftest import SCENES, coco_content
 from utils.errors import ConfigError
 
@@ -78,7 +78,7 @@ def test_missing_files_and_folders_are_named(coco_folder, tmp_path):
 def test_unreadable_and_wrongly_sized_pictures_are_named(coco_folder):
     root = coco_folder()
     (root / "train2017" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(ConfigError, match=r"0\.png: not a readable image"):
+    with pytest.raises(ConfigError, match=r"0\.png: can't be read as an image"):
         list(CocoDataLoader(str(root), batch_size=2, num_workers=1))
     content = coco_content()
     content["images"][0].update(width=70)
@@ -143,7 +143,7 @@ def test_evaluation_gives_pictures_as_they_are_and_passes_crowds_on(coco_folder)
     images = [image for batch, _ in loader for image in batch]
     assert [tuple(image.shape) for image in images] == [(3, 48, 64)] * 3
     crowds = [a for a in loader.ground_truth()["annotations"] if a["iscrowd"]]
-    assert len(crowds) == 1 and decode(crowds[0]["segmentation"])[:, 32:].all()
+    assert len(crowds) == 1 and decode(crowds[0]["segmentation"], *crowds[0]["segmentation"]["size"])[:, 32:].all()
     assert loader.cls_num_list == [1, 2] and not loader.training and loader.raw_image(0).shape == (48, 64, 3)
 
 
@@ -231,7 +231,7 @@ def test_scenes_are_long_tailed_seeded_and_written_once(scenes, tmp_path):
     assert not np.array_equal(seeded.raw_image(0), loader.raw_image(0))
     for found in loader.split.annotations:
         for instance in found:
-            mask = decode(instance["segmentation"])
+            mask = decode(instance["segmentation"], *instance["segmentation"]["size"])
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             x, y, w, h = instance["bbox"]
             assert (x, y, x + w, y + h) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)

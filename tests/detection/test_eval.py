@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
-from data_loader.detection.rle import decode, to_mask
+from data_loader.detection.masks import decode, to_mask
 from tests.detection.conftest import SCENES
 from trainer.detection.coco_eval import (
     CocoEvaluator,
@@ -83,7 +83,7 @@ def test_saved_detections_score_the_same_with_pycocotools_alone(split, tmp_path)
     figures, results = score(split, *truth_as_detections(split, noise=1.0))
     assert 0.05 < figures["bbox_AP"] < 0.9 and 0.05 < figures["segm_AP"] < 0.95
     (tmp_path / "truth.json").write_text(json.dumps(split.ground_truth()))
-    for kind, path in zip(("bbox", "segm"), write_results(tmp_path, results), strict=True):
+    for kind, path in zip(("bbox", "segm"), write_results(tmp_path, {"detections": results}), strict=True):
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(tmp_path / "truth.json"))
             evaluation = COCOeval(truth, truth.loadRes(str(path)), kind)
@@ -123,7 +123,7 @@ def test_results_are_in_cocos_format():
     found["masks"][0, 0, 2:8, 1:4] = 0.7
     entry, = coco_results([5], [found], category_ids=[3, 7])
     assert (entry["image_id"], entry["category_id"], entry["bbox"], entry["score"]) == (5, 7, [1, 2, 3, 6], 0.5)
-    assert decode(entry["segmentation"]).sum() == 18 and entry["segmentation"]["size"] == [10, 12]
+    assert decode(entry["segmentation"], 10, 12).sum() == 18 and entry["segmentation"]["size"] == [10, 12]
     assert "segmentation" not in results_of([entry], "bbox")[0] and "bbox" not in results_of([entry], "segm")[0]
 
 
@@ -141,7 +141,7 @@ def test_without_a_scoring_tool_the_error_says_what_to_install(monkeypatch):
 
 def test_the_table_is_in_percent(split):
     figures, _ = score(split, *truth_as_detections(split))
-    assert "100.0" in format_detection(figures, "test") and format_result(figures, "test") == format_detection(
+    assert "100.0" in format_detection(figures, "test") and TASK.format_result(figures, "test") == format_detection(
         figures, "test")
 
 

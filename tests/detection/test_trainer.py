@@ -1,12 +1,16 @@
 """Detectors through the trainer and the command line: schedules by iteration, exact resume, AP in the run's files."""
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from base.run_paths import new_run
-from tests.conftest import run_python
+from tests.conftest import ROOT, run_python
 from tests.detection.conftest import SCENES, SMALL, coco_content
 from trainer.detection.coco_eval import KINDS
 from trainer.detection.trainer import DetectionTrainer
@@ -140,3 +144,23 @@ def test_train_and_test_from_the_command_line(scenes, tmp_path):
         assert isinstance(json.loads((models / f"detections_{kind}.json").read_text()), list)
     refused = run_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu", "--classifier", "ncm"])
     assert refused.returncode == 2 and "--classifier" in refused.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_a_signal_to_the_whole_job_spares_the_loaders_workers(scenes, tmp_path):
+    """As a batch system sends it: to every process. The checkpoint is written and nothing is said on stderr."""
+    scene = {f"data_loader.args.{key}": value for key, value in SCENES.items()}
+    scene |= {"data_loader.args.num_workers": 1, "trainer.epochs": 50, "trainer.log_step": 1}
+    command = [sys.executable, "train.py", "-c", "configs/digit_scenes_maskrcnn_bn.json", "--data_dir", scenes,
+               "--save_dir", tmp_path, "--run_id", "stopped", "-d", "cpu", *flags(**scene)]
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 1/" in line or "step 2/" in line:
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and not err, (out, err)
+    assert "stopped on request" in out and list((tmp_path / "models").rglob("checkpoint-epoch*.pth"))

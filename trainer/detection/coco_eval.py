@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_loader.detection.rle import encode, unpack
+from data_loader.detection import masks
 from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
@@ -59,11 +59,11 @@ def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, torch.
     for image_id, found in zip(image_ids, detections, strict=True):
         boxes = found["boxes"].float().cpu().numpy().astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
-        masks = (found["masks"][:, 0] > 0.5).cpu().numpy() if "masks" in found else [None] * len(boxes)
-        for box, label, score, mask in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), masks):
+        shapes = (found["masks"][:, 0] > 0.5).cpu().numpy() if "masks" in found else [None] * len(boxes)
+        for box, label, score, mask in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), shapes):
             entry = {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
             if mask is not None:
-                entry["segmentation"] = encode(mask)
+                entry["segmentation"] = masks.encode(mask)
             results.append(entry)
     return results
 
@@ -169,7 +169,7 @@ def box_area(entry: dict[str, Any]) -> float:
 
 
 def mask_area(entry: dict[str, Any]) -> int:
-    return sum(unpack(entry["segmentation"]["counts"])[1::2])
+    return masks.area(entry["segmentation"], *entry["segmentation"]["size"])
 
 
 def mean_known(precision: np.ndarray) -> float | None:

@@ -47,6 +47,6 @@ def test_the_four_statistics(kind, channel):
 
 def test_default_layer_and_unknown_names():
     net = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.BatchNorm2d(2))
-    assert StatisticsRecorder(net).layer == "1"
+    assert StatisticsRecorder(net).layer == "2"
     with pytest.raises(ConfigError, match="statistics_layer"):
         StatisticsRecorder(net, "bn")
