@@ -66,7 +66,7 @@ def test(args: Namespace) -> dict[str, Any]:
         result["open_set"] = open_set(args, run, head, result)
     everything = dict(result)
     log.info("%s", task.format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
-    target = figures_file(args, run, loader)
+    target = figures_file(args, run)
     result.update(checkpoint=run.path.name, data_dir=(run.config["data_loader"].get("args") or {}).get("data_dir"))
     if dist.is_main():
         for path in write_figures(task, target, result):
@@ -79,16 +79,10 @@ def test(args: Namespace) -> dict[str, Any]:
     return result
 
 
-def figures_file(args: Namespace, run: Any, loader: Any) -> Path:
-    """Where the figures go: test_metrics.json is the run's own, of its newest or best weights on its own data, or on a
-    folder of test images alone. Other data, and older checkpoints, have a file that names them; validation's never pass
-    for test's."""
+def figures_file(args: Namespace, run: Any) -> Path:
+    """Where the figures go: test_metrics.json is the run's own, of its newest or best weights on its own data. Other
+    data, and older checkpoints, have a file that names them; validation's never pass for test's."""
     folder, parts = run.path.parent, [f"{args.split}_metrics"]
-    if getattr(loader, "whole", False):
-        own = folder / "test_metrics.json"  # of the images that training had set aside: kept
-        if own.exists() and not own.with_name("test_metrics.set_aside.json").exists():
-            own.replace(own.with_name("test_metrics.set_aside.json"))
-        return own
     if not run.is_own_data:
         parts.append(Path(run.config["data_loader"]["args"]["data_dir"]).resolve().name)
     newest = [path for path in folder.glob("checkpoint-epoch*.pth")

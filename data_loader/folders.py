@@ -10,7 +10,7 @@ import numpy as np
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import DATA_DIR, check_inside
 from data_loader.images import EXTENSIONS, is_system, shown
-from data_loader.splitting import Division
+from data_loader.splitting import Division, match_classes
 from utils.errors import ConfigError
 
 #: What people call the folder of a split, in any case of letters.
@@ -46,6 +46,10 @@ def read_folders(data_dir: str, division: Division, allow_outside: bool, whole: 
     train = read_classes(first, names, root, allow_outside, notes, needed=True)
     shown_names = [shown(name) for name in names]
     if "train" not in parts or len(parts) == 1:
+        if whole and root == Path(data_dir) and division.test_share < 1:
+            raise ConfigError(f"{DATA_DIR}: {shown(data_dir)} has no test folder, and isn't where the model's training "
+                              f"photos are; to test all of it, put its class folders into {shown(data_dir)}/test/ or "
+                              "set data_loader.args.test_share to 1")
         if whole:
             return Splits(None, train, class_names=shown_names, num_classes=len(names), notes=notes)
         kept, taken = division.divide(train, "test")
@@ -58,10 +62,13 @@ def read_folders(data_dir: str, division: Division, allow_outside: bool, whole: 
     read = {}
     for part in ("val", "test"):
         if part in parts:
-            for name in class_folders(parts[part]):
-                if name not in names:
-                    raise ConfigError(f"{shown(str(parts[part] / name))}: no such class in {shown(str(first))}")
-            read[part] = read_classes(parts[part], {name: class_folders(parts[part]).get(name, []) for name in names},
+            own = class_folders(parts[part])
+            numbers = match_classes(list(own), list(names), some=True)
+            if numbers is None:
+                stranger = next(name for name in own if match_classes([name], list(names), some=True) is None)
+                raise ConfigError(f"{shown(str(parts[part] / stranger))}: no such class in {shown(str(first))}")
+            places = dict(zip(numbers, own.values()))
+            read[part] = read_classes(parts[part], {name: places.get(k, []) for k, name in enumerate(names)},
                                       root, allow_outside, notes, needed=False)
     test = read.get("test", read.get("val"))
     if not len(test):

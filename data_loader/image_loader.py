@@ -110,7 +110,10 @@ class ImageDataLoader(BaseDataLoader):
         self.division = Division.of(facts.get("split", {}) if facts else None, root=str(data_dir), seed=split_seed,
                                     test_share=test_share, val_share=val_share)
         #: Test images in a folder of their own are all for testing, unless they are where the training images were.
-        self.whole = bool(facts) and not training and not is_same_place(str(data_dir), facts.get("split"))
+        elsewhere = bool(facts) and not is_same_place(str(data_dir), facts.get("split"))
+        if facts and not elsewhere and not facts.get("optional"):
+            self.division.agree(facts.get("split") or {})
+        self.whole = elsewhere and not training
         splits = self.read(training)
         self.whole = self.whole and splits.train is None  # and there was no training folder
         if facts.get("class_names") and splits.class_names and not (facts.get("optional") and match_classes(
@@ -146,9 +149,10 @@ class ImageDataLoader(BaseDataLoader):
             return ConfigError(f"data_loader.args.{name}: must be {wanted}, not {getattr(self, name)!r}")
         if self.validation not in ("test", "holdout", "none"):
             raise refuse("validation", '"test", "holdout" or "none"')
-        for name in ("val_share", "test_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise refuse(name, "over 0 and under 1")
+        if not 0 < self.val_share < 1:
+            raise refuse("val_share", "over 0 and under 1")
+        if not 0 < self.test_share <= 1:
+            raise refuse("test_share", "over 0 and at most 1")
         if self.cache not in (True, False, "auto"):
             raise refuse("cache", 'true, false or "auto"')
         if not 1 <= self.image_size <= 4096:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.class_counts import FEW, MANY
+from utils.errors import ConfigError
 
 _PERSON = b"split313"   # of the hash that divides by name: one with which numbered names divide evenly
 TOO_FEW_TO_TELL = 10   # test images a class, under which a class's accuracy says little
@@ -86,7 +87,17 @@ class Division:
         name and size, so that the same photos are known again in another place."""
         step = max(1, len(images.paths) // 64)
         sample = {relative_name(path, self.root): os.path.getsize(path) for path in images.paths[::step][:64]}
-        return {"rule": self.rule, "kept": sorted(self.kept), "sample": sample}
+        return {"rule": self.rule, "seed": self.seed, "test_share": self.test_share, "val_share": self.val_share,
+                "kept": sorted(self.kept), "sample": sample}
+
+    def agree(self, memory: dict[str, Any]) -> None:
+        """Raises ConfigError where the settings aren't those of the split that a model was trained with: photos that it
+        has seen would be tested."""
+        for key, own in (("split_seed", self.seed), ("test_share", self.test_share), ("val_share", self.val_share)):
+            before = memory.get(key.removeprefix("split_"), own)
+            if before != own:
+                raise ConfigError(f"data_loader.args.{key}: {own}, but the checkpoint's split was made with {before}, "
+                                  "and another one would test images that were trained on; leave it as it was")
 
 
 def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:

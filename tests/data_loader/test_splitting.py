@@ -85,7 +85,11 @@ def test_the_same_photos_in_another_place_are_known_again(tmp_path: Path) -> Non
     facts = {"class_names": ["ant", "bee"], "cls_num_list": [16, 16], "split": loader.split_memory}
     moved = ImageFolderLTDataLoader(str(tmp_path / "there"), training=False, facts=facts, **SMALL)
     assert moved.n_samples == 40 - loader.n_samples
-    tests = ImageFolderLTDataLoader(str(tmp_path / "other"), training=False, facts=facts, **SMALL)
+    with pytest.raises(ConfigError, match=r"no test folder.*other/test/ or set .*test_share to 1"):
+        ImageFolderLTDataLoader(str(tmp_path / "other"), training=False, facts=facts, **SMALL)
+    with pytest.raises(ConfigError, match=r"split_seed: 3, but the checkpoint's split was made with 0"):
+        ImageFolderLTDataLoader(str(tmp_path / "there"), training=False, facts=facts, split_seed=3, **SMALL)
+    tests = ImageFolderLTDataLoader(str(tmp_path / "other"), training=False, facts=facts, test_share=1, **SMALL)
     assert tests.n_samples == 6 and tests.cls_num_list == [16, 16] and tests.num_classes == 2   # all of it, and no bee
 
 
@@ -119,6 +123,14 @@ def test_splits_by_the_names_that_people_give_them(tmp_path: Path, train: str, s
         photos(tmp_path / second / name, 4)
     assert ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL).n_samples == 12
     assert ImageFolderLTDataLoader(str(tmp_path), training=False, **SMALL).n_samples == 8
+
+
+def test_a_test_folders_classes_may_be_written_in_another_case(tmp_path: Path) -> None:
+    for part, names in (("train", ("ant", "crab")), ("test", ("Crab", "ANT"))):
+        for number, name in enumerate(names):
+            photos(tmp_path / part / name, 3 + number)
+    loader = ImageFolderLTDataLoader(str(tmp_path), training=False, **SMALL)
+    assert loader.class_names == ["ant", "crab"] and np.bincount(loader.targets).tolist() == [4, 3]
 
 
 def test_two_folders_that_could_be_one_split_are_refused(tmp_path: Path) -> None:

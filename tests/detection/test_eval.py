@@ -14,6 +14,7 @@ from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
 from data_loader.detection.masks import decode, to_mask
 from tests.detection.conftest import SCENES
 from trainer.detection.coco_eval import (
+    TASK,
     CocoEvaluator,
     class_groups,
     coco_results,
@@ -22,7 +23,6 @@ from trainer.detection.coco_eval import (
     results_of,
     write_results,
 )
-from trainer.evaluate import format_result
 from utils.errors import ConfigError
 
 pytest.importorskip("pycocotools")
