@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_loader.datasets import Splits
 from utils.class_counts import FEW, MANY
 from utils.errors import ConfigError
 
@@ -137,6 +138,28 @@ def match_classes(own: Sequence[str], wanted: Sequence[str], some: bool = False)
                 some or len(found) == len(wanted)):
             return found
     return None
+
+
+def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool) -> None:
+    """Number the splits' classes as `wanted` does, by name, in place. some: the data may lack classes.
+
+    Raises ConfigError where names don't fit.
+    """
+    numbers = match_classes(splits.class_names, wanted, some)
+    if numbers is None:
+        def listed(names: list[str]) -> str:
+            return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ConfigError(f"data_loader.args.data_dir: {data_dir} has the classes {listed(splits.class_names)}, and "
+                          f"the checkpoint's model knows {listed(wanted)}; give the data it was trained for, or start "
+                          "a new classifier with --pretrained")
+    if splits.class_names != list(wanted):
+        if numbers != list(range(len(wanted))):
+            splits.notes.append("classes are numbered as in the checkpoint, by their names")
+        table = np.array(numbers)
+        for part in (splits.train, splits.val, splits.test, splits.spare):
+            if part is not None:
+                part.targets = np.where(part.targets >= 0, table[part.targets], part.targets)
+        splits.class_names, splits.num_classes = list(wanted), len(wanted)
 
 
 def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, seed: int) -> tuple[np.ndarray, int]:

@@ -195,6 +195,9 @@ def _check_trainer(top: dict[str, Any]) -> None:
         raise ConfigError(f"trainer.type: a {trainer['type']} can't train {kind}; leave the key out, or give {fitting}")
     if fitting == "ExpertAssignmentTrainer" and top["arch"]["args"].get("num_experts") == 1:
         raise ConfigError("arch.args.num_experts: 1 expert leaves nothing to assign; use 2 or more")
+    if fitting == "ExpertAssignmentTrainer" and (top["data_loader"]["args"] or {}).get("mix"):
+        raise ConfigError("data_loader.args.mix: expert assignment learns which experts are right about an image, and a "
+                          "mixed one has no right answer; leave it out")
     trainer["amp"] = trainer["amp"] or "off"
     trainer["hooks"] = [check_part(HOOKS, spec, f"trainer.hooks[{i}]") for i, spec in enumerate(trainer["hooks"])]
     if fitting != "DetectionTrainer":

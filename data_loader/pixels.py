@@ -1,0 +1,137 @@
+"""Where a loader's pixels live and how they become batches: in memory, augmented by the batch, or from workers."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from base.base_data_loader import AUGMENT, BaseDataLoader
+from base.labels import MixedLabels
+from data_loader.datasets import ImageSet
+from data_loader.erasing import erase
+from data_loader.images import read_rgb, short_side
+from data_loader.memory import MemoryImages, Recipe
+from data_loader.transforms import LARGEST_RESIZED, Normalise, alternate_flips
+from data_loader.workers import FileBatches, Sources, decode_all, worker_count
+from utils.errors import ConfigError
+
+LARGEST_SMALL = 64          # up to this image_size, images are augmented by the batch
+SMALLEST_AUTO = 64          # what image_size "auto" is at least, and on CPUs always
+CACHE_LIMIT = 1 << 30       # bytes of decoded images that `cache: "auto"` keeps
+
+
+class PixelLoader(BaseDataLoader):
+    """The part of `ImageDataLoader` that turns an `ImageSet` into batches; the options are read off the loader."""
+
+    def _attach(self, images: ImageSet, augment: bool, store: MemoryImages | None = None) -> None:
+        """Make `images` the ones iterated: held in memory, or decoded by workers."""
+        if not len(images):
+            raise ConfigError(f"data_loader.args.data_dir: {self.data_dir}: the "
+                              f"{'training' if self.training else 'evaluation'} split has no image")
+        self.images, self.augment, self.store, self.files = images, augment, store, None
+        self.paths = images.paths
+        self._draws: tuple[int, Any] = (0, None)
+        small = self.image_size <= LARGEST_SMALL
+        degrees = self.degrees if self.policy == "basic" and small else 0.0
+        self.recipe = Recipe(self.image_size, self.mean, self.std, flip=bool(self.flip), policy=self.policy,
+                             degrees=degrees if self.rotation is None else float(self.rotation),
+                             cutout=self.cutout, erasing=self.random_erasing,
+                             border=self.image_size // 8 if self.image_size <= LARGEST_RESIZED else 0)
+        if store is not None or (self.transform is not None and augment and images.pixels is None):
+            pass
+        elif images.pixels is not None:
+            self.store = MemoryImages(images.pixels, self.recipe, self.device)
+            self.images = ImageSet(images.targets)  # the pixels are held once
+        elif small and self.cache is not False and (self.cache is True or self._bytes(images) <= CACHE_LIMIT):
+            self.store = MemoryImages(decode_all(images.paths, self.preprocess), self.recipe, self.device)
+        elif self.cache is True:
+            raise ConfigError(f"data_loader.args.cache: only images of {LARGEST_SMALL} pixels or less are kept in "
+                              f"memory, image_size is {self.image_size}")
+        if self.store is None or (self.transform is not None and augment):
+            source = Sources(images.paths, self.store, self.preprocess, seed=self.seed, flip=self.flip,
+                             jitter=self.jitter if self.policy == "basic" else 0.0, policy=self.policy,
+                             degrees=self.recipe.degrees, transform=self.transform if augment else None,
+                             mode="base" if small else "train" if augment else "test")
+            workers = worker_count(self.num_workers, self.world_size, in_memory=images.paths is None)
+            pin = self.device.type == "cuda" if self.pin_memory is None else self.pin_memory
+            self.files = FileBatches(source, self.targets, workers, pin and torch.cuda.is_available(), self.prefetch)
+
+    def _bytes(self, images: ImageSet) -> int:
+        side = self.preprocess["resize"] + 2 * self.recipe.border
+        return 4 * len(images) * side * side
+
+    def raw_image(self, index: int) -> np.ndarray:
+        """Image `index` of the split iterated, before resizing and normalising where it is a file: uint8 [H, W, 3]."""
+        if self.paths is not None:
+            return np.asarray(read_rgb(self.paths[index]))
+        return self.store.raw(index)
+
+    def _batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor | MixedLabels]]:
+        found = self._plain_batches(epoch, batches)
+        if not self.augment or self.mixing is None or (
+                self.mixing.off_epochs and epoch > self.epochs - self.mixing.off_epochs):
+            yield from found
+            return
+        for batch, (images, labels) in zip(batches, found):
+            yield self.mixing.mix(images, labels, self.seed, epoch, self.span(batch)[0], self.rank)
+
+    def _plain_batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = self.epoch_order(epoch)
+        if self.files is not None:
+            keys = ((epoch, position, order[position]) for position in (self.positions(b) for b in batches))
+            yield from self._file_batches(epoch, keys, order)
+            return
+        labels = torch.from_numpy(self.targets[order]).to(self.device)
+        index = torch.from_numpy(order).to(self.device)
+        draws = self._epoch_draws(epoch, order) if self.augment else None
+        for batch in batches:
+            positions = torch.from_numpy(self.positions(batch))
+            mine = positions.to(self.device)
+            images = self.store.plain(index[mine]) if draws is None else \
+                self.store.augmented(index[mine], draws[positions])
+            yield images, labels[mine]
+
+    def _epoch_draws(self, epoch: int, order: np.ndarray) -> Any:
+        """The random numbers of all positions of an epoch, drawn at once."""
+        if self._draws[0] != epoch:
+            side = self.store.side if self.store is not None else self.preprocess["resize"] + 2 * self.recipe.border
+            draws = self.recipe.draw(self.epoch_size, side - self.image_size, self.seed, epoch, AUGMENT)
+            if self.flip == "alternate":
+                draws.flip = torch.from_numpy(alternate_flips(self.seed, epoch, order))
+            self._draws = (epoch, draws.to(self.device))
+        return self._draws[1]
+
+    def _file_batches(self, epoch: int, keys: Iterator,
+                      order: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        small = self.image_size <= LARGEST_SMALL and not (self.transform is not None and self.augment)
+        erases = bool(self.cutout or self.random_erasing)
+        draws = self._epoch_draws(epoch, order) if self.augment and (small or erases) else None
+        normalise = Normalise(self.mean, self.std, self.device)
+        for pixels, labels, positions in self.files.batches(keys):
+            pixels = pixels.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            if small:  # decoded by workers, augmented here as if they were in memory
+                some, every = MemoryImages(pixels, self.recipe, self.device), torch.arange(len(labels))
+                every = every.to(self.device)
+                images = some.plain(every) if draws is None else some.augmented(every, draws[positions])
+            else:  # a custom transform's floats are taken as they are
+                images = normalise(pixels) if pixels.dtype == torch.uint8 else pixels
+                images = images if draws is None else erase(images, draws[positions].boxes)
+            yield images, labels
+
+
+def suited_size(paths: list[str], fast: bool) -> tuple[int, str]:
+    """(the `image_size` that "auto" stands for, a line about it), from the headers of a hundred images at most.
+
+    fast: there is a GPU, so that large photos needn't be made small.
+    """
+    sides = [side for path in paths[::-(-len(paths) // 100)] if (side := short_side(path))]
+    middle = sorted(sides)[len(sides) // 2] if sides else 0
+    wanted = next((size for size in (224, 128) if middle >= size), SMALLEST_AUTO)
+    chosen = wanted if fast else SMALLEST_AUTO
+    note = f"image size: {chosen} (half of the images have a short side of {middle} pixels or more)"
+    if chosen < wanted:
+        note += f"; {wanted} shows more of them and takes {(wanted / chosen) ** 2:.0f} times as long"
+    return chosen, note
