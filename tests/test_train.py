@@ -132,3 +132,11 @@ def test_num_classes_may_be_left_out(run_cli, tmp_path):
     file.write_text(json.dumps(config))
     done = run_cli(["train.py", "-c", file, "--dry_run"], check=True)
     assert "everything builds" in done.stdout
+
+
+@pytest.mark.slow
+def test_ride_learns_digits(digits_trainer, tmp_path):
+    """The floor under all that this project is for: 24 epochs of RIDE on digits-LT are right on nine of ten images."""
+    run = digits_trainer(tmp_path, "floor", epochs=24)
+    figures = json.loads((run.models / "test_metrics.json").read_text())
+    assert figures["accuracy"] >= 0.9 and figures["few_shot_acc"] >= 0.75, figures
