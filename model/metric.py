@@ -31,19 +31,6 @@ def top_k_acc(output: Tensor, target: Tensor, k: int = 5) -> Tensor:
     return (top == target[:, None]).any(1).float().mean()
 
 
-def expert_accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """Each expert's own accuracy. logits: [N, E, C]; target: [N]. -> [E] float tensor."""
-    return (logits.argmax(2) == target[:, None]).float().mean(0)
-
-
-def expert_disagreement(logits: Tensor) -> Tensor:
-    """How often two different experts predict different classes, mean over the pairs. logits: [N, E, C] -> 0-d tensor.
-
-    0 for a single expert.
-    """
-    return _disagreement(logits.argmax(2)).mean()
-
-
 def _disagreement(preds: Tensor) -> Tensor:
     """Share of an image's expert pairs that differ. preds: [N, E] -> [N] float."""
     experts = preds.shape[1]
@@ -110,30 +97,6 @@ def f1_from_tally(right: Any, predicted: Any, labelled: Any) -> float | None:
     return _mean(_ratios(2 * as_array(right).astype(np.float64), as_array(predicted) + as_array(labelled)))
 
 
-def macro_f1(preds: Any, labels: Any, num_classes: int | None = None) -> float | None:
-    """Macro-F1 over the classes that occur in preds or labels (scikit-learn's rule). None without images."""
-    preds, labels = as_array(preds).astype(np.int64).ravel(), as_array(labels).astype(np.int64).ravel()
-    if not len(labels):
-        return None
-    num_classes = int(max(preds.max(), labels.max())) + 1 if num_classes is None else num_classes
-    right, labelled = class_tally(preds, labels, num_classes)
-    return f1_from_tally(right, np.bincount(preds, minlength=num_classes), labelled)
-
-
-def expected_calibration_error(probs: Any, labels: Any, bins: int = ECE_BINS) -> float | None:
-    """Mean gap between confidence and accuracy over equal-width bins of the confidence (Guo et al., ICML 2017).
-
-    probs: [N, C] probabilities; labels: [N]. A bin holds its upper edge. None without images.
-    """
-    probs, labels = as_array(probs), as_array(labels).ravel()
-    if not len(labels):
-        return None
-    confidence, right = probs.max(1).astype(np.float64), probs.argmax(1) == labels
-    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = np.bincount(bin_of, confidence, bins) - np.bincount(bin_of, right.astype(np.float64), bins)
-    return float(np.abs(gaps).sum() / len(labels))
-
-
 def open_set_f_measure(preds: Any, labels: Any, probs: Any, threshold: float = 0.1) -> float:
     """F-measure with unknown images among the known (OLTR, Liu et al., CVPR 2019), 0 to 1.
 
@@ -168,8 +131,7 @@ class EvalState:
                  confusion: bool = False):
         self.num_classes, self.num_experts = num_classes, num_experts
         count = {"dtype": torch.int64, "device": device}
-        # Float64 sums keep whole test sets exact enough; where a device has none, float32 does.
-        real = {"dtype": torch.float32 if torch.device(device).type == "mps" else torch.float64, "device": device}
+        real = {"dtype": torch.float64, "device": device}
         self.right, self.predicted, self.labelled = (torch.zeros(num_classes, **count) for _ in range(3))
         self.bin_right = torch.zeros(ECE_BINS, **real)
         self.bin_confidence = torch.zeros(ECE_BINS, **real)
@@ -258,14 +220,6 @@ class EvalState:
     def confusion(self) -> np.ndarray | None:
         """Images by (label, prediction), [C, C] int64; None unless it was asked for."""
         return self.matrix.cpu().numpy() if self.matrix.numel() else None
-
-
-def evaluate_logits(output: Tensor, labels: Tensor, train_cls_num: Any = None, many: float = MANY,
-                    few: float = FEW) -> dict[str, Any]:
-    """`EvalState.compute` of one whole set at once. output: [N, C] logits; labels: [N]."""
-    state = EvalState(output.shape[1], output.device)
-    state.update(output, labels)
-    return state.compute(train_cls_num, many, few)
 
 
 def shares(counts: np.ndarray) -> list[float] | None:

@@ -18,7 +18,7 @@ class Means:
 
     def __init__(self, device: torch.device | str):
         # MPS has no float64.
-        self.dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.dtype = torch.float64
         self.device = device
         self.reset()
 

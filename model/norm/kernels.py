@@ -86,12 +86,6 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean.flatten(), torch.addcmul(variances, means - mean, means - mean).mean(1)
 
 
-def own_moments_pay(x: torch.Tensor) -> bool:
-    """Whether `moments` and `normalise` are faster together than torch's batch norm, which is so for large contiguous
-    batches on a CPU."""
-    return _runs_kernels(x) and x.is_contiguous() and len(x) >= 2 * _ENOUGH_ROWS and x.numel() >= 2**18
-
-
 def normalise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
               eps: float) -> torch.Tensor:
     """Batch norm in training, where `moments(x)` are known: the gradient flows through them as well.

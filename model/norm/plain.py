@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from model.norm.kernels import wide_type
-from model.norm.running import next_average_factor
+from model.norm.running import update_running
 from utils.errors import ConfigError
 
 
@@ -85,12 +85,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         centred = wide - mean.view(column)
         count = total[-1].detach()
         var = _SumOverRanks.apply(centred.square().sum(dims)) / count
-        factor = next_average_factor(self)
-        if factor:
-            with torch.no_grad():
-                unbiased = var * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
+        update_running(self, mean.detach()[None], var.detach()[None], int(count))
         scale = (var + self.eps).rsqrt()
         out = centred * (scale if self.weight is None else scale * self.weight).view(column)
         return (out if self.bias is None else out + self.bias.view(column)).to(x.dtype)

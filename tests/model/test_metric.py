@@ -12,11 +12,6 @@ from sklearn.metrics import f1_score
 from model.metric import (
     EvalState,
     accuracy,
-    evaluate_logits,
-    expected_calibration_error,
-    expert_accuracy,
-    expert_disagreement,
-    macro_f1,
     open_set_f_measure,
     per_class_acc,
     shot_accuracy,
@@ -61,10 +56,11 @@ def test_shot_accuracy_where_there_is_nothing():
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60))
 def test_macro_f1_is_scikit_learns(pairs):
-    preds, labels = zip(*pairs, strict=True)
+    preds, labels = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    state = EvalState(9)
+    state.update(torch.nn.functional.one_hot(preds, 9), labels)
     expected = f1_score(labels, preds, average="macro", zero_division=0)
-    assert macro_f1(preds, labels) == pytest.approx(expected)
-    assert macro_f1(preds, labels, 9) == pytest.approx(expected)
+    assert state.compute()["macro_f1"] == pytest.approx(expected)
 
 
 def slow_ece(probs, labels, bins=15):
@@ -78,13 +74,11 @@ def slow_ece(probs, labels, bins=15):
     return total
 
 
-def test_expected_calibration_error():
-    logits, labels = make()
-    probs = logits[:, 0].double().softmax(1).numpy()
-    assert expected_calibration_error(probs, labels) == pytest.approx(slow_ece(probs, labels.tolist()), rel=1e-9)
-    assert expected_calibration_error([[0.8, 0.2]] * 10, [0] * 8 + [1] * 2) == pytest.approx(0, abs=1e-12)
-    assert expected_calibration_error([[1.0, 0.0]], [1]) == 1
-    assert expected_calibration_error(np.zeros((0, 3)), []) is None
+def test_calibration_error_by_hand():
+    for probs, labels, expected in (([[0.8, 0.2]] * 10, [0] * 8 + [1] * 2, 0), ([[1.0, 1e-30]], [1], 1)):
+        state = EvalState(2)
+        state.update(torch.tensor(probs).log(), torch.tensor(labels))
+        assert state.compute()["ece"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_open_set_by_hand():
@@ -101,9 +95,11 @@ def test_open_set_by_hand():
 
 def test_experts():
     logits = torch.tensor([[[2.0, 1], [1, 2], [2, 1]], [[2, 1], [2, 1], [2, 1]]])  # predictions 0 1 0, 0 0 0
-    assert expert_accuracy(logits, torch.tensor([0, 1])).tolist() == [0.5, 0.0, 0.5]
-    assert expert_disagreement(logits).item() == pytest.approx((2 / 3 + 0) / 2)
-    assert expert_disagreement(logits[:, :1]).item() == 0
+    state = EvalState(2, num_experts=3)
+    state.update(logits.mean(1), torch.tensor([0, 1]), expert_logits=logits)
+    figures = state.compute()
+    assert figures["expert_acc"] == [0.5, 0.0, 0.5]
+    assert figures["expert_disagreement"] == pytest.approx((2 / 3 + 0) / 2)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 200])
@@ -124,11 +120,14 @@ def test_eval_state_equals_functions_on_the_whole_set(batch):
     assert result["per_class_acc"] == per_class_acc(preds, labels, 5)
     assert result["class_mean_acc"] == pytest.approx(np.mean(result["per_class_acc"]))
     assert result["macro_f1"] == pytest.approx(f1_score(labels, preds, average="macro"))
-    assert result["ece"] == pytest.approx(expected_calibration_error(probs, labels), rel=1e-5)
+    assert result["ece"] == pytest.approx(slow_ece(probs.numpy(), labels.tolist()), rel=1e-5)
     assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(output, labels).item(), rel=1e-5)
     assert result["n_samples"] == 200
-    assert result["expert_acc"] == pytest.approx(expert_accuracy(logits, labels).tolist())
-    assert result["expert_disagreement"] == pytest.approx(expert_disagreement(logits).item(), rel=1e-5)
+    assert result["expert_acc"] == pytest.approx(
+        [(logits[:, e].argmax(1) == labels).double().mean().item() for e in range(3)])
+    first, second, third = logits.argmax(2).unbind(1)
+    differ = [(a != b).double().mean().item() for a, b in ((first, second), (first, third), (second, third))]
+    assert result["expert_disagreement"] == pytest.approx(sum(differ) / 3, rel=1e-5)
     share = [(used == k).double().mean().item() for k in (1, 2, 3)]
     assert result["expert_share"]["all"] == pytest.approx(share)
     few = used[labels >= 3]
@@ -163,7 +162,9 @@ def test_eval_state_without_images_or_counts_and_with_broken_logits():
     assert all(empty[k] is None for k in ("accuracy", "class_mean_acc", "few_shot_acc", "macro_f1", "ece", "loss"))
     assert empty["per_class_acc"] == [None] * 3
     json.dumps(empty, allow_nan=False)
-    broken = evaluate_logits(torch.full((4, 3), math.nan), torch.tensor([0, 1, 2, 0]))
+    state = EvalState(3)
+    state.update(torch.full((4, 3), math.nan), torch.tensor([0, 1, 2, 0]))
+    broken = state.compute()
     assert broken["loss"] is None and broken["many_shot_acc"] is None
     json.dumps(broken, allow_nan=False)
 
