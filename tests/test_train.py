@@ -136,8 +136,8 @@ def test_num_classes_may_be_left_out(run_cli, tmp_path):
 
 @pytest.mark.slow
 def test_ride_learns_digits(run_cli, tmp_path):
-    """The floor under all that this project is for: RIDE on digits-LT is right on nine of ten images in its 24 epochs."""
-    run_cli(["train.py", "-c", "configs/digits_lt_ride.json", "-d", "cpu", "--seed", 0, "--run_id", "floor", "--save_dir",
-             tmp_path, "--set", "trainer.figures=false"], check=True, timeout=1800)
+    """The floor under all that this project is for: RIDE's 24 epochs on digits-LT are right on nine of ten."""
+    run_cli(["train.py", "-c", "configs/digits_lt_ride.json", "-d", "cpu", "--seed", 0, "--run_id", "floor",
+             "--save_dir", tmp_path, "--set", "trainer.figures=false"], check=True, timeout=1800)
     figures = json.loads((tmp_path / "models" / "digits_lt_ride" / "floor" / "test_metrics.json").read_text())
     assert figures["accuracy"] >= 0.9, figures
