@@ -1,9 +1,10 @@
 """Reading one image file into eight-bit RGB, or saying in one line what is wrong with it.
 
-What odd files give: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; transparency is
-dropped; of an animation the first frame counts. Photos stand upright: the EXIF orientation is applied, as any viewer
-does (torchvision's `ImageFolder` doesn't), and detection's boxes and masks turn along. JPEGs of any size
-are read, reduced while decoding; other formats up to 179 megapixels, Pillow's own limit.
+What odd files give: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; 32-bit integers
+and floating-point pixels, whose range nobody knows, are refused; transparency is dropped; of an animation the first
+frame counts. Photos stand upright: the EXIF orientation is applied, as any viewer does (torchvision's `ImageFolder`
+doesn't), and detection's boxes and masks turn along. JPEGs of any size are read, reduced while decoding; other formats
+up to 179 megapixels, Pillow's own limit.
 """
 from __future__ import annotations
 
@@ -27,16 +28,18 @@ _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` in mode RGB. Raises ValueError for floating-point images, whose range nobody knows."""
+    """`image` upright and in mode RGB. Raises ValueError for numbers whose range nobody knows: floating-point pixels,
+    and integers of 32 bits where the file's format doesn't say that they use 16."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits at most
+        raise ValueError("32-bit integer pixels, whose range isn't known; save it with 8 or 16 bits")
+    with contextlib.suppress(Exception):  # a damaged EXIF block doesn't make the pixels unusable
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
     if image.mode in _WIDE_GREY:  # convert() would clip at 255
-        pixels = np.asarray(image).astype(np.float64)
-        if image.mode == "I" and (pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535):
-            raise ValueError("integer pixels beyond 16 bits, whose range isn't known; save it with 8 or 16 bits")
-        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     elif "transparency" in image.info:  # without this detour Pillow warns
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -112,8 +115,6 @@ def _read(handle: BinaryIO, plan: Callable[[int, int], int] | None) -> Image.Ima
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many; make it smaller")
     image.load()
-    with contextlib.suppress(Exception):  # a damaged EXIF block doesn't make the pixels unusable
-        image = ImageOps.exif_transpose(image)
     return to_rgb(image)
 
 

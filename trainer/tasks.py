@@ -29,7 +29,7 @@ class Task:
 
 
 #: A loader's `task` -> the module that holds its TASK; imported when it is asked for.
-MODULES = {"classification": "trainer.evaluate", "detection": "trainer.detection.coco_eval"}
+MODULES = {"classification": "trainer.evaluate", "detection": "trainer.detection.evaluate"}
 
 
 def task_of(loader: Any) -> Task:

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_loader.detection.masks import area, decode, turned
-from data_loader.images import stored_as
+from data_loader.detection.masks import area, decode
 from utils.errors import ConfigError
 
 #: Annotators' boxes stick out of real pictures by fractions of a pixel; more than this is a mistake.
@@ -41,7 +40,6 @@ class CocoSplit:
     annotations: list[list[dict[str, Any]]]
     categories: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
-    _settled: set[int] = field(default_factory=set)
 
     @property
     def class_names(self) -> list[str]:
@@ -63,22 +61,8 @@ class CocoSplit:
         return CocoSplit(self.file, self.folder, [self.images[i] for i in indices],
                          [self.annotations[i] for i in indices], self.categories, self.notes)
 
-    def settle(self, index: int) -> None:
-        """Bring a picture's annotations to how it is shown. Photos are read upright; where the file's width and height
-        are those of the pixels as stored on their side, boxes and masks were made on these and turn along."""
-        if index in self._settled:
-            return
-        self._settled.add(index)
-        image = self.images[index]
-        orientation, width, height = stored_as(str(self.folder / image["file_name"]))
-        if orientation >= 5 and (image["width"], image["height"]) == (width, height) and width != height:
-            self.annotations[index] = [turned(a, orientation, height, width) for a in self.annotations[index]]
-            self.images[index] = {**image, "width": height, "height": width}
-
     def ground_truth(self) -> dict[str, Any]:
         """The split as one COCO dict, crowds included, for the evaluation."""
-        for index in range(len(self.images)):
-            self.settle(index)
         annotations = [{**a, "image_id": image["id"]} for image, found in zip(self.images, self.annotations)
                        for a in found]
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
@@ -242,6 +226,11 @@ def _segmentation(where: str, value: Any, image: dict) -> list | dict:
             if len(polygon) < 6 or len(polygon) % 2 or not all(_is_number(v) for v in polygon):
                 raise ConfigError(f"{where}: polygon of {len(polygon)} numbers; it must have x and y of at least "
                                   "three points")
+            # pycocotools walks along every edge, whatever its length.
+            if any(not -side <= v <= 2 * side for start, side in enumerate((image["width"], image["height"]))
+                   for v in polygon[start::2]):
+                raise ConfigError(f"{where}: polygon reaches far outside its image {image['file_name']} of "
+                                  f"{image['width']}x{image['height']}")
         return value
     if not isinstance(value, dict) or not isinstance(value.get("counts"), list | str):
         raise ConfigError(f"{where}: no segmentation; a mask model needs polygons or run lengths for every instance")

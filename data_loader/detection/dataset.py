@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from base.base_data_loader import AUGMENT, ORDER
 from data_loader.detection.coco import CocoSplit, box_corners
-from data_loader.detection.masks import to_mask
-from data_loader.images import read_rgb
+from data_loader.detection.masks import to_mask, turn_boxes, turn_mask
+from data_loader.images import read_rgb, stored_as
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
 
@@ -46,11 +46,15 @@ class RepeatFactor:
 class DetectionDataset(Dataset):
     """Reads, resizes and flips; a key is (epoch, position in the epoch, image).
 
+    Photos stand upright, as everywhere; `annotated_on` says on which pixels their boxes and masks were made: `upright`,
+    `stored` (the camera's, as COCO's own tools read them; they are turned along), or `auto`: as the annotation file's
+    width and height say, and upright where these fit both (upside down, mirrored, square).
     Errors are returned, not raised: a worker process would bury them in a traceback.
     """
 
-    def __init__(self, split: CocoSplit, training: bool, min_size: list[int], max_size: int, flip: float, seed: int):
-        self.split, self.training, self.seed = split, training, seed
+    def __init__(self, split: CocoSplit, training: bool, min_size: list[int], max_size: int, flip: float, seed: int,
+                 annotated_on: str = "auto"):
+        self.split, self.training, self.seed, self.annotated_on = split, training, seed, annotated_on
         self.min_size, self.max_size, self.flip = min_size, max_size, flip
 
     def __len__(self) -> int:
@@ -60,14 +64,24 @@ class DetectionDataset(Dataset):
         return self.split.folder / self.split.images[index]["file_name"]
 
     def picture(self, index: int) -> Image.Image:
-        """The picture in RGB, upright, of the size its annotations are for. Raises ConfigError."""
-        self.split.settle(index)
+        """The picture in RGB, upright. Raises ConfigError, also where its size isn't the annotations'."""
         path, entry = self.path(index), self.split.images[index]
         image = read_rgb(str(path))
-        if image.size != (entry["width"], entry["height"]):
+        turned = self.turn(index)[0] >= 5
+        if (image.size[::-1] if turned else image.size) != (entry["width"], entry["height"]):
             raise ConfigError(f"{path}: {image.width}x{image.height} pixels, but {self.split.file} says "
-                              f"{entry['width']}x{entry['height']}")
+                              f"{entry['width']}x{entry['height']}" + (", on the pixels as stored" if turned else ""))
         return image
+
+    def turn(self, index: int) -> tuple[int, bool]:
+        """(the EXIF orientation by which a picture's annotations must be turned: 1 where they lie on the upright one
+        already; whether that is a guess)."""
+        entry = self.split.images[index]
+        orientation, width, height = stored_as(str(self.path(index)))
+        shown = (height, width) if orientation >= 5 else (width, height)
+        fits = [(entry["width"], entry["height"]) == size for size in ((width, height), shown)]
+        stored = self.annotated_on == "stored" or (self.annotated_on == "auto" and fits == [True, False])
+        return (orientation if stored else 1), self.annotated_on == "auto" and orientation > 1 and all(fits)
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, dict[str, Any]] | ConfigError:
         try:
@@ -78,9 +92,12 @@ class DetectionDataset(Dataset):
     def sample(self, epoch: int, position: int, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """One image and its target; in training resized to a random scale and perhaps mirrored."""
         image, entry = self.picture(index), self.split.images[index]
+        orientation, guessed = self.turn(index)
         instances = [a for a in self.split.annotations[index] if not a["iscrowd"]]
         labels = self.split.labels
-        target: dict[str, Any] = {"image_id": entry["id"], "boxes": torch.from_numpy(box_corners(instances)),
+        boxes = turn_boxes(box_corners(instances), orientation, entry["width"], entry["height"])
+        target: dict[str, Any] = {"image_id": entry["id"], "orientation": orientation, "guessed": guessed,
+                                  "boxes": torch.from_numpy(boxes),
                                   "labels": torch.tensor([labels[a["category_id"]] for a in instances],
                                                          dtype=torch.long)}
         if not self.training:
@@ -89,8 +106,10 @@ class DetectionDataset(Dataset):
         width, height = resized(image.width, image.height, int(rng.choice(self.min_size)), self.max_size)
         target["boxes"] *= torch.tensor([width / image.width, height / image.height] * 2)
         masks = np.zeros((len(instances), height, width), dtype=np.uint8)
+        size = (height, width) if orientation < 5 else (width, height)
         for mask, instance in zip(masks, instances):
-            mask[:] = to_mask(instance["segmentation"], image.height, image.width, (height, width))
+            drawn = to_mask(instance["segmentation"], entry["height"], entry["width"], size)
+            mask[:] = turn_mask(drawn, orientation)
         tensor = to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
         target["masks"] = torch.from_numpy(masks)
         if rng.random() < self.flip:

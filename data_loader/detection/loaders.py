@@ -2,7 +2,8 @@
 
 A batch is (list of images, list of targets). An image is float [3, H, W] from 0 to 1 (the model normalises); a target
 is a dict of `boxes` float [n, 4] (corners x0, y0, x1, y1 in pixels of that image), `labels` long [n] (1 to C; 0 is the
-background), `masks` uint8 [n, H, W] (training only) and `image_id` (int).
+background), `masks` uint8 [n, H, W] (training only), `image_id` (int) and `orientation` (int), the EXIF orientation by
+which its annotations were turned, 1 where they weren't.
 """
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ from base.base_data_loader import BaseDataLoader
 from data_loader.detection.coco import CocoSplit, read_coco
 from data_loader.detection.dataset import DetectionDataset, RepeatFactor
 from data_loader.detection.digit_scenes import make_scenes
+from data_loader.detection.masks import mask_tools
 from data_loader.workers import leave_stops_to_parent
+from logger.log import get_logger
 from utils.class_counts import FEW
 from utils.errors import ConfigError, unknown
 from utils.seed import generator, numpy_rng
 
+log = get_logger()
 HOLDOUT = 3  # the stream of random numbers that picks held-out images
 
 
@@ -40,12 +44,15 @@ class CocoDataLoader(BaseDataLoader):
         balanced: images of classes that fewer than `repeat_threshold` of the images have come more often.
         sampler: only {"type": "InstanceBalanced"} means something for pictures with many objects.
         retain_epoch_size: taken for the other loaders' sake; epochs always keep their length here.
+        annotated_on: `upright`, `stored` or `auto`: on which pixels of photos with an EXIF orientation the annotations
+            were made, see DetectionDataset.
         validation: `test` (the val split), `holdout` (`holdout_fraction` of the training images) or `none`.
     """
 
     task = "detection"
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     batch_limit: int | None = None
+    guess_said = False
 
     def __init__(self, data_dir: str, batch_size: int = 16, shuffle: bool = True, num_workers: int = 0,
                  training: bool = True, balanced: bool = False, retain_epoch_size: bool = True,
@@ -55,10 +62,12 @@ class CocoDataLoader(BaseDataLoader):
                  skip_degenerate: bool = False, train_annotations: str = "annotations/instances_train2017.json",
                  train_images: str = "train2017", val_annotations: str = "annotations/instances_val2017.json",
                  val_images: str = "val2017", validation: str = "test", holdout_fraction: float = 0.1,
-                 seed: int = 0, device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1):
+                 seed: int = 0, device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1,
+                 annotated_on: str = "auto"):
         self.options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)
         _check(self.options, self.min_size)
+        mask_tools()  # that it is missing is said before anything is read or written
         self.root = Path(data_dir)
         if not self.root.is_dir():
             raise ConfigError(f"data_loader.args.data_dir: no folder {self.root}")
@@ -86,7 +95,7 @@ class CocoDataLoader(BaseDataLoader):
                          training=training, seed=self.seed, device=options["device"], rank=options["rank"],
                          world_size=options["world_size"], sampler=self._sampler(split) if training else None)
         self.dataset = DetectionDataset(split, training, self.min_size, options["max_size"], options["flip"],
-                                        options["seed"])
+                                        options["seed"], options["annotated_on"])
         self.class_names, self.num_classes = split.class_names, len(split.categories)
         self.paths = [str(self.dataset.path(i)) for i in range(len(split.images))]
         self.preprocess = {"task": "detection"}
@@ -179,6 +188,13 @@ class CocoDataLoader(BaseDataLoader):
 
     # ------------------------------------------------------------------ batches
 
+    def _say_guessed(self, image_id: int) -> None:
+        if not self.guess_said:
+            log.warning("data_loader.args.annotated_on: %s: image %s has an EXIF orientation, and its width and height "
+                        "fit the pixels as stored and upright: its annotations are taken as made on the upright photo; "
+                        "say \"stored\" or \"upright\"", self.split.file, image_id)
+        self.guess_said = True
+
     def __len__(self) -> int:
         """Batches an epoch, or `batch_limit` where the last one ends early (`trainer.iterations`)."""
         return super().__len__() if self.batch_limit is None else min(super().__len__(), self.batch_limit)
@@ -218,6 +234,8 @@ class CocoDataLoader(BaseDataLoader):
             for sample in samples:
                 if isinstance(sample, ConfigError):
                     raise sample
+                if sample[1].pop("guessed"):
+                    self._say_guessed(sample[1]["image_id"])
             yield ([image.to(self.device, non_blocking=True) for image, _ in samples],
                    [{key: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                      for key, value in target.items()} for _, target in samples])
@@ -259,5 +277,7 @@ def _check(options: dict[str, Any], min_size: list[int]) -> None:
         raise ConfigError(f"{where}.holdout_fraction: {options['holdout_fraction']}; it must be between 0 and 1")
     if options["num_workers"] < 0:
         raise ConfigError(f"{where}.num_workers: {options['num_workers']} is under 0")
+    if options["annotated_on"] not in ("auto", "upright", "stored"):
+        raise unknown(f"{where}.annotated_on", options["annotated_on"], ["auto", "upright", "stored"])
     if options["validation"] not in ("test", "holdout", "none"):
         raise unknown(f"{where}.validation", options["validation"], ["test", "holdout", "none"])

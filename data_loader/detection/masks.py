@@ -23,22 +23,46 @@ def mask_tools() -> ModuleType:
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
     """A mask [H, W] as {"size": [H, W], "counts": text}."""
-    packed = mask_tools().encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in packed["size"]], "counts": packed["counts"].decode()}
+    found = mask_tools().encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode()}
+
+
+def run_lengths(counts: list[int] | str) -> np.ndarray:
+    """COCO's run lengths, plain or packed into text, as int64 [n]. Raises ValueError where the text isn't COCO's.
+
+    Packed, each length (from the fourth on, its difference from the length two before) is written in base 32, least
+    significant digit first; of a character's value, counted from "0", bit 5 says that more digits follow, and bit 4 of
+    the last digit is the sign.
+    """
+    if isinstance(counts, list):
+        return np.asarray(counts, dtype=np.int64)
+    digits = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((digits & 32) == 0)
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or last[-1:] != [len(digits) - 1]:
+        raise ValueError("not COCO's packed run lengths")
+    first = np.concatenate([[0], last[:-1] + 1])
+    places = 5 * (np.arange(len(digits)) - np.repeat(first, last - first + 1))
+    if places.max() > 30:
+        raise ValueError("packed run lengths of more than 32 bits")
+    values = np.add.reduceat((digits & 31) << places, first)
+    values -= np.where(digits[last] & 16, 32 << places[last], 0)
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values
 
 
 def packed(segmentation: list | dict, height: int, width: int) -> dict[str, Any]:
     """Polygons or run lengths, plain or packed, as packed run lengths of the union. Raises ValueError where the run
-    lengths don't make a mask."""
+    lengths don't fill the mask: pycocotools would read and write memory that isn't its own."""
     tools = mask_tools()
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return segmentation
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        if any(count < 0 for count in counts) or sum(counts) != height * width:
-            raise ValueError(f"run lengths sum to {sum(counts)}, the mask has {height}x{width} pixels")
-    found = tools.frPyObjects(segmentation, height, width)
-    return tools.merge(found) if isinstance(found, list) else found
+        runs = run_lengths(segmentation["counts"])
+        if (runs < 0).any() or runs.sum() != height * width:
+            raise ValueError(f"run lengths sum to {int(runs.sum())}, the mask has {height}x{width} pixels")
+        if isinstance(segmentation["counts"], str):
+            return segmentation
+        return tools.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+    return tools.merge(tools.frPyObjects(segmentation, height, width))
 
 
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
@@ -66,20 +90,31 @@ def to_mask(segmentation: list | dict, height: int, width: int, size: tuple[int,
     return np.asarray(Image.fromarray(mask).resize((new_width, new_height), Image.Resampling.NEAREST))
 
 
-def turned(annotation: dict[str, Any], orientation: int, height: int, width: int) -> dict[str, Any]:
-    """An annotation made on a picture [height, width] as it is stored, for the picture as EXIF orientation 5 to 8 shows
-    it, [width, height]."""
-    def move(x: float, y: float) -> tuple[float, float]:
-        return {5: (y, x), 6: (height - y, x), 7: (height - y, width - x), 8: (y, width - x)}[orientation]
-    x, y, w, h = annotation["bbox"]
-    (left, top), (right, bottom) = move(x, y), move(x + w, y + h)
-    box = [min(left, right), min(top, bottom), abs(right - left), abs(bottom - top)]
-    shape = annotation["segmentation"]
-    if isinstance(shape, list):
-        shape = [[float(value) for point in zip(polygon[::2], polygon[1::2]) for value in move(*point)]
-                 for polygon in shape]
-    else:
-        mask = decode(shape, height, width)
-        turn = {5: mask.T, 6: np.rot90(mask, -1), 7: np.rot90(mask, 2).T, 8: np.rot90(mask)}[orientation]
-        shape = encode(turn)
-    return {**annotation, "bbox": box, "segmentation": shape}
+#: EXIF orientation -> which axes (across, down) of stored pixels are mirrored to show them; from 5 on transposed first.
+_MIRRORED = {1: (False, False), 2: (True, False), 3: (True, True), 4: (False, True),
+             5: (False, False), 6: (True, False), 7: (True, True), 8: (False, True)}
+
+
+def undone(orientation: int) -> int:
+    """The orientation that turns back what `orientation` has turned."""
+    return {6: 8, 8: 6}.get(orientation, orientation)
+
+
+def turn_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
+    """[..., H, W] as EXIF orientation 1 to 8 shows it: [..., H, W], or [..., W, H] from 5 on (a view)."""
+    mask = mask.swapaxes(-2, -1) if orientation >= 5 else mask
+    axes = [axis for axis, mirrored in zip((-1, -2), _MIRRORED[orientation]) if mirrored]
+    return np.flip(mask, axes)
+
+
+def turn_boxes(boxes: np.ndarray, orientation: int, width: int, height: int) -> np.ndarray:
+    """Corners x0, y0, x1, y1 [n, 4] in a width x height picture, in the same picture as `turn_mask` turns it."""
+    if orientation >= 5:
+        boxes, width, height = boxes[:, [1, 0, 3, 2]], height, width
+    across, down = _MIRRORED[orientation]
+    boxes = boxes.copy()
+    if across:
+        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+    if down:
+        boxes[:, [1, 3]] = height - boxes[:, [3, 1]]
+    return boxes

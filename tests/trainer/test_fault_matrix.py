@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import base.resumable as resumable
-from tests.detection.conftest import SCENES, SMALL, scenes  # noqa: F401 (a fixture)
+from tests.scenes import SCENES, SMALL, scenes  # noqa: F401 (a fixture)
 from trainer import TRAINERS
 from trainer.trainer import Trainer
 from utils.checkpoint.store import load_checkpoint

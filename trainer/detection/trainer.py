@@ -9,7 +9,7 @@ from torch import nn
 
 from logger.figures.detections import as_picture, draw_detections
 from logger.log import get_logger
-from trainer.detection.coco_eval import evaluate_detector
+from trainer.detection.evaluate import evaluate_detector
 from trainer.hooks import HOOKS
 from trainer.hooks.curves import Curves
 from trainer.precision import autocast

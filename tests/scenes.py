@@ -15,6 +15,7 @@ SCENES = {"image_size": 64, "n_max": 8, "imb_factor": 0.25, "n_val": 1, "min_siz
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A data_dir for DigitScenesDataLoader that holds the SCENES already."""
+    pytest.importorskip("pycocotools")
     from data_loader.detection.loaders import DigitScenesDataLoader
     root = tmp_path_factory.mktemp("scenes")
     DigitScenesDataLoader(str(root), **SCENES)
@@ -40,6 +41,8 @@ def coco_content():
 @pytest.fixture
 def coco_folder(tmp_path):
     """`write(content) -> data_dir` in COCO's layout; the same pictures and annotations for training and validation."""
+    pytest.importorskip("pycocotools")
+
     def write(content=None):
         content = coco_content() if content is None else content
         (tmp_path / "annotations").mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Average precision of boxes and masks as COCO defines it, over all classes, by size, by class and by shots.
 
-The figures come from pycocotools or faster-coco-eval, whichever is installed; this file gathers detections, hands them
-over and reads the answer. Detections are kept in COCO's results format, so any other tool can score the saved file.
+The figures come from pycocotools; this file gathers detections, hands them over and reads the answer. Detections are
+kept in COCO's results format, on the annotations' own pixels, so any other tool can score the saved file.
 """
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
 from utils.class_counts import group_limits
-from utils.errors import ConfigError
 from utils.files import write_text
 
 KINDS = ("bbox", "segm")
@@ -29,23 +28,6 @@ KINDS = ("bbox", "segm")
 FIGURES = (("AP", None, "all"), ("AP50", 0.5, "all"), ("AP75", 0.75, "all"), ("APs", None, "small"),
            ("APm", None, "medium"), ("APl", None, "large"))
 GROUPS = ("many", "medium", "few")
-INSTALL = "pip install pycocotools (or faster-coco-eval)"
-
-
-def load_backend() -> tuple[Callable, Callable]:
-    """(COCO, COCOeval) of the tool that is installed; ConfigError with the command to install one where none is."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-        return COCO, COCOeval
-    except ImportError:
-        pass
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-        return COCO, COCOeval_faster
-    except ImportError:
-        raise ConfigError(f"average precision needs pycocotools or faster-coco-eval, which aren't installed: "
-                          f"{INSTALL}") from None
 
 
 def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, torch.Tensor]],
@@ -68,6 +50,20 @@ def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, torch.
     return results
 
 
+def as_annotated(found: dict[str, torch.Tensor], orientation: int, width: int, height: int) -> dict[str, torch.Tensor]:
+    """Detections in an upright photo, width x height, on the stored pixels that its annotations were made on.
+
+    orientation: see the loaders; 1 where they were made on the upright ones.
+    """
+    if orientation == 1:
+        return found
+    back = masks.undone(orientation)
+    boxes = masks.turn_boxes(found["boxes"].float().cpu().numpy(), back, width, height)
+    shapes = {"masks": torch.from_numpy(masks.turn_mask(found["masks"].cpu().numpy(), back).copy())} \
+        if "masks" in found else {}
+    return {**found, "boxes": torch.from_numpy(boxes), **shapes}
+
+
 class CocoEvaluator:
     """Gathers detections, image by image and over all ranks, and computes AP.
 
@@ -79,7 +75,6 @@ class CocoEvaluator:
 
     def __init__(self, ground_truth: dict[str, Any], cls_num_list: list[int] | None = None,
                  groups: dict[str, int] | None = None):
-        load_backend()  # says at once, not after the pass over the images, that it is missing
         self.ground_truth, self.cls_num_list = ground_truth, cls_num_list
         self.limits = group_limits(groups)
         self.category_ids = [category["id"] for category in ground_truth["categories"]]
@@ -131,7 +126,8 @@ class CocoEvaluator:
 
     def _precision(self, kind: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Precision [IoU thresholds, recalls, classes, areas] at 100 detections an image, -1 where unknown."""
-        make_coco, make_eval = load_backend()
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
         images = [image for image in self.ground_truth["images"] if image["id"] in set(self.image_ids)]
         truth = {**self.ground_truth, "images": images}
         # As the tool itself reads a results file, which it can't if there is no result in it.
@@ -141,12 +137,12 @@ class CocoEvaluator:
         with contextlib.redirect_stdout(io.StringIO()):
             pair = []
             for content in (truth, {**truth, "annotations": found}):
-                coco = make_coco()
+                coco = COCO()
                 # The tool writes into the entries it is given.
                 coco.dataset = {**content, "annotations": [dict(a) for a in content["annotations"]]}
                 coco.createIndex()
                 pair.append(coco)
-            evaluation = make_eval(*pair, kind)
+            evaluation = COCOeval(*pair, kind)
             evaluation.params.imgIds = sorted(image["id"] for image in images)
             evaluation.params.catIds = self.category_ids
             evaluation.evaluate()
@@ -228,7 +224,9 @@ def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, 
         if n:
             with autocast(device, amp):
                 detections = model(images[:n])["detections"]
-            evaluator.update([target["image_id"] for target in targets[:n]], detections)
+            found = [as_annotated(detection, target["orientation"], image.shape[2], image.shape[1])
+                     for detection, target, image in zip(detections, targets, images[:n])]
+            evaluator.update([target["image_id"] for target in targets[:n]], found)
     evaluator.gather()
     model.train(was_training)
     figures = evaluator.compute()

@@ -1,11 +1,20 @@
 """Masks in COCO's formats, and annotations of photos that lie on their side."""
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 pytest.importorskip("pycocotools")
 
-from data_loader.detection.masks import area, decode, encode, to_mask, turned
+from data_loader.detection.masks import (
+    area,
+    decode,
+    encode,
+    run_lengths,
+    to_mask,
+    turn_boxes,
+    turn_mask,
+    undone,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -13,13 +22,15 @@ def test_masks_come_back(seed):
     rng = np.random.default_rng(seed)
     mask = (rng.random(rng.integers(1, 90, 2)) < rng.random()).astype(np.uint8)
     assert (decode(encode(mask), *mask.shape) == mask).all() and area(encode(mask), *mask.shape) == mask.sum()
+    runs = run_lengths(encode(mask)["counts"])
+    assert (np.repeat(np.arange(len(runs)) % 2, runs) == mask.ravel(order="F")).all()
 
 
 def test_runs_go_down_the_columns_and_begin_with_zeros():
     assert decode({"size": [2, 3], "counts": [2, 3, 1]}, 2, 3).tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
-@pytest.mark.parametrize("counts", [[3, 4], [7, -1], "\x01", "o", "52"])
+@pytest.mark.parametrize("counts", ["5", "1", "", [5], [3, 4], [7, -1], "\x01", "o", "52", "_j", "0" * 50, "oooooooo1"])
 def test_runs_that_do_not_fill_the_mask_are_refused(counts):
     with pytest.raises(ValueError):
         decode({"size": [2, 3], "counts": counts}, 2, 3)
@@ -33,25 +44,18 @@ def test_a_square_covers_its_pixels():
     assert to_mask([[-5, -5, 5, -5, 5, 5, -5, 5]], 40, 30).sum() == 25      # what sticks out is cut off
 
 
-@pytest.mark.parametrize("kind", ["polygon", "runs"])
-@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_annotations_turn_as_pillow_turns_the_picture(kind, orientation):
-    from PIL import ImageOps
-    height, width = 40, 60
-    mask = np.zeros((height, width), np.uint8)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_and_masks_turn_as_pillow_turns_the_picture(orientation):
+    mask = np.zeros((40, 60), np.uint8)
     mask[5:25, 10:16] = 1
     mask[20:25, 10:40] = 1
-    corners = [10, 5, 16, 5, 16, 20, 40, 20, 40, 25, 10, 25]
-    annotation = {"bbox": [10, 5, 30, 20], "segmentation": [corners] if kind == "polygon" else encode(mask)}
-    exif = Image.Exif()
-    exif[0x0112] = orientation
     picture = Image.fromarray(mask * 255)
-    picture.getexif().update(exif)
-    picture.info["exif"] = exif.tobytes()
+    picture.getexif()[0x0112] = orientation
     shown = np.asarray(ImageOps.exif_transpose(picture)) > 0
-    found = turned(annotation, orientation, height, width)
-    assert shown.shape == (width, height)
-    got = to_mask(found["segmentation"], width, height)
-    assert (got != shown).sum() <= 2
+    assert (turn_mask(mask, orientation) == shown).all()
+    assert (turn_mask(turn_mask(mask[None], orientation), undone(orientation)) == mask).all()
+    boxes = np.array([[10, 5, 40, 25]], np.float32)
     rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-    assert found["bbox"] == [columns[0], rows[0], len(columns), len(rows)]
+    turned = turn_boxes(boxes, orientation, 60, 40)
+    assert turned.tolist() == [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]
+    assert (turn_boxes(turned, undone(orientation), *shown.shape[::-1]) == boxes).all()

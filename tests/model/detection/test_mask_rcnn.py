@@ -9,7 +9,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from model.detection.mask_rcnn import MaskRCNNR50FPNModel
 from model.model import build_model
 from model.norm import CenConv2d, MABN2d
-from tests.detection.conftest import SMALL
+from tests.scenes import SMALL
 from utils.errors import ConfigError
 
 MABN = {"type": "MABN", "args": {"B": 2, "real_B": 8}}

@@ -11,8 +11,8 @@ import torch
 
 from base.run_paths import new_run
 from tests.conftest import ROOT, run_python
-from tests.detection.conftest import SCENES, SMALL, coco_content
-from trainer.detection.coco_eval import KINDS
+from tests.scenes import SCENES, SMALL, coco_content
+from trainer.detection.evaluate import KINDS
 from trainer.detection.trainer import DetectionTrainer
 from trainer.schedules import build_optimizer, build_scheduler
 from utils.config.load import check_config

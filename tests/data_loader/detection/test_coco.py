@@ -5,12 +5,19 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+pytest.importorskip("pycocotools")
 
 from data_loader.detection.coco import read_coco
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
 from data_loader.detection.masks import decode
-from tests.detection.conftest import SCENES, coco_content
+from logger.log import get_logger
+from tests.conftest import run_python
+from tests.scenes import SCENES, coco_content
 from utils.errors import ConfigError
+
+log = get_logger()
 
 
 def broken(**changes):
@@ -38,8 +45,11 @@ WRONG = {
     "text for a number": (broken(annotations=lambda a: a[0].update(bbox=[4, 5, "3", 3])), "annotation 1: bbox"),
     "no polygon": (broken(annotations=lambda a: a[0].update(segmentation=[])), "annotation 1: empty polygon"),
     "empty polygon": (broken(annotations=lambda a: a[0].update(segmentation=[[]])), "annotation 1: empty polygon"),
+    "far polygon": (broken(annotations=lambda a: a[0].update(segmentation=[[1, 2, 3e9, 4, 5, 6]])),
+                    "annotation 1: polygon reaches far outside"),
     "two points": (broken(annotations=lambda a: a[0].update(segmentation=[[1, 2, 3, 4]])), "annotation 1: polygon of"),
     "no mask": (broken(annotations=lambda a: a[0].pop("segmentation")), "annotation 1: no segmentation"),
+    "broken runs": (broken(annotations=lambda a: a[3]["segmentation"].update(counts="1")), "annotation 4: bad run"),
     "short runs": (broken(annotations=lambda a: a[3]["segmentation"].update(counts=[4])), "annotation 4: bad run"),
     "runs of another size": (broken(annotations=lambda a: a[3]["segmentation"].update(size=[3, 3])), "annotation 4: r"),
     "crowd": (broken(annotations=lambda a: a[0].update(iscrowd=2)), "annotation 1: iscrowd 2"),
@@ -89,6 +99,7 @@ def test_unreadable_and_wrongly_sized_pictures_are_named(coco_folder):
 @pytest.mark.parametrize("args, message", [
     ({"batch_size": 0}, "batch_size"), ({"min_size": 2000}, "min_size"), ({"flip": 2.0}, "flip"),
     ({"validation": "some"}, "validation.*holdout"), ({"holdout_fraction": 0.0}, "holdout_fraction"),
+    ({"annotated_on": "paper"}, "annotated_on.*upright"),
     ({"sampler": {"type": "ClassBalanced"}}, "sampler.type.*balanced"), ({"repeat_threshold": 0.0}, "repeat_threshold"),
 ])
 def test_wrong_arguments_are_named(args, message, coco_folder):
@@ -121,6 +132,80 @@ def test_a_batch_holds_boxes_labels_and_masks_of_the_resized_picture(coco_folder
     assert targets[0]["masks"].sum(dim=(1, 2)).tolist() == [40 * 60, 32 * 32]
     assert targets[0]["masks"][0, 10:70, 8:48].all()
     assert targets[1]["boxes"].shape == (1, 4)  # the crowd isn't trained on
+
+
+def test_annotations_without_area_get_the_masks_and_a_byte_order_mark_is_skipped(coco_folder):
+    content = broken(annotations=lambda a: a[0].update(segmentation=[[4, 4, 44, 4, 4, 44]], area=None))
+    file = coco_folder(content) / "annotations/instances_train2017.json"
+    file.write_text(json.dumps(content), encoding="utf-8-sig")
+    assert abs(read_coco(file, file.parent.parent / "train2017").annotations[0][0]["area"] - 800) < 60
+
+
+def turned_folder(root, orientation):
+    """The folder, its pictures with an EXIF orientation."""
+    for path in root.glob("*2017/*.png"):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.open(path).save(path, exif=exif)
+    return root
+
+
+@pytest.mark.parametrize("orientation, annotated_on", [(o, a) for o in range(2, 9) for a in ("auto", "stored")
+                                                       if a == "stored" or o >= 5])
+def test_annotations_of_stored_pixels_turn_with_the_photo(orientation, annotated_on, coco_folder):
+    args = {"batch_size": 2, "shuffle": False, "min_size": 48, "flip": 0.0}
+    (images, targets), = CocoDataLoader(str(coco_folder()), **args)
+    root = turned_folder(coco_folder(), orientation)
+    (turned, moved), = CocoDataLoader(str(root), annotated_on=annotated_on, **args)
+    for image, target, other, found in zip(images, targets, turned, moved, strict=True):
+        height, width = image.shape[1:]
+        assert other.shape[1:] == ((width, height) if orientation >= 5 else (height, width))
+        assert found["orientation"] == orientation
+        for mask, box, new_mask in zip(target["masks"], found["boxes"].int().tolist(), found["masks"], strict=True):
+            # What lies under the mask is the same, whichever way the photo stands.
+            assert torch.equal(image[:, mask.bool()].sort(1)[0], other[:, new_mask.bool()].sort(1)[0])
+            x0, y0, x1, y1 = box
+            assert new_mask[y0:y1, x0:x1].sum() == new_mask.sum() == (x1 - x0) * (y1 - y0)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_annotations_of_upright_photos_stay(orientation, coco_folder, caplog):
+    content = coco_content()
+    if orientation == 6:  # the photo is shown 48 wide and 64 high
+        for image in content["images"]:
+            image.update(width=48, height=64)
+        content["annotations"] = content["annotations"][:1]
+    root = turned_folder(coco_folder(content), orientation)
+    loader = CocoDataLoader(str(root), batch_size=1, shuffle=False, min_size=48, flip=0.0)
+    caplog.set_level("WARNING")
+    log.addHandler(caplog.handler)
+    try:
+        (_, targets), *_ = list(loader)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert targets[0]["boxes"][0].tolist() == [4, 5, 24, 35] and targets[0]["orientation"] == 1
+    # Said once for all; of the others the size tells it.
+    assert len({id(r) for r in caplog.records if "annotated_on" in r.getMessage()}) == (orientation == 3)
+    if orientation == 6:
+        with pytest.raises(ConfigError, match=r"48x64 pixels, but .* says 48x64, on the pixels as stored"):
+            list(CocoDataLoader(str(root), batch_size=1, min_size=48, annotated_on="stored"))
+
+
+def test_the_order_of_an_epoch_does_not_depend_on_what_was_read(coco_folder):
+    loader = CocoDataLoader(str(turned_folder(coco_folder(), 6)), batch_size=1, min_size=48)
+    before = loader.epoch_order(3).tolist()
+    list(loader)
+    assert loader.epoch_order(3).tolist() == before and loader.ground_truth()["images"][0]["width"] == 64
+
+
+def test_without_pycocotools_one_line_says_what_to_install(tmp_path):
+    stub = tmp_path / "stub/pycocotools"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("raise ImportError('none')")
+    done = run_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_bn.json", "-d", "cpu", "--data_dir",
+                       tmp_path / "data", "--save_dir", tmp_path / "saved"], env={"PYTHONPATH": stub.parent})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "pip install pycocotools" in done.stderr
+    assert not (tmp_path / "data").exists() and not (tmp_path / "saved").exists()
 
 
 def test_flips_mirror_picture_boxes_and_masks(coco_folder):
