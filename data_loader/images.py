@@ -34,6 +34,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels; save it with 8 or 16 bits")
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits at most
         raise ValueError("32-bit integer pixels, whose range isn't known; save it with 8 or 16 bits")
+    image.load()  # a TIFF is turned by Pillow itself while it is loaded
     with contextlib.suppress(Exception):  # a damaged EXIF block doesn't make the pixels unusable
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
@@ -84,7 +85,10 @@ def stored_as(path: str) -> tuple[int, int, int]:
             warnings.simplefilter("ignore")
             image = Image.open(handle)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            return orientation if orientation in range(1, 9) else 1, *image.size
+            size = image.size
+            if image.format == "TIFF":  # of which newer Pillows give the upright size
+                size = tuple(image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+            return orientation if orientation in range(1, 9) else 1, *size
     except Exception:  # whoever reads the pixels says what is wrong
         return 1, 0, 0
 
@@ -114,7 +118,6 @@ def _read(handle: BinaryIO, plan: Callable[[int, int], int] | None) -> Image.Ima
         image = Image.open(handle)
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many; make it smaller")
-    image.load()
     return to_rgb(image)
 
 

@@ -57,8 +57,8 @@ def metadata(run: Any, facts: dict[str, Any], model: Any) -> dict[str, str]:
     size = preprocess["image_size"]
     resized = f"{size} x {size}" if not preprocess["crop"] else f"short side to {preprocess['resize']}, centre {size}"
     return {"task": "classification",
-            "input": f"images: float32 [N, 3, {size}, {size}], RGB, resized ({resized}; bilinear, antialiased), "
-                     "value / 255, minus mean, divided by std",
+            "input": f"images: float32 [N, 3, {size}, {size}], RGB, upright (EXIF orientation applied), "
+                     f"resized ({resized}; bilinear, antialiased), value / 255, minus mean, divided by std",
             "output": "output: logits [N, C]; softmax gives probabilities",
             "preprocess": json.dumps(preprocess), "class_names": json.dumps(names), "arch": run.config["arch"]["type"],
             "run": str(run.config.get("name", "")), "epoch": str(run.checkpoint.get("epoch", ""))}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from data_loader.images import read_rgb, to_rgb
+from data_loader.images import read_rgb
 from data_loader.transforms import (
     IMAGENET_STATISTICS,
     base_pixels,
@@ -43,7 +43,14 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(deep).save(tmp_path / "deep.png")
     levels = np.asarray(read_rgb(str(tmp_path / "deep.png")))
     assert np.abs(levels[..., 0] - deep / 257).max() <= 0.5 and levels.max() == 255
-    assert to_rgb(Image.fromarray(deep.astype(np.int32))).getpixel((39, 29)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize("most", [1, 255, 65535, 10 ** 6])
+def test_numbers_of_unknown_range_are_refused(tmp_path: Path, dtype: type, most: int) -> None:
+    Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ConfigError, match=r"a\.tif.*save it with 8 or 16 bits"):
+        read_rgb(str(tmp_path / "a.tif"))
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
