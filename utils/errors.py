@@ -5,17 +5,21 @@ import difflib
 from collections.abc import Iterable
 
 
-class ConfigError(Exception):
-    """A mistake of the caller's: unknown key or type, missing file, value out of range.
-
-    The message is one line that names the key, file or flag and what would be right. The entry points print
-    that line on stderr and exit with status 2.
-    """
+class OneLine(Exception):
+    """An error whose message is one line for the user."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
         #: True on a rank that only repeats what rank 0 says (see utils.dist.on_main).
         self.told = False
+
+
+class ConfigError(OneLine):
+    """A mistake of the caller's: unknown key or type, missing file, value out of range.
+
+    The message is one line that names the key, file or flag and what would be right. The entry points print
+    that line on stderr and exit with status 2.
+    """
 
 
 def closest(name: object, choices: Iterable[str]) -> str | None:
@@ -37,12 +41,8 @@ def unknown(path: str, value: object, choices: Iterable[str], what: str = "name"
     return ConfigError(f"{path}: unknown {what} {str(value)[:80]!r};{hint} (one of {', '.join(names)})")
 
 
-class RunError(Exception):
+class RunError(OneLine):
     """A run that can't go on for a reason outside the config (a loss that isn't finite, a full disk): exit status 1.
 
-    Like ConfigError the message is one line; unlike it, what was wrong isn't what the caller typed.
+    Unlike with ConfigError, what was wrong isn't what the caller typed.
     """
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
-        self.told = False

@@ -196,23 +196,20 @@ def _check_trainer(top: dict[str, Any]) -> None:
     if fitting == "ExpertAssignmentTrainer" and top["arch"]["args"].get("num_experts") == 1:
         raise ConfigError("arch.args.num_experts: 1 expert leaves nothing to assign; use 2 or more")
     if fitting == "ExpertAssignmentTrainer" and (top["data_loader"]["args"] or {}).get("mix"):
-        raise ConfigError("data_loader.args.mix: expert assignment learns which experts are right about an image, and a "
-                          "mixed one has no right answer; leave it out")
+        raise ConfigError("data_loader.args.mix: no expert is right about a mixed image; leave it out with an EAModel")
     trainer["amp"] = trainer["amp"] or "off"
     trainer["hooks"] = [check_part(HOOKS, spec, f"trainer.hooks[{i}]") for i, spec in enumerate(trainer["hooks"])]
     if fitting != "DetectionTrainer":
         if trainer["iterations"] is not None:
             raise ConfigError("trainer.iterations: only detection is counted in steps; use trainer.epochs")
         if top["lr_scheduler"].get("type") == "IterationLR":
-            raise ConfigError("lr_scheduler.type: IterationLR is stepped after each batch, in detection only; use "
-                              "CustomLR or MultiStepLR, in epochs")
+            raise ConfigError("lr_scheduler.type: IterationLR is for detection only; use CustomLR or MultiStepLR")
 
 
 def check_second_stage(config: dict[str, Any]) -> None:
     """A second stage that trains has a first stage's model to start from. Raises ConfigError."""
     if config["second_stage"] and not config["load_crt"]:
-        raise ConfigError("load_crt: missing; this config trains the classifier of a model that is trained already: "
-                          "--load_crt STAGE1_CHECKPOINT")
+        raise ConfigError("load_crt: missing; this trains a trained model's classifier: --load_crt STAGE1_CHECKPOINT")
 
 
 def inferred_trainer(arch: Any, distill: bool) -> str:
