@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tools.cli import Parser
 from tools.published import PUBLISHED, SOURCES
-from tools.run_table import COLUMNS, FIGURES, Row, csv_table, html_table, markdown_table, text_table
+from tools.run_table import COLUMNS, FIGURES, Row, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of
 from utils.cli import run_main
 from utils.errors import ConfigError, unknown
 from utils.files import write_text
+
+if TYPE_CHECKING:  # a second to import: only where a table is made
+    from pandas import DataFrame
 
 #: Config values that change what is written or shown, not what is learned.
 COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "figures",
@@ -84,17 +86,13 @@ def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[in
         return None, None
 
 
-def mean_row(rows: Sequence[Row]) -> Row:
-    """The mean of runs that differ only in seed, with their standard deviations under `sd`."""
-    row = {**rows[0], "kind": "mean", "run": f"mean of {len(rows)} seeds", "sd": {},
-           "seed": ", ".join(row["seed"] for row in rows),
-           "note": "± is the standard deviation"}
-    for key in (*FIGURES, "images_per_s", "seconds"):
-        values = [row[key] for row in rows if row[key] is not None]
-        row[key] = statistics.fmean(values) if len(values) == len(rows) else None
-        if key in FIGURES and row[key] is not None:
-            row["sd"][key] = statistics.stdev(values)
-    return row
+def mean_row(table: DataFrame) -> Row:
+    """The mean of runs that differ only in seed, with their standard deviations as `<key>_sd`."""
+    numbers = table[[*FIGURES, "images_per_s", "seconds"]].astype(float)
+    means, spreads = numbers.mean(skipna=False), numbers[list(FIGURES)].std(skipna=False)
+    return {**table.iloc[0], **means, **{f"{key}_sd": value for key, value in spreads.items()}, "kind": "mean",
+            "run": f"mean of {len(table)} seeds", "seed": ", ".join(table["seed"]),
+            "note": "± is the standard deviation"}
 
 
 def published_rows(data: Iterable[str] | None) -> list[Row]:
@@ -102,9 +100,8 @@ def published_rows(data: Iterable[str] | None) -> list[Row]:
     rows = []
     for entry in PUBLISHED:
         if data is None or entry.data in data:
-            row: Row = dict.fromkeys([*(column.key for column in COLUMNS), *FIGURES])
             figures = {key: getattr(entry, key) for key in ("all", "many", "medium", "few")}
-            row |= {key: None if value is None else round(value / 100, 6) for key, value in figures.items()}
+            row = {key: None if value is None else round(value / 100, 6) for key, value in figures.items()}
             row |= {key: getattr(entry, key) for key in ("method", "data", "model", "experts", "epochs")}
             row |= {"run": f"published [{entry.source}]", "seed": "", "note": "quoted, not run here",
                     "kind": "published", "source": SOURCES[entry.source]}
@@ -112,35 +109,37 @@ def published_rows(data: Iterable[str] | None) -> list[Row]:
     return rows
 
 
-def arrange(rows: Sequence[Row], sort: str | None = None, only_means: bool = False) -> list[Row]:
+def arrange(rows: Iterable[Row], sort: str | None = None, only_means: bool = False) -> DataFrame:
     """The rows in order, runs that differ only in seed together and followed by their mean.
 
     Without `sort`: by data set, then the best first. With it, by that column, the best (else the smallest) first.
     """
-    together: dict[str, list[Row]] = {}
-    for index, row in enumerate(rows):
-        together.setdefault(row.get("same", str(index)), []).append(row)
-    blocks = []
-    for group in together.values():
-        newest = {row["seed"]: row for row in group}  # the same seed twice is no second sample
-        group = sorted(group, key=lambda row: (int(row["seed"] or 0), row["run"]))
-        mean = [mean_row([newest[seed] for seed in sorted(newest, key=int)])] if len(newest) > 1 else []
-        blocks.append(mean if mean and only_means else group + mean)
-    column = next((c for c in COLUMNS if c.key == (sort or "all")), None)
+    import pandas as pd
+    table, blocks = frame(rows), []
+    alone = table["same"].isna()
+    for _, group in table.groupby(table["same"].where(~alone, table.index.astype(str))):
+        newest = group.drop_duplicates("seed", keep="last")  # the same seed twice is no second sample
+        if len(newest) > 1:
+            number = newest["seed"].astype(int)
+            mean = frame([mean_row(newest.loc[number.sort_values().index])])
+            group = group.iloc[group["seed"].astype(int).argsort(kind="stable")]
+            group = mean if only_means else pd.concat([group, mean])
+        blocks.append(group)
+    column = next(c for c in COLUMNS if c.key == (sort or "all"))
 
-    def order(block: list[Row]) -> tuple:
-        value = block[-1][column.key]
-        if value is None:
-            return "" if sort else block[-1]["data"], True, 0, block[-1]["run"]
-        return "" if sort else block[-1]["data"], False, -value if column.best > 0 else value, block[-1]["run"]
-    return [row for block in sorted(blocks, key=order) for row in block]
+    def order(block: DataFrame) -> tuple:
+        last = block.iloc[-1]
+        value = last[column.key]
+        rank = 0 if value is None else -value if column.best > 0 else value
+        return "" if sort else last["data"], value is None, rank, last["run"]
+    return frame(row for block in sorted(blocks, key=order) for row in block.to_dict("records"))
 
 
 # ---------------------------------------------------------------------- the command
 
 def compare(folder: Path, *, sort: str | None = None, published: str = "same", only_means: bool = False,
-            costs: bool = True) -> tuple[list[Row], list[str]]:
-    """(the arranged rows of every run under `folder`, a line for each folder that was skipped).
+            costs: bool = True) -> tuple[DataFrame, list[str]]:
+    """(the table of every run under `folder`, a line for each folder that was skipped).
 
     published: "same" adds published rows for the data sets that occur, "all" every one, "none" none.
     """
@@ -183,19 +182,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw_curves(find_runs(folder)[0], args.folder, args.curves)
         if not args.readme:
             return
-    rows, skipped = compare(folder, sort=args.sort, published="none" if args.readme else args.published,
-                            only_means=args.only_means or args.readme, costs=not args.no_costs)
+    table, skipped = compare(folder, sort=args.sort, published="none" if args.readme else args.published,
+                             only_means=args.only_means or args.readme, costs=not args.no_costs)
     for line in skipped:
         print(f"skipped {line}")
-    if not any(row["kind"] in ("run", "mean") for row in rows):
+    if not table["kind"].isin(["run", "mean"]).any():
         raise ConfigError(f"{args.folder}: holds no runs (models/<name>/<run_id> with a config.json)")
     if args.readme:
         from tools.results import readme_table
-        print(readme_table(rows))
+        print(readme_table(table.to_dict("records")))
         return
-    print(markdown_table(rows) if args.markdown == "-" else text_table(rows))
-    for path, write in ((args.csv, lambda: csv_table(rows)), (args.html, lambda: html_table(rows, "Runs compared")),
-                        (args.markdown if args.markdown != "-" else None, lambda: markdown_table(rows))):
+    print(markdown_table(table) if args.markdown == "-" else text_table(table))
+    for path, write in ((args.csv, lambda: csv_table(table)), (args.html, lambda: html_table(table, "Runs compared")),
+                        (args.markdown if args.markdown != "-" else None, lambda: markdown_table(table))):
         if path:
             write_file(path, write())
 

@@ -56,10 +56,13 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any) -> Any:
     from logger.figures.facts import BY_IMAGE, RunFacts
     from logger.figures.norms import norm_facts
     from logger.metrics_csv import read_table
-    from trainer.evaluate import evaluate
+    from trainer.precision import choose_precision
+    from trainer.tasks import task_of
+    task = task_of(loader)
     if result is None or ("predictions" not in result and result.get("classifier", "joint") == "joint"):
         result = {**(result or {}),
-                  **evaluate(run.model, loader, groups=run.config.get("groups"), keep=loader.task == "classification")}
+                  **task.evaluate(run.model, loader, groups=run.config.get("groups"), keep=task.classifies,
+                                  amp=choose_precision(run.config["trainer"]["amp"], run.device)[0])}
     if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
         result = {key: value for key, value in result.items() if key not in BY_IMAGE}
     data = run.data
@@ -114,11 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from logger.log import setup_logging
     from tools.session import open_run
-    from utils.device import pick_device
+    from utils.device import pick_device, set_determinism
     from utils.seed import seed_everything
     setup_logging(1)
     moved = [Override("data_loader.args.data_dir", args.data_dir, "--data_dir", args.data_dir)] if args.data_dir else []
     run = open_run(args.path, args.config, [*args.overrides, *moved], pick_device(args.device))
+    set_determinism(run.config["trainer"]["deterministic"])
     seed_everything(run.config["seed"])
     print(f"report     {write_report(run)}")
 

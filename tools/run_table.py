@@ -1,13 +1,16 @@
-"""The table of compared runs, written four ways: for a terminal, as Markdown, CSV and HTML."""
+"""The table of compared runs, a pandas frame, written four ways: for a terminal, as Markdown, CSV and HTML."""
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-#: A run, a mean or a published figure: the columns' keys, `kind` ("run", "mean" or "published"), of means also `sd`.
+from logger.metrics_csv import csv_text
+
+if TYPE_CHECKING:  # a second to import: only where a table is made
+    from pandas import DataFrame
+
+#: A run, a mean or a published figure: the columns' keys, `kind` ("run", "mean" or "published"), a mean's `<key>_sd`.
 Row = dict[str, Any]
 
 
@@ -54,89 +57,86 @@ FIGURES = {"all": "accuracy", "many": "many_shot_acc", "medium": "medium_shot_ac
            "class_mean": "class_mean_acc", "macro_f1": "macro_f1"}
 
 
-def cell(row: Row, column: Column) -> str:
+#: What only programs see of a row: in the CSV, and (the last two) nowhere.
+MORE = ("class_mean", "macro_f1", "kind", "source")
+SPREADS = tuple(f"{key}_sd" for key in FIGURES)
+HIDDEN = ("same", "config")
+
+
+def frame(rows: Iterable[Row]) -> DataFrame:
+    """Rows as a frame with a column for every key; None for what isn't known."""
+    import pandas as pd
+    columns = [*(column.key for column in COLUMNS), *MORE, *SPREADS, *HIDDEN]
+    table = pd.DataFrame(list(rows), columns=columns, dtype=object)
+    return table.where(table.notna(), None)
+
+
+def cell(row: Mapping[str, Any], column: Column) -> str:
     """A row's entry as text; "-" for what isn't known."""
     value = row.get(column.key)
     if value is None:
         return "-"
-    spread = row.get("sd", {}).get(column.key) if column.spread else None
+    spread = row.get(f"{column.key}_sd") if column.spread else None
     return column.write(value) + (f" ± {column.write(spread)}" if spread is not None else "")
 
 
-def text_table(rows: Sequence[Row]) -> str:
-    """Aligned columns for a terminal; columns without any entry are left out."""
-    shown = _shown(rows)
-    table = [[column.head for column in shown], *([cell(row, column) for column in shown] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(shown))]
-    lines = ["  ".join(text.rjust(width) if column.numeric else text.ljust(width)
-                       for text, width, column in zip(line, widths, shown)).rstrip() for line in table]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+def shown(table: DataFrame) -> tuple[list[Column], list[Row], list[list[str]]]:
+    """(the columns that have any entry, the rows as dicts, their texts)."""
+    columns = [column for column in COLUMNS if not table[column.key].isin([None, ""]).all()]
+    rows = table.to_dict("records")
+    return columns, rows, [[cell(row, column) for column in columns] for row in rows]
 
 
-def _shown(rows: Sequence[Row]) -> list[Column]:
-    return [column for column in COLUMNS if any(row.get(column.key) not in (None, "") for row in rows)]
+def sources(table: DataFrame) -> list[str]:
+    """Where published rows are quoted from."""
+    return sorted(table["source"].dropna().unique())
 
 
-def markdown(columns: Sequence[Column], table: Sequence[Sequence[str]]) -> str:
+def text_table(table: DataFrame) -> str:
+    """Aligned columns for a terminal."""
+    columns, _, texts = shown(table)
+    lines = [[column.head for column in columns], *texts]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    aligned = ["  ".join(text.rjust(width) if column.numeric else text.ljust(width)
+                         for text, width, column in zip(line, widths, columns)).rstrip() for line in lines]
+    return "\n".join([aligned[0], "  ".join("-" * width for width in widths), *aligned[1:]])
+
+
+def markdown(columns: Sequence[Column], texts: Sequence[Sequence[str]]) -> str:
     """Lines of texts as a Markdown table under the columns' heads."""
     lines = [[column.head for column in columns], ["---:" if column.numeric else "---" for column in columns],
-             *([text.replace("|", "\\|") for text in line] for line in table)]
+             *([text.replace("|", "\\|") for text in line] for line in texts)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_table(table: DataFrame) -> str:
     """A Markdown table; means are bold, published rows in italics."""
-    shown, table = _shown(rows), []
-    for row in rows:
-        mark = {"mean": "**", "published": "*"}.get(row["kind"], "")
-        texts = [cell(row, column) for column in shown]
-        table.append([f"{mark}{text}{mark}" if text.strip() else "" for text in texts])
-    sources = sorted({row["source"] for row in rows if row.get("source")})
-    return markdown(shown, table) + "\n" + ("\n" + "".join(f"- {source}\n" for source in sources) if sources else "")
+    columns, rows, texts = shown(table)
+    marks = [{"mean": "**", "published": "*"}.get(row["kind"], "") for row in rows]
+    quoted = "".join(f"- {source}\n" for source in sources(table))
+    return markdown(columns, [[f"{mark}{text}{mark}" if text.strip() else "" for text in line]
+                              for mark, line in zip(marks, texts)]) + "\n" + (f"\n{quoted}" if quoted else "")
 
 
-def csv_table(rows: Sequence[Row]) -> str:
+def csv_table(table: DataFrame) -> str:
     """CSV for programs: numbers as they are (accuracies as fractions), empty where unknown, `_sd` beside the means."""
-    keys = [*(column.key for column in COLUMNS), "class_mean", "macro_f1", "kind", "source"]
-    spreads = [f"{key}_sd" for key in FIGURES]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys + spreads, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        sd = {f"{key}_sd": value for key, value in row.get("sd", {}).items()}
-        writer.writerow({key: "" if value is None else value for key, value in {**row, **sd}.items()})
-    return text.getvalue()
+    return csv_text([key for key in table if key not in HIDDEN], table.to_dict("records"))
 
 
-def html_table(rows: Sequence[Row], title: str) -> str:
+def html_table(table: DataFrame, title: str) -> str:
     """A page of its own with the table; the best of each data set is marked."""
-    from tools.page import escape, page
-    shown = _shown(rows)
-    best = {(data, column.key): _best([row for row in rows if row["data"] == data and row["kind"] != "published"],
-                                      column) for data in {row["data"] for row in rows} for column in shown}
-    lines = []
-    for row in rows:
-        cells = []
-        for column in shown:
-            marks = ["num"] * column.numeric
-            if column.best and row.get(column.key) is not None and row["kind"] != "published" \
-                    and row[column.key] == best[row["data"], column.key]:
-                marks.append("best")
-            cells.append(f'<td class="{" ".join(marks)}">{escape(cell(row, column))}</td>')
-        lines.append(f'<tr class="{row["kind"]}">{"".join(cells)}</tr>')
-    heads = "".join(f'<th class="{"num" if column.numeric else ""}">{escape(column.head)}</th>' for column in shown)
-    sources = sorted({row["source"] for row in rows if row.get("source")})
-    notes = ("<p class='note'>Published rows are quoted: " + escape("; ".join(sources)) + ".</p>") if sources else ""
-    count = sum(row["kind"] == "run" for row in rows)
-    runs = "1 run" if count == 1 else f"{count} runs"
-    body = (f"<header><h1>{escape(title)}</h1><p class='lead'>{runs}. Accuracies are percentages of the test "
-            "images; many, medium and few are the means over classes with many, some and few training images. The best "
-            "of each data set is marked.</p></header>"
-            f"<div class='scroll'><table class='runs'><thead><tr>{heads}</tr></thead>"
-            f"<tbody>{''.join(lines)}</tbody></table></div>{notes}")
-    return page(title, body, wide=True)
+    from tools.page import render
+    columns, rows, texts = shown(table)
+    own = table[table["kind"] != "published"]
+    best = {column.key: own.groupby("data")[column.key].agg(
+        lambda values, largest=column.best > 0: (max if largest else min)(values.dropna(), default=None)).to_dict()
+        for column in columns if column.best}
 
-
-def _best(rows: Sequence[Row], column: Column) -> Any:
-    values = [row[column.key] for row in rows if row.get(column.key) is not None]
-    return (max if column.best > 0 else min)(values) if column.best and values else None
+    def marks(row: Row, column: Column) -> str:
+        is_best = column.best and row["kind"] != "published" and row[column.key] is not None \
+            and row[column.key] == best[column.key][row["data"]]
+        return " ".join(["num"] * column.numeric + ["best"] * bool(is_best))
+    lines = [(row["kind"], [(text, marks(row, column)) for text, column in zip(line, columns)])
+             for row, line in zip(rows, texts)]
+    return render("compare.html", title=title, columns=columns, lines=lines, sources=sources(table),
+                  count=sum(row["kind"] == "run" for row in rows))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tools.compare import arrange, mean_row, published_rows
-from tools.run_table import COLUMNS, cell, clock, markdown_table, text_table
+from tools.run_table import COLUMNS, cell, clock, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import data_of, find_runs, method_of
 
 CONFIG = {"name": "ce", "seed": 0, "arch": {"type": "ResNet32Model", "args": {"num_classes": 10}},
@@ -142,16 +142,16 @@ def test_only_the_seed_may_differ(tmp_path):
     make_run(tmp_path, "c", 0, 0.7)
     from tools.compare import row_of
     runs, _ = find_runs(tmp_path)
-    rows = arrange([row_of(run, costs=False) for run in runs])
-    assert not [row for row in rows if row["kind"] == "mean"], "another rate, and the same seed twice"
+    table = arrange([row_of(run, costs=False) for run in runs])
+    assert len(table) == 3 and (table["kind"] == "run").all(), "another rate, and the same seed twice"
 
 
 def test_a_mean_needs_every_run_to_have_the_figure():
     rows = [{"run": str(seed), "seed": str(seed), **{c.key: 0.5 for c in COLUMNS if c.spread}, "class_mean": None,
              "macro_f1": 0.1, "images_per_s": None, "seconds": 5.0} for seed in (0, 1)]
     rows[1]["few"] = None
-    mean = mean_row(rows)
-    assert mean["few"] is None and mean["sd"]["all"] == 0 and mean["seconds"] == 5.0
+    mean = frame([mean_row(frame(rows))]).iloc[0]
+    assert mean["few"] is None and mean["all_sd"] == 0 and mean["seconds"] == 5.0
 
 
 def test_published_rows_say_so():
@@ -180,8 +180,24 @@ def test_a_figure_of_zero_is_a_figure(tmp_path):
     from tools.compare import row_of
     rows = [row_of(run, costs=False) for run in find_runs(tmp_path)[0]]
     for column in COLUMNS:
-        arranged = [row["run"] for row in arrange(rows, column.key)]
+        arranged = arrange(rows, column.key)["run"].tolist()
         assert len(arranged) == 3
         if column.key in ("all", "many", "few"):
             assert arranged == ["ce/good", "ce/zero", "ce/untested"]
-    assert arrange(rows)[1]["all"] == 0.0
+    assert arrange(rows)["all"].tolist()[1] == 0.0
+
+
+def test_what_people_name_things_runs_nowhere():
+    """A run's name is text in the page, in the CSV and in the Markdown table."""
+    name = "=1+1 <script>alert(1)</script> | x"
+    table = frame([{"run": name, "kind": "run", "data": "a", "all": 0.5}])
+    page = html_table(table, "<b>Runs</b>")
+    assert "<script" not in page and "&lt;script&gt;" in page and "<b>Runs" not in page
+    assert next(csv.DictReader(csv_table(table).splitlines()))["run"] == f"'{name}"
+    assert r"\| x" in markdown_table(table)
+
+
+def test_help_comes_at_once(run_cli):
+    """pandas is imported where a table is made, not where --help is asked for."""
+    done = run_cli(["-X", "importtime", "-m", "tools.compare", "--help"], check=True)
+    assert "pandas" not in done.stderr and "torch" not in done.stderr

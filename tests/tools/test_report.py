@@ -172,11 +172,21 @@ def test_norm_facts_are_the_layers():
     assert mabn["second"] == [[1.0, 1.0, 1.0]] and len(mabn["gradient"]) == 1
 
 
-def test_names_are_text_and_not_html():
-    from tools.page import table
-    assert "<b>" not in table(["class"], [["<b>bold</b>"]])
+def test_names_are_text_and_not_html(tmp_path):
     svg = to_svg(list(drawings(made_up(class_names=["<script>"] * 10)))[2].draw(), '"><script>')
     assert "<script>" not in svg
+    from base.run_paths import RunPaths
+    from tools.report_page import report_page
+    name = "<script>alert('x')</script>"
+    config = {"arch": {"type": "ResNet32Model"}, "loss": {"type": name}, "trainer": {"epochs": 1},
+              "data_loader": {"type": "ImageFolderLTDataLoader", "args": {"data_dir": f"photos {name}"}}}
+    run = SimpleNamespace(path=tmp_path / "checkpoint-epoch1.pth", config=config, checkpoint={"epoch": 0}, device="cpu",
+                          model=None)
+    loader = SimpleNamespace(raw_image=lambda index: np.zeros((4, 4, 3), np.uint8))
+    facts = made_up(class_names=[name] * 10, config=config)
+    page = report_page(facts, run, RunPaths(tmp_path, tmp_path), [], loader)
+    assert "<script" not in page and page.count("&lt;script&gt;") > 10
+    assert "<dd>0 of 1</dd>" in page, "epoch 0 is an epoch"
 
 
 def test_users_matplotlib_settings_dont_leak_in():
