@@ -23,6 +23,7 @@ from tools.cli import Parser
 from tools.published import PUBLISHED, SOURCES
 from tools.run_table import COLUMNS, FIGURES, Row, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of
+from utils.class_counts import group_limits
 from utils.cli import run_main
 from utils.errors import ConfigError, unknown
 from utils.files import write_text
@@ -47,8 +48,11 @@ def row_of(run: RunRecord, costs: bool = True) -> Row:
     notes = [{"test": "", "val": "validation figures"}.get(run.split, "no figures yet")]
     if run.split != "test" and asked and run.epochs_done < asked:
         notes.append(f"{run.epochs_done} of {asked} epochs")
+    limits = group_limits(run.config.get("groups"))
+    if limits != group_limits():
+        notes.append(f"many over {limits['many']:g}, few under {limits['few']:g}")
     return {"run": run.name, "method": run.method, "data": data_of(run.config), "model": model_of(run.config),
-            "experts": experts_of(run.config), "epochs": run.epochs_done or None, "parameters": cost[0],
+            "experts": experts_of(run.config), "epochs": run.epochs_done, "parameters": cost[0],
             "gflops": cost[1], "images_per_s": run.images_per_second, "seconds": run.seconds,
             "seed": str(run.config.get("seed", 0)), "note": ", ".join(filter(None, notes)), "kind": "run",
             "same": _sameness(run), "config": str(run.paths.config),

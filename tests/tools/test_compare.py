@@ -201,3 +201,20 @@ def test_help_comes_at_once(run_cli):
     """pandas is imported where a table is made, not where --help is asked for."""
     done = run_cli(["-X", "importtime", "-m", "tools.compare", "--help"], check=True)
     assert "pandas" not in done.stderr and "torch" not in done.stderr
+
+
+def test_other_groups_are_named(tmp_path):
+    """Accuracies of groups with other limits aren't those of the published rows: the note says which they are."""
+    from tools.compare import row_of
+    make_run(tmp_path, "own", accuracy=0.5, groups={"many": 50, "few": 10})
+    make_run(tmp_path, "usual", accuracy=0.5, groups={"many": 100, "few": 20})
+    notes = {run.name: row_of(run, costs=False)["note"] for run in find_runs(tmp_path)[0]}
+    assert notes == {"ce/own": "many over 50, few under 10", "ce/usual": ""}
+
+
+def test_zero_epochs_are_a_number(tmp_path):
+    from tools.compare import row_of
+    models = make_run(tmp_path, "new", epochs=0)
+    (models / "checkpoint-epoch0.pth").unlink()
+    (models / "model_best.pth").touch()
+    assert row_of(find_runs(tmp_path)[0][0], costs=False)["epochs"] == 0
