@@ -11,6 +11,7 @@ from logger.log import get_logger
 from trainer.evaluate import evaluate
 from trainer.schedules import bring_to
 from trainer.step import Part, StepTrainer
+from utils.errors import ConfigError
 
 log = get_logger()
 
@@ -96,14 +97,19 @@ class Trainer(StepTrainer):
             for hook in self.hooks:
                 hook.log_step(self.global_step)
 
+    def evaluate(self, loader: Any, *, validating: bool = False, **more: Any) -> dict[str, Any] | None:
+        """The figures of the unwrapped model (the one that is saved) on a split, over all ranks; `validating`: with the
+        criterion's loss and the config's metrics. more: see `trainer.evaluate.evaluate`."""
+        if validating:
+            more.update(criterion=self.criterion, metrics=self.metrics)
+        return evaluate(self.judged_model, loader, groups=self.config.get("groups"), amp=self.amp,
+                        memory_format=self.memory_format, **more)
+
     def validate(self, epoch: int) -> dict[str, float | None] | None:
-        """Figures of the unwrapped model (the one that is saved) on the validation split, over all ranks."""
-        result = evaluate(self.judged_model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
-                          groups=self.config.get("groups"), amp=self.amp, memory_format=self.memory_format,
-                          stop=lambda batch: self.stop.agreed(self.device, batch % 10 == 0))
-        if result is None:
-            return None
-        return self.shown(result)
+        """See BaseTrainer."""
+        result = self.evaluate(self.valid_loader, validating=True,
+                               stop=lambda batch: self.stop.agreed(self.device, batch % 10 == 0))
+        return None if result is None else self.shown(result)
 
     def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
         """What of a validation pass goes into the log and metrics.csv."""
@@ -112,8 +118,7 @@ class Trainer(StepTrainer):
 
     def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
         """The figures of the weights as they are on another split; with `keep` also by image, as far as known."""
-        return evaluate(self.judged_model, loader, groups=self.config.get("groups"), amp=self.amp,
-                        memory_format=self.memory_format, keep=keep)
+        return self.evaluate(loader, keep=keep)
 
     @property
     def wants_images(self) -> bool:
@@ -131,11 +136,12 @@ class Trainer(StepTrainer):
         images, labels = next(iter(self.train_loader))
         figures = self.step([Part(images, labels, *self.train_loader.share(0))])
         log.info("dry run: a training step on %d images, loss %.4f", len(images), float(figures["loss"]))
+        if not torch.isfinite(figures["loss"]):
+            raise ConfigError("the first training step's loss isn't finite; try a smaller --lr")
         if self.valid_loader is not None:
-            result = evaluate(self.judged_model, self.valid_loader, criterion=self.criterion, metrics=self.metrics,
-                              groups=self.config.get("groups"), amp=self.amp, memory_format=self.memory_format,
-                              max_batches=1)
-            log.info("dry run: a validation step on %d images, loss %.4f", result["n_samples"], result["loss"])
+            result = self.evaluate(self.valid_loader, validating=True, max_batches=1)
+            log.info("dry run: a validation step on %d images%s", result["n_samples"],
+                     f", loss {result['loss']:.4f}" if "loss" in result else "")
 
     # ------------------------------------------------------------------ around it
 

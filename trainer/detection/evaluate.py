@@ -20,14 +20,13 @@ from data_loader.detection import masks
 from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
-from utils.class_counts import group_limits
+from utils.class_counts import GROUPS, group_limits, shot_group
 from utils.files import write_text
 
 KINDS = ("bbox", "segm")
 #: Name, IoU threshold (None: the mean over 0.5, 0.55, ..., 0.95), area range.
 FIGURES = (("AP", None, "all"), ("AP50", 0.5, "all"), ("AP75", 0.75, "all"), ("APs", None, "small"),
            ("APm", None, "medium"), ("APl", None, "large"))
-GROUPS = ("many", "medium", "few")
 
 
 def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, torch.Tensor]],
@@ -178,7 +177,7 @@ def class_groups(cls_num_list: list[int] | None, limits: dict[str, int]) -> dict
     """Indices of the many-, medium- and few-shot classes by their training instances (none where unknown)."""
     groups: dict[str, list[int]] = {name: [] for name in GROUPS}
     for k, n in enumerate(cls_num_list or []):
-        groups["many" if n > limits["many"] else "few" if n < limits["few"] else "medium"].append(k)
+        groups[shot_group(n, **limits)].append(k)
     return groups
 
 

@@ -9,13 +9,12 @@ from torch import nn
 
 from logger.figures.detections import as_picture, draw_detections
 from logger.log import get_logger
-from trainer.detection.evaluate import evaluate_detector
+from trainer.detection.evaluate import KINDS, evaluate_detector
 from trainer.hooks import HOOKS
 from trainer.hooks.curves import Curves
 from trainer.precision import autocast
 from trainer.step import Part
 from trainer.trainer import Trainer
-from utils.errors import ConfigError
 
 log = get_logger()
 #: What each epoch's validation reports; test.py reports all of it.
@@ -96,31 +95,12 @@ class DetectionTrainer(Trainer):
 
     # ------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, loader: Any, **more: Any) -> dict[str, Any] | None:
+    def evaluate(self, loader: Any, *, validating: bool = False, **more: Any) -> dict[str, Any] | None:
+        """Box and mask AP. There is no validation loss: detectors sample regions for it at random."""
         return evaluate_detector(self.judged_model, loader, groups=self.config.get("groups"), amp=self.amp,
                                  cls_num_list=self.train_loader.cls_num_list, **more)
 
-    def validate(self, epoch: int) -> dict[str, float | None] | None:
-        """Box and mask AP on the validation split, over all ranks. There is no validation loss: detectors sample
-        regions for it at random."""
-        figures = self._evaluate(self.valid_loader, stop=lambda batch: self.stop.agreed(self.device, batch % 10 == 0))
-        if figures is None:
-            return None
-        names = [f"{kind}_{name}" for kind in ("bbox", "segm") for name in SHOWN]
-        monitored = self.monitor.removeprefix("val_")
-        return {name: figures[name] for name in dict.fromkeys((*names, monitored)) if name in figures}
-
-    def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
-        return self._evaluate(loader, keep=keep)
-
-    def dry_run(self) -> None:
-        """One training step and one validation step; writes nothing."""
-        self._start_epoch(1, 0)
-        images, targets = next(iter(self.train_loader))
-        figures = self.step([Part(images, targets, *self.train_loader.share(0))])
-        log.info("dry run: a training step on %d images, loss %.4f", len(images), float(figures["loss"]))
-        if not torch.isfinite(figures["loss"]):
-            raise ConfigError("the first training step's loss isn't finite; try a smaller --lr")
-        if self.valid_loader is not None:
-            result = self._evaluate(self.valid_loader, max_batches=1)
-            log.info("dry run: a validation step on %d images", result["n_samples"])
+    def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
+        names = [f"{kind}_{name}" for kind in KINDS for name in SHOWN]
+        return {name: result[name] for name in dict.fromkeys((*names, self.monitor.removeprefix("val_")))
+                if name in result}

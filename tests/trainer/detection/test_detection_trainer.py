@@ -14,6 +14,7 @@ from tests.conftest import ROOT, run_python
 from tests.scenes import SCENES, SMALL, coco_content
 from trainer.detection.evaluate import KINDS
 from trainer.detection.trainer import DetectionTrainer
+from trainer.hooks.curves import Statistics
 from trainer.schedules import build_optimizer, build_scheduler
 from utils.config.load import check_config
 from utils.seed import seed_everything
@@ -104,6 +105,31 @@ def test_epochs_that_end_before_the_iterations_win(scenes, tmp_path):
     assert make(config_for(scenes, tmp_path, epochs=1, iterations=10_000), "x", dry=True).epochs == 1
 
 
+def test_a_stop_during_validation_does_not_wait_for_its_end(scenes, tmp_path):
+    from utils.checkpoint.store import load_checkpoint
+    config = config_for(scenes, tmp_path, epochs=1)
+    whole = make(config, "whole")
+    assert len(whole.valid_loader) > 1
+    whole.train()
+    stopped, seen = make(config, "stopped"), []
+    stopped.model.register_forward_hook(lambda model, *_: None if model.training else seen.append(1))
+    stopped.stop.agreed = lambda *_: bool(seen)
+    checkpoint = load_checkpoint(stopped.train())
+    assert len(seen) == 1 and checkpoint["batch"] == len(stopped.train_loader)
+    resumed = make(config, "resumed", checkpoint)
+    resumed.train()
+    one, other = ((tmp_path / f"log/scenes/{run}/metrics.csv").read_text() for run in ("whole", "resumed"))
+    assert one == other
+
+
+def test_statistics_are_recorded_once_and_of_the_last_norm(scenes, tmp_path):
+    trainer = make(config_for(scenes, tmp_path, record_statistics=True), "statistics", dry=True)
+    recorders = [hook.recorder for hook in trainer.hooks if isinstance(hook, Statistics)]
+    norms = [name for name, module in trainer.model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert [recorder.layer for recorder in recorders] == [norms[-1]]
+    assert len(trainer.model.get_submodule(norms[-1])._forward_hooks) == 1
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def settings(values):
@@ -142,6 +168,8 @@ def test_train_and_test_from_the_command_line(scenes, tmp_path):
         assert 0 <= figures[f"{kind}_AP"] <= 1 and len(figures[f"{kind}_per_class_AP"]) == 10
         assert f"{kind}_AP_few" in figures
         assert isinstance(json.loads((models / f"detections_{kind}.json").read_text()), list)
+    run_python(["-m", "tools.report", models, "-d", "cpu"], check=True)
+    assert "bbox AP50" in (models / "report.html").read_text()
     refused = run_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu", "--classifier", "ncm"])
     assert refused.returncode == 2 and "--classifier" in refused.stderr
 
