@@ -191,7 +191,7 @@ WRONG = [  # path, value, what the line must hold
     ("data_loader", {"type": "DigitScenesDataLoader", "args": {"data_dir": "x", "batch_size": 2}},
      "data_loader.type: DigitScenesDataLoader gives boxes and masks, and ResNet32Model learns classes; choose"),
     ("trainer.iterations", 500, "trainer.iterations: only detection is counted in steps; use trainer.epochs"),
-    ("lr_scheduler", {"type": "IterationLR", "args": {"milestones": [3]}}, "lr_scheduler.type: IterationLR is stepped"),
+    ("lr_scheduler", {"type": "IterationLR", "args": {"milestones": [3]}}, "lr_scheduler.type: IterationLR is for detection"),
     ("trainer.monitor", "max acc val", "trainer.monitor: unknown figure"),
     ("trainer.monitor", "val_accuracy", "trainer.monitor: must be \"off\""),
     ("trainer.monitor", "max val_acuracy", "did you mean 'val_accuracy'?"),
