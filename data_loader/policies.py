@@ -154,9 +154,9 @@ def _warp(images: Tensor, turn: Tensor) -> Tensor:
     """Shear, shift or turn: the nearest pixel, black from outside."""
     n, channels, size = images.shape[:3]
     (x, y), inside = sources(turn, torch.arange(size, device=images.device))
-    place = y.mul_(size).add_(x).bitwise_and_(inside).view(n, 1, -1)
+    place = y.mul_(size).add_(x).bitwise_and_(inside).reshape(n, 1, -1)
     found = images.flatten(2).gather(2, place.expand(-1, channels, -1))
-    return found.bitwise_and_(inside.view(n, 1, -1).to(torch.uint8)).view_as(images)
+    return found.bitwise_and_(inside.reshape(n, 1, -1).to(torch.uint8)).view_as(images)
 
 
 # ---------------------------------------------------------------------- one look-up

@@ -45,12 +45,12 @@ def one_by_one(image: np.ndarray, name: str, strength: float) -> np.ndarray:
        seed=st.integers(0, 1000))
 def test_each_operation_gives_torchvisions_pixels(name: str, size: int, wide: bool, level: int, sign: int,
                                                   seed: int) -> None:
-    images = pictures(6, size, seed)
+    images = pictures(1 + seed % 6, size, seed)
     strengths = policies.magnitudes(31, size, wide).get(name, torch.zeros(31, dtype=torch.float64))
     strength = float(strengths[level]) * (sign if name in policies._SIGNED else 1)
     found = policies.apply(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-                           torch.full((6,), policies.OPERATIONS.index(name)),
-                           torch.full((6,), strength, dtype=torch.float64))
+                           torch.full((len(images),), policies.OPERATIONS.index(name)),
+                           torch.full((len(images),), strength, dtype=torch.float64))
     for image, batch in zip(images, found.permute(0, 2, 3, 1).numpy()):
         np.testing.assert_array_equal(batch, one_by_one(image, name, strength))
 
