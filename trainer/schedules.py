@@ -261,12 +261,13 @@ def _build_muon(args: dict[str, Any], model: torch.nn.Module, options: dict[str,
 
 def _build_torch(kind: Any, args: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any],
                  path: str) -> torch.optim.Optimizer:
-    found = getattr(torch.optim, str(kind), None)
+    table = OPTIMIZERS if kind in OPTIMIZERS else torch.optim
+    found = table[kind] if kind in OPTIMIZERS else getattr(torch.optim, str(kind), None)
     known = inspect.signature(found).parameters if inspect.isclass(found) else {}
     # Where fp16's scaler skips the very first step, the fused SGD leaves its momentum uninitialised.
     if "fused" in known and not {"fused", "foreach", "differentiable"} & set(args) and options["amp"] != "fp16":
         args = {**args, "fused": True}
     try:
-        return build(torch.optim, {"type": kind, "args": args}, path, groups)
+        return build(table, {"type": kind, "args": args}, path, groups)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}.args: {error}") from None
