@@ -18,7 +18,7 @@ from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from data_loader.memory import MemoryImages
 from data_loader.mixing import Mixing
 from data_loader.pixels import PixelLoader, suited_size
-from data_loader.policies import POLICIES
+from data_loader.policies import DRAWS
 from data_loader.samplers import SAMPLERS, ClassBalancedSampler
 from data_loader.splitting import (
     Division,
@@ -86,7 +86,7 @@ class ImageDataLoader(PixelLoader):
                  cache: bool | str = "auto", pin_memory: bool | None = None, prefetch: int = 4,
                  distributed: bool | None = None, seed: int = 0, device: str | torch.device = "cpu", rank: int = 0,
                  world_size: int = 1, epochs: int | None = None, transform: Callable | None = None,
-                 augment: Literal["basic", "autoaugment", "randaugment", "trivialaugment"] = "basic",
+                 augment: str = "basic",
                  rotation: float | None = None, cutout: int = 0, random_erasing: float = 0.0, mix: dict | None = None,
                  facts: Any = None):
         self.data_dir = data_dir
@@ -160,8 +160,8 @@ class ImageDataLoader(PixelLoader):
             raise refuse("prefetch", "1 or more")
         if self.imb_factor is not None:
             img_num_per_cls(1, 1, self.imb_type, self.imb_factor)
-        if self.policy not in POLICIES:
-            raise unknown("data_loader.args.augment", self.policy, POLICIES)
+        if self.policy not in ("basic", *DRAWS):
+            raise unknown("data_loader.args.augment", self.policy, ("basic", *DRAWS), "policy")
         if self.flip not in (True, False, "alternate"):
             raise refuse("flip", 'true, false or "alternate"')
         if self.rotation is not None and not 0 <= self.rotation <= 180:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-POLICIES = ("basic", "autoaugment", "randaugment", "trivialaugment")
 OPERATIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
               "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
 _NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
@@ -53,35 +52,47 @@ def magnitudes(bins: int, size: int, wide: bool = False) -> dict[str, Tensor]:
 
 
 def draw_operations(policy: str, count: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What happens to `count` images one step after the other: numbers into OPERATIONS, int64 [count, steps], and
-    signed strengths, float64 [count, steps].
+    """What happens to `count` images of `size` pixels one step after the other: numbers into OPERATIONS, int64
+    [count, steps], and signed strengths, float64 [count, steps]."""
+    return DRAWS[policy](count, size, source)
 
-    RandAugment takes two operations at 9 of 30, TrivialAugment one at any strength.
-    """
-    def integers(most: int, *shape: int) -> Tensor:
-        return torch.randint(most, shape, generator=source)
 
-    if policy == "autoaugment":
-        bins = 10
-        numbers = torch.tensor([[_NUMBER[step[0]] for step in pair] for pair in CIFAR10_POLICY])
-        chance = torch.tensor([[step[1] for step in pair] for pair in CIFAR10_POLICY])
-        strength = torch.tensor([[step[2] for step in pair] for pair in CIFAR10_POLICY])
-        chosen = integers(len(CIFAR10_POLICY), count)
-        number, strength = numbers[chosen], strength[chosen]
-        number = number.where(torch.rand(count, 2, generator=source) < chance[chosen], 0)
-    elif policy in ("randaugment", "trivialaugment"):
-        bins, steps = 31, 2 if policy == "randaugment" else 1
-        # Fourteen operations, of which one is none; Invert is AutoAugment's alone.
-        number = integers(_NUMBER["Invert"], count, steps)
-        strength = torch.full((count, steps), 9) if steps == 2 else integers(bins, count, steps)
-    else:
-        raise ValueError(f"no policy {policy!r}")
-    table = torch.zeros(len(OPERATIONS), bins, dtype=torch.float64)
-    for name, row in magnitudes(bins, size, wide=policy == "trivialaugment").items():
+def draw_autoaugment(count: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One of the 25 sub-policies for each image."""
+    numbers = torch.tensor([[_NUMBER[step[0]] for step in pair] for pair in CIFAR10_POLICY])
+    chance = torch.tensor([[step[1] for step in pair] for pair in CIFAR10_POLICY])
+    level = torch.tensor([[step[2] for step in pair] for pair in CIFAR10_POLICY])
+    chosen = torch.randint(len(CIFAR10_POLICY), (count,), generator=source)
+    number = numbers[chosen].where(torch.rand(count, 2, generator=source) < chance[chosen], 0)
+    return number, _strength(number, level[chosen], magnitudes(10, size), source)
+
+
+def draw_randaugment(count: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two operations, each at 9 of 30. Fourteen to choose from, of which one is none; Invert is AutoAugment's alone."""
+    number = torch.randint(_NUMBER["Invert"], (count, 2), generator=source)
+    return number, _strength(number, torch.full((count, 2), 9), magnitudes(31, size), source)
+
+
+def draw_trivialaugment(count: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One operation at any strength of the wide ranges."""
+    number = torch.randint(_NUMBER["Invert"], (count, 1), generator=source)
+    level = torch.randint(31, (count, 1), generator=source)
+    return number, _strength(number, level, magnitudes(31, size, wide=True), source)
+
+
+def _strength(number: Tensor, level: Tensor, ranges: dict[str, Tensor], source: torch.Generator) -> Tensor:
+    """The strength of each operation at its level, either way where it has two. number, level: [count, steps]."""
+    table = torch.zeros(len(OPERATIONS), len(next(iter(ranges.values()))), dtype=torch.float64)
+    for name, row in ranges.items():
         table[_NUMBER[name]] = row
     sign = torch.ones(len(OPERATIONS), 2, dtype=torch.float64)
     sign[[_NUMBER[name] for name in _SIGNED], 1] = -1
-    return number, table[number, strength] * sign[number, integers(2, count, number.shape[1])]
+    return table[number, level] * sign[number, torch.randint(2, number.shape, generator=source)]
+
+
+#: `data_loader.args.augment` -> what it draws.
+DRAWS: dict[str, Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]] = {
+    "autoaugment": draw_autoaugment, "randaugment": draw_randaugment, "trivialaugment": draw_trivialaugment}
 
 
 def apply(images: Tensor, number: Tensor, strength: Tensor, turn: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from base.base_data_loader import FLIP
 from data_loader.images import read_rgb, to_rgb
+from utils.errors import ConfigError
 from utils.seed import numpy_rng
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -163,6 +164,9 @@ def torchvision_policy(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     generator. AutoAugment's is the one found for ImageNet."""
     from torchvision.transforms import v2  # takes a while to import
     kinds = {"autoaugment": v2.AutoAugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+    if name not in kinds:
+        raise ConfigError(f"data_loader.args.augment: {name} is for images of 64 pixels or less; use one of "
+                          f"{', '.join(kinds)}")
     return kinds[name]()
 
 

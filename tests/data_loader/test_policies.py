@@ -55,7 +55,7 @@ def test_each_operation_gives_torchvisions_pixels(name: str, size: int, wide: bo
         np.testing.assert_array_equal(batch, one_by_one(image, name, strength))
 
 
-@pytest.mark.parametrize("policy", policies.POLICIES[1:])
+@pytest.mark.parametrize("policy", policies.DRAWS)
 def test_a_policys_batch_equals_its_steps_one_by_one(policy: str) -> None:
     recipe = Recipe(32, border=4, degrees=10.0, policy=policy, **PLAIN)
     pixels = pictures(40, 32, 1)
@@ -75,7 +75,7 @@ def test_the_sub_policies_are_torchvisions() -> None:
     assert sorted(policies.CIFAR10_POLICY) == sorted(theirs)
 
 
-@pytest.mark.parametrize("policy", policies.POLICIES[1:])
+@pytest.mark.parametrize("policy", policies.DRAWS)
 def test_operations_come_as_often_as_torchvision_draws_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-squared of (operation, strength) over both, as two samples of one distribution."""
     seen: dict[tuple, list[int]] = {}
