@@ -150,7 +150,7 @@ STANDS_FOR = {"CHECKPOINT": f"{RUN}/model_best.pth", "RUN_FOLDER": RUN, "photos/
 OWN_DATA = commands(ROOT / "docs" / "own-data.md")
 TRAININGS = [command for command in OWN_DATA if command[0] == "train.py"]
 AFTERWARDS = [command for command in OWN_DATA if command not in TRAININGS] + \
-    [command for page in PAGES for command in commands(page) if command[0] == "-m" and command[1].startswith("utils.")]
+    [command for page in PAGES for command in commands(page) if command[0] == "-m" and command[1].startswith(("tools.", "utils."))]
 #: Each once, what the reader fills in filled in.
 AFTERWARDS = list(dict.fromkeys(tuple(STANDS_FOR.get(word, word).rstrip("/") for word in command)
                                 for command in AFTERWARDS))

@@ -14,7 +14,8 @@ from tools.session import open_run
 from trainer.distill_trainer import DistillTrainer
 
 # Digits as they are (8x8) and narrow stages: what is tested is who learns what, not how well.
-SMALL = ["-d", "cpu", "--seed", "0", "--set", "data_loader.args.image_size=8", "--set", "trainer.tensorboard=false"]
+SMALL = ["-d", "cpu", "--seed", "0", "--set", "data_loader.args.image_size=8", "--set", "trainer.tensorboard=false",
+         "--set", "trainer.amp=off"]
 NARROW = ["--layer2_dimension", "16", "--layer3_dimension", "16"]
 KEYS = {"accuracy", "class_mean_acc", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "many_class_num",
         "medium_class_num", "few_class_num", "macro_f1", "ece", "loss", "n_samples", "per_class_acc", "classifier"}

@@ -125,7 +125,7 @@ def image_size(config: dict[str, Any]) -> int:
     spec = config["data_loader"]
     size = (spec.get("args") or {}).get("image_size")
     if size == "auto":
-        from data_loader.image_loader import SMALLEST_AUTO
+        from data_loader.pixels import SMALLEST_AUTO
         return SMALLEST_AUTO
     return getattr(data_loaders, spec["type"]).default_size if size is None else size
 

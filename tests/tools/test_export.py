@@ -32,7 +32,8 @@ def small_run(kind="ResNet10Model", **args):
         for name, buffer in model.named_buffers():
             if name.endswith("running_var"):
                 buffer.uniform_(0.5, 2)
-    return SimpleNamespace(path=Path("model.pth"), config={"arch": arch, "name": "small"}, model=model,
+    config = {"arch": arch, "name": "small"}
+    return SimpleNamespace(path=Path("model.pth"), config=config, model=model, temperature=1.0,
                            checkpoint={"data": {"preprocess": PREPROCESS, "class_names": list("abcde")}})
 
 
