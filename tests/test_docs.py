@@ -124,7 +124,7 @@ def test_our_figures_are_the_same_on_both_pages():
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"\| ([\d.]+) / ([\d.]+) / ([\d.]+) / ([\d.]+) \|$", (ROOT / "docs" / "reproduce.md").read_text(),
                       re.MULTILINE)
-    assert len(rows) >= 10
+    assert len(rows) >= 5
     for row in rows:
         assert "| " + " | ".join(row) + " |" in readme, row
 
@@ -150,7 +150,8 @@ STANDS_FOR = {"CHECKPOINT": f"{RUN}/model_best.pth", "RUN_FOLDER": RUN, "photos/
 OWN_DATA = commands(ROOT / "docs" / "own-data.md")
 TRAININGS = [command for command in OWN_DATA if command[0] == "train.py"]
 AFTERWARDS = [command for command in OWN_DATA if command not in TRAININGS] + \
-    [command for page in PAGES for command in commands(page) if command[0] == "-m" and command[1].startswith(("tools.", "utils."))]
+    [command for page in PAGES for command in commands(page)
+     if command[0] == "-m" and command[1].startswith(("tools.", "utils."))]
 #: Each once, what the reader fills in filled in.
 AFTERWARDS = list(dict.fromkeys(tuple(STANDS_FOR.get(word, word).rstrip("/") for word in command)
                                 for command in AFTERWARDS))
