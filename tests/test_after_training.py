@@ -95,3 +95,55 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained):
     other = checkpoint.parent / "other.pth"
     other.write_bytes(checkpoint.read_bytes())
     assert open_run(other).temperature == 1      # another file's isn't taken
+
+
+def test_open_set_on_several_processes_is_refused_before_anything_is_read(trained, monkeypatch, tmp_path):
+    """Without joining them either: nobody else is there in this test."""
+    (tmp_path / "unknown.txt").write_text("a.png\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("tools.session.load_checkpoint", lambda *args: pytest.fail("read a checkpoint"))
+    with pytest.raises(ConfigError, match="--open_set: needs all test images in one process"):
+        figures(trained[0], "--open_set", tmp_path / "unknown.txt")
+
+
+def test_other_data_and_older_weights_have_files_of_their_own(runs_of_photos):
+    """test_metrics.json stays the run's own; the others name data and checkpoint."""
+    models, other = runs_of_photos
+    own = (models / "test_metrics.json").read_text()
+    test_script.main(["-r", str(models / "checkpoint-epoch2.pth"), "-d", "cpu", "-q", "--data_dir", str(other)])
+    test_script.main(["-r", str(models / "checkpoint-epoch1.pth"), "-d", "cpu", "-q"])
+    assert (models / "test_metrics.json").read_text() == own
+    elsewhere = json.loads((models / "test_metrics.other.checkpoint-epoch2.json").read_text())
+    assert elsewhere["n_samples"] == 6 and elsewhere["data_dir"] == str(other)
+    earlier = json.loads((models / "test_metrics.checkpoint-epoch1.json").read_text())
+    assert earlier["checkpoint"] == "checkpoint-epoch1.pth"
+    test_script.main(["-r", str(models / "checkpoint-epoch2.pth"), "-d", "cpu", "-q"])
+    again = json.loads((models / "test_metrics.json").read_text())
+    assert again["checkpoint"] == "checkpoint-epoch2.pth" and again["loss"] == pytest.approx(json.loads(own)["loss"])
+
+
+@pytest.fixture
+def runs_of_photos(tmp_path):
+    """(the models folder of two epochs on photos in folders, a folder `other` with test photos of the same classes)."""
+    import numpy as np
+    from PIL import Image
+
+    import train as train_script
+
+    def photos(folder, count, shade):
+        folder.mkdir(parents=True)
+        for i in range(count):
+            noise = np.random.default_rng(i).integers(0, 60, (12, 12, 3)) + shade
+            Image.fromarray(noise.astype(np.uint8)).save(folder / f"{shade}_{i}.png")
+    for shade, name in ((20, "ant"), (150, "bee")):
+        for part, count in (("train", 8), ("test", 4)):
+            photos(tmp_path / "own" / part / name, count, shade)
+        photos(tmp_path / "other" / "test" / name, 3, shade)
+    train_script.main([
+        "-c", "configs/image_folder_ride.json", "--data_dir", str(tmp_path / "own"), "--save_dir",
+        str(tmp_path / "saved"), "--run_id", "a", "-d", "cpu", "--epochs", "2", "--save_period", "1",
+        "--num_experts", "1", "--bs", "4", "--set", "arch.type=ResNet32Model", "--set", "trainer.amp=off",
+        "--set", "data_loader.args.image_size=12", "--set", "trainer.tensorboard=false",
+        "--set", "data_loader.args.num_workers=0"])
+    return tmp_path / "saved" / "models" / "image_folder_ride" / "a", tmp_path / "other"

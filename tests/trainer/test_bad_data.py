@@ -97,3 +97,16 @@ def test_a_list_with_a_label_out_of_range_names_its_line(runs, data, tmp_path):
     with pytest.raises(ConfigError, match=r"val\.txt.*7"):
         runs("list", "--epochs", 1, **settings(data))
     assert not (runs.save_dir / "models").exists()
+
+
+def test_a_label_beyond_the_models_classes_is_named_by_file_and_line(runs, tmp_path):
+    folder = tmp_path / "listed"
+    folder.mkdir()
+    for i in range(12):
+        rgb(i).save(folder / f"{i}.png")
+    (folder / "train.txt").write_text("".join(f"{i}.png {i % 3}\n" for i in range(9)) + "9.png 7\n")
+    (folder / "test.txt").write_text("10.png 0\n11.png 1\n")
+    with pytest.raises(ConfigError, match=r"train\.txt, line 10: label 7 is out of range.*num_classes is 3"):
+        runs("labels", "--set", "data_loader.type=ListFileDataLoader", arch={"args": {"num_classes": 3}},
+             **settings(folder))
+    assert not runs.models("labels").exists()
