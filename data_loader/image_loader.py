@@ -117,6 +117,8 @@ class ImageDataLoader(PixelLoader):
                 splits.class_names, facts["class_names"], not training) is None):
             follow_classes(splits, facts["class_names"], str(data_dir), some=not training)
         self.notes = list(splits.notes)
+        if self.mixing is not None and training:
+            self.notes.append("images are mixed: the training accuracy counts the label that makes up more of each")
         if image_size == "auto" and splits.test.paths is not None:
             self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu")
             self.notes.append(note)
