@@ -83,11 +83,21 @@ def test_only_rank_0_writes(both):
     assert first["written"] and not second["written"]
 
 
-def test_a_stop_of_one_rank_stops_all_at_the_same_step(runs, same_state):
+#: Parts of a recipe, each of which draws or remembers something on every rank.
+PARTS = {"averages": {}, "averages, mixing, policies, SAM around Muon, rates by the step": {
+    "data_loader": {"args": {"augment": "autoaugment", "cutout": 6, "mix": {"type": "either"}}},
+    "optimizer": {"type": "SAM", "args": {"rho": 0.05, "base": {"type": "Muon", "args": {}}}},
+    "lr_scheduler": {"type": "CosLR", "args": {"by": "step", "warmup_epoch": 0.5}}}}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_stop_of_one_rank_stops_all_at_the_same_step(runs, same_state, parts):
     averages = {"ema": {"decay": 0.9}, "swa": {"epochs": 1}}
 
     def command(run_id, *more):
-        config = runs.config(arch={"args": {"dropout": 0.2}}, trainer=averages)
+        sections = {**PARTS[parts]}
+        runs.base["optimizer"] = sections.pop("optimizer", runs.base["optimizer"])  # in place of SGD's arguments
+        config = runs.config(arch={"args": {"dropout": 0.2}}, trainer=averages, **sections)
         return [str(part) for part in ("-c", config, "-d", "cpu", "--run_id", run_id, *more)]
     stopped = runs.models("stopped") / "checkpoint-epoch2.pth"
     run_ranks(stop_and_resume, [command("stopped"), ["-r", str(stopped), "-d", "cpu"], command("straight")])
