@@ -96,7 +96,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     log.info(model.summary())
 
     criterion = session.make_criterion(config, train_loader.cls_num_list)
-    teacher = session.make_teacher(config, model.num_classes, device)
+    teacher = session.make_teacher(start, model.num_classes, device)
     optimizer = build_optimizer(config["optimizer"], model, options)
     steps_per_epoch = -(-len(train_loader) // options["accumulate"])
     scheduler = build_scheduler(config["lr_scheduler"], optimizer, options["epochs"], steps_per_epoch,

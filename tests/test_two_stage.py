@@ -17,6 +17,7 @@ from trainer.distill_trainer import DistillTrainer
 SMALL = ["-d", "cpu", "--seed", "0", "--set", "data_loader.args.image_size=8", "--set", "trainer.tensorboard=false",
          "--set", "trainer.amp=off"]
 NARROW = ["--layer2_dimension", "16", "--layer3_dimension", "16"]
+TEACHER = ["--set", "distill_arch.args.layer2_output_dim=16", "--set", "distill_arch.args.layer3_output_dim=16"]
 KEYS = {"accuracy", "class_mean_acc", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "many_class_num",
         "medium_class_num", "few_class_num", "macro_f1", "ece", "loss", "n_samples", "per_class_acc", "classifier"}
 GATES = "backbone.expert_help_pred"
@@ -146,9 +147,7 @@ def test_the_whole_chain(bench, run_cli, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(DistillTrainer, "forward", forward)
         patch.setattr(RIDELossWithDistill, "forward", loss)
-        student = bench.train("ride_distill", "--distill_checkpoint", teacher,
-                              "--set", "distill_arch.args.layer2_output_dim=16",
-                              "--set", "distill_arch.args.layer3_output_dim=16")
+        student = bench.train("ride_distill", "--distill_checkpoint", teacher, *TEACHER)
     assert len(seen) == 6 and not any(training for *_, training in seen)  # 331 images in batches of 64
     expected = open_run(teacher).model
     with torch.no_grad():
@@ -239,3 +238,22 @@ def test_what_starts_anew_is_said(bench, capsys):
 def test_gates_on_untrained_experts_are_warned_of(run_cli, tmp_path):
     done = run_cli(["train.py", "-c", "configs/digits_lt_ride_ea.json", "--dry_run", *SMALL, *NARROW], check=True)
     assert done.stdout.count("give the trained model with -r STAGE1") == 1
+
+
+@pytest.mark.parametrize(("first", "config", "flag", "more"), [
+    (["ce"], "ce", "--pretrained", []), (["ce"], "crt", "--load_crt", []),
+    (["ride_teacher"], "ride_distill", "--distill_checkpoint", TEACHER)], ids=["pretrained", "stage 1", "teacher"])
+def test_a_file_to_start_from_is_read_once(bench, monkeypatch, first, config, flag, more):
+    """Its facts are wanted before the data are read and its weights after: one file, opened once."""
+    from model.weights import remap
+    from tools import session
+    source = bench.train(*first)
+    read, reader = [], session.load_checkpoint
+
+    def counting(path, *rest):
+        read.append(str(path))
+        return reader(path, *rest)
+    for module in (session, remap):
+        monkeypatch.setattr(module, "load_checkpoint", counting)
+    bench.train(config, flag, source, *more)
+    assert read == [str(source)]

@@ -57,6 +57,17 @@ class Start:
     path: Path | None = None
     #: True: the same run goes on, in its own folder. False: a new run.
     goes_on: bool = False
+    #: Files that the config names and that were read for their facts, until their weights are wanted.
+    _opened: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    def facts_of(self, file: str) -> dict[str, Any] | None:
+        """What a file that the config names knows of its data; the file is kept for `take`."""
+        self._opened[file] = load_checkpoint(file)
+        return facts_of_checkpoint(self._opened[file])
+
+    def take(self, file: str) -> dict[str, Any]:
+        """A file that the config names, read once; it isn't held any longer, since a training takes hours."""
+        return self._opened.pop(file) if file in self._opened else load_checkpoint(file)
 
 
 def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
@@ -110,12 +121,13 @@ def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module
     return build_loss(config["loss"], cls_num_list=cls_num_list, path="loss")
 
 
-def make_teacher(config: dict[str, Any], num_classes: int, device: torch.device | str) -> nn.Module | None:
+def make_teacher(start: Start, num_classes: int, device: torch.device | str) -> nn.Module | None:
     """The teacher of a config that distils, with its weights, in evaluation mode."""
+    config = start.config
     if not config.get("distill"):
         return None
     teacher = make_model(config, num_classes, "distill_arch")
-    load_weights(teacher, config["distill_checkpoint"])
+    load_weights(teacher, start.take(config["distill_checkpoint"]), name=config["distill_checkpoint"])
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -150,9 +162,9 @@ def facts_to_follow(start: Start) -> dict[str, Any] | None:
         return facts_of_checkpoint(start.checkpoint)
     config = start.config
     if config.get("distill") and config.get("distill_checkpoint"):
-        return facts_of_checkpoint(load_checkpoint(config["distill_checkpoint"]))
+        return start.facts_of(config["distill_checkpoint"])
     source = config.get("load_crt") or config.get("pretrained")
-    facts = facts_of_checkpoint(load_checkpoint(source)) if source else None
+    facts = start.facts_of(source) if source else None
     return None if facts is None else {**facts, "optional": True}
 
 
@@ -172,9 +184,9 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
         stage1 = not start.goes_on and not any(GATES in key for key in start.checkpoint.get("state_dict") or {})
         load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=(GATES,) if stage1 else ())
     elif config.get("pretrained") and hasattr(model, "load_pretrained"):
-        log.info(model.load_pretrained(load_checkpoint(config["pretrained"]), config["pretrained"]))
+        log.info(model.load_pretrained(start.take(config["pretrained"]), config["pretrained"]))
     elif config.get("pretrained"):
-        file = load_checkpoint(config["pretrained"])
+        file = start.take(config["pretrained"])
         known = (facts_of_checkpoint(file) or {}).get("class_names")
         other = None not in (known, class_names) and list(known) != list(class_names)
         if other:
@@ -189,7 +201,7 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
     if config.get("load_crt"):
         learned = tuple(model.stage2_prefixes())
         if start.checkpoint is None:
-            load_weights(model, config["load_crt"], skip_prefixes=learned)
+            load_weights(model, start.take(config["load_crt"]), name=config["load_crt"], skip_prefixes=learned)
         model.freeze_except(learned)
 
 
@@ -226,7 +238,7 @@ class Run:
     @property
     def data(self) -> dict[str, Any]:
         """num_classes, cls_num_list, class_names, preprocess: from the checkpoint, else from the data."""
-        return self.checkpoint.get("data") or data_facts(self.loader("test"))
+        return self.facts or data_facts(self.loader("test"))
 
     @property
     def temperature(self) -> float:
@@ -236,11 +248,9 @@ class Run:
     def loader(self, split: str = "test") -> BaseDataLoader:
         """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
         if split not in self._loaders:
-            if split == "test":
-                self._loaders[split] = make_loader(self.config, self.device, training=False, facts=self.facts)
-                self.config = settled(self.config, self._loaders[split])
-            elif split == "train":
-                self._loaders[split] = make_loader(self.config, self.device, facts=self.facts)
+            if split in ("test", "train"):
+                self._loaders[split] = make_loader(self.config, self.device, training=split == "train",
+                                                   facts=self.facts)
                 self.config = settled(self.config, self._loaders[split])
             elif split == "train_eval":
                 self._loaders[split] = self.loader("train").train_eval_loader()
@@ -273,9 +283,8 @@ def open_run(path: str | Path, config: str | Path | None = None, overrides: list
         checkpoint["state_dict"] = checkpoint["raw_state_dict"]
     effective = load_config(config, overrides) if config else config_of(checkpoint, path, overrides)
     device = torch.device(device)
-    facts = checkpoint.get("data") if isinstance(checkpoint.get("data"), dict) else None
-    num_classes = effective["arch"].get("args", {}).get("num_classes") or (facts or {}).get("num_classes")
     run = Run(path, effective, checkpoint, nn.Identity(), device)
+    num_classes = effective["arch"].get("args", {}).get("num_classes") or (run.facts or {}).get("num_classes")
     if num_classes is None:
         num_classes = run.loader("test").num_classes
     model = make_model(effective, num_classes)
