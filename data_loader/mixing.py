@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from base.base_data_loader import MIX
 from base.labels import MixedLabels
+from utils.config.build import check_args
+from utils.config.signature import of_callable
 from utils.errors import ConfigError, unknown
 from utils.seed import generator, numpy_rng
 
@@ -36,31 +38,20 @@ class Mixing:
     def __post_init__(self) -> None:
         if self.type not in KINDS:
             raise unknown(f"{PATH}.type", self.type, KINDS)
-        self._need("alpha", self.alpha > 0 if self._number(self.alpha) else False, "a number over 0")
-        self._need("prob", 0 <= self.prob <= 1 if self._number(self.prob) else False, "0 to 1")
-        self._need("off_epochs", isinstance(self.off_epochs, int) and not isinstance(self.off_epochs, bool)
-                   and self.off_epochs >= 0, "a whole number, 0 or more")
-
-    @staticmethod
-    def _number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    def _need(self, name: str, right: bool, wanted: str) -> None:
-        if not right:
-            raise ConfigError(f"{PATH}.{name}: must be {wanted}, not {getattr(self, name)!r}")
+        for name, right, wanted in (("alpha", 0 < self.alpha < math.inf, "a number over 0"),
+                                    ("prob", 0 <= self.prob <= 1, "0 to 1"),
+                                    ("off_epochs", self.off_epochs >= 0, "a whole number, 0 or more")):
+            if not right:
+                raise ConfigError(f"{PATH}.{name}: must be {wanted}, not {getattr(self, name)!r}")
 
     @classmethod
     def of(cls, spec: Mapping[str, Any] | None) -> Mixing | None:
         """From a config's object, None from none. Raises ConfigError."""
         if spec is None:
             return None
-        names = [field.name for field in fields(cls)]
         if not isinstance(spec, Mapping) or "type" not in spec:
             raise ConfigError(f"{PATH}: must be an object like {{\"type\": \"mixup\", \"alpha\": 0.4}}, not {spec!r}")
-        for key in spec:
-            if key not in names:
-                raise unknown(f"{PATH}.{key}", key, names, "key")
-        return cls(**spec)
+        return cls(**check_args(of_callable(cls), spec, PATH))
 
     def mix(self, images: Tensor, labels: Tensor, seed: int, epoch: int, position: int,
             rank: int = 0) -> tuple[Tensor, MixedLabels]:
