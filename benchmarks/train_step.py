@@ -41,7 +41,6 @@ from trainer.trainer import Trainer
 from utils.config.load import load_config
 
 CONFIG, BATCH, LOADER_PROCESSES = "configs/cifar100_lt_ride_bt.json", 128, 2
-PROFILED = 3    # steps
 KINDS = {"convolution": ("conv",), "norm": ("batch_norm",), "ReLU": ("relu", "threshold", "clamp_min"),
          "addition": ("add",), "matrix product": ("mm", "linear", "attention")}
 

@@ -198,8 +198,7 @@ class StepTrainer(BaseTrainer):
         loss, _, _ = self._backward(parts)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        for buffer, before in zip(self.model.buffers(), buffers):
-            buffer.copy_(before)
+        self._put_back(buffers)
         self.step_was_good = self._is_good(loss, self._gradient_norm())
 
     def _gradient_norm(self) -> torch.Tensor:
@@ -229,8 +228,7 @@ class StepTrainer(BaseTrainer):
         self._nonfinite(self.global_step, float(loss.detach()), float(norm))
         if self.scaler is not None:
             self.scaler.update()
-        for buffer, before in zip(self.model.buffers(), self.buffers_before):
-            buffer.copy_(before)
+        self._put_back(self.buffers_before)
         return False
 
     def _note_change(self, *_: Any) -> None:
@@ -239,6 +237,11 @@ class StepTrainer(BaseTrainer):
     def _remember_buffers(self) -> None:
         """With `on_nonfinite: skip`, keep the norms' statistics: a batch whose step is skipped mustn't spoil them."""
         self.buffers_before = [buffer.clone() for buffer in self.model.buffers()] if self.on_nonfinite == "skip" else []
+
+    def _put_back(self, buffers: list[torch.Tensor]) -> None:
+        """The model's buffers as copies of them were taken; nothing where none were."""
+        for buffer, before in zip(self.model.buffers(), buffers):
+            buffer.copy_(before)
 
     def _nonfinite(self, step: int, loss: float | None = None, norm: float | None = None) -> None:
         where = (f"epoch {self.epoch}, step {step + 1}, lr {self.optimizer.param_groups[0]['lr']:.4g}"

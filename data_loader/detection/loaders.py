@@ -72,7 +72,6 @@ class CocoDataLoader(BaseDataLoader):
         if not self.root.is_dir():
             raise ConfigError(f"data_loader.args.data_dir: no folder {self.root}")
         self._train: CocoSplit | None = None
-        self._train_read = False
         split = self._training_split() if training else self._validation_split()
         if training and validation == "holdout":
             split = split.subset(self._held_out(split)[1])
