@@ -59,7 +59,8 @@ class NoiseLoader(ImbalanceCIFAR100DataLoader):
 
 def parts(args: argparse.Namespace) -> tuple[dict, Any, nn.Module, nn.Module]:
     """The config, the training loader, the model and the loss, alike for both sides."""
-    config = load_config(CONFIG, [("trainer.amp", "bf16", "--bf16")] if args.side == "ours, bf16" else [])
+    # Said on either side: the config's own "auto" is bf16 on hardware that has it.
+    config = load_config(CONFIG, [("trainer.amp", "bf16" if args.side == "ours, bf16" else "off", "--bf16")])
     kind = ImbalanceCIFAR100DataLoader if args.data_dir else NoiseLoader
     loader = kind(args.data_dir, BATCH, imb_factor=0.01, validation="none")
     torch.manual_seed(0)
