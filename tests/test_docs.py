@@ -221,7 +221,7 @@ def test_what_comes_after(command, new_user, monkeypatch, capsys):
     command = list(command)
     if command[1] == "tools.sweep" and "--dry_run" not in command:
         command.append("--dry_run")  # a real one is in tests/utils/test_sweep.py
-    if command[1] != "utils.config.schema" and {"-d", "--gpus"}.isdisjoint(command) and \
+    if command[1] != "tools.keys" and {"-d", "--gpus"}.isdisjoint(command) and \
             command[1] not in ("tools.compare", "tools.gflops", "tools.convert_checkpoint"):
         command += ["-d", "cpu"]
     said = say(command, capsys)

@@ -1,11 +1,10 @@
 """The config's keys as data: name, type, default, range and a line of explanation each.
 
-The checker reads these tables, and so does the reference in docs (`python -m utils.config.schema` prints it).
+The checker reads these tables, and so does the reference in docs (`python -m tools.keys` prints it).
 Arguments of models, losses, loaders, optimizers and schedules aren't here: their constructors say what they take.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
@@ -188,16 +187,3 @@ LIMITS = {
 def defaults(rows: tuple[Row, ...], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` with the defaults of the keys that it leaves out; of those that must be given, none."""
     return {row.name: copy(row.default) for row in rows if row.default is not REQUIRED} | dict(given)
-
-
-def reference(rows: tuple[Row, ...] = TRAINER, prefix: str = "trainer.") -> str:
-    """The rows as a Markdown table, for the README."""
-    lines = ["| key | default | |", "| --- | --- | --- |"]
-    for row in rows:
-        default = "(must be given)" if row.default is REQUIRED else f"`{json.dumps(row.default)}`"
-        lines.append(f"| `{prefix}{row.name}` | {default} | {row.doc} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(reference(TOP, ""), reference(GROUPS, "groups."), reference(), sep="\n\n")

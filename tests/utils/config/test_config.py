@@ -12,7 +12,7 @@ from utils.config.annotation import parse
 from utils.config.check import constructor, known_types
 from utils.config.load import Override, check_config, load_config
 from utils.config.read import MAX_BYTES
-from utils.config.schema import GROUPS, REQUIRED, SECTIONS, TOP, TRAINER, reference
+from utils.config.schema import GROUPS, REQUIRED, SECTIONS, TOP, TRAINER
 from utils.config.signature import of_callable
 from utils.errors import ConfigError
 
@@ -317,6 +317,7 @@ def test_schema_is_sound():
             from utils.config.annotation import convert
             assert convert(row.default, kind) == row.default, row.name
     assert len({row.name for row in TRAINER}) == len(TRAINER)
+    from tools.keys import reference
     assert "| `trainer.epochs` | (must be given) |" in reference()
 
 
