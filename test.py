@@ -28,6 +28,7 @@ def test(args: Namespace) -> dict[str, Any]:
     """The evaluation, step by step; returns what is written to test_metrics.json."""
     from logger.log import get_logger, setup_logging
     from tools.session import open_run
+    from tools.words import words_for
     from trainer.precision import choose_precision
     from trainer.tasks import task_of, write_figures
     from utils import dist
@@ -66,6 +67,8 @@ def test(args: Namespace) -> dict[str, Any]:
         result["open_set"] = open_set(args, run, head, result)
     everything = dict(result)
     log.info("%s", task.format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
+    for line in words_for(run.config, result, loader):
+        log.info(line)
     target = figures_file(args, run)
     result.update(checkpoint=run.path.name, data_dir=(run.config["data_loader"].get("args") or {}).get("data_dir"))
     if dist.is_main():

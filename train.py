@@ -60,6 +60,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from logger.log import get_logger, set_verbosity, setup_logging
     from tools import session
     from tools.launch import note_stop
+    from tools.words import words_for
     from trainer import trainer_class
     from trainer.schedules import build_optimizer, build_scheduler
     from trainer.tasks import task_of, write_figures
@@ -124,6 +125,8 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         task = task_of(test_loader)
         result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images)
         log.info("\n%s", task.format_result(result, f"test, epoch {trainer.last_epoch}"))
+        for line in words_for(config, result, test_loader):
+            log.info(line)
         trainer.run_ended(result)
         if dist.is_main():
             write_figures(task, checkpoint.parent / "test_metrics.json", result)

@@ -114,6 +114,7 @@ class ListFileDataLoader(_ListDataLoader):
 
     lists = ("train.txt", "val.txt", "test.txt")
     jitter = 0.4
+    own_images = True
 
 
 class ImageFolderLTDataLoader(_ImageDataLoader):
@@ -122,6 +123,7 @@ class ImageFolderLTDataLoader(_ImageDataLoader):
     """
 
     jitter = 0.4
+    own_images = True
 
     def read(self, training: bool) -> _datasets.Splits:
         return _folders.read_folders(self.data_dir, self.division, self.allow_outside, self.whole)

@@ -76,6 +76,7 @@ class ImageDataLoader(PixelLoader):
     jitter = 0.0                 # colour jitter of large training images
     holdout_cap = 50             # validation images a class at most, where they cost no training image
     degrees = 15.0
+    own_images = False           # somebody's photos rather than a benchmark: their figures are also put in words
 
     def __init__(self, data_dir: str, batch_size: int = 128, shuffle: bool = True, num_workers: int | None = None,
                  training: bool = True, balanced: bool = False, retain_epoch_size: bool = True, *,

@@ -107,7 +107,7 @@ def test_open_set_on_several_processes_is_refused_before_anything_is_read(traine
         figures(trained[0], "--open_set", tmp_path / "unknown.txt")
 
 
-def test_other_data_and_older_weights_have_files_of_their_own(runs_of_photos):
+def test_other_data_and_older_weights_have_files_of_their_own(runs_of_photos, capsys):
     """test_metrics.json stays the run's own; the others name data and checkpoint."""
     models, other = runs_of_photos
     own = (models / "test_metrics.json").read_text()
@@ -118,7 +118,9 @@ def test_other_data_and_older_weights_have_files_of_their_own(runs_of_photos):
     assert elsewhere["n_samples"] == 6 and elsewhere["data_dir"] == str(other)
     earlier = json.loads((models / "test_metrics.checkpoint-epoch1.json").read_text())
     assert earlier["checkpoint"] == "checkpoint-epoch1.pth"
-    test_script.main(["-r", str(models / "checkpoint-epoch2.pth"), "-d", "cpu", "-q"])
+    capsys.readouterr()
+    test_script.main(["-r", str(models / "checkpoint-epoch2.pth"), "-d", "cpu"])
+    assert "of 100 photos like the 8 it was tested on" in capsys.readouterr().out
     again = json.loads((models / "test_metrics.json").read_text())
     assert again["checkpoint"] == "checkpoint-epoch2.pth" and again["loss"] == pytest.approx(json.loads(own)["loss"])
 

@@ -1,0 +1,73 @@
+"""What a run's test figures mean for somebody with photos: how far to trust it, and which classes need more of them."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from logger.figures.facts import RunFacts
+from logger.figures.style import count_of
+
+MOST = 5            # classes that are named
+CLEARLY = 0.10      # how far under the accuracy of all photos a class must lie to be named
+OFF = 0.05          # a calibration error from which on probabilities are called into question
+Z = 1.96            # of a 95 % interval
+
+
+def in_words(facts: RunFacts) -> list[str]:
+    """One or two sentences each on trust and on photos that are missing; [] where there are no test figures.
+
+    The range is Wilson's 95 % interval of the share of right answers (Wilson, JASA 1927): what other photos of the
+    same kind would give. A class is named where its own accuracy lies ten points under that of all photos, those with
+    the fewest training photos first.
+    """
+    result = facts.result
+    if not facts.classifies or not result.get("n_samples"):
+        return []
+    return [_trust(result["accuracy"], int(result["n_samples"]), result.get("ece")),
+            *_photos(facts, result.get("per_class_acc") or [])]
+
+
+def words_for(config: dict[str, Any], result: dict[str, Any], loader: Any) -> list[str]:
+    """`in_words` of a split's figures where its images are somebody's own; nothing is said of a benchmark's."""
+    if not getattr(loader, "own_images", False):
+        return []
+    return in_words(RunFacts(config, result, list(loader.cls_num_list), loader.class_names))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share seen in `count` trials: (low, high), 0 to 1."""
+    middle = share + Z * Z / (2 * count)
+    half = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    return max((middle - half) / (1 + Z * Z / count), 0.0), min((middle + half) / (1 + Z * Z / count), 1.0)
+
+
+def _trust(accuracy: float, count: int, ece: float | None) -> str:
+    low, high = (f"{100 * value:.0f}" for value in wilson(accuracy, count))
+    text = (f"how far to trust it: of 100 photos like the {count:,} it was tested on it names {100 * accuracy:.0f} "
+            f"right ({low} to {high})")
+    if ece is None:
+        return text + "."
+    text += f"; its probabilities are {100 * ece:.0f} points off on average"
+    return text + (" (python test.py -r CHECKPOINT --calibrate mends most of that)." if ece > OFF else ".")
+
+
+def _photos(facts: RunFacts, right: Sequence[float | None]) -> list[str]:
+    """right: each class's accuracy on the test photos, None where it has none."""
+    bar = facts.result["accuracy"] - CLEARLY
+    weak = [label for label, value in enumerate(right) if value is not None and value < bar]
+    weak.sort(key=lambda label: (facts.counts[label], right[label]))
+    lines = []
+    if weak:
+        named = ", ".join(f"{facts.names[n]} ({count_of(facts.counts[n], 'training photo', 'training photos')}, "
+                          f"{100 * right[n]:.0f} % right)" for n in weak[:MOST])
+        more = f" and {len(weak) - MOST} more" if len(weak) > MOST else ""
+        lines.append(f"more photos would help most for: {named}{more}.")
+    else:
+        lines.append("no class stands out as weak: more photos of any would do.")
+    unknown = [label for label, value in enumerate(right) if value is None]
+    if unknown:
+        named = ", ".join(facts.names[label] for label in unknown[:MOST])
+        more = f" and {len(unknown) - MOST} more" if len(unknown) > MOST else ""
+        lines.append(f"nothing is known of {named}{more}: no test photo.")
+    return lines
