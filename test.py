@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
 def test(args: Namespace) -> dict[str, Any]:
     """The evaluation, step by step; returns what is written to test_metrics.json."""
     from logger.log import get_logger, setup_logging
+    from tools.allocator import keep_freed_memory
     from tools.session import open_run
     from tools.words import words_for
     from trainer.precision import choose_precision
@@ -38,6 +39,8 @@ def test(args: Namespace) -> dict[str, Any]:
     setup_logging(0 if args.quiet else 2)
     log = get_logger()
     device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if args.open_set and dist.world_size() > 1:
         raise ConfigError("--open_set: needs all test images in one process; run it without torchrun")
     dist.setup(device)

@@ -59,6 +59,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     """The run, step by step."""
     from logger.log import get_logger, set_verbosity, setup_logging
     from tools import session
+    from tools.allocator import keep_freed_memory
     from tools.launch import note_stop
     from tools.words import words_for
     from trainer import trainer_class
@@ -79,6 +80,8 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
                     ", ".join(dict.fromkeys(args.ignored)))
 
     device = pick_device(args.device, config["n_gpu"])
+    if device.type == "cpu":
+        keep_freed_memory()
     dist.setup(device)
     set_determinism(options["deterministic"])
     seed_everything(config["seed"], dist.rank())

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.allocator import keep_freed_memory
 from benchmarks.timing import cpu_seconds, finish, interleave, machine, parser, spread
 from model.model import build_model
 from model.norm import MABN2d, fold_norm
+from tools.allocator import keep_freed_memory
 
 TOLERANCE = 1e-4     # of the largest output
 

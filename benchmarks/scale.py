@@ -33,10 +33,10 @@ def peak_bytes(device: torch.device) -> int:
 
 def measure(classes: int, experts: int, batch: int, rounds: int, cpu_time: bool) -> dict[str, float]:
     """Median seconds of a training step and of an evaluation step, peak bytes, and the counters' bytes."""
-    from benchmarks.allocator import keep_freed_memory
     from model.loss import build_loss
     from model.metric import EvalState, accuracy, top_k_acc
     from model.model import build_model
+    from tools.allocator import keep_freed_memory
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     idle, clock = peak_bytes(device), cpu_seconds if cpu_time else time.perf_counter

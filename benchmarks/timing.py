@@ -74,6 +74,11 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
+#: What a CPU may multiply with, by the name of torch's question about it.
+FEATURES = {"_is_avx2_supported": "AVX2", "_is_avx512_supported": "AVX-512",
+            "_is_avx512_bf16_supported": "AVX512-BF16", "_is_amx_tile_supported": "AMX"}
+
+
 def machine(threads: int | None = None) -> dict[str, object]:
     """What the figures were measured on, for the JSON and the first line printed."""
     import torch
@@ -84,8 +89,10 @@ def machine(threads: int | None = None) -> dict[str, object]:
     except OSError:
         pass
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": name, "cores": os.cpu_count(), "threads": threads or torch.get_num_threads(), "gpu": gpu,
-            "torch": torch.__version__, "python": platform.python_version()}
+    features = [feature for question, feature in FEATURES.items() if getattr(torch.cpu, question, bool)()]
+    return {"cpu": name, "features": features, "cores": os.cpu_count(),
+            "threads": threads or torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__,
+            "python": platform.python_version()}
 
 
 def finish(name: str, results: object, args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 FAULTS = """
 import resource
-from benchmarks.allocator import keep_freed_memory
+from tools.allocator import keep_freed_memory
 print(keep_freed_memory())
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,6 +28,6 @@ def test_large_blocks_are_mapped_once(run_cli):
 
 
 def test_a_tuned_allocator_is_left_alone(monkeypatch):
-    from benchmarks.allocator import keep_freed_memory
+    from tools.allocator import keep_freed_memory
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert keep_freed_memory() is False

@@ -1,0 +1,181 @@
+"""What `benchmarks.train_step` times, each built in a process of its own: a function a name that it is asked by."""
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.original import WORKERS, OriginalTrainer
+from benchmarks.timing import cpu_seconds
+from data_loader.data_loaders import ImbalanceCIFAR100DataLoader
+from data_loader.datasets import ImageSet, Splits
+from data_loader.imbalance import img_num_per_cls
+from data_loader.policies import DRAWS
+from model.loss import build_loss
+from model.model import build_model
+from tools.allocator import keep_freed_memory
+from trainer.hooks.averages import WeightAverage
+from trainer.schedules import build_optimizer
+from trainer.trainer import Trainer
+from utils.config.load import load_config
+
+CONFIG, MUON, BATCH = "configs/cifar100_lt_ride_bt.json", "configs/cifar100_lt_muon.json", 128
+COUNTS = img_num_per_cls(500, 100, "exp", 0.01)     # CIFAR-100-LT's, 10,847 images
+KINDS = {"convolution": ("conv",), "norm": ("batch_norm",), "ReLU": ("relu", "threshold", "clamp_min"),
+         "addition": ("add",), "matrix product": ("mm", "linear", "attention")}
+
+
+class NoiseLoader(ImbalanceCIFAR100DataLoader):
+    """CIFAR-100-LT's counts, 32 x 32 noise."""
+
+    def read(self, training: bool) -> Splits:
+        def noise(labels: np.ndarray) -> ImageSet:
+            pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+            return ImageSet(labels, pixels)
+        return Splits(noise(np.repeat(np.arange(100), COUNTS)),
+                      noise(np.repeat(np.arange(100), 100)), num_classes=100)
+
+    def _imbalanced(self, splits: Splits) -> tuple:
+        return splits.train, None
+
+
+def make_loader(args: argparse.Namespace, **more: Any) -> ImbalanceCIFAR100DataLoader:
+    kind = ImbalanceCIFAR100DataLoader if args.data_dir else NoiseLoader
+    return kind(args.data_dir, BATCH, imb_factor=0.01, validation="test", **more)
+
+
+def parts(args: argparse.Namespace, amp: str) -> tuple[dict, Any, nn.Module, nn.Module]:
+    """The config, the training loader, the model and the loss, alike for both sides."""
+    config = load_config(CONFIG, [("trainer.amp", amp, "")])
+    loader = make_loader(args)
+    torch.manual_seed(0)
+    model = build_model(config["arch"], loader.num_classes)
+    return config, loader, model, build_loss(config["loss"], cls_num_list=loader.cls_num_list)
+
+
+def valid_steps(args: argparse.Namespace, loader: Any, valid: Any) -> int:
+    """Validation batches of a turn: of all of them, the share that `--steps` are of an epoch."""
+    return max(1, round(len(valid) * args.steps / len(loader)))
+
+
+# ---- how they are timed --------------------------------------------------------------------------------------------
+
+def timed(turn: Callable[[], None], args: argparse.Namespace) -> Callable[[], float]:
+    clock = cpu_seconds if args.cpu_time else time.perf_counter
+
+    def seconds() -> float:
+        began = clock()
+        turn()
+        return clock() - began
+    return seconds
+
+
+def profile(turn: Callable[[], None]) -> dict[str, float]:
+    """Each kind of work's share of the time of `turn`, in descending order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        turn()
+    shares: dict[str, float] = {}
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("aten::")
+        own = name if event.key.startswith("aten::") else ""
+        kind = next((kind for kind, words in KINDS.items() if any(word in own for word in words)), "the rest")
+        if kind == "convolution":
+            kind += ", backward" if "backward" in name else ", forward"
+        shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: value / total for kind, value in sorted(shares.items(), key=lambda item: -item[1])}
+
+
+# ---- the sides -----------------------------------------------------------------------------------------------------
+
+def make_trainer(args: argparse.Namespace, amp: str, **options: Any) -> Trainer:
+    """As train.py makes it; options: more of the config's `trainer`."""
+    keep_freed_memory()
+    config, loader, model, criterion = parts(args, amp)
+    config["trainer"].update(options)
+    return Trainer(model, criterion, build_optimizer(config["optimizer"], model, config["trainer"]), config,
+                   train_loader=loader, valid_loader=loader.split_validation())
+
+
+def ours(args: argparse.Namespace, amp: str) -> dict[str, Callable]:
+    """The last `--steps` steps of an epoch, and their share of the validation, by the trainer that `train.py` uses."""
+    trainer = make_trainer(args, amp)
+    start = len(trainer.train_loader) - args.steps
+    batches = valid_steps(args, trainer.train_loader, trainer.valid_loader)
+    epochs = iter(range(1, 10**9))
+
+    def turn() -> None:
+        trainer.train_epoch(next(epochs), start)
+        trainer.evaluate(trainer.valid_loader, validating=True, max_batches=batches)
+    return {"go": timed(turn, args), "profile": partial(profile, turn)}
+
+
+def original(args: argparse.Namespace) -> dict[str, Callable]:
+    """The same steps by RIDE's own loop."""
+    config, loader, model, criterion = parts(args, "off")
+    valid = loader.split_validation()
+    trainer = OriginalTrainer(model, criterion, config["optimizer"]["args"], loader, valid, args.steps,
+                              valid_steps(args, loader, valid), 0 if args.cpu_time else WORKERS)
+    return {"go": timed(trainer.epoch, args), "profile": partial(profile, trainer.epoch)}
+
+
+class Stopwatch:
+    """Seconds spent inside a function, by putting itself in its place."""
+
+    def __init__(self, owner: Any, name: str, clock: Callable[[], float]):
+        self.seconds, self.clock, self.inner = 0.0, clock, getattr(owner, name)
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        began = self.clock()
+        try:
+            return self.inner(*args, **more)
+        finally:
+            self.seconds += self.clock() - began
+
+
+def recipe_parts(args: argparse.Namespace) -> dict[str, Callable]:
+    """A round of turns for every part: seconds of an epoch without any, and what each adds to it."""
+    trainer = make_trainer(args, "auto", ema={"decay": 0.999})
+    clock = cpu_seconds if args.cpu_time else time.perf_counter
+    loaders = {name: make_loader(args, augment=name) for name in ("basic", *DRAWS)}
+    steps, epochs = len(trainer.train_loader), iter(range(1, 10**9))
+    muon = build_optimizer(load_config(MUON)["optimizer"], trainer.model, trainer.options)
+    optimizers = {"SGD": trainer.optimizer, "muon": muon}
+    watches = {name: Stopwatch(optimizer, "step", clock) for name, optimizer in optimizers.items()}
+    average = next(hook for hook in trainer.hooks if isinstance(hook, WeightAverage))
+    averaging = Stopwatch(average, "step_taken", clock)
+
+    def train(name: str) -> tuple[float, float, float]:
+        """Seconds a step of the whole, of the optimizer's step, of the average."""
+        trainer.optimizer, watches[name].seconds, averaging.seconds = optimizers[name], 0.0, 0.0
+        began = clock()
+        trainer.train_epoch(next(epochs), steps - args.steps)
+        return tuple(seconds / args.steps for seconds in (clock() - began, watches[name].seconds, averaging.seconds))
+
+    def load(loader: Any) -> float:
+        loader.set_epoch(next(epochs))
+        began = clock()
+        for _ in loader:
+            pass
+        return clock() - began
+
+    def turn() -> dict[str, float]:
+        (whole, sgd, ema), (_, own, _) = train("SGD"), train("muon")
+        loading = {name: load(loader) for name, loader in loaders.items()}
+        return {"epoch": (whole - ema) * steps, "ema": ema * steps, "muon": (own - sgd) * steps,
+                **{name: loading[name] - loading["basic"] for name in DRAWS}}
+    # Muon's steps count as steps taken: the average follows them too.
+    muon.register_step_post_hook(trainer._note_change)
+    return {"go": turn}
+
+
+SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Callable]]] = {
+    "original": original, "ours, float32": partial(ours, amp="off"), "ours, auto": partial(ours, amp="auto"),
+    "parts": recipe_parts}
