@@ -64,6 +64,8 @@ def test(args: Namespace) -> dict[str, Any]:
     result = task.evaluate(run.model, loader, groups=run.config["groups"], amp=amp,
                            keep=bool(args.open_set) or task.keeps or args.report, **more)
     result.update(note)
+    if crops_of(loader):
+        result["crops"] = crops_of(loader)
     if "expert_share" in result and "expert_acc" not in result:
         result.update(with_all_experts(run, loader, amp, args.report, **more))
     if args.open_set:
@@ -105,11 +107,18 @@ def check_classes(run: Any, loader: Any) -> None:
                           f"{run.model.num_classes}; give the data it was trained for")
 
 
+def crops_of(loader: Any) -> int | None:
+    """How many crops of each image the loader gives; None for one."""
+    return getattr(loader, "views", {}).get("crops")
+
+
 def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict[str, Any]]:
     """The head that `--classifier` asks for (None: the model's own) and what to note of it in the metrics."""
     from logger.log import get_logger
     from trainer import classifiers
     if args.expert_weights == "learn":
+        if crops_of(loader):
+            raise ConfigError("--expert_weights: learn moves whole images; leave out --crops")
         if run.model.routed or run.model.num_experts < 2:
             raise ConfigError(f"--expert_weights: learn needs several experts that every image uses; {args.resume} "
                               + ("chooses them by gates" if run.model.routed else "has one"))

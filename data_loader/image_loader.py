@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from base.base_data_loader import BaseDataLoader
+from data_loader.crops import with_crops
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import check_data_dir
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
@@ -61,6 +62,8 @@ class ImageDataLoader(PixelLoader):
         its centre anywhere. random_erasing: the share of images in which a rectangle becomes 0.
     mix: {"type": "mixup" | "cutmix" | "either", "alpha": 0.4, "prob": 1.0, "off_epochs": 0}: labels are then
         `MixedLabels`, see `data_loader.mixing`.
+    crops: of each image that isn't augmented, 1, 5 (the corners and the centre) or 10 (mirrored too), [n, K, 3, S, S];
+        expand: pixels that the short side is larger than image_size then (null: 3/28 of it).
     facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, groups follow its
         training counts, and what was training data stays training data.
     transform: a function of a PIL image for the training images instead of the loader's own (Python only).
@@ -89,6 +92,7 @@ class ImageDataLoader(PixelLoader):
                  world_size: int = 1, epochs: int | None = None, transform: Callable | None = None,
                  augment: str = "basic",
                  rotation: float | None = None, cutout: int = 0, random_erasing: float = 0.0, mix: dict | None = None,
+                 crops: int = 1, expand: int | None = None,
                  facts: Any = None):
         self.data_dir = data_dir
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
@@ -124,6 +128,7 @@ class ImageDataLoader(PixelLoader):
             self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu")
             self.notes.append(note)
         self.preprocess = test_preprocess(self.image_size, self.mean, self.std)
+        self.views = with_crops(self.preprocess, crops, expand)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
         train, self._val, self.validation_note = self._divide(splits)
         self.cls_num_list = [0] * self.num_classes if train is None else \

@@ -9,6 +9,7 @@ import torch
 
 from base.base_data_loader import AUGMENT, BaseDataLoader
 from base.labels import MixedLabels
+from data_loader.crops import enlarged_crops
 from data_loader.datasets import ImageSet
 from data_loader.erasing import erase
 from data_loader.images import read_rgb, short_side
@@ -33,7 +34,7 @@ class PixelLoader(BaseDataLoader):
         self.images, self.augment, self.store, self.files = images, augment, store, None
         self.paths = images.paths
         self._draws: tuple[int, Any] = (0, None)
-        small = self.image_size <= LARGEST_SMALL
+        small = self._is_small
         degrees = self.degrees if self.policy == "basic" and small else 0.0
         self.recipe = Recipe(self.image_size, self.mean, self.std, flip=bool(self.flip), policy=self.policy,
                              degrees=degrees if self.rotation is None else float(self.rotation),
@@ -46,17 +47,22 @@ class PixelLoader(BaseDataLoader):
             self.images = ImageSet(images.targets)  # the pixels are held once
         elif small and self.cache is not False and (self.cache is True or self._bytes(images) <= CACHE_LIMIT):
             self.store = MemoryImages(decode_all(images.paths, self.preprocess), self.recipe, self.device)
-        elif self.cache is True:
+        elif self.cache is True and self.image_size > LARGEST_SMALL:
             raise ConfigError(f"data_loader.args.cache: only images of {LARGEST_SMALL} pixels or less are kept in "
                               f"memory, image_size is {self.image_size}")
         if self.store is None or (self.transform is not None and augment):
-            source = Sources(images.paths, self.store, self.preprocess, seed=self.seed, flip=self.flip,
-                             jitter=self.jitter if self.policy == "basic" else 0.0, policy=self.policy,
+            source = Sources(images.paths, self.store, self.preprocess if augment else self.views, seed=self.seed,
+                             flip=self.flip, jitter=self.jitter if self.policy == "basic" else 0.0, policy=self.policy,
                              degrees=self.recipe.degrees, transform=self.transform if augment else None,
                              mode="base" if small else "train" if augment else "test")
             workers = worker_count(self.num_workers, self.world_size, in_memory=images.paths is None)
             pin = self.device.type == "cuda" if self.pin_memory is None else self.pin_memory
             self.files = FileBatches(source, self.targets, workers, pin and torch.cuda.is_available(), self.prefetch)
+
+    @property
+    def _is_small(self) -> bool:
+        """Whether images are cropped by the batch; several crops are taken from the larger image by workers."""
+        return self.image_size <= LARGEST_SMALL and (self.augment or "crops" not in self.views)
 
     def _bytes(self, images: ImageSet) -> int:
         side = self.preprocess["resize"] + 2 * self.recipe.border
@@ -91,6 +97,8 @@ class PixelLoader(BaseDataLoader):
             mine = positions.to(self.device)
             images = self.store.plain(index[mine]) if draws is None else \
                 self.store.augmented(index[mine], draws[positions])
+            if draws is None and "crops" in self.views:
+                images = enlarged_crops(images, self.views)
             yield images, labels[mine]
 
     def _epoch_draws(self, epoch: int, order: np.ndarray) -> Any:
@@ -105,7 +113,7 @@ class PixelLoader(BaseDataLoader):
 
     def _file_batches(self, epoch: int, keys: Iterator,
                       order: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        small = self.image_size <= LARGEST_SMALL and not (self.transform is not None and self.augment)
+        small = self._is_small and not (self.transform is not None and self.augment)
         erases = bool(self.cutout or self.random_erasing)
         draws = self._epoch_draws(epoch, order) if self.augment and (small or erases) else None
         normalise = Normalise(self.mean, self.std, self.device)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from base.base_data_loader import FLIP
+from data_loader.crops import crops_of
 from data_loader.images import read_rgb, to_rgb
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
@@ -69,8 +70,10 @@ def resize(image: Image.Image, height: int, width: int) -> torch.Tensor:
 
 
 def test_pixels(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
-    """The part of an RGB image that a test sees, before normalising: uint8 [3, S, S]."""
+    """The part of an RGB image that a test sees, before normalising: uint8 [3, S, S], of several crops [K, 3, S, S]."""
     size, resized = preprocess["image_size"], _resized(image, preprocess)
+    if preprocess.get("crops"):
+        return crops_of(resized, size, preprocess["crops"])
     top, left = (int(round((side - size) / 2)) for side in resized.shape[1:])
     return resized[:, top:top + size, left:left + size].contiguous()
 

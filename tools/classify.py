@@ -141,6 +141,7 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
 
     from data_loader.transforms import Normalise, read_for_test, test_pixels
     from data_loader.workers import worker_count
+    from model.crops import forward_crops
     device = next(model.parameters(), torch.empty(0)).device  # an exported model has none
     normalise = Normalise(preprocess["mean"], preprocess["std"], device)
     done = Predictions()
@@ -152,7 +153,7 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
             good = [(path, pixels) for path, pixels, reason in batch if reason is None]
             if good:
                 pixels = torch.stack([pixels for _, pixels in good]).to(device)
-                outputs = model(normalise(pixels).contiguous(memory_format=torch.channels_last))
+                outputs = forward_crops(model, normalise(pixels))
                 done.found += read_outputs([path for path, _ in good], outputs, head, topk, temperature)
             advance(len(batch))
     return done

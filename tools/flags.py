@@ -13,6 +13,11 @@ STARTS = (
     (("--pretrained",), "pretrained", "start from these weights"),
     (("--load_crt",), "load_crt", "stage 2: load all but the classifier from here, freeze the rest"),
 )
+#: Flags of test.py about its images.
+CROPS = (
+    (("--crops",), "data_loader.args.crops", "average the logits of 5 or 10 crops of each image"),
+    (("--expand",), "data_loader.args.expand", "with crops: pixels that an image is larger than a crop"),
+)
 MAX_TAUS = 1000
 
 
@@ -59,6 +64,7 @@ def test_parser() -> argparse.ArgumentParser:
     how.add_argument("--open_set", metavar="LIST", help="a list file of images of no known class")
     how.add_argument("--open_threshold", metavar="P", default="0.1", help="probability under which a prediction means "
                      "\"unknown\" (default 0.1)")
+    add_named(how, CROPS)
     how.add_argument("--allow_partial", action="store_true", help="load the weights that fit, leave the others")
     how.add_argument("--report", action="store_true", help="also write the HTML report")
     add_overrides(parser)

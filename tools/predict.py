@@ -76,6 +76,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, unreadable files included")
     parser.add_argument("--gallery", metavar="PNG", help="write a sheet of the images with what was seen in them")
     parser.add_argument("--topk", metavar="K", default="5", help="classes an image (default 5)")
+    parser.add_argument("--crops", metavar="N", default="1", help="average the logits of 5 or 10 crops of each image")
+    parser.add_argument("--expand", metavar="N", help="with --crops: pixels that an image is larger than a crop (by "
+                        "default 3/28 of it)")
     parser.add_argument("--threshold", metavar="P", default="0.5", help="detectors: the least score (default 0.5)")
     parser.add_argument("--batch_size", metavar="N", default="64", help="images at a time (default 64)")
     parser.add_argument("--num_workers", metavar="N", help="threads that decode (default: one a core)")
@@ -83,7 +86,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     if args.resume is None or not args.paths:
         raise ConfigError("python -m tools.predict: needs -r CHECKPOINT and one or more images or folders")
     check_file(args.resume, "-r")
-    for name, least in (("topk", 1), ("batch_size", 1), ("num_workers", 0)):
+    for name, least in (("topk", 1), ("batch_size", 1), ("num_workers", 0), ("crops", 1), ("expand", 0)):
         text = getattr(args, name)
         if text is not None:
             if not text.isascii() or not text.isdigit() or not least <= int(text) < 10**9:
@@ -109,6 +112,7 @@ def predict(args: Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from data_loader.crops import with_crops
     from logger.log import setup_logging
     from model.norm import fold_norm
     from tools.exported import is_exported
@@ -121,7 +125,8 @@ def predict(args: Namespace) -> None:
             done = detect(model, paths, threads=args.num_workers, threshold=args.threshold, advance=bar.update)
         else:
             folded = fold_norm(model).to(memory_format=torch.channels_last) if kind is None else model
-            done = classify(folded, paths, facts["preprocess"], temperature=facts.get("temperature", 1.0),
+            preprocess = with_crops(facts["preprocess"], args.crops, args.expand, "--")
+            done = classify(folded, paths, preprocess, temperature=facts.get("temperature", 1.0),
                             topk=args.topk, batch_size=args.batch_size, threads=args.num_workers, advance=bar.update)
     table = rows(done, names)
     if done.found:

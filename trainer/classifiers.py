@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from model import posthoc, shift
+from model.crops import forward_crops
 from model.metric import EvalState
 from utils import dist
 
@@ -22,8 +23,7 @@ def features(model: nn.Module, loader: Any) -> Iterator[tuple[torch.Tensor, torc
     for batch, (images, labels) in enumerate(loader):
         n, _ = loader.share(batch)
         if n:
-            images = images[:n].contiguous(memory_format=torch.channels_last)
-            yield model(images)["feat"], labels[:n]
+            yield forward_crops(model, images[:n])["feat"], labels[:n]
 
 
 def tau_head(model: nn.Module, tau: float) -> Head:
@@ -83,7 +83,7 @@ def outputs_of(model: nn.Module, loader: Any, head: Head, view: Callable[[torch.
     found = []
     for batch, (images, labels) in enumerate(loader):
         n, _ = loader.share(batch)
-        logits = head(model(view(images).contiguous(memory_format=torch.channels_last))).float()
+        logits = head(forward_crops(model, view(images))).float()
         found.append((logits[:n], labels[:n]))      # no row of a rank that was lent an image; its shape though
     logits, labels = zip(*found)
     return torch.cat(logits), torch.cat(labels)

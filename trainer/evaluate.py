@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from base.labels import WholeBatch
+from model.crops import forward_crops
 from model.metric import EvalState
 from trainer.precision import autocast
 from trainer.tasks import Task
@@ -66,9 +67,9 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
             return None
         # A rank with no image of its own has been lent one: it knows the figures' names, and counts none of it.
         n, n_global = loader.share(batch)
-        images, labels = images[:max(n, 1)].contiguous(memory_format=memory_format), labels[:max(n, 1)]
+        images, labels = images[:max(n, 1)], labels[:max(n, 1)]
         with autocast(device, amp):
-            outputs = model(images)
+            outputs = forward_crops(model, images, memory_format)
         logits = (outputs["output"] if head is None else head(outputs)).float()
         gated = getattr(model, "route", False)      # then it's the gates that chose, whatever the head
         own = {} if head is not None and not gated else {"expert_logits": outputs.get("logits"),
