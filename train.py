@@ -63,6 +63,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from tools.launch import note_stop
     from tools.words import words_for
     from trainer import trainer_class
+    from trainer.head_start import check_start, start_classifier
     from trainer.schedules import build_optimizer, build_scheduler
     from trainer.tasks import task_of, write_figures
     from utils import dist
@@ -79,6 +80,9 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         log.warning("%s: taken for old command lines' sake, without effect (torchrun starts several processes)",
                     ", ".join(dict.fromkeys(args.ignored)))
 
+    starts = None if start.goes_on else config["init_classifier"]
+    if starts:
+        check_start(starts)
     device = pick_device(args.device, config["n_gpu"])
     if device.type == "cpu":
         keep_freed_memory()
@@ -98,6 +102,8 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         model.freeze(options["freeze"])
     model.to(device)
     log.info(model.summary())
+    if starts:
+        start_classifier(model, train_loader, starts, max_batches=1 if args.dry_run else None)
 
     criterion = session.make_criterion(config, train_loader.cls_num_list)
     teacher = session.make_teacher(start, model.num_classes, device)

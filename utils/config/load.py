@@ -24,13 +24,13 @@ from utils.config.check import (
 )
 from utils.config.outside import is_outside, outside_names, refuse_outside
 from utils.config.read import MAX_DEPTH, plain, read_config
-from utils.config.schema import GROUPS, HOOKS, REQUIRED, SECTIONS, TOP, TRAINER, TRAINERS, Row
+from utils.config.schema import GROUPS, HOOKS, REQUIRED, SECTIONS, STARTS, TOP, TRAINER, TRAINERS, Row
 from utils.errors import ConfigError, unknown
 
 #: The order of keys in an effective config.
 _ORDER = ("name", "n_gpu", "seed", "arch", "data_loader", "optimizer", "loss", "metrics", "groups", "lr_scheduler",
           "trainer", "add_extra_info", "distill", "distill_arch", "distill_checkpoint", "resume_state_dict_only",
-          "pretrained", "load_crt", "second_stage")
+          "pretrained", "load_crt", "init_classifier", "second_stage")
 
 
 class Override(NamedTuple):
@@ -140,6 +140,10 @@ def _check(config: dict[str, Any], overrides: list[Override]) -> dict[str, Any]:
             top[name] = check_classes(name, top[name], texts)
     check_metrics(top["metrics"])
     check_monitor(top["trainer"]["monitor"], top["metrics"])
+    if isinstance(top["init_classifier"], str):
+        top["init_classifier"] = {"type": top["init_classifier"]}
+    if top["init_classifier"] is not None:
+        top["init_classifier"] = check_part(STARTS, top["init_classifier"], "init_classifier", texts)
     _check_trainer(top)
     return {key: top[key] for key in _ORDER}
 
@@ -193,6 +197,8 @@ def _check_trainer(top: dict[str, Any]) -> None:
     if trainer["type"] != fitting and not {trainer["type"], fitting} <= {"Trainer", "DistillTrainer"} \
             and not is_outside(trainer["type"]):
         raise ConfigError(f"trainer.type: a {trainer['type']} can't train {kind}; leave the key out, or give {fitting}")
+    if fitting not in ("Trainer", "DistillTrainer") and top["init_classifier"]:
+        raise ConfigError(f"init_classifier: {kind} has no classifier to start; leave it out")
     if fitting == "ExpertAssignmentTrainer" and top["arch"]["args"].get("num_experts") == 1:
         raise ConfigError("arch.args.num_experts: 1 expert leaves nothing to assign; use 2 or more")
     if fitting == "ExpertAssignmentTrainer" and (top["data_loader"]["args"] or {}).get("mix"):

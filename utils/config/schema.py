@@ -63,6 +63,8 @@ TOP = (
     Row("distill_checkpoint", "str | None", None, "the teacher's weights"),
     Row("pretrained", "str | None", None, "weights to start from (a classifier of other classes is left new)"),
     Row("load_crt", "str | None", None, "stage 1's checkpoint: load all but the classifier, freeze the rest"),
+    Row("init_classifier", "str | dict | None", None,
+        "what a new run's classifier starts from: class_means (of the training images), or text (the class names)"),
     Row("second_stage", "bool", False, "the config is for use with load_crt only: training without it is refused"),
     Row("resume_state_dict_only", "bool", False, "with -r and -c: start a new run from the checkpoint's weights"),
 )
@@ -147,6 +149,7 @@ _IN_ARCH = {
     "classifier": Section("classifier", ("model.classifier:HEADS",), "torch.nn:Module", placed=3),
     "norm": Section("norm", ("model.norm.convert:NORMS",), "torch.nn:Module", placed=1,
                     reserved={"affine": "the norm it takes the place of"}),
+    "tuning": Section("tuning", ("model.tuning:TUNINGS",), placed=2),
 }
 #: Names and specs inside a section's arguments: section -> argument -> what it is.
 NESTED = {
@@ -157,6 +160,8 @@ NESTED = {
                   "world_size": "torchrun"})},
     "optimizer": {"base": SECTIONS["optimizer"], "others": SECTIONS["optimizer"]},
 }
+#: What `init_classifier` names.
+STARTS = Section("start", ("trainer.head_start:STARTS",), placed=3)
 #: What `trainer.hooks` lists.
 HOOKS = Section("hook", ("trainer.hooks:HOOKS",), "trainer.hooks.base:Hook", placed=1)
 #: `trainer.type` -> its class.
