@@ -60,6 +60,7 @@ class ImageDataLoader(PixelLoader):
         flip and that policy (AutoAugment's for CIFAR-10 up to 64 pixels, else its ImageNet one). rotation: degrees
         either way (null: 15 with `basic` up to 64 pixels, else 0). cutout: a square of so many pixels becomes 0, with
         its centre anywhere. random_erasing: the share of images in which a rectangle becomes 0.
+    jitter: of brightness, contrast and saturation of images over 64 pixels, with `basic` (null: the data set's own).
     mix: {"type": "mixup" | "cutmix" | "either", "alpha": 0.4, "prob": 1.0, "off_epochs": 0}: labels are then
         `MixedLabels`, see `data_loader.mixing`.
     crops: of each image that isn't augmented, 1, 5 (the corners and the centre) or 10 (mirrored too), [n, K, 3, S, S];
@@ -76,7 +77,7 @@ class ImageDataLoader(PixelLoader):
     statistics: tuple[tuple, tuple] = IMAGENET_STATISTICS
     default_size = 224
     flips = True
-    jitter = 0.0                 # colour jitter of large training images
+    jitter = 0.0                 # of large training images; an own value by data set
     holdout_cap = 50             # validation images a class at most, where they cost no training image
     degrees = 15.0
     own_images = False           # somebody's photos rather than a benchmark: their figures are also put in words
@@ -92,7 +93,7 @@ class ImageDataLoader(PixelLoader):
                  world_size: int = 1, epochs: int | None = None, transform: Callable | None = None,
                  augment: str = "basic",
                  rotation: float | None = None, cutout: int = 0, random_erasing: float = 0.0, mix: dict | None = None,
-                 crops: int = 1, expand: int | None = None,
+                 jitter: float | None = None, crops: int = 1, expand: int | None = None,
                  facts: Any = None):
         self.data_dir = data_dir
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
@@ -101,6 +102,7 @@ class ImageDataLoader(PixelLoader):
         self.image_size = self.default_size if image_size in (None, "auto") else image_size
         self.flip = self.flips if flip is None else flip
         self.policy, self.rotation, self.cutout, self.random_erasing = augment, rotation, cutout, random_erasing
+        self.jitter = self.jitter if jitter is None else jitter
         self.mixing, self.epochs = Mixing.of(mix), epochs
         self.imb_type, self.imb_factor = imb_type, imb_factor
         self.validation = validation or "none"
@@ -178,6 +180,8 @@ class ImageDataLoader(PixelLoader):
             raise refuse("cutout", "0 or more")
         if not 0 <= self.random_erasing <= 1:
             raise refuse("random_erasing", "0 to 1")
+        if not 0 <= self.jitter <= 1:
+            raise refuse("jitter", "0 to 1")
         if self.mixing is not None and self.mixing.off_epochs and self.epochs is None:
             raise ConfigError("data_loader.args.epochs: missing; mix.off_epochs counts from the last epoch")
         if self.split_seed not in range(2**32):

@@ -57,13 +57,15 @@ def shown(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def read_rgb(path: str, plan: Callable[[int, int], int] | None = None) -> Image.Image:
-    """The image in file `path`, mode RGB.
+def read_rgb(path: str | np.ndarray, plan: Callable[[int, int], int] | None = None) -> Image.Image:
+    """The image in file `path`, mode RGB; of an array, uint8 [H, W, 3], the image that it is.
 
     plan: given the full (width, height) of the upright image, the factor (1, 2, 4, 8) by which a JPEG may be reduced
     while it is decoded.
     Raises ConfigError naming the path: missing, no image, truncated, damaged or too large.
     """
+    if isinstance(path, np.ndarray):
+        return Image.fromarray(path)
     try:
         with open(path, "rb") as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")

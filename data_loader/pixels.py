@@ -33,6 +33,7 @@ class PixelLoader(BaseDataLoader):
                               f"{'training' if self.training else 'evaluation'} split has no image")
         self.images, self.augment, self.store, self.files = images, augment, store, None
         self.paths = images.paths
+        files = images.pixels if images.paths is None else images.paths  # arrays that are enlarged are read like files
         self._draws: tuple[int, Any] = (0, None)
         small = self._is_small
         degrees = self.degrees if self.policy == "basic" and small else 0.0
@@ -42,20 +43,22 @@ class PixelLoader(BaseDataLoader):
                              border=self.image_size // 8 if self.image_size <= LARGEST_RESIZED else 0)
         if store is not None or (self.transform is not None and augment and images.pixels is None):
             pass
-        elif images.pixels is not None:
+        elif images.pixels is not None and images.pixels.shape[1] >= self.image_size:
             self.store = MemoryImages(images.pixels, self.recipe, self.device)
             self.images = ImageSet(images.targets)  # the pixels are held once
         elif small and self.cache is not False and (self.cache is True or self._bytes(images) <= CACHE_LIMIT):
-            self.store = MemoryImages(decode_all(images.paths, self.preprocess), self.recipe, self.device)
+            self.store = MemoryImages(decode_all(files, self.preprocess), self.recipe, self.device)
+            self.images = images if images.pixels is None else ImageSet(images.targets)
         elif self.cache is True and self.image_size > LARGEST_SMALL:
             raise ConfigError(f"data_loader.args.cache: only images of {LARGEST_SMALL} pixels or less are kept in "
                               f"memory, image_size is {self.image_size}")
         if self.store is None or (self.transform is not None and augment):
-            source = Sources(images.paths, self.store, self.preprocess if augment else self.views, seed=self.seed,
-                             flip=self.flip, jitter=self.jitter if self.policy == "basic" else 0.0, policy=self.policy,
+            source = Sources(files if self.store is None else None, self.store,
+                             self.preprocess if augment else self.views, seed=self.seed, flip=self.flip,
+                             jitter=self.jitter if self.policy == "basic" else 0.0, policy=self.policy,
                              degrees=self.recipe.degrees, transform=self.transform if augment else None,
                              mode="base" if small else "train" if augment else "test")
-            workers = worker_count(self.num_workers, self.world_size, in_memory=images.paths is None)
+            workers = worker_count(self.num_workers, self.world_size, in_memory=self.store is not None)
             pin = self.device.type == "cuda" if self.pin_memory is None else self.pin_memory
             self.files = FileBatches(source, self.targets, workers, pin and torch.cuda.is_available(), self.prefetch)
 
@@ -72,7 +75,7 @@ class PixelLoader(BaseDataLoader):
         """Image `index` of the split iterated, before resizing and normalising where it is a file: uint8 [H, W, 3]."""
         if self.paths is not None:
             return np.asarray(read_rgb(self.paths[index]))
-        return self.store.raw(index)
+        return self.images.pixels[index] if self.store is None else self.store.raw(index)
 
     def _batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor | MixedLabels]]:
         found = self._plain_batches(epoch, batches)

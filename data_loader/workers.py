@@ -56,15 +56,15 @@ class Failure:
 class Sources(Dataset):
     """Key -> (uint8 pixels, or a custom transform's tensor, index, position), a function of (seed, key) alone.
 
-    mode: `train`: random crops of large images; `test`: the test's pixels; `base`: the square that small images are
-    cropped from later, by the batch.
+    paths: files, or the images themselves, uint8 [N, P, P, 3]. mode: `train`: random crops of large images; `test`: the
+    test's pixels; `base`: the square that small images are cropped from later, by the batch.
     """
 
-    def __init__(self, paths: list[str] | None, store: MemoryImages | None, preprocess: dict[str, Any], *, seed: int,
-                 mode: str, jitter: float = 0.0, flip: bool | str = True, policy: str = "basic", degrees: float = 0.0,
-                 transform: Callable | None = None):
+    def __init__(self, paths: list[str] | np.ndarray | None, store: MemoryImages | None, preprocess: dict[str, Any], *,
+                 seed: int, mode: str, jitter: float = 0.0, flip: bool | str = True, policy: str = "basic",
+                 degrees: float = 0.0, transform: Callable | None = None):
         # One block of bytes instead of many strings: workers share its pages with the parent.
-        self.paths = None if paths is None else np.array([os.fsencode(path) for path in paths])
+        self.paths = np.array([os.fsencode(path) for path in paths]) if isinstance(paths, list) else paths
         self.store, self.preprocess, self.seed, self.mode = store, preprocess, seed, mode
         self.jitter, self.flip, self.transform, self.degrees = jitter, flip, transform, degrees
         self.policy = None if policy == "basic" else torchvision_policy(policy)
@@ -80,7 +80,8 @@ class Sources(Dataset):
             return Failure(str(error))
 
     def _pixels(self, epoch: int, position: int, index: int) -> Any:
-        path = None if self.paths is None else os.fsdecode(bytes(self.paths[index]))
+        path = None if self.paths is None else self.paths[index]
+        path = os.fsdecode(path) if isinstance(path, bytes) else path
         if self.transform is not None:
             image = Image.fromarray(self.store.raw(index)) if path is None else read_rgb(path)
             with _seeded(mix(self.seed, epoch, AUGMENT, position)):
@@ -200,7 +201,7 @@ def _collate(items: list) -> Any:
     return torch.stack(pixels), torch.tensor(indices), torch.tensor(positions)
 
 
-def decode_all(paths: list[str], preprocess: dict[str, Any]) -> torch.Tensor:
+def decode_all(paths: list[str] | np.ndarray, preprocess: dict[str, Any]) -> torch.Tensor:
     """All images as `base_pixels` gives them, uint8 [N, R, R, 3]. Raises ConfigError naming the first bad file."""
     side = preprocess["resize"]
     pixels = torch.empty(len(paths), side, side, 3, dtype=torch.uint8)

@@ -4,8 +4,9 @@
     python -m tools.export -r CHECKPOINT --format pt2 --out pets.pt2
 
 The file takes `images`, float [N, 3, H, W] normalised as its metadata say, and gives `output`, logits [N, C], for any
-N. Norms are folded into the convolutions. An expert-assignment model runs all its experts and gives what its gates
-choose. What is written is compared with the model first; where they differ, nothing is left behind.
+N. Norms are folded into the convolutions, LoRA into the weights. An expert-assignment model runs all its experts and
+gives what its gates choose. What is written is compared with the model first; where they differ, nothing is left
+behind.
 """
 from __future__ import annotations
 
@@ -35,13 +36,14 @@ def exportable(model: Any, temperature: float = 1.0) -> Any:
     import torch
 
     from model.norm import fold_norm
+    from model.tuning import merge_lora
     if model.routed:
         model.route = False  # every expert for every image, and the gates' word as a mask: no branch on the data
 
     class Classifier(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = fold_norm(model).cpu().to(memory_format=torch.contiguous_format)
+            self.model = merge_lora(fold_norm(model)).cpu().to(memory_format=torch.contiguous_format)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             logits = self.model(images)["output"]

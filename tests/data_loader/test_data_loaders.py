@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from base.base_data_loader import BaseDataLoader
 from data_loader import data_loaders, datasets
@@ -19,6 +20,7 @@ from data_loader.data_loaders import (
     DigitsLTDataLoader,
     ImbalanceCIFAR10DataLoader,
     ImbalanceCIFAR100DataLoader,
+    ListFileDataLoader,
     build_loader,
 )
 from utils.errors import ConfigError
@@ -144,6 +146,26 @@ def test_cifar_holdout_without_spare_images_is_a_share(cifar: str) -> None:
     assert loader.cls_num_list == [32] * 100
     assert np.bincount(loader.split_validation().targets).tolist() == [8] * 100
     assert loader.mean[0] == 0.50707
+
+
+@pytest.mark.parametrize("size, workers", [(48, 0), (48, 1), (96, 0), (96, 1)])
+def test_cifar_enlarged_is_as_from_files(cifar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int,
+                                         workers: int) -> None:
+    """A pretrained network wants larger images than the arrays hold: they are treated as files of these pixels are."""
+    for split in ("train", "test"):
+        part = ImbalanceCIFAR10DataLoader(cifar, training=split == "train", imb_factor=None)
+        for i in range(part.n_samples):
+            Image.fromarray(part.raw_image(i)).save(tmp_path / f"{split}{i}.png")
+        lines = [f"{split}{i}.png {label}" for i, label in enumerate(part.targets)]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    monkeypatch.setattr(ListFileDataLoader, "statistics", ImbalanceCIFAR10DataLoader.statistics)
+    args = {"image_size": size, "batch_size": 50, "num_workers": workers, "validation": "none", "jitter": 0.0,
+            "imb_factor": None}
+    arrays, files = ImbalanceCIFAR10DataLoader(cifar, **args), ListFileDataLoader(str(tmp_path), **args)
+    for ours, theirs in ((arrays, files), (arrays.train_eval_loader(), files.train_eval_loader())):
+        (images, labels), (wanted, known) = next(iter(ours)), next(iter(theirs))
+        assert torch.equal(labels, known) and torch.equal(images, wanted) and images.shape == (50, 3, size, size)
+    assert arrays.raw_image(3).shape[2] == 3
 
 
 def test_cifar_folder_itself_may_be_data_dir(cifar: str) -> None:
