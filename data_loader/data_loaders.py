@@ -7,6 +7,7 @@ from typing import Any as _Any
 from data_loader import datasets as _datasets
 from data_loader import files as _files
 from data_loader import folders as _folders
+from data_loader import sharded as _sharded
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader  # noqa: F401  detection's, offered here too
 from data_loader.image_loader import ImageDataLoader as _ImageDataLoader
 from data_loader.imbalance import img_num_per_cls as _img_num_per_cls
@@ -80,8 +81,17 @@ class _ListDataLoader(_ImageDataLoader):
     lists: tuple[str, str | None, str | None]   # file names of train, val and test
     folder = ""                                 # where under data_dir the lists may also be
 
+    takes_shards = True
+
     def read(self, training: bool) -> _datasets.Splits:
-        return _files.read_lists(self.data_dir, self.lists, self.folder, training, self.allow_outside)
+        if self.shards is None:
+            return _files.read_lists(self.data_dir, self.lists, self.folder, training, self.allow_outside)
+        found = _sharded.open_shards(self.shards, self.data_dir)
+        root = _files.list_folder(self.data_dir, self.lists, self.folder)
+        if not any((root / name).exists() for name in self.lists if name):
+            return _sharded.read_shards(self.data_dir, found, self.division, self.whole)
+        return _files.read_lists(self.data_dir, self.lists, self.folder, training, self.allow_outside,
+                                 _sharded.finder(found))
 
 
 class ImageNetLTDataLoader(_ListDataLoader):
@@ -124,8 +134,12 @@ class ImageFolderLTDataLoader(_ImageDataLoader):
 
     jitter = 0.4
     own_images = True
+    takes_shards = True
 
     def read(self, training: bool) -> _datasets.Splits:
+        if self.shards is not None:
+            found = _sharded.open_shards(self.shards, self.data_dir)
+            return _sharded.read_shards(self.data_dir, found, self.division, self.whole)
         return _folders.read_folders(self.data_dir, self.division, self.allow_outside, self.whole)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from data_loader.images import shown
 from utils.errors import ConfigError
 
 DATA_DIR = "data_loader.args.data_dir"
+Find = Callable[[Sequence[str], str, Sequence[int]], list[str]]
 WITH_NAME = re.compile(r"(?P<path>.*\S) +(?P<label>-?\d{1,18}) +(?P<name>\D.*)")   # path label name
 
 
@@ -91,7 +93,8 @@ def read_class_names(file: Path, num_classes: int) -> list[str]:
         raise ConfigError(f"{shown(str(file))}: can't be read ({error.strerror or error})") from None
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if all(name.rpartition(" ")[2] == str(number) and " " in name for number, name in enumerate(names)):
-        names = [name.rpartition(" ")[0].strip() for name in names]
+        bare = [name.rpartition(" ")[0].strip() for name in names]
+        names = bare if len(set(bare)) == len(bare) else names  # else the number is the name: class 0, class 1
     if len(names) < num_classes:
         raise ConfigError(f"{shown(str(file))}: names {len(names)} classes, and the lists have {num_classes}; a line a "
                           "class, in the order of the labels")
@@ -101,16 +104,22 @@ def read_class_names(file: Path, num_classes: int) -> list[str]:
     return [shown(name) for name in names]
 
 
+def list_folder(data_dir: str, lists: tuple[str, str | None, str | None], folder: str) -> Path:
+    """Where list files are looked for: in `data_dir`, or in its `folder` where that alone has the first of them."""
+    root = Path(data_dir)
+    return root / folder if folder and not (root / lists[0]).exists() and (root / folder).is_dir() else root
+
+
 def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder: str, training: bool,
-               allow_outside: bool) -> Splits:
+               allow_outside: bool, find: Find | None = None) -> Splits:
     """The splits that list files in `data_dir` (or `data_dir/folder`) name; a missing test list: val is the test split.
+
+    find: (names, the list, each one's line) -> paths, of images that aren't files.
 
     Classes are 0 to the largest training label. Their names come from classes.txt beside the lists, or from a third
     column.
     """
-    root = Path(data_dir)
-    if folder and not (root / lists[0]).exists() and (root / folder).is_dir():
-        root = root / folder
+    root = list_folder(data_dir, lists, folder)
     train_name, val_name, test_name = lists
     has = {name: name is not None and (root / name).exists() for name in lists}
     if not has[test_name] and has[val_name]:
@@ -121,7 +130,7 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
                               f"{', '.join(n for n in lists if n)}")
     notes: list[str] = []
     named: dict[int, str] = {}
-    more = (allow_outside, notes, named)
+    more = (allow_outside, notes, named, find)
     train = _read_split(root, Path(data_dir), train_name, None, *more) if has[train_name] else None
     test = _read_split(root, Path(data_dir), test_name, train, *more)
     val = _read_split(root, Path(data_dir), val_name, train, *more) if has.get(val_name) else None
@@ -141,7 +150,7 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
 
 
 def _read_split(root: Path, data_dir: Path, name: str, train: ImageSet | None, allow_outside: bool, notes: list[str],
-                named: dict[int, str]) -> ImageSet:
+                named: dict[int, str], find: Find | None) -> ImageSet:
     """One list's images; the names of classes that it gives go into `named`."""
     file = root / name
     names, labels, lines, repeated, called = read_list(file)
@@ -159,6 +168,8 @@ def _read_split(root: Path, data_dir: Path, name: str, train: ImageSet | None, a
             f"0, 1, 2, ... without gaps ({classes} images can't fill more than {classes} classes)"
         raise ConfigError(f"{shown(str(file))}, line {lines[at]}: label {labels[at]} is out of range; "
                           f"labels are {limit}")
+    if find is not None:
+        return ImageSet(labels, paths=find(names, shown(str(file)), lines), where=(shown(str(file)), lines))
     # Places365's own lists begin paths with a slash, Windows writes backslashes: both are meant below data_dir.
     if not allow_outside:
         names = [name.replace("\\", "/") if "\\" in name and not os.path.lexists(data_dir / name) else name

@@ -65,6 +65,8 @@ class ImageDataLoader(PixelLoader):
         `MixedLabels`, see `data_loader.mixing`.
     crops: of each image that isn't augmented, 1, 5 (the corners and the centre) or 10 (mirrored too), [n, K, 3, S, S];
         expand: pixels that the short side is larger than image_size then (null: 3/28 of it).
+    shards: "train-{000..999}.tar", or {"train": ..., "val": ..., "test": ...}: images are in tar files (in data_dir, or
+        at URLs like s3://) instead of files of their own, see `data_loader.shards`; lists and folders only.
     facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, groups follow its
         training counts, and what was training data stays training data.
     transform: a function of a PIL image for the training images instead of the loader's own (Python only).
@@ -80,6 +82,7 @@ class ImageDataLoader(PixelLoader):
     jitter = 0.0                 # of large training images; an own value by data set
     holdout_cap = 50             # validation images a class at most, where they cost no training image
     degrees = 15.0
+    takes_shards = False
     own_images = False           # somebody's photos rather than a benchmark: their figures are also put in words
 
     def __init__(self, data_dir: str, batch_size: int = 128, shuffle: bool = True, num_workers: int | None = None,
@@ -94,7 +97,7 @@ class ImageDataLoader(PixelLoader):
                  augment: str = "basic",
                  rotation: float | None = None, cutout: int = 0, random_erasing: float = 0.0, mix: dict | None = None,
                  jitter: float | None = None, crops: int = 1, expand: int | None = None,
-                 facts: Any = None):
+                 shards: str | dict | None = None, facts: Any = None):
         self.data_dir = data_dir
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
         self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
@@ -106,6 +109,7 @@ class ImageDataLoader(PixelLoader):
         self.mixing, self.epochs = Mixing.of(mix), epochs
         self.imb_type, self.imb_factor = imb_type, imb_factor
         self.validation = validation or "none"
+        self.shards = shards
         self._check()
         self.mean, self.std = self.statistics
         if data_dir is not None:
@@ -184,6 +188,9 @@ class ImageDataLoader(PixelLoader):
             raise refuse("jitter", "0 to 1")
         if self.mixing is not None and self.mixing.off_epochs and self.epochs is None:
             raise ConfigError("data_loader.args.epochs: missing; mix.off_epochs counts from the last epoch")
+        if self.shards is not None and not self.takes_shards:
+            raise ConfigError(f"data_loader.args.shards: {type(self).__name__} reads none; use a loader of lists or of "
+                              "folders")
         if self.split_seed not in range(2**32):
             raise refuse("split_seed", "0 to 4294967295")
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
+from data_loader.places import member_of, open_image
 from utils.errors import ConfigError
 
 MOST_PIXELS = 178_956_970
@@ -53,7 +54,9 @@ def is_system(name: str) -> bool:
 
 
 def shown(path: str) -> str:
-    """A file name that can be printed, whatever bytes it has."""
+    """A file name that can be printed, whatever bytes it has; of an image in a shard both names."""
+    parts = member_of(path)
+    path = path if parts is None else f"{parts['shard']}: {parts['name']}"
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -67,7 +70,7 @@ def read_rgb(path: str | np.ndarray, plan: Callable[[int, int], int] | None = No
     if isinstance(path, np.ndarray):
         return Image.fromarray(path)
     try:
-        with open(path, "rb") as handle, warnings.catch_warnings():
+        with open_image(path) as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _read(handle, plan)
     except FileNotFoundError:
@@ -83,7 +86,7 @@ def stored_as(path: str) -> tuple[int, int, int]:
     """(EXIF orientation 1 to 8, width, height) of the pixels as a file stores them, by its header alone; (1, 0, 0)
     where that can't be read."""
     try:
-        with open(path, "rb") as handle, warnings.catch_warnings():
+        with open_image(path) as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(handle)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -98,7 +101,7 @@ def stored_as(path: str) -> tuple[int, int, int]:
 def short_side(path: str) -> int | None:
     """The shorter side of the image in a file, in pixels, by its header alone; None where that can't be read."""
     try:
-        with open(path, "rb") as handle, warnings.catch_warnings():
+        with open_image(path) as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return min(Image.open(handle).size)
     except Exception:  # decoders raise nearly anything; whoever reads the pixels says what is wrong

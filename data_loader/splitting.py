@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_loader.datasets import Splits
+from data_loader.places import file_of, name_below
 from utils.class_counts import FEW, MANY
 from utils.errors import ConfigError
 
@@ -85,9 +86,10 @@ class Division:
 
     def memory(self, images: Any) -> dict[str, Any]:
         """What a checkpoint must know of it, as plain data; images: the training split, of which some are remembered by
-        name and size, so that the same photos are known again in another place."""
+        name and size, so that the same photos are known again in another place; of images in shards, their shards."""
         step = max(1, len(images.paths) // 64)
-        sample = {relative_name(path, self.root): os.path.getsize(path) for path in images.paths[::step][:64]}
+        files = dict.fromkeys(file_of(path) for path in images.paths[::step][:64])
+        sample = {relative_name(path, self.root): os.path.getsize(path) for path in files if "://" not in path}
         return {"rule": self.rule, "seed": self.seed, "test_share": self.test_share, "val_share": self.val_share,
                 "kept": sorted(self.kept), "sample": sample}
 
@@ -113,8 +115,8 @@ def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
 
 
 def relative_name(path: str, root: str) -> str:
-    """A file's name below `root`, the same on every system."""
-    return unicodedata.normalize("NFC", os.path.relpath(path, root).replace(os.sep, "/"))
+    """An image's name below `root`, the same on every system, and in a shard as in a folder."""
+    return unicodedata.normalize("NFC", name_below(path, root))
 
 
 def name_value(name: str, seed: int, what: str) -> float:

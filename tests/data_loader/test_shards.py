@@ -1,0 +1,294 @@
+"""Images in tar files: the same splits, pixels and figures as from files, whatever wrote the shards."""
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
+from data_loader.images import read_rgb
+from data_loader.places import member_of, member_path, open_image
+from data_loader.shards import expand, open_index
+from tools.shard import byte_count
+from tools.shard import main as shard
+from utils.errors import ConfigError
+
+SMALL = dict(batch_size=4, image_size=16, num_workers=0)
+
+
+def png(seed: int, size=(24, 20)) -> bytes:
+    out = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(out, "PNG")
+    return out.getvalue()
+
+
+def tar(path: Path, members: dict[str, bytes], **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **how) as packed:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            packed.addfile(about, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """train/ and test/ of three classes, some of them in folders of folders."""
+    for split, counts in (("train", (9, 6, 5)), ("test", (3, 2, 2))):
+        for label, count in enumerate(counts):
+            for i in range(count):
+                path = tmp_path / "in" / split / f"class {label}" / ("deep" if i == 2 else "") / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(png(100 * label + i + 7 * (split == "test")))
+    return tmp_path / "in"
+
+
+def packed(source: Path, size: str = "6K") -> tuple[Path, dict]:
+    target = source.parent / "out"
+    shard([str(source), str(target), "--size", size])
+    counts = {split: len(list(target.glob(f"{split}-*.tar"))) for split in ("train", "val", "test")}
+    return target, {split: f"{split}-{{00000..{count - 1:05d}}}.tar" for split, count in counts.items() if count}
+
+
+def equal(one, two, epochs=(1, 2)):
+    assert one.cls_num_list == two.cls_num_list and one.class_names == two.class_names
+    for epoch in epochs:
+        one.set_epoch(epoch)
+        two.set_epoch(epoch)
+        batches = list(zip(one, two, strict=True))
+        assert batches
+        for (x, y), (u, v) in batches:
+            assert torch.equal(x, u) and torch.equal(y, v)
+
+
+@pytest.mark.parametrize("more", [{}, {"cache": False}, {"image_size": 72, "num_workers": 2},
+                                  {"sampler": {"type": "ClassBalanced"}}, {"validation": "holdout", "val_share": 0.3}])
+def test_a_folder_in_shards_gives_the_same_batches(folder, more):
+    target, spec = packed(folder)
+    assert len(list(target.glob("train-*.tar"))) > 2
+    args = {**SMALL, **more}
+    files, shards = ImageFolderLTDataLoader(str(folder), **args), ImageFolderLTDataLoader(str(target), shards=spec, **args)
+    equal(files, shards)
+    held = files.split_validation(), shards.split_validation()
+    if held[0] is not None:
+        equal(*held, epochs=(1,))
+    assert np.array_equal(files.raw_image(3), shards.raw_image(3))
+    sample = shards.split_memory["sample"]
+    assert len(sample) > 2 and all((target / name).stat().st_size == size for name, size in sample.items())
+    equal(ImageFolderLTDataLoader(str(folder), training=False, **SMALL),
+          ImageFolderLTDataLoader(str(target), training=False, shards=spec, **SMALL), epochs=(1,))
+
+
+def test_a_folder_without_splits_is_parted_alike(folder):
+    """By the images' names, which are the same in shards."""
+    target, spec = packed(folder / "train")
+    assert set(spec) == {"train"}
+    for shards in (spec, spec["train"]):
+        equal(ImageFolderLTDataLoader(str(folder / "train"), **SMALL),
+              ImageFolderLTDataLoader(str(target), shards=shards, **SMALL))
+
+
+def test_lists_in_shards(folder):
+    source = folder.parent / "lists"
+    for split in ("train", "test"):
+        lines = []
+        for path in sorted((folder / split).rglob("*.png")):
+            label = path.relative_to(folder / split).parts[0][-1]
+            name = f"{split}/{label}.{path.stem}.png"       # one key for many: no label beside them
+            (source / split).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, source / name)
+            lines.append(f"{name} {label}")
+        (source / f"{split}.txt").write_text("\n".join(lines[::-1]))
+    target, spec = packed(source)
+    assert (target / "train.txt").read_text() == (source / "train.txt").read_text()
+    equal(ListFileDataLoader(str(source), **SMALL), ListFileDataLoader(str(target), shards=spec, **SMALL))
+    (target / "train.txt").write_text("train/0.2.png 0\nnot there.png 1\n")
+    with pytest.raises(ConfigError, match=r"train.txt, line 2: not there.png is in none of the \d+ shards"):
+        ListFileDataLoader(str(target), shards=spec, **SMALL)
+
+
+def test_shards_as_webdataset_writes_them(tmp_path):
+    """Keys with .cls or .json beside the image, in any order; classes.txt names the numbers."""
+    members = {}
+    for i in range(12):
+        label = i % 3
+        beside = {f"{i:06d}.cls": str(label).encode()} if i % 2 else {
+            f"{i:06d}.json": json.dumps({"label": label, "caption": "x"}).encode()}
+        members |= {**beside, f"{i:06d}.png": png(i)} if i % 4 else {f"{i:06d}.png": png(i), **beside}
+    for split, part in (("train", dict(list(members.items())[:18])), ("test", dict(list(members.items())[18:]))):
+        tar(tmp_path / f"{split}-0.tar", part)
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncrab\n")
+    spec = {"train": "train-0.tar", "test": "test-0.tar"}
+    for kind in (ListFileDataLoader, ImageFolderLTDataLoader):
+        loader = kind(str(tmp_path), shards=spec, **SMALL)
+        assert loader.cls_num_list == [3, 3, 3] and loader.class_names == ["ant", "bee", "crab"]
+        number = [int(Path(member_of(path)["name"]).stem) for path in loader.paths]
+        assert [n % 3 for n in number] == loader.targets.tolist()
+        assert np.array_equal(loader.raw_image(0), np.asarray(Image.open(io.BytesIO(png(number[0])))))
+
+
+def test_tars_of_others(tmp_path):
+    """GNU and PAX headers with long and odd names, folders and links and what systems leave among them."""
+    odd = {"train/a/" + "long " * 40 + "ü.png": png(1), "train/b/x.png": png(2), "./train/b/y.PNG": png(3),
+           "train/a/.DS_Store": b"?", "__MACOSX/train/a/x.png": b"?", "test/a/1.png": png(4), "test/b/1.png": png(5),
+           "train/a/2.png": png(6), "train/README": b"photos"}
+    for how in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tar(tmp_path / str(how) / "all.tar", odd, format=how)
+        with tarfile.open(path, "a") as packed:
+            link = tarfile.TarInfo("train/a/link.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            packed.addfile(link)
+        loader = ImageFolderLTDataLoader(str(path.parent), shards="all.tar", **SMALL)
+        assert loader.class_names == ["a", "b"] and loader.cls_num_list == [2, 2]
+        assert np.array_equal(np.asarray(read_rgb(loader.paths[1])), np.asarray(Image.open(io.BytesIO(png(1)))))
+
+
+@given(st.integers(0, 40), st.integers(1, 30), st.integers(1, 4))
+def test_ranges(first, count, width):
+    text = f"{first:0{width}d}"
+    last = f"{first + count - 1:0{width}d}"
+    names = expand(f"a/{{{text}..{last}}}-{{x,y}}.tar")
+    assert len(names) == 2 * count and names[0] == f"a/{text}-x.tar" and names[-1] == f"a/{last}-y.tar"
+    assert [name for name in names if name.endswith("x.tar")] == [
+        f"a/{number:0{width}d}-x.tar" for number in range(first, first + count)]
+
+
+def test_an_index_is_made_once_and_again_where_a_shard_changed(tmp_path, monkeypatch):
+    tar(tmp_path / "t-0.tar", {"a/1.png": png(1)})
+    tar(tmp_path / "t-1.tar", {"b/1.png": png(2)})
+    index = open_index("t-{0..1}.tar", str(tmp_path))
+    assert (tmp_path / "t-0..1.index.npz").is_file() and index.names == ["a/1.png", "b/1.png"]
+    monkeypatch.setattr("data_loader.shards.make_index", lambda *args: pytest.fail("made again"))
+    again = open_index("t-{0..1}.tar", str(tmp_path))
+    assert again.paths == index.paths
+    monkeypatch.undo()
+    tar(tmp_path / "t-1.tar", {"b/2.png": png(3), "c/1.png": png(4)})
+    assert open_index("t-{0..1}.tar", str(tmp_path)).names == ["a/1.png", "b/2.png", "c/1.png"]
+    (tmp_path / "t-0..1.index.npz").write_bytes(b"no index")
+    assert len(open_index("t-{0..1}.tar", str(tmp_path))) == 3
+
+
+def test_an_index_that_cant_be_written_is_done_without(tmp_path, monkeypatch):
+    tar(tmp_path / "t.tar", {"a/1.png": png(1)})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("data_loader.shards.Index.save", full)
+    assert len(open_index("t.tar", str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("gone-{0..3}.tar", r"gone-0.tar: no such shard \(data_loader.args.shards\); 3 more of 4 are missing"),
+    ("t-{0..4}.tar", r"t-2.tar: no such shard .*; 2 more of 5 are missing"),
+    ("t-{4..0}.tar", r"\{4..0\} counts down"),
+    ({"training": "t-0.tar"}, "with the keys train, val and test"),
+    ({"val": "t-0.tar"}, "no train and no test shards"),
+    ("cut.tar", r"cut.tar: (ends within a/2.png; it is truncated|damaged)"),
+    ("short.tar", r"short.tar: has no end mark"),
+    ("text.tar", r"text.tar: damaged or not a tar file"),
+    ("zipped.tar", r"zipped.tar: is compressed, .* gunzip"),
+    ("twice-{0,1}.tar", r"twice-1.tar: a/1.png is there twice, also in .*twice-0.tar"),
+    ("flat.tar", r"flat.tar: 1.png has no label"),
+    ("empty.tar", r"empty.tar: the 1 shards hold no image"),
+    ("nolabel.tar", r"nolabel.tar: 1.json: holds no label"),
+    ({"train": "t-{0..1}.tar", "test": "other.tar"}, r"other.tar: z/1.png is of class z, which no training image has"),
+])
+def test_what_is_wrong_is_named(tmp_path, spec, message):
+    tar(tmp_path / "t-0.tar", {"a/1.png": png(1)})
+    tar(tmp_path / "t-1.tar", {"b/1.png": png(2)})
+    tar(tmp_path / "other.tar", {"z/1.png": png(2)})
+    whole = tar(tmp_path / "whole.tar", {"a/1.png": png(1), "a/2.png": png(2)}).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:3000])
+    (tmp_path / "short.tar").write_bytes(whole[:2048])
+    (tmp_path / "text.tar").write_bytes(b"hello" * 1000)
+    with tarfile.open(tmp_path / "zipped.tar", "w:gz") as packed:
+        packed.add(tmp_path / "text.tar", "a/1.png")
+    for name in ("twice-0.tar", "twice-1.tar"):
+        tar(tmp_path / name, {"a/1.png": png(1)})
+    tar(tmp_path / "flat.tar", {"1.png": png(1)})
+    tar(tmp_path / "empty.tar", {"README": b"x"})
+    tar(tmp_path / "nolabel.tar", {"1.json": b"{}", "1.png": png(1)})
+    with pytest.raises(ConfigError, match=message) as caught:
+        ImageFolderLTDataLoader(str(tmp_path), shards=spec, **SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_or_a_shard_that_breaks_later_is_named(tmp_path):
+    shard_file = tar(tmp_path / "t.tar", {"a/1.png": png(1), "b/1.png": b"no image"})
+    index = open_index("t.tar", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"t.tar: b/1.png: can't be read as an image"):
+        read_rgb(index.paths[1])
+    os.truncate(shard_file, 600)
+    with pytest.raises(ConfigError, match=r"t.tar: a/1.png: can't be read .*ends too early"):
+        read_rgb(index.paths[0])
+    with pytest.raises(ConfigError, match=r"gone.tar: x.png: no such image"):
+        read_rgb(member_path(str(tmp_path / "gone.tar"), 0, 1, "x.png"))
+
+
+def test_loaders_of_other_data_take_none():
+    with pytest.raises(ConfigError, match="data_loader.args.shards: DigitsLTDataLoader reads none"):
+        DigitsLTDataLoader(shards="t.tar")
+
+
+def test_shards_in_an_object_store(tmp_path):
+    """fsspec's memory stands for a store; the index lies in data_dir."""
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    for name, members in (("train-0", {"a/1.png": png(1), "b/1.png": png(2)}), ("test-0", {"a/1.png": png(3)})):
+        store.pipe(f"/photos/{name}.tar", tar(tmp_path / f"{name}.tar", members).read_bytes())
+    spec = {split: f"memory://photos/{split}-{{0..0}}.tar" for split in ("train", "test")}
+    loader = ImageFolderLTDataLoader(str(tmp_path), shards=spec, **SMALL)
+    assert np.array_equal(loader.raw_image(1), np.asarray(Image.open(io.BytesIO(png(2)))))
+    assert (tmp_path / "train-0..0.index.npz").is_file()
+    with pytest.raises(ConfigError, match="memory://photos/train-1.tar: no such shard"):
+        ImageFolderLTDataLoader(str(tmp_path), shards="memory://photos/train-{0..1}.tar", **SMALL)
+    with open_image(loader.paths[0]) as handle:
+        assert handle.read() == png(1)
+
+
+def test_without_fsspec_the_install_line_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
+    with pytest.raises(ConfigError, match="pip install fsspec"):
+        ImageFolderLTDataLoader(str(tmp_path), shards="s3://bucket/t-{0..1}.tar", **SMALL)
+
+
+def test_a_run_on_shards_has_the_figures_of_one_on_files(folder, tmp_path):
+    import train as train_script
+    target, spec = packed(folder)
+    figures = []
+    for place, more in ((folder, ()), (target, ("--set", f"data_loader.args.shards={json.dumps(spec)}"))):
+        train_script.main([
+            "-c", "configs/image_folder_ride.json", "--data_dir", str(place), "-d", "cpu", "--epochs", "1",
+            "--save_dir", str(tmp_path / "saved"), "--run_id", place.name, "--num_experts", "1", "--bs", "8",
+            "--set", "arch.type=ResNet32Model", "--set", "data_loader.args.image_size=12",
+            "--set", "data_loader.args.num_workers=0", "--set", "trainer.figures=false",
+            "--set", "trainer.tensorboard=false", "--set", "trainer.amp=off", *more])
+        models = tmp_path / "saved" / "models" / "image_folder_ride" / place.name
+        figures.append(json.loads((models / "test_metrics.json").read_text()))
+    for key in ("accuracy", "loss", "per_class_acc", "n_samples"):
+        assert figures[0][key] == figures[1][key], key
+
+
+def test_the_tool_refuses_what_it_cant_do(folder, tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        shard([str(tmp_path / "gone"), str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match="lies in"):
+        shard([str(folder), str(folder / "out")])
+    packed(folder)
+    with pytest.raises(ConfigError, match="has shards already"):
+        shard([str(folder), str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match="--size"):
+        byte_count("many")
+    assert byte_count("1.5M") == 1_500_000 and byte_count("20") == 20
