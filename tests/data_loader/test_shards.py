@@ -79,7 +79,8 @@ def test_a_folder_in_shards_gives_the_same_batches(folder, more):
     target, spec = packed(folder)
     assert len(list(target.glob("train-*.tar"))) > 2
     args = {**SMALL, **more}
-    files, shards = ImageFolderLTDataLoader(str(folder), **args), ImageFolderLTDataLoader(str(target), shards=spec, **args)
+    files = ImageFolderLTDataLoader(str(folder), **args)
+    shards = ImageFolderLTDataLoader(str(target), shards=spec, **args)
     equal(files, shards)
     held = files.split_validation(), shards.split_validation()
     if held[0] is not None:
@@ -238,7 +239,7 @@ def test_an_image_or_a_shard_that_breaks_later_is_named(tmp_path):
 
 
 def test_loaders_of_other_data_take_none():
-    with pytest.raises(ConfigError, match="data_loader.args.shards: DigitsLTDataLoader reads none"):
+    with pytest.raises(ConfigError, match=r"data_loader.args.shards: DigitsLTDataLoader reads none"):
         DigitsLTDataLoader(shards="t.tar")
 
 
@@ -252,7 +253,7 @@ def test_shards_in_an_object_store(tmp_path):
     loader = ImageFolderLTDataLoader(str(tmp_path), shards=spec, **SMALL)
     assert np.array_equal(loader.raw_image(1), np.asarray(Image.open(io.BytesIO(png(2)))))
     assert (tmp_path / "train-0..0.index.npz").is_file()
-    with pytest.raises(ConfigError, match="memory://photos/train-1.tar: no such shard"):
+    with pytest.raises(ConfigError, match=r"memory://photos/train-1.tar: no such shard"):
         ImageFolderLTDataLoader(str(tmp_path), shards="memory://photos/train-{0..1}.tar", **SMALL)
     with open_image(loader.paths[0]) as handle:
         assert handle.read() == png(1)
