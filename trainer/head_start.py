@@ -63,6 +63,9 @@ def class_means(model: nn.Module, loader: Any, max_batches: int | None) -> None:
     """Each class's weights are the mean feature of its training images, not augmented, at unit length; each expert has
     its own. A class without images keeps what it has."""
     from tqdm import tqdm
+    if dist.world_size() > 1:   # each rank drew new parts of its own; training will begin from rank 0's
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.distributed.broadcast(tensor.detach(), 0)
     plain = loader.train_eval_loader()
     gathered = ClassMeans(model.num_classes)
     total = len(plain) if max_batches is None else min(max_batches, len(plain))

@@ -30,6 +30,7 @@ KINDS = {
     "BatchFormer over ranks": ({"arch": {"args": {**TWO, "add_bt": 1}}, "loss": {"type": "RIDELoss"},
                                 "trainer": {"bt_gather": True}}, 1e-6),
     "SyncBatchNorm": ({"arch": {"args": {"norm": "SyncBatchNorm"}}}, 1e-4),
+    "class means": ({"arch": {"args": {**GROUP, "use_norm": True}}, "init_classifier": "class_means"}, 1e-6),
     "cRT": ({}, 1e-6), "LWS": ({"arch": {"args": {"classifier": "lws"}}}, 1e-6),
     "expert assignment": ({"arch": {"type": "ResNet32EAModel", "args": {"num_experts": 2, "use_norm": True}},
                            "resume_state_dict_only": True}, 1e-6),
