@@ -98,9 +98,11 @@ class BaseModel(nn.Module):
             self.freeze_except(self.classifier_prefixes())
             return
         if what == "norms":
-            frozen = {id(p) for layer in self.modules() if "norm" in type(layer).__name__.lower()
+            # By name or by what they keep (MABN); NBN's scales stand beside its layers.
+            frozen = {id(p) for layer in self.modules()
+                      if "norm" in type(layer).__name__.lower() or hasattr(layer, "running_var")
                       for p in layer.parameters(recurse=False)}
-            chosen = [name for name, p in self.named_parameters() if id(p) in frozen]
+            chosen = [name for name, p in self.named_parameters() if id(p) in frozen or name.endswith("scale_factor")]
         else:
             chosen = []
             for start in [what] if isinstance(what, str) else what:

@@ -122,6 +122,31 @@ def test_two_rates_of_places():
     assert (config["optimizer"]["args"]["lr"], config["trainer"]["classifier_lr"]) == (0.01, 0.1)
 
 
+def shown(config: dict) -> set[str]:
+    """The parts of a recipe that a config uses."""
+    data, trainer = config["data_loader"]["args"], config["trainer"]
+    schedule, mix = config["lr_scheduler"], data.get("mix") or {}
+    found = {key for key in ("cutout", "random_erasing") if data.get(key)}
+    found |= {key for key in ("ema", "swa", "no_decay", "layer_decay", "freeze", "accumulate") if trainer.get(key)}
+    found |= {"off_epochs"} & mix.keys()
+    found |= {str(value) for value in (data.get("augment"), mix.get("type"), trainer.get("amp"), schedule["type"],
+                                       config["optimizer"]["type"], config["loss"]["type"])}
+    return found | ({"by step"} if schedule.get("args", {}).get("by") == "step" else set())
+
+
+@pytest.mark.parametrize("data", ["digits_lt", "cifar100_lt"])
+def test_every_part_of_a_recipe_is_shown(data):
+    from data_loader.policies import DRAWS
+    from model.loss import LOSSES
+    from trainer.schedules import OPTIMIZERS
+
+    parts = {*DRAWS, "cutout", "random_erasing", "mixup", "cutmix", "either", "off_epochs", "ema", "swa", *OPTIMIZERS,
+             "no_decay", "layer_decay", "freeze", "accumulate", "by step", "LinearLR0", "CosLR", "OneCycleLR", "auto"}
+    parts |= {name for name in LOSSES if name.startswith(("BalPoE", "SADE", "VS", "GCL", "LabelAware"))}
+    found = [shown(read(name)) for name in IDS if name.startswith(f"{data}_")]
+    assert not parts - set().union(*found)
+
+
 def first_stage(name: str) -> str | None:
     """The config whose checkpoint `name` starts from."""
     prefix, _, kind = name.rpartition("_")

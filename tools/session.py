@@ -196,6 +196,9 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
     elif model.routed and not model.force_all:
         log.warning("the gates learn when experts that nobody trained are right; give the trained model with "
                     "-r STAGE1")
+    elif config["trainer"].get("freeze") and not config.get("load_crt") and not config["arch"]["args"].get("weights"):
+        log.warning("trainer.freeze: what is frozen stays as it was initialised; give trained weights with "
+                    "--pretrained FILE")
     if config.get("second_stage") and not config.get("load_crt"):  # only a dry run comes here
         log.warning("load_crt: missing; without it this config can't be trained, only tried")
     if config.get("load_crt"):

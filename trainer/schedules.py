@@ -114,6 +114,7 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
         return _own(kind, args, optimizer, epochs, steps_per_epoch, path)
     if kind in BY_STEP:
         args, unit = _by_step(kind, args, epochs, steps_per_epoch, path)
+        args = _in_proportion(args, optimizer)
     elif kind in BY_FIGURE:
         args, unit = _by_figure(kind, args, monitor, path), "figure"
         for group in optimizer.param_groups:   # torch's plateau doesn't keep what it began with; going on asks for it
@@ -178,6 +179,16 @@ def _by_step(kind: str, args: dict[str, Any], epochs: int, steps: int, path: str
         return args, "epoch"
     raise ConfigError(f"{path}.args: OneCycleLR ends after {total} steps, and the run has {epochs} epochs of {steps}; "
                       "leave total_steps out")
+
+
+def _in_proportion(args: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """torch gives a `max_lr` or `base_lr` that is one number to every group. Here it is for the optimizer's own rate,
+    and groups with rates of their own (layer_decay, classifier_lr, Muon's others) keep their proportion to it."""
+    own = optimizer.defaults["lr"]
+    shares = [group["lr"] / own for group in optimizer.param_groups]
+    numbers = {key: args[key] for key in ("max_lr", "base_lr") if isinstance(args.get(key), int | float)}
+    return args if set(shares) == {1.0} else {**args, **{key: [value * share for share in shares]
+                                                         for key, value in numbers.items()}}
 
 
 def _by_figure(kind: str, args: dict[str, Any], monitor: str, path: str) -> dict[str, Any]:

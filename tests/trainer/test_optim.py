@@ -165,6 +165,14 @@ def test_frozen_parts_stay_in_evaluation_mode_and_out_of_the_optimizer(what, tra
     assert held == sum(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("norm", ["BatchNorm2d", "NBN", "MABN", "BatchRenorm", "GroupNorm", "InstanceNorm"])
+def test_norms_of_every_type_can_be_frozen(norm: str) -> None:
+    model = build_model({"type": "ResNet32Model", "args": {"num_classes": 4, "norm": norm}})
+    model.freeze("norms")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, p in model.named_parameters() if p.dim() > 1 or name.endswith("linear.bias")}
+
+
 def test_freezing_what_isnt_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.freeze.*backbone\.layer9"):
         small_model().freeze(["backbone.layer9."])

@@ -20,6 +20,8 @@ PARTS = {
     "accumulation": {"trainer.accumulate": 2},
     "by step": {"lr_scheduler": {"type": "CosLR", "args": {"by": "step", "warmup_epoch": 0.5}}},
     "layer decay": {"trainer.layer_decay": 0.8, "trainer.clip_grad_norm": 1.0},
+    "frozen norms": {"trainer.freeze": "norms",
+                     "lr_scheduler": {"type": "OneCycleLR", "args": {"max_lr": 0.05}}},
 }
 KINDS = {
     "plain": {}, "experts": {"arch": {"args": TWO}, "loss": {"type": "BalPoELoss"}},

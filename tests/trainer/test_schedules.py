@@ -130,6 +130,25 @@ def test_what_cant_be_served_is_named(spec: dict, monitor: str, says: str) -> No
         build_scheduler(spec, sgd(), EPOCHS, STEPS, monitor=monitor)
 
 
+@pytest.mark.parametrize(("kind", "args"), [("OneCycleLR", {"max_lr": 1.0}),
+                                            ("CyclicLR", {"base_lr": 0.1, "max_lr": 1.0, "step_size_up": 5})])
+def test_groups_with_rates_of_their_own_keep_their_proportion(kind: str, args: dict) -> None:
+    def walked(rate: float) -> list[float]:
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]},
+                  {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1 * rate}]
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        schedule = build_scheduler({"type": kind, "args": args}, optimizer, EPOCHS, STEPS)
+        rates = [[group["lr"] for group in optimizer.param_groups]]
+        for _ in range(EPOCHS * STEPS - 1):
+            optimizer.step()
+            schedule.step()
+            rates.append([group["lr"] for group in optimizer.param_groups])
+        return rates
+    alike, apart = walked(1.0), walked(0.25)
+    assert [own for own, _ in alike] == [own for own, _ in apart] == [other for _, other in alike]
+    assert [other for _, other in apart] == pytest.approx([own / 4 for own, _ in apart])
+
+
 def test_no_warm_up_by_another_name_is_said(caplog: pytest.LogCaptureFixture, capsys) -> None:
     build_scheduler({"type": "CustomLR", "args": {"step1": 3, "step2": 4, "warmup_epoch": 1}}, sgd(), EPOCHS, STEPS)
     assert "warmup_epoch: 1 is no warm-up" in caplog.text + "".join(capsys.readouterr())
