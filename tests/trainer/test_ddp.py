@@ -3,6 +3,7 @@
 import csv
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import train
+from logger.metrics_csv import read_table
 from tests.trainer.ranks import run_ranks, stop_and_resume, train_and_record
 from utils import device
 from utils.errors import ConfigError
@@ -129,6 +131,27 @@ def test_sigterm_to_torchrun_saves(runs, root):
     out, _ = process.communicate(timeout=120)
     found = re.search(r"go on with: torchrun --nproc_per_node 2 train\.py -r (\S+)", out)
     assert found and torch.load(found[1], weights_only=True)["state_dict"]
+
+
+def test_two_nodes_train_as_one_process_does(runs, root):
+    """Two torchruns that meet over the loopback address, a process each, as on two machines."""
+    config = runs.config(arch={"args": GROUP}, **UNEVEN, trainer={"tensorboard": False, "figures": False})
+    flags = [config, "-d", "cpu", "--epochs", 1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend",
+         "c10d", "--rdzv_id", "two", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1", "train.py",
+         "-c", *map(str, flags), "--run_id", "nodes"], cwd=root, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT) for _ in range(2)]
+    train.main(["-c", *map(str, flags), "--run_id", "alone"])
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum("epoch 1/1" in text for text in said) == 1      # rank 0 alone speaks
+    alone, together = (read_table(runs.log(who) / "metrics.csv") for who in ("alone", "nodes"))
+    for name in ("loss", "val_loss", "accuracy"):
+        assert together[0][name] == pytest.approx(alone[0][name], rel=1e-4), name
 
 
 def test_a_rank_that_dies_ends_the_job_with_its_error_first(runs, root, tmp_path):
