@@ -1,4 +1,5 @@
-"""The data path: small images augmented by the batch, and large JPEGs, against torchvision's per-image pipelines.
+"""The data path: small images augmented by the batch, and large JPEGs, against torchvision's per-image pipelines; and
+a large data set opened as files and as shards.
 
 `python -m benchmarks.data [--json FILE] [--rounds N]`
 
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.autoaugment import AutoAugmentPolicy
 
+from benchmarks import shards
 from benchmarks.timing import Timing, finish, machine, parser, spread
 from data_loader.datasets import ImageSet, Splits
 from data_loader.image_loader import ImageDataLoader
@@ -177,6 +179,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         results["large"] = time_large(Path(folder), args.rounds or 7)
         results["pixels"] = pixel_difference(Path(folder))
+    results["shards"] = shards.run(args.rounds or 9)
     finish("data", results, args)
     return 0
 

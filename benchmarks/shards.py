@@ -1,0 +1,141 @@
+"""A data set of iNaturalist 2018's size, 437 thousand images of 8,142 classes: opened as listed files and as shards.
+
+`python -m benchmarks.shards [--json FILE] [--rounds N]` (also a part of `python -m benchmarks.data`)
+
+The files are empty and the shards' index is written without them, since opening looks into neither; JPEGs are then
+read from files and from a shard.
+"""
+from __future__ import annotations
+
+import gc
+import io
+import sys
+import tarfile
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.timing import finish, interleave, machine, parser, spread
+from data_loader.data_loaders import ListFileDataLoader
+from data_loader.imbalance import img_num_per_cls
+from data_loader.shards import Index, open_index
+from data_loader.transforms import IMAGENET_STATISTICS, read_for_test, test_pixels, test_preprocess
+
+CLASSES, LARGEST, SMALLEST = 8142, 268, 2      # an exponential tail of as many images, nearly
+SHARDS = 200
+BATCH = 64
+
+
+def resident() -> int:
+    """This process's memory in bytes (Linux; 0 elsewhere)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+
+
+def listed(folder: Path) -> tuple[list[str], np.ndarray]:
+    """Empty files in a folder a class, and their list."""
+    counts = img_num_per_cls(LARGEST, CLASSES, "exp", SMALLEST / LARGEST)
+    names = [f"train_val2018/{label:04d}/{label * 1000 + i:032x}.jpg"
+             for label, count in enumerate(counts) for i in range(count)]
+    labels = np.repeat(np.arange(CLASSES), counts)
+    for label in range(CLASSES):
+        (folder / f"train_val2018/{label:04d}").mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    text = "".join(f"{name} {label}\n" for name, label in zip(names, labels))
+    for file in ("train.txt", "test.txt"):
+        (folder / file).write_text(text if file == "train.txt" else text[:text.index("\n") + 1])
+    return names, labels
+
+
+def sharded(folder: Path, names: list[str], labels: np.ndarray) -> None:
+    """An index as of those images in SHARDS shards, and one of a test image."""
+    with tarfile.open(folder / "test.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0/0.jpg"))
+    for number in range(SHARDS):
+        (folder / f"train-{number:03d}.tar").touch()
+    stamps = np.array([(0, (folder / f"train-{number:03d}.tar").stat().st_mtime_ns) for number in range(SHARDS)])
+    count = len(names)
+    kinds = sorted(map(str, range(CLASSES)))
+    place = np.argsort(np.array(kinds, dtype=np.int64))     # the label's place among its texts
+    Index([str(folder / f"train-{number:03d}.tar") for number in range(SHARDS)], stamps, names,
+          np.arange(count, dtype=np.int32) % SHARDS, np.arange(count, dtype=np.int64) * 1024,
+          np.full(count, 512, dtype=np.int64), kinds, place[labels].astype(np.int32)
+          ).save(folder / f"train-000..{SHARDS - 1:03d}.index.npz")
+
+
+def time_opening(folder: Path) -> dict[str, Any]:
+    """Seconds and memory of a loader, from lists of files and from shards; seconds of the index alone."""
+    files, shards = folder / "files", folder / "shards"
+    files.mkdir()
+    shards.mkdir()
+    names, labels = listed(files)
+    sharded(shards, names, labels)
+    spec, found = f"train-{{000..{SHARDS - 1:03d}}}.tar", {}
+    del names, labels
+    both = {"train": spec, "test": "test.tar"}
+    for name, args in (("files", {"data_dir": str(files)}), ("shards", {"data_dir": str(shards), "shards": both})):
+        gc.collect()
+        before, start = resident(), time.perf_counter()
+        loader = ListFileDataLoader(**args, batch_size=128, validation="none", num_workers=1)
+        found[name] = {"seconds": time.perf_counter() - start, "bytes": resident() - before}
+        print(f"{loader.n_samples:,} images of {loader.num_classes:,} classes in {name}: open in "
+              f"{found[name]['seconds']:.1f} s, {found[name]['bytes'] / 2**20:.0f} MiB")
+        del loader
+    start = time.perf_counter()
+    open_index(spec, str(shards))
+    found["index_seconds"] = time.perf_counter() - start
+    print(f"the shards' index alone: {found['index_seconds']:.2f} s")
+    return found
+
+
+def time_reading(folder: Path, rounds: int) -> dict[str, Any]:
+    """JPEGs to test pixels, from files and from a shard, on this disk."""
+    rng, preprocess = np.random.default_rng(0), test_preprocess(224, *IMAGENET_STATISTICS)
+    (folder / "jpeg").mkdir()
+    with tarfile.open(folder / "jpeg.tar", "w") as tar:
+        for i in range(BATCH):
+            out = io.BytesIO()
+            small = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
+            small.resize((500, 375), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+            (folder / "jpeg" / f"{i}.jpg").write_bytes(out.getvalue())
+            about = tarfile.TarInfo(f"a/{i}.jpg")
+            about.size = len(out.getvalue())
+            tar.addfile(about, io.BytesIO(out.getvalue()))
+    paths = {"files": [str(folder / "jpeg" / f"{i}.jpg") for i in range(BATCH)],
+             "shards": open_index("jpeg.tar", str(folder)).paths}
+
+    def read(every: list[str]) -> None:
+        for path in every:
+            test_pixels(read_for_test(path, preprocess), preprocess)
+    timing = interleave({name: partial(read, every) for name, every in paths.items()}, rounds)
+    speed_up = timing.speed_up("shards", "files")
+    print(f"500 x 375 JPEGs from shards {BATCH / timing.median('shards'):.0f} images/s a core, from files "
+          f"{BATCH / timing.median('files'):.0f}: {spread(speed_up)}")
+    return {"images_per_second": {name: BATCH / timing.median(name) for name in paths}, "speed_up": speed_up}
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """Both, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {"opening": time_opening(Path(folder)), "reading": time_reading(Path(folder), rounds)}
+
+
+def main() -> int:
+    args = parser(__doc__.splitlines()[0], threads=1).parse_args()
+    args.threads = 1
+    torch.set_num_threads(1)
+    print(machine(1))
+    finish("shards", run(args.rounds or 9), args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
