@@ -12,12 +12,12 @@ from torch import nn
 from base.labels import WholeBatch
 from model.crops import forward_crops
 from model.metric import EvalState
+from trainer.meters import Means
 from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
 from utils.class_counts import GROUPS, group_limits
 from utils.config.check import metric_kind
-from utils.meters import Means
 
 Head = Callable[[dict[str, Any]], torch.Tensor]
 

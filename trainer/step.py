@@ -12,6 +12,7 @@ from base.base_trainer import BaseTrainer
 from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
 from trainer.hooks import HOOKS, make_hooks
+from trainer.meters import Means
 from trainer.optim.sam import SAM
 from trainer.precision import autocast, choose_precision
 from utils import dist
@@ -20,7 +21,6 @@ from utils.config.check import metric_kind, metric_table
 from utils.config.outside import short_name
 from utils.config.schema import TOP, defaults
 from utils.errors import RunError
-from utils.meters import Means
 
 log = get_logger()
 

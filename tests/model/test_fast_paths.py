@@ -11,7 +11,7 @@ from model.blocks import PadShortcut
 from model.loss import build_loss
 from model.metric import accuracy, top_k_acc
 from model.model import build_model
-from utils.meters import Means
+from trainer.meters import Means
 
 
 def sliced(x, shortcut):
