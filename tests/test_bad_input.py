@@ -59,6 +59,15 @@ CASES = [
     ("extends_itself", {"extends": "config.json"}, [], ["config.json", "extends itself"]),
     ("bad_monitor", {"trainer__monitor": "highest val_accuracy"}, [], ["trainer.monitor"]),
     ("bad_amp", {"trainer__amp": "bf8"}, [], ["trainer.amp", "bf8"]),
+    ("accumulate_zero", {"trainer__accumulate": 0}, [], ["trainer.accumulate", "1"]),
+    ("layer_decay_of_two", {"trainer__layer_decay": 2}, [], ["trainer.layer_decay", "1"]),
+    ("bad_no_decay", {"trainer__no_decay": "bias"}, [], ["trainer.no_decay", "norm_bias"]),
+    ("bad_by", {"lr_scheduler__args__by": "batch"}, [], ["lr_scheduler.args.by", "epoch", "step"]),
+    ("sam_of_nothing", {"optimizer": {"type": "SAM", "args": {"rho": 0.1}}}, [], ["optimizer.args.base"]),
+    ("bad_policy", {"data_loader__args__augment": "autoagument"}, [], ["augment", "autoaugment"]),
+    ("bad_mix", {"data_loader__args__mix": {"type": "mixpu"}}, [], ["mix", "mixup"]),
+    ("mixed_for_gates", {"arch__type": "ResNet32EAModel", "data_loader__args__mix": {"type": "mixup"}}, [],
+     ["data_loader.args.mix", "EAModel"]),
     ("not_json", "{'name': 1}", [], ["config.json", "line 1"]),
     ("not_an_object", "[1, 2]", [], ["config.json"]),
     ("duplicate_key", '{"name": "a", "name": "b"}', [], ["name"]),
@@ -105,6 +114,12 @@ def test_config_and_flags(capsys, tmp_path, changes, flags, words):
     # A text case may not even be an object to put save_dir into: the flag would hide the first mistake.
     place = [] if isinstance(changes, str) else ["--save_dir", saved]
     check_refused(in_process(["-c", file, "-d", "cpu", *place, *flags], capsys), saved, words)
+
+
+def test_detectors_have_no_mixing(capsys, tmp_path):
+    argv = ["-c", "configs/digit_scenes_maskrcnn_bn.json", "-d", "cpu", "--save_dir", tmp_path / "saved",
+            "--set", 'data_loader.args.mix={"type": "mixup"}']
+    check_refused(in_process(argv, capsys), tmp_path / "saved", ["data_loader.args", "mix"])
 
 
 @pytest.mark.parametrize("name", ["unknown_loss_arg", "unknown_metric", "epochs_zero", "unknown_flag"])

@@ -88,7 +88,8 @@ def test_only_rank_0_writes(both):
 
 #: Parts of a recipe, each of which draws or remembers something on every rank.
 PARTS = {"averages": {}, "averages, mixing, policies, SAM around Muon, rates by the step": {
-    "data_loader": {"args": {"augment": "autoaugment", "cutout": 6, "mix": {"type": "either"}}},
+    "data_loader": {"args": {"augment": "autoaugment", "cutout": 6, "random_erasing": 0.5, "flip": "alternate",
+                             "mix": {"type": "either"}}},
     "optimizer": {"type": "SAM", "args": {"rho": 0.05, "base": {"type": "Muon", "args": {}}}},
     "lr_scheduler": {"type": "CosLR", "args": {"by": "step", "warmup_epoch": 0.5}}}}
 
@@ -102,6 +103,8 @@ def test_a_stop_of_one_rank_stops_all_at_the_same_step(runs, same_state, parts):
         runs.base["optimizer"] = sections.pop("optimizer", runs.base["optimizer"])  # in place of SGD's arguments
         config = runs.config(arch={"args": {"dropout": 0.2}}, trainer=averages, **sections)
         return [str(part) for part in ("-c", config, "-d", "cpu", "--run_id", run_id, *more)]
+    if parts != "averages":
+        averages |= {"layer_decay": 0.8, "no_decay": "norm_bias", "clip_grad_norm": 1.0}
     stopped = runs.models("stopped") / "checkpoint-epoch2.pth"
     run_ranks(stop_and_resume, [command("stopped"), ["-r", str(stopped), "-d", "cpu"], command("straight")])
     assert same_state(stopped, runs.models("straight") / "checkpoint-epoch2.pth") == []

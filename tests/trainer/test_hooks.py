@@ -1,5 +1,6 @@
 """Hooks: averaged weights, and what a run shows in TensorBoard where it is asked to."""
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from model.model import build_model
 from tools.session import open_run
 from trainer.hooks import attention
 from trainer.hooks.attention import AttentionByClass
+from trainer.hooks.averages import WeightAverage
 from trainer.schedules import build_optimizer
 from utils.errors import ConfigError
 
@@ -139,6 +141,16 @@ def test_the_average_of_the_weights_equals_a_plain_loop(runs, monkeypatch, ema, 
     assert not torch.equal(checkpoint["state_dict"]["backbone.conv1.weight"], last["backbone.conv1.weight"])
 
 
+def test_averaging_never_waits_for_the_device():
+    """On a device that has no numbers, any look at one is an error."""
+    model = build_model({"type": "ResNet32Model", "args": {"num_classes": 4}}).to("meta")
+    average = WeightAverage(SimpleNamespace(model=model, options={"ema": {"decay": 0.9}}))
+    average.step_taken({}, None, torch.zeros((), device="meta"))
+    assert average.steps == 1
+    with pytest.raises(RuntimeError):
+        float(next(average.judged.parameters()).sum())
+
+
 def test_a_step_that_the_scaler_leaves_out_isnt_averaged(runs, monkeypatch):
     """The third step's gradient overflows half precision; its loss doesn't."""
     from trainer.trainer import Trainer
@@ -206,6 +218,9 @@ def test_the_average_is_what_is_tested_and_the_raw_weights_can_be(runs, capsys):
     models = runs("both", trainer={"ema": {"decay": 0.99}})
     own = json.loads((models / "test_metrics.json").read_text())["loss"]
     checkpoint = models / "checkpoint-epoch2.pth"
+    average = torch.load(checkpoint, weights_only=True)["state_dict"]
+    opened = open_run(checkpoint).model.state_dict()   # as predict, export and report open it
+    assert all(torch.equal(opened[name], value) for name, value in average.items())
     entry.main(["-r", str(checkpoint), "-d", "cpu"])
     assert json.loads((models / "test_metrics.json").read_text())["loss"] == pytest.approx(own, rel=1e-6)
     entry.main(["-r", str(checkpoint), "-d", "cpu", "--weights", "raw"])
@@ -253,5 +268,6 @@ def test_accumulated_batches_give_the_big_batchs_gradient(runs, monkeypatch, los
 
 def test_mixed_batches_train_and_their_accuracy_counts_the_heavier_label(runs):
     models = runs("mixed", data_loader={"args": {"mix": {"type": "either"}}})
+    assert "training accuracy counts the label that makes up more" in (runs.log("mixed") / "info.log").read_text()
     rows = (runs.log("mixed") / "metrics.csv").read_text().splitlines()
     assert len(rows) == 3 and (models / "checkpoint-epoch2.pth").exists()

@@ -1,0 +1,67 @@
+"""What `trainer.amp` "auto" chooses on which hardware, that a run says so, and evaluation in half precision."""
+import pytest
+import torch
+
+from data_loader.data_loaders import DigitsLTDataLoader
+from model.loss import build_loss
+from model.model import build_model
+from trainer.evaluate import evaluate
+from trainer.precision import autocast, choose_precision
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """Set what this CPU is said to have."""
+    def has(*features: str) -> None:
+        for question in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            monkeypatch.setattr(torch.cpu, question, lambda found=question in features: found, raising=False)
+    return has
+
+
+@pytest.mark.parametrize(("features", "precision", "why"), [
+    (["_is_amx_tile_supported", "_is_avx512_bf16_supported"], "bf16", "AMX"),
+    (["_is_avx512_bf16_supported"], "bf16", "AVX512-BF16"), ([], "off", "no bfloat16")])
+def test_auto_follows_the_cpu(cpu, features, precision, why) -> None:
+    cpu(*features)
+    chosen, reason = choose_precision("auto", "cpu")
+    assert chosen == precision and why in reason
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"),
+                                                       ((6, 1), "off")])
+def test_auto_follows_the_gpu(monkeypatch, capability, precision) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    chosen, reason = choose_precision("auto", "cuda:0")
+    assert chosen == precision and "a GPU" in reason
+
+
+def test_a_run_says_which_and_why(runs, cpu, capsys) -> None:
+    cpu("_is_avx512_bf16_supported")
+    runs("bf16", "--set", "trainer.amp=auto", "--dry_run")
+    assert "precision: bf16 (this CPU has AVX512-BF16)" in capsys.readouterr().out
+    cpu()
+    runs("float32", "--set", "trainer.amp=auto", "--dry_run")
+    assert "precision: float32 (this processor has no bfloat16 arithmetic)" in capsys.readouterr().out
+
+
+def test_losses_and_metrics_of_half_precision_are_computed_in_float32() -> None:
+    loader = DigitsLTDataLoader(batch_size=250, training=False, image_size=16)
+    torch.manual_seed(0)
+    model = build_model({"type": "ResNet32Model", "args": {"num_classes": 10, "num_experts": 2}}).eval()
+    loss = build_loss({"type": "BalancedSoftmaxLoss"}, cls_num_list=loader.cls_num_list)
+    seen = []
+
+    def first_logit(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append(output.dtype)
+        return output[:, 0].mean()
+    found = evaluate(model, loader, criterion=loss, metrics={"first": first_logit}, amp="bf16")
+    sums = {"loss": 0.0, "first": 0.0}
+    with torch.no_grad(), autocast(torch.device("cpu"), "bf16"):
+        for images, labels in loader:
+            outputs = model(images.contiguous(memory_format=torch.channels_last))
+            assert outputs["output"].dtype == torch.bfloat16
+            sums["loss"] += float(loss({"output": outputs["output"].double()}, labels)) * len(labels) / 500
+            sums["first"] += float(outputs["output"][:, 0].double().mean()) * len(labels) / 500
+    assert seen == [torch.float32] * 2
+    assert {name: found[name] for name in sums} == pytest.approx(sums, rel=1e-5)
