@@ -63,6 +63,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from tools.launch import note_stop
     from tools.words import words_for
     from trainer import trainer_class
+    from trainer.cached import check_options
     from trainer.head_start import check_start, start_classifier
     from trainer.schedules import build_optimizer, build_scheduler
     from trainer.tasks import task_of, write_figures
@@ -80,6 +81,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         log.warning("%s: taken for old command lines' sake, without effect (torchrun starts several processes)",
                     ", ".join(dict.fromkeys(args.ignored)))
 
+    check_options(options)
     starts = None if start.goes_on else config["init_classifier"]
     if starts:
         check_start(starts)

@@ -4,8 +4,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from base.freezing import freeze_plan
 from utils.errors import ConfigError, closest
 
 
@@ -41,6 +43,8 @@ class BaseModel(nn.Module):
     route = False
     #: Expert assignment: every image uses every expert, whose training goes on along with the gates'.
     force_all = False
+    #: Names of parameters that are frozen for some epochs only: `thaw` ends that.
+    waiting: tuple[str, ...] = ()
     #: Whether every trained parameter takes part in every step (data parallel training must be told where not).
     uses_all_parameters = True
 
@@ -81,6 +85,17 @@ class BaseModel(nn.Module):
         """Beginnings of the classifier's parameter and buffer names (heads, their norms and scales)."""
         return []
 
+    def feature_prefixes(self) -> list[str]:
+        """Beginnings of the names of what sees features alone: the classifier's, and the gates' of expert assignment.
+        With everything else frozen an image's features stay as they are."""
+        return self.classifier_prefixes()
+
+    def from_features(self, feats: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The dict that `forward` gives, from pooled features `[N, E, D]` as its `feat` has them in evaluation. A model
+        with something between features and heads (dropout) does it here too."""
+        logits = torch.stack([head(feats[:, i]) for i, head in enumerate(self.used_heads())], 1)
+        return {"output": logits.mean(1), "logits": logits, "feat": feats}
+
     def stage2_prefixes(self) -> list[str]:
         """What a decoupled second stage trains (Kang et al., ICLR 2020)."""
         return self.classifier_prefixes()
@@ -89,11 +104,24 @@ class BaseModel(nn.Module):
         """Beginnings of parameter names, stage by stage from the stem to the last before the classifier."""
         return [(f"{name}.",) for name, _ in self.named_children()]
 
-    def freeze(self, what: str | Iterable[str]) -> None:
+    def freeze(self, what: str | Iterable[str] | dict) -> None:
         """`trainer.freeze`: "backbone" (everything but the classifier), "norms", or beginnings of parameters' names.
 
-        Raises ConfigError where a beginning fits no parameter.
+        With {"until": "epoch 3", "what": ...} what it freezes is `waiting` for `thaw`. Raises ConfigError where a
+        beginning fits no parameter, and where there would be nothing to train or nothing to thaw.
         """
+        if isinstance(what, dict):
+            plan, before = freeze_plan(what), self.frozen
+            self.freeze(plan.what)
+            self._set_trained(before, False)
+            self.waiting = tuple(name for name in self.frozen if name not in set(before))
+            if not self.waiting:
+                raise ConfigError("trainer.freeze.until: leaves nothing to thaw: what it names is frozen for the whole "
+                                  "run (by load_crt or the arch); leave one of them out (`pretrained` takes weights "
+                                  "and freezes nothing)")
+            if not self.num_parameters(trainable_only=True):
+                raise ConfigError("trainer.freeze.what: leaves nothing to train until then")
+            return
         if what == "backbone":
             self.freeze_except(self.classifier_prefixes())
             return
@@ -112,9 +140,18 @@ class BaseModel(nn.Module):
                     raise ConfigError(f"trainer.freeze: no parameter's name begins with {start!r}; give \"backbone\", "
                                       f"\"norms\" or a list of beginnings like {near or next(iter(self.state_dict()))}")
                 chosen += found
+        self._set_trained(chosen, False)
+
+    def thaw(self) -> None:
+        """Train what was `waiting`."""
+        self._set_trained(self.waiting, True)
+        self.waiting = ()
+
+    def _set_trained(self, names: Iterable[str], trained: bool) -> None:
+        chosen = set(names)
         for name, parameter in self.named_parameters():
-            if name in set(chosen):
-                parameter.requires_grad_(False)
+            if name in chosen:
+                parameter.requires_grad_(trained)
         self.train(self.training)
 
     def num_parameters(self, trainable_only: bool = False) -> int:

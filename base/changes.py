@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from base.freezing import freeze_plan
 from utils.config.schema import TOP, TRAINER, defaults
 
 #: What of the config's `trainer` decides which parameters are trained and go together.
@@ -33,6 +34,8 @@ def regrouped(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The keys of `trainer` by which the optimizer's groups have other parameters than before. Of rates it only counts
     that there is one."""
     def meant(options: dict[str, Any], key: str) -> Any:
+        if key == "freeze" and isinstance(options[key], dict):    # until when may change
+            return ("for now", freeze_plan(options[key]).what)
         return options[key] is not None if key in ("layer_decay", "classifier_lr") else options[key]
     before, now = defaults(TRAINER, before), defaults(TRAINER, now)
     return [f"trainer.{key}" for key in GROUPING if meant(before, key) != meant(now, key)]

@@ -252,11 +252,18 @@ class ImageDataLoader(PixelLoader):
         """The training images in order, not augmented (for class means). Of a test loader: its images again."""
         return self._sibling(self.images, self.store)
 
-    def _sibling(self, images: ImageSet, store: MemoryImages | None = None) -> ImageDataLoader:
+    def feature_loader(self, augment: bool = False) -> ImageDataLoader:
+        """The images iterated, each once and in order, plain, or augmented by the draws of the epoch that is set; never
+        mixed, one crop each."""
+        other = copy.copy(self)
+        other.mixing, other.views = None, self.preprocess
+        return other._sibling(self.images, self.store, augment)
+
+    def _sibling(self, images: ImageSet, store: MemoryImages | None = None, augment: bool = False) -> ImageDataLoader:
         other = copy.copy(self)
         BaseDataLoader.__init__(other, images.targets, self.batch_size, shuffle=False, training=False, seed=self.seed,
                                 device=self.device, rank=self.rank, world_size=self.world_size)
-        other._attach(images, augment=False, store=store)
+        other._attach(images, augment=augment, store=store)
         return other
 
     def summary(self, groups: dict[str, float] | None = None) -> list[str]:

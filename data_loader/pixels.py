@@ -1,6 +1,8 @@
 """Where a loader's pixels live and how they become batches: in memory, augmented by the batch, or from workers."""
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +68,20 @@ class PixelLoader(BaseDataLoader):
     def _is_small(self) -> bool:
         """Whether images are cropped by the batch; several crops are taken from the larger image by workers."""
         return self.image_size <= LARGEST_SMALL and (self.augment or "crops" not in self.views)
+
+    def describe(self, digest: Any) -> None:
+        """Tell a digest of hashlib's which images these are, and how they reach the model."""
+        how = [sorted(self.preprocess.items())]
+        if self.augment:
+            how += [self.recipe, self.seed, self.flip, self.jitter, getattr(self.transform, "__qualname__", None)]
+        digest.update(repr(how).encode() + self.targets.tobytes())
+        if self.paths is None:
+            digest.update(self.store.words.cpu().numpy())
+        for path in self.paths or ():
+            digest.update(os.fsencode(path))
+            with contextlib.suppress(OSError):     # a file's size and time tell when it was replaced
+                found = os.stat(path)
+                digest.update(f"{found.st_size} {found.st_mtime_ns}".encode())
 
     def _bytes(self, images: ImageSet) -> int:
         side = self.preprocess["resize"] + 2 * self.recipe.border

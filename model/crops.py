@@ -10,13 +10,16 @@ from utils.errors import ConfigError
 
 def forward_crops(model: Any, images: torch.Tensor,
                   memory_format: torch.memory_format = torch.channels_last) -> dict[str, Any]:
-    """The model's dict for images [N, 3, S, S], or for crops [N, K, 3, S, S] the mean of the K dicts.
+    """The model's dict for images [N, 3, S, S] (or whatever else it takes, as it is), or for crops [N, K, 3, S, S] the
+    mean of the K dicts.
 
     Crops pass one after the other, so that a batch of them needs no more memory than one of images. Raises ConfigError
     for crops of an expert-assignment model, whose gates would choose for each crop.
     """
     if images.ndim == 4:
         return model(images.contiguous(memory_format=memory_format))
+    if images.ndim < 4:
+        return model(images)
     if getattr(model, "routed", False) and getattr(model, "route", False):
         raise ConfigError("crops: each image's experts are chosen once; leave crops out for an expert-assignment model")
     sums: dict[str, torch.Tensor] = {}

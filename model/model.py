@@ -135,6 +135,9 @@ class Model(BaseModel):
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return self.backbone(x, target) if self.routed else self.backbone(x)
 
+    def from_features(self, feats: torch.Tensor, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.backbone.from_features(feats, **more)
+
     # ---- what others ask, see BaseModel ------------------------------------------------------------------------
 
     @property
@@ -207,6 +210,9 @@ class EAModel(Model):
     """Expert assignment on the same backbone: RIDE's second stage."""
 
     routed = True
+
+    def feature_prefixes(self) -> list[str]:
+        return [*self.classifier_prefixes(), f"backbone.{GATES}"]
 
     def gates(self) -> list[torch.nn.Linear]:
         """Each gate's last layer, [E - 1], or the one that all share."""

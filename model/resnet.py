@@ -176,7 +176,16 @@ class ResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | tuple[float, float]]:
         shared = self.trunk(x)
         experts = self.pick_experts()
-        feats = self.dropout(torch.stack([self.expert_feat(shared, i) for i in experts], dim=1))  # [N, E, D]
+        return self.from_features(torch.stack([self.expert_feat(shared, i) for i in experts], dim=1), experts)
+
+    def from_features(self, feats: torch.Tensor, experts: list[int] | None = None,
+                      ) -> dict[str, torch.Tensor | tuple[float, float]]:
+        """What `forward` makes of pooled features `[N, E, D]` of `experts`; None: of those that evaluation uses, out of
+        which training with "rand" picks."""
+        if experts is None:
+            experts = self.pick_experts()
+            feats = feats[:, experts] if self.use_experts == "rand" else feats
+        feats = self.dropout(feats)
         block = self.encoder_layers
         if block is None or not (block.training or self.eval_bt):
             logits = self.classify(feats, experts)

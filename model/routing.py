@@ -87,10 +87,21 @@ class RoutedResNet(ResNet):
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         if not self.training and self.route and not self.force_all:
             return self._routed(x)
-        outputs, means = self._all_experts(x)
+        return self._decide(*self._all_experts(x), target)
+
+    def from_features(self, feats: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """What `forward` makes of pooled features `[N, E, D]` of all experts."""
+        outputs = self._decide(*self._judge(self.dropout(feats)), target)
+        if self.training or not self.route or self.force_all:
+            return outputs
+        return {key: outputs[key] for key in ("output", "sample_num_experts")}   # as where experts are asked in turn
+
+    def _decide(self, outputs: dict[str, torch.Tensor], means: torch.Tensor,
+                target: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The dict with what the gates say, from every expert's outputs and the running means `[N, E, C]`."""
         if not self.training:
             used = self._used(outputs["feat"], means)
-            outputs["output"] = means[torch.arange(x.shape[0], device=x.device), used - 1]
+            outputs["output"] = means[torch.arange(means.shape[0], device=means.device), used - 1]
             outputs["sample_num_experts"] = used
         elif target is not None:
             outputs["loss"] = self._loss(outputs["feat"], means, target)
@@ -100,11 +111,13 @@ class RoutedResNet(ResNet):
         """Every expert on every image; also the running means of the logits `[N, E, C]`, after 1, 2, ... experts."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.force_all):
             shared = self.trunk(x)
-            experts = list(range(self.num_experts))
-            feats = self.dropout(torch.stack([self.expert_feat(shared, i) for i in experts], dim=1))
-            logits = self.classify(feats, experts)
-            counts = torch.arange(1, len(experts) + 1, device=logits.device).view(-1, 1)
-            means = _wide(logits).cumsum(1) / counts
+            feats = self.dropout(torch.stack([self.expert_feat(shared, i) for i in range(self.num_experts)], dim=1))
+            return self._judge(feats)
+
+    def _judge(self, feats: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        logits = self.classify(feats, list(range(self.num_experts)))
+        counts = torch.arange(1, self.num_experts + 1, device=logits.device).view(-1, 1)
+        means = _wide(logits).cumsum(1) / counts
         return {"output": logits.mean(1), "logits": logits, "feat": feats}, means
 
     def _used(self, feats: torch.Tensor, means: torch.Tensor) -> torch.Tensor:

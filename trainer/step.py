@@ -94,6 +94,16 @@ class StepTrainer(BaseTrainer):
         """What is validated, tested and saved as `state_dict`: the model that trains, or a hook's average of it."""
         return next((hook.judged for hook in self.hooks if hook.judged is not None), self.model)
 
+    def rewrap(self, model: nn.Module) -> None:
+        """Take the steps on `model` from now on: the same parameters, but maybe others of them trained, or another
+        forward pass. Gradients are shared between ranks anew."""
+        before, self.step_model = self.step_model, None
+        if isinstance(before, DataParallel):
+            before._remove_autograd_hooks()     # or gradients would be averaged twice
+        del before
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.step_model = self._wrap(model)
+
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: compiled, data parallel, or itself."""
         if self.options["compile"]:
@@ -157,7 +167,8 @@ class StepTrainer(BaseTrainer):
 
     def compute(self, part: Part, whole: WholeBatch | None) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
         """(loss, the model's dict, figures) of a part, under autocast."""
-        images = part.images.contiguous(memory_format=self.memory_format)
+        # Features [N, E, D] have no channels to order.
+        images = part.images.contiguous(memory_format=self.memory_format) if part.images.ndim == 4 else part.images
         outputs = self.forward(images, part.labels)
         if whole is not None:  # losses that are weighted means need the whole batch's weights below the line
             outputs["whole"] = whole

@@ -6,8 +6,11 @@ import time
 from typing import Any
 
 import torch
+from torch import nn
 
+from base.freezing import freeze_plan
 from logger.log import get_logger
+from trainer.cached import CachedFeatures, OnFeatures
 from trainer.evaluate import evaluate
 from trainer.schedules import bring_to
 from trainer.step import Part, StepTrainer
@@ -22,21 +25,35 @@ class Trainer(StepTrainer):
     #: What evaluation keeps of a validation pass beside the config's metrics.
     kept_figures = ("many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc")
 
+    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
+                 config: dict[str, Any], **more: Any):
+        super().__init__(model, criterion, optimizer, config, **more)
+        plan = freeze_plan(self.options["freeze"])
+        self.frozen_until = plan and plan.until
+        self.cached = CachedFeatures.wanted(self.options, self.model, self.train_loader, self.valid_loader,
+                                            teacher=self.teacher)
+        self.on_features = False
+        self.accuracy_so_far: float | None = None
+
     # ------------------------------------------------------------------ one epoch
 
     def train_epoch(self, epoch: int, start_batch: int) -> dict[str, float] | None:
         """See BaseTrainer. Reads figures from the device every `trainer.log_step` steps only."""
         self._start_epoch(epoch, start_batch)
         total = len(self.train_loader)  # of what is left of it, where batches of another size had its beginning
-        began, images_seen = time.monotonic(), 0
         pending: list[torch.Tensor] = []
         self.batches_done = start_batch
-        if self.stop.agreed(self.device, True):
+        if self.stop.agreed(self.device, True) or not self._features_ready():
             return None
+        loader = self.train_loader
+        if self.on_features:
+            loader = self.cached.train
+            loader.set_epoch(epoch, start_batch, self.train_loader.offset)
+        began, images_seen = time.monotonic(), 0
         parts: list[Part] = []
         with self._progress(epoch, total, start_batch) as bar:
-            for batch, (images, labels) in enumerate(self.train_loader, start_batch):
-                if self.global_step == 0 and not parts:
+            for batch, (images, labels) in enumerate(loader, start_batch):
+                if self.global_step == 0 and not parts and not self.on_features:
                     for hook in self.hooks:
                         hook.first_batch(images)
                 parts.append(Part(images, labels, *self.train_loader.share(batch)))
@@ -66,6 +83,7 @@ class Trainer(StepTrainer):
 
     def _start_epoch(self, epoch: int, start_batch: int) -> None:
         self.epoch = epoch
+        self._choose_phase(epoch)
         self.model.train()
         self.criterion.train()
         if hasattr(self.criterion, "set_epoch"):  # a plain module of somebody's has no epochs
@@ -77,6 +95,30 @@ class Trainer(StepTrainer):
             self.means.reset()
         for hook in self.hooks:
             hook.epoch_begins(epoch)
+
+    def _choose_phase(self, epoch: int) -> None:
+        """What the epoch trains and on what: features or images, with what `trainer.freeze` holds back or without."""
+        thaws = self.frozen_until is not None and epoch > self.frozen_until and bool(self.model.waiting)
+        # A dry run has no folder for features.
+        features = self.cached is not None and self.paths is not None and (
+            self.frozen_until is None or epoch <= self.frozen_until)
+        if thaws:
+            before = self.model.num_parameters(trainable_only=True)
+            self.model.thaw()
+            log.info("epoch %d: thawed, %s parameters are trained instead of %s%s%s", epoch,
+                     f"{self.model.num_parameters(trainable_only=True):,}", f"{before:,}",
+                     ", on images from here on" if self.cached else "", "" if self.accuracy_so_far is None else
+                     f"; validation accuracy so far: {100 * self.accuracy_so_far:.1f} %")
+        if thaws or features != self.on_features:
+            self.rewrap(OnFeatures(self.model) if features else self.model)
+        self.on_features = features
+
+    def _features_ready(self) -> bool:
+        """Whether the features that the epoch needs are there, computed now if need be; False where a stop was asked
+        for meanwhile."""
+        return not self.on_features or self.cached.prepare(
+            self.model, self.paths.models / "features", self.amp, lambda: self.stop.agreed(self.device, True),
+            self.options["progress"] and self.options["verbosity"] > 0)
 
     def _log_step(self, epoch: int, done: int, total: int, pending: list[torch.Tensor], speed: float, bar: Any) -> None:
         """The one place where the host waits for the device."""
@@ -102,14 +144,20 @@ class Trainer(StepTrainer):
         criterion's loss and the config's metrics. more: see `trainer.evaluate.evaluate`."""
         if validating:
             more.update(criterion=self.criterion, metrics=self.metrics)
-        return evaluate(self.judged_model, loader, groups=self.config.get("groups"), amp=self.amp,
+        model = self.judged_model
+        if validating and self.on_features and self.cached.valid is not None:
+            model, loader = OnFeatures(model), self.cached.valid
+        return evaluate(model, loader, groups=self.config.get("groups"), amp=self.amp,
                         memory_format=self.memory_format, **more)
 
     def validate(self, epoch: int) -> dict[str, float | None] | None:
         """See BaseTrainer."""
         result = self.evaluate(self.valid_loader, validating=True,
                                stop=lambda batch: self.stop.agreed(self.device, batch % 10 == 0))
-        return None if result is None else self.shown(result)
+        if result is None:
+            return None
+        self.accuracy_so_far = result.get("accuracy")
+        return self.shown(result)
 
     def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
         """What of a validation pass goes into the log and metrics.csv."""
@@ -150,11 +198,12 @@ class Trainer(StepTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         states = {hook.key: hook.state_dict() for hook in self.hooks if hook.key}
-        return {"means": self.means.state_dict(reduce=True), "skipped": self.skipped, "hooks": states}
+        so_far = {} if self.frozen_until is None else {"accuracy_so_far": self.accuracy_so_far}
+        return {"means": self.means.state_dict(reduce=True), "skipped": self.skipped, "hooks": states, **so_far}
 
     def load_extra_state(self, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         self.means.load_state_dict(state["means"])
-        self.skipped = state["skipped"]
+        self.skipped, self.accuracy_so_far = state["skipped"], state.get("accuracy_so_far")
         for hook in self.hooks:
             if hook.key in (state.get("hooks") or {}):
                 hook.load_state_dict(state["hooks"][hook.key], checkpoint)

@@ -13,6 +13,8 @@ def param_groups(model: nn.Module, options: dict[str, Any], base_lr: float | Non
                  wanted: Callable[[str, nn.Parameter], bool] = lambda name, parameter: True) -> list[dict[str, Any]]:
     """The trainable parameters that are `wanted`, in the model's order, split only where `options` asks for it.
 
+    Those that wait to be thawed have groups of their own: a group's parameters take their first step together.
+
     options (the config's `trainer`):
         classifier_lr: a rate of its own for the classifier (Places-LT; Kang et al., ICLR 2020).
         no_decay_scale: no weight decay on NBN's learned scales (`scale_factor`).
@@ -25,8 +27,9 @@ def param_groups(model: nn.Module, options: dict[str, Any], base_lr: float | Non
     classifier_lr, layer_decay = options["classifier_lr"], options["layer_decay"]
     stages = model.stage_prefixes() if layer_decay is not None else []
     groups: dict[tuple, dict[str, Any]] = {}
+    waiting = frozenset(getattr(model, "waiting", ()))
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or not wanted(name, parameter):
+        if not (parameter.requires_grad or name in waiting) or not wanted(name, parameter):
             continue
         undecayed = (bool(options["no_decay_scale"]) and name.endswith("scale_factor")) or (
             options["no_decay"] == "norm_bias" and parameter.dim() <= 1)
@@ -34,7 +37,7 @@ def param_groups(model: nn.Module, options: dict[str, Any], base_lr: float | Non
         lr = classifier_lr if is_classifier else None
         if stages:
             lr = (base_lr if lr is None else lr) * layer_decay ** (len(stages) - stage_of(name, stages))
-        group = groups.setdefault((undecayed, lr), {"params": []})
+        group = groups.setdefault((undecayed, lr, name in waiting), {"params": []})
         group["params"].append(parameter)
         if undecayed:
             group["weight_decay"] = 0.0

@@ -1,0 +1,298 @@
+"""Training on features that were computed once, and parts that are frozen until an epoch."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from base.freezing import freeze_plan
+from model.model import build_model
+from tests.trainer.conftest import load
+from tests.trainer.ranks import run_ranks, train_and_record
+from tools import session
+from trainer import feature_store
+from trainer.cached import OnFeatures, store_of
+from trainer.feature_store import FeatureLoader
+from utils.errors import ConfigError, RunError
+
+SMALL = {"layer2_output_dim": 16, "layer3_output_dim": 16}
+CACHED = {"cache_features": True}
+EA = {"arch": {"type": "ResNet32EAModel", "args": {"num_experts": 2, "use_norm": True}}, "resume_state_dict_only": True}
+
+
+@pytest.fixture(scope="module")
+def stage1(shared_runs):
+    """Checkpoints of a first stage: one expert, and two."""
+    return {1: shared_runs("one", "--epochs", 1) / "checkpoint-epoch1.pth",
+            2: shared_runs("two", "--epochs", 1, arch={"args": {"num_experts": 2, "use_norm": True}})
+            / "checkpoint-epoch1.pth"}
+
+
+# ---------------------------------------------------------------------- freezing until an epoch
+
+@pytest.mark.parametrize("value,plan", [
+    (None, None), ("norms", ("norms", None)), (["a"], (["a"], None)), ({"until": "epoch 3"}, ("backbone", 3)),
+    ({"until": 3, "what": ["a", "b"]}, (["a", "b"], 3))])
+def test_a_plan_is_read(value, plan):
+    assert freeze_plan(value) == plan
+
+
+@pytest.mark.parametrize("value,said", [
+    ({"until": "3 epochs"}, "until: must be the last epoch"), ({"until": 0}, "until: must be"), ({}, "until: must be"),
+    ({"until": True}, "until"), ({"untill": 3}, "did you mean 'until'"), ({"until": 3, "what": 5}, "what: must be")])
+def test_a_wrong_plan_is_named(value, said):
+    with pytest.raises(ConfigError, match=said):
+        freeze_plan(value)
+
+
+UNTIL = {"freeze": {"until": "epoch 2"}, "epochs": 4, "layer_decay": 0.8, "no_decay": "norm_bias",
+         "ema": {"decay": 0.9}}
+
+
+@pytest.fixture(scope="module", params=[{}, CACHED, {"cache_features": {"views": 2}}], ids=["images", "plain", "views"])
+def thawed(request, shared_runs):
+    """Four epochs, all but the classifier frozen in the first two."""
+    name = f"until-{request.param_index}"
+    sections = {"trainer": {**UNTIL, **request.param, "save_period": 1},
+                "data_loader": {"args": {"sampler": {"type": "ClassBalanced", "args": {}}}}}
+    return shared_runs(name, **sections), sections
+
+
+def test_frozen_parts_stay_and_are_thawed(thawed):
+    folder, _ = thawed
+    first, second, third = (load(folder / f"checkpoint-epoch{epoch}.pth") for epoch in (1, 2, 3))
+    head = {"backbone.linear.weight", "backbone.linear.bias"}
+    for key in ("state_dict", "raw_state_dict"):
+        assert {name for name, value in first[key].items() if not torch.equal(value, second[key][name])} == head
+        moved = {name for name, value in second[key].items() if not torch.equal(value, third[key][name])}
+        assert moved == set(first[key])     # norms' statistics and counters too
+    assert len(first["optimizer"]["state"]) == 2 and len(third["optimizer"]["state"]) > 60
+
+
+def test_a_stop_before_and_after_the_thaw_loses_nothing(thawed, runs, same_state, signal_at):
+    folder, sections = thawed
+    path = runs.models("stopped")
+    steps = len(range(0, 23, 6))
+    signal_at(steps + 2)                    # inside epoch 2, the last on frozen features
+    runs("stopped", **sections)
+    assert same_state(folder / "checkpoint-epoch1.pth", path / "checkpoint-epoch1.pth") == []
+    signal_at(2 * steps - (steps + 2) + 3)  # inside epoch 3, the first that is thawed
+    runs(None, "-r", path / "checkpoint-epoch2.pth")
+    runs(None, "-r", path / "checkpoint-epoch3.pth")
+    for epoch in (2, 3, 4):
+        assert same_state(folder / f"checkpoint-epoch{epoch}.pth", path / f"checkpoint-epoch{epoch}.pth") == []
+
+
+def test_an_epoch_between_is_gone_on_from(thawed, runs, same_state, capfd):
+    folder, sections = thawed
+    halves = {**sections, "trainer": {**sections["trainer"], "epochs": 2}}
+    half = runs("half", **halves) / "checkpoint-epoch2.pth"
+    accuracy = load(half)["extra"]["accuracy_so_far"]
+    runs(None, "-r", half, "--epochs", 4)
+    assert same_state(folder / "checkpoint-epoch4.pth", half.with_name("checkpoint-epoch4.pth")) == []
+    said = next(line for line in capfd.readouterr().out.splitlines() if "thawed" in line)
+    assert said.startswith("epoch 3: ") and said.endswith(f"validation accuracy so far: {100 * accuracy:.1f} %")
+
+
+# ---------------------------------------------------------------------- features in place of images
+
+@pytest.mark.parametrize("arch,more", [
+    ("ResNet32Model", {}), ("ResNet32Model", {"num_experts": 3, "use_norm": True}),
+    ("ResNet32Model", {"classifier": "lws"}), ("ResNet32Model", {"num_experts": 3, "use_experts": "0,2"}),
+    ("ResNet32Model", {"num_experts": 2, "classifier": "linear_fcbn"}),
+    ("ResNet32EAModel", {"num_experts": 3, "use_norm": True})])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_on_its_features_is_the_model(arch, more, training):
+    torch.manual_seed(0)
+    model = build_model({"type": arch, "args": {**SMALL, **more}}, 5)
+    if not model.routed:
+        model.freeze("backbone")
+    images, labels = torch.randn(7, 3, 16, 16), torch.arange(7) % 5
+    model.eval()
+    if routes := model.route:
+        model.route = False
+    feats = model(images)["feat"].detach()
+    if routes:
+        model.route = True
+    model.train(training)
+    extra = {"target": labels} if model.routed else {}
+    expected, found = model(images, **extra), OnFeatures(model)(feats, **extra)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_dropout_and_random_experts_are_drawn_on_features_too():
+    model = build_model({"type": "ResNet32Model", "args": {**SMALL, "num_experts": 3, "use_experts": "rand",
+                                                           "dropout": 0.5}}, 5)
+    model.freeze("backbone")
+    feats = torch.ones(4, 3, 16)
+    outputs = model.train().from_features(feats)
+    assert outputs["logits"].shape == (4, 2, 5) and (outputs["feat"] == 0).any()
+    assert model.eval().from_features(feats)["logits"].shape == (4, 3, 5)
+
+
+@pytest.fixture
+def plainly(monkeypatch):
+    """Training images as they are: what one pass sees."""
+    make = session.make_loader
+
+    def plain(*args, **more):
+        loader = make(*args, **more)
+        loader.augment = False
+        return loader
+    monkeypatch.setattr(session, "make_loader", plain)
+
+
+@pytest.mark.parametrize("kind", ["crt", "lws", "ea", "rest"])
+def test_cached_training_is_ordinary_training_of_plain_images(kind, runs, stage1, plainly):
+    balanced = {"data_loader": {"args": {"sampler": {"type": "ClassBalanced", "args": {}}}}}
+    sections, flags = {
+        "crt": (balanced, ["--load_crt", stage1[1]]),
+        "lws": ({**balanced, "arch": {"args": {"classifier": "lws"}}}, ["--load_crt", stage1[1]]),
+        "ea": (EA, ["-r", stage1[2]]),
+        "rest": ({"arch": {"args": {"num_experts": 2, "use_norm": True}}, "loss": {"type": "RIDELoss"},
+                  "trainer": {"freeze": "backbone", "accumulate": 2, "ema": {"decay": 0.9}}},
+                 ["--pretrained", stage1[2]]),
+    }[kind]
+    trainer = sections.pop("trainer", {})
+    flags += ["--lr", 0.002]
+    one = runs("images", *flags, **sections, trainer={**trainer})
+    two = runs("features", *flags, **sections, trainer={**trainer, **CACHED})
+    before, after = (load(folder / "checkpoint-epoch2.pth")["state_dict"] for folder in (one, two))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=5e-3, atol=2e-3)
+    rows = [(runs.log(name) / "metrics.csv").read_text().splitlines()[-1].split(",") for name in ("images", "features")]
+    assert [float(v or 0) for v in rows[0]] == pytest.approx([float(v or 0) for v in rows[1]], rel=2e-2, abs=2e-2)
+    assert sorted(path.name for path in (two / "features").iterdir()) == [
+        "train.f16", "train.json", "valid.f16", "valid.json"] and not (one / "features").exists()
+
+
+REFUSED = [
+    ({}, "backbone.conv1.weight is trained"),
+    ({"trainer": {"freeze": ["backbone.layer1."]}}, "backbone.conv1.weight is trained"),
+    ({"trainer": {"freeze": "backbone"}, "data_loader": {"args": {"mix": {"type": "mixup"}}}}, "can't be mixed"),
+    ({"trainer": {"cache_features": {"views": 0}}}, "views: must be 1 or more"),
+    ({"trainer": {"cache_features": {"view": 2}}}, "did you mean 'views'"),
+    ({"distill": True, "distill_checkpoint": "TWO", "distill_arch": {"type": "ResNet32Model", "args": {
+        **SMALL, "num_experts": 2, "use_norm": True}}, "trainer": {"freeze": "backbone"}}, "the teacher needs"),
+]
+
+
+@pytest.mark.parametrize("sections,said", REFUSED)
+def test_what_would_change_features_is_refused(sections, said, runs, stage1):
+    sections = json.loads(json.dumps(sections).replace("TWO", str(stage1[2])))
+    with pytest.raises(ConfigError, match=f"^trainer.cache_features.*{said}"):
+        runs("refused", **{**sections, "trainer": {**CACHED, **sections.get("trainer", {})}})
+    assert not runs.models("refused").exists()
+
+
+def test_nothing_to_thaw_is_refused(runs, stage1):
+    with pytest.raises(ConfigError, match=r"freeze\.until: leaves nothing to thaw"):
+        runs("refused", "--load_crt", stage1[1], trainer={"freeze": {"until": 1}})
+
+
+# ---------------------------------------------------------------------- the file
+
+@pytest.fixture
+def parts(runs, monkeypatch):
+    """(model, its loader, the images in order); chunks of two batches."""
+    torch.manual_seed(0)
+    config = json.loads(runs.config().read_text())
+    loader = session.make_loader({**config, "seed": 0})
+    model = build_model({"type": "ResNet32Model", "args": {**SMALL, "num_experts": 2}}, 3).eval()
+    monkeypatch.setattr(feature_store, "CHUNK", 2 * 6 * 2 * 16 * 2)
+    monkeypatch.setattr(feature_store, "STOP_EVERY", 1)
+    return model, loader, loader.feature_loader()
+
+
+def test_a_pass_is_gone_on_with_and_another_key_starts_anew(parts, tmp_path, monkeypatch):
+    model, _, images = parts
+    seen = []
+    monkeypatch.setattr(feature_store.FeatureStore, "_features",
+                        lambda self, model, x, amp, own=feature_store.FeatureStore._features:
+                        seen.append(len(x)) or own(self, model, x, amp))
+    store = store_of(model, images, tmp_path / "train.f16", 1, "off")
+    answers = iter([False, False, True])
+    assert not store.fill(model, images, stop=lambda: next(answers)) and seen == [6, 6, 6]
+    assert store.rows_done() == 18 and not store.complete
+    assert store.fill(model, images) and seen == [6, 6, 6, 5]
+    images.set_epoch(1)
+    with torch.no_grad():
+        expected = torch.cat([model(x)["feat"] for x, _ in images])
+    assert torch.equal(store.rows(0, np.arange(23)), expected.half().float())
+
+    again = store_of(model, images, tmp_path / "train.f16", 1, "off")
+    assert again.complete and again.fill(model, images) and len(seen) == 4
+    with torch.no_grad():
+        model.backbone.linears[0].weight.add_(1)    # a classifier's weights aren't features'
+        assert store_of(model, images, tmp_path / "train.f16", 1, "off").complete
+        model.backbone.conv1.weight.mul_(1.01)
+    other = store_of(model, images, tmp_path / "train.f16", 1, "off")
+    assert not other.complete and other.fill(model, images) and len(seen) == 8
+    assert not torch.equal(other.rows(0, np.arange(23)), expected.half().float())
+    assert not store_of(model, images, tmp_path / "train.f16", 1, "bf16").complete
+
+
+def test_views_are_augmented_and_large_files_are_read_by_row(parts, tmp_path, monkeypatch):
+    model, loader, _ = parts
+    images = loader.feature_loader(augment=True)
+    store = store_of(model, images, tmp_path / "train.f16", 3, "off")
+    assert store.fill(model, images)
+    held = [store.rows(view, np.arange(23)) for view in range(3)]
+    assert not torch.equal(held[0], held[1]) and not torch.equal(held[1], held[2])
+    monkeypatch.setattr(feature_store, "IN_MEMORY", 0)
+    mapped = FeatureLoader(loader, store_of(model, images, tmp_path / "train.f16", 3, "off"))
+    for epoch in (1, 2, 4):
+        mapped.set_epoch(epoch)
+        order = loader.epoch_order(epoch)
+        feats, labels = (torch.cat(part) for part in zip(*mapped))
+        assert torch.equal(feats, held[(epoch - 1) % 3][order])
+        assert torch.equal(labels, torch.from_numpy(loader.targets[order]))
+    with torch.no_grad():
+        model.backbone.conv1.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="isn't finite in half precision"):
+        store_of(model, images, tmp_path / "train.f16", 1, "off").fill(model, images)
+
+
+def test_a_stop_inside_the_pass_is_one_of_the_run(runs, stage1, same_state, monkeypatch):
+    sections = {"trainer": {**CACHED, "epochs": 2}}
+    whole = runs("whole", "--load_crt", stage1[1], **sections)
+    monkeypatch.setattr(feature_store, "STOP_EVERY", 1)
+    features = feature_store.FeatureStore._features
+
+    def stopping(self, *args):
+        signal.raise_signal(signal.SIGTERM)
+        return features(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_store.FeatureStore, "_features", stopping)
+        stopped = runs("stopped", "--load_crt", stage1[1], **sections) / "checkpoint-epoch1.pth"
+    assert json.loads((stopped.parent / "features" / "train.json").read_text())["done"] == 6
+    runs(None, "-r", stopped)
+    assert same_state(whole / "checkpoint-epoch2.pth", stopped.with_name("checkpoint-epoch2.pth")) == []
+
+
+def test_two_ranks_share_the_work_and_take_one_process_s_steps(shared_runs, stage1):
+    """23 images in batches of 10: 10, 10 and 3. On features, thawed after an epoch, and expert assignment."""
+    uneven = {"data_loader": {"args": {"batch_size": 10}}}
+    group = {"arch": {"args": {"norm": "GroupNorm"}}}
+    kinds = [({**uneven, "trainer": CACHED}, ["--load_crt", stage1[1]]),
+             ({**uneven, **group, "trainer": {**CACHED, "freeze": {"until": 1}}}, []),
+             ({**uneven, **EA, "trainer": CACHED}, ["-r", stage1[2]])]
+
+    def commands(who):
+        return [[str(part) for part in ("-c", shared_runs.config(**sections), "-d", "cpu", "--epochs", 2, "--lr", 1e-9,
+                                        "--run_id", f"{who}-{i}", *flags)]
+                for i, (sections, flags) in enumerate(kinds)]
+    alone, ranks = train_and_record(commands("alone")), run_ranks(train_and_record, commands("ranks"))
+    for i in range(len(kinds)):
+        one, two = (np.fromfile(shared_runs.models(f"{who}-{i}") / "features" / "train.f16", np.float16)
+                    for who in ("alone", "ranks"))
+        np.testing.assert_allclose(two, one, rtol=2e-3, atol=1e-3)
+        for rank in ranks:
+            for mine, theirs in zip(alone["steps"][i], rank["steps"][i], strict=True):
+                assert mine.shape == theirs.shape and (mine - theirs).norm() <= 1e-4 * mine.norm()
+    assert len({len(step) for step in alone["steps"][1]}) == 2     # the classifier's gradients, then all

@@ -1,0 +1,214 @@
+"""Features of a frozen network, computed once and kept on disk, and a loader that gives them in place of images."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from base.base_data_loader import BaseDataLoader
+from model.crops import forward_crops
+from trainer.precision import autocast
+from utils import dist
+from utils.errors import ConfigError, RunError
+from utils.files import write_json
+
+IN_MEMORY = 256 << 20     # bytes of features that are read whole, to the device
+CHUNK = 32 << 20          # bytes that are written at once
+STOP_EVERY = 16           # batches between two looks at whether to stop
+LARGEST = torch.finfo(torch.float16).max
+
+
+def feature_key(model: nn.Module, loader: Any, views: int, amp: object) -> str:
+    """A digest of what features depend on: the weights under the classifier, the images, how they are prepared."""
+    digest = hashlib.blake2b(f"1 {views} {amp}".encode(), digest_size=16)
+    after = tuple(model.feature_prefixes())
+    for name, value in model.state_dict().items():
+        if not name.startswith(after):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    loader.describe(digest)
+    return digest.hexdigest()
+
+
+class FeatureStore:
+    """The features of a split's images: float16 [V, N, E, D] in `file`, and beside it a .json with their key, their
+    shape and how many rows of the [V N] are done.
+
+    key: see `feature_key`; features with another one are computed anew. shape: (V views, N images, E experts, D).
+    All ranks see the same file. Up to 256 MiB are then held on `device`; of larger files each batch's rows are read,
+    and memory doesn't grow with the file.
+    """
+
+    def __init__(self, file: Path, key: str, shape: tuple[int, int, int, int], device: torch.device | str = "cpu"):
+        self.file, self.key, self.shape, self.device = file, key, shape, torch.device(device)
+        self.notes = file.with_suffix(".json")
+        self.row = shape[2] * shape[3]
+        self.bytes = 2 * math.prod(shape)
+        self._held: torch.Tensor | None = None
+        self._map: np.memmap | None = None
+        self._touched = 0
+
+    # ---- writing -----------------------------------------------------------------------------------------------
+
+    def rows_done(self) -> int:
+        """How many rows are there, of this key and shape."""
+        try:
+            known = json.loads(self.notes.read_text(encoding="utf-8"))
+            fits = known["key"] == self.key and known["shape"] == list(self.shape)
+            return int(known["done"]) if fits and self.file.stat().st_size == self.bytes else 0
+        except (OSError, ValueError, TypeError, KeyError):
+            return 0
+
+    @property
+    def complete(self) -> bool:
+        return self.rows_done() == self.shape[0] * self.shape[1]
+
+    def _note(self, done: int) -> None:
+        write_json(self.notes, {"key": self.key, "shape": list(self.shape), "dtype": "float16", "done": done})
+
+    def _open(self) -> int:
+        """Rank 0: the rows that are done; where there are none, the file at its full size."""
+        done = self.rows_done()
+        if done:
+            return done
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.notes.unlink(missing_ok=True)
+            with open(self.file, "wb") as handle:
+                handle.truncate(self.bytes)
+                # Mapped pages that the disk has no room for would end the process without a word.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle.fileno(), 0, self.bytes)
+            self._note(0)
+        except OSError as error:
+            self.file.unlink(missing_ok=True)
+            raise RunError(f"trainer.cache_features: can't write {self.file} ({self.bytes / 1e9:.2f} GB): "
+                           f"{error.strerror}") from None
+        return 0
+
+    def fill(self, model: nn.Module, loader: Any, amp: object = "off", stop: Callable[[], bool] = lambda: False,
+             progress: bool = True) -> bool:
+        """Compute what is missing; False where `stop`, asked on every rank, ended it. What was written is kept.
+
+        loader: the images in order, each once (`feature_loader`); its epoch is set to each view's number, from 1.
+        """
+        done = dist.on_main(self._open)
+        if not self.file.is_file():
+            raise ConfigError(f"trainer.cache_features: {self.file.parent} isn't there for every process; trainer."
+                              "save_dir must be on a disk that all machines see")
+        was_training, n, finished = model.training, self.shape[1], True
+        model.eval()
+        with self._bar(done, progress) as bar, _all_experts(model):
+            for view in range(done // n, self.shape[0]):
+                loader.set_epoch(view + 1, 0, done % n if view == done // n else 0)
+                finished = self._view(model, loader, view, amp, stop, bar)
+                if not finished:
+                    break
+        model.train(was_training)
+        return finished
+
+    def _view(self, model: nn.Module, loader: Any, view: int, amp: object, stop: Callable[[], bool], bar: Any) -> bool:
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        first = loader.span(0)[0]
+        for batch, (images, _) in enumerate(loader):
+            start, end = loader.span(batch)
+            own = loader.share(batch)[0]    # none where this rank was lent an image
+            feats = self._features(model, images, amp)[:own]
+            waiting.append((loader.positions(batch)[:own], feats.cpu().numpy()))
+            bar.update(end - start)
+            ends = batch + 1 == len(loader)
+            stops = (batch + 1) % STOP_EVERY == 0 and stop()
+            if ends or stops or (end - first) * self.row * 2 >= CHUNK:
+                self._write(view, first, end, waiting)
+                waiting, first = [], end
+            if stops and not ends:
+                return False
+        return True
+
+    @torch.no_grad()
+    def _features(self, model: nn.Module, images: torch.Tensor, amp: object) -> torch.Tensor:
+        with autocast(images.device, amp):
+            feats = forward_crops(model, images)["feat"].float()
+        if tuple(feats.shape[1:]) != self.shape[2:]:
+            raise ConfigError(f"trainer.cache_features: {type(model).__name__} gives features {list(feats.shape[1:])} "
+                              f"an image, not {list(self.shape[2:])}")
+        if not bool((feats.abs() <= LARGEST).all()):    # a NaN isn't, either
+            raise RunError("trainer.cache_features: a feature isn't finite in half precision, in which they are kept; "
+                           "set it to null")
+        return feats.half()
+
+    def _write(self, view: int, first: int, end: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Rows [first, end) of a view, this rank's of them; then, when all ranks are done, their number."""
+        begin = view * self.shape[1] + first
+        place = np.memmap(self.file, np.float16, "r+", 2 * begin * self.row, (end - first, *self.shape[2:]))
+        for positions, feats in parts:
+            place[positions - first] = feats
+        place.flush()
+        del place       # nothing stays mapped
+        dist.barrier()
+        dist.on_main(lambda: self._note(view * self.shape[1] + end))
+
+    def _bar(self, done: int, shown: bool) -> Any:
+        from tqdm import tqdm
+        return tqdm(total=self.shape[0] * self.shape[1], initial=done, desc=f"features, {self.file.stem}", leave=False,
+                    unit="image", disable=not (shown and dist.is_main() and sys.stderr.isatty()), dynamic_ncols=True)
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def rows(self, view: int, index: np.ndarray) -> torch.Tensor:
+        """The features of images `index` [n] in a view, [n, E, D] of torch's default type, on the device."""
+        kind = torch.get_default_dtype()
+        if self._held is None and self.bytes <= IN_MEMORY:
+            self._held = torch.from_numpy(np.fromfile(self.file, np.float16).reshape(self.shape)).to(self.device)
+        if self._held is not None:
+            return self._held[view][torch.from_numpy(index).to(self.device)].to(kind)
+        if self._map is None:
+            self._map = np.memmap(self.file, np.float16, "r", shape=self.shape)
+        found = torch.from_numpy(np.asarray(self._map[view])[index])
+        self._touched += found.numel() * 2
+        if self._touched > CHUNK and hasattr(mmap, "MADV_DONTNEED"):    # or what was read would count as ours
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
+        return found.to(self.device).to(kind)
+
+
+@contextlib.contextmanager
+def _all_experts(model: nn.Module) -> Iterator[None]:
+    """Expert assignment gives features where every image asks every expert."""
+    route = getattr(model, "route", False)
+    if route:
+        model.route = False
+    try:
+        yield
+    finally:
+        if route:
+            model.route = True
+
+
+class FeatureLoader(BaseDataLoader):
+    """Gives (features [n, E, D], labels [n]) in the order in which `loader` gives its images: the same batches,
+    samplers and ranks. Epoch e takes view (e - 1) mod V.
+    """
+
+    def __init__(self, loader: Any, store: FeatureStore):
+        super().__init__(loader.targets, loader.batch_size, shuffle=loader.shuffle, training=loader.training,
+                         seed=loader.seed, device=loader.device, rank=loader.rank, world_size=loader.world_size,
+                         sampler=loader.index_sampler)
+        self.store, self.cls_num_list, self.num_classes = store, loader.cls_num_list, loader.num_classes
+
+    def _batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order, view = self.epoch_order(epoch), (epoch - 1) % self.store.shape[0]
+        for batch in batches:
+            index = order[self.positions(batch)]
+            yield self.store.rows(view, index), torch.from_numpy(self.targets[index]).to(self.device)
