@@ -76,7 +76,8 @@ class PixelLoader(BaseDataLoader):
             how += [self.recipe, self.seed, self.flip, self.jitter, getattr(self.transform, "__qualname__", None)]
         digest.update(repr(how).encode() + self.targets.tobytes())
         if self.paths is None:
-            digest.update(self.store.words.cpu().numpy())
+            digest.update(np.ascontiguousarray(self.images.pixels) if self.store is None else
+                          self.store.words.cpu().numpy())
         for path in self.paths or ():
             digest.update(os.fsencode(path))
             with contextlib.suppress(OSError):     # a file's size and time tell when it was replaced
