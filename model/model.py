@@ -4,50 +4,22 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-import torch
-
 from base import BaseModel
 from base.base_model import CostPart
-from model import batchformer
 from model.blocks import BasicBlock, Bottleneck
-from model.classifier import HEADS
+from model.expert_model import ExpertModel, Gated, check_common, require
 from model.resnet import CIFAR, IMAGENET, ResNet
-from model.routing import GATES, RoutedResNet
+from model.routing import RoutedResNet
 from utils.config.build import build, lookup
 from utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from model.detection.mask_rcnn import MaskRCNNR50FPNModel  # noqa: F401
+    from model.timm_model import TimmEAModel, TimmModel  # noqa: F401
 
 
-def _require(ok: bool, key: str, message: str) -> None:
-    if not ok:
-        raise ConfigError(f"arch.args.{key}: {message}")
-
-
-def _experts(use_experts: str | list | None, num_experts: int) -> list[int] | str | None:
-    """`use_experts` as a list of indices, "rand" or None; ConfigError where it names none or one that isn't there."""
-    if use_experts is None:
-        return None
-    if use_experts == "rand":
-        _require(num_experts > 1, "use_experts", "'rand' leaves one expert out and needs num_experts 2 or more")
-        return "rand"
-    parts = use_experts.split(",") if isinstance(use_experts, str) else use_experts
-    try:
-        chosen = [int(part) for part in parts]
-    except (TypeError, ValueError):
-        chosen = []
-    _require(bool(chosen) and len(set(chosen)) == len(chosen) and all(0 <= i < num_experts for i in chosen),
-             "use_experts", f"{use_experts!r} should be 'rand' or different numbers from 0 to {num_experts - 1}, "
-                            "like '0,1'")
-    return chosen
-
-
-class Model(BaseModel):
+class Model(ExpertModel):
     """A backbone with its classifier. Subclasses say which one in `family`: layout, block, depths, groups.
-
-    x `[N, 3, H, W]` -> dict with `output` `[N, C]`, `logits` `[N, E, C]`, `feat` `[N, E, D]`; see `model.resnet.ResNet`
-    and, for expert assignment, `model.routing.RoutedResNet`, which also takes `target` `[N]`.
 
     Args:
         num_classes: C. Comes from the data where a config leaves it out.
@@ -87,84 +59,23 @@ class Model(BaseModel):
         super().__init__()
         family = {"layout": IMAGENET, **self.family}
         layout = family["layout"]
-        _require(num_classes is not None, "num_classes", "missing; give the number of classes")
-        for key, value in (("num_classes", num_classes), ("num_experts", num_experts)):
-            _require(type(value) is int and value >= 1, key, f"{value!r} should be a whole number, 1 or more")
-        _require(s > 0, "s", f"{s} should be above 0")
-        _require(0 <= (dropout or 0) < 1, "dropout", f"{dropout} should be at least 0 and below 1")
-        _require(add_bt in batchformer.DEPTHS, "add_bt", f"{add_bt} should be one of {list(batchformer.DEPTHS)}")
-        _require(not eval_bt or bool(add_bt), "eval_bt", "needs a BatchFormer block: add_bt 1, 12, 13, 32 or 33")
-        _require(not (eval_bt and self.routed), "eval_bt", "routed images see no common batch; use 0 with an EAModel")
-        _require(not (use_experts and self.routed), "use_experts", "the gates choose the experts of an EAModel")
-        _require(not (share_layer3 and layout is CIFAR), "share_layer3", "CIFAR's experts split after stage 1")
-        lookup(HEADS, classifier, "arch.args.classifier", "classifier")
-        _require(not use_norm or classifier in ("linear", "cosine"), "use_norm",
-                 f"means the cosine classifier, but classifier is {classifier!r}")
-        _require(shared_classifier is not False or add_bt not in (32, 33), "shared_classifier",
-                 f"add_bt {add_bt} is the one with a shared classifier; leave it out or use add_bt 1")
-        if shared_classifier is None:
-            # An unshared classifier collapses there: about 25% on CIFAR-100-LT (zhihou7/BatchFormer, issue 7).
-            shared_classifier = layout is CIFAR or num_experts == 1 or add_bt in (32, 33)
-
+        require(not (share_layer3 and layout is CIFAR), "share_layer3", "CIFAR's experts split after stage 1")
+        common = check_common(
+            num_classes=num_classes, num_experts=num_experts, use_norm=use_norm, s=s, use_experts=use_experts,
+            dropout=dropout, add_bt=add_bt, eval_bt=eval_bt, classifier=classifier,
+            shared_classifier=shared_classifier, bt_gather=bt_gather, routed=self.routed,
+            shared_by_default=layout is CIFAR or num_experts == 1)
         gates = dict(top_choices_num=top_choices_num, pos_weight=pos_weight, force_all=force_all,
                      share_expert_help_pred_fc=share_expert_help_pred_fc, route_threshold=route_threshold)
         self.backbone: ResNet = (RoutedResNet if self.routed else ResNet)(
             **family,
             widths=layout.stage_widths(reduce_dimension, {2: layer2_output_dim, 3: layer3_output_dim,
                                                           4: layer4_output_dim}),
-            num_classes=num_classes, num_experts=num_experts, share_layer3=bool(share_layer3),
-            classifier="cosine" if use_norm else classifier, s=s, use_experts=_experts(use_experts, num_experts),
-            dropout=dropout or 0.0, add_bt=int(add_bt), eval_bt=bool(eval_bt),
-            shared_classifier=bool(shared_classifier and add_bt), bt_gather=bool(bt_gather),
+            share_layer3=bool(share_layer3), **common,
             **(gates if self.routed else {}))
-        self._convert_norms(norm)
-        if self.routed:
-            self.backbone.freeze_experts()   # NBN's scales are newer than the gates
-        self.num_classes, self.num_experts, self.feat_dim = num_classes, num_experts, self.backbone.feat_dim
-
-    def _convert_norms(self, norm: str | dict) -> None:
-        spec = {"type": norm} if isinstance(norm, str) else norm
-        _require(isinstance(spec, dict) and set(spec) <= {"type", "args"} and isinstance(spec.get("type"), str)
-                 and isinstance(spec.get("args", {}), dict), "norm",
-                 'should be a type name or {"type": name, "args": {...}}')
-        if spec["type"] == "BatchNorm2d" and not spec.get("args"):
-            return
-        from model.norm import convert_norm
-        convert_norm(self.backbone, spec["type"], path="arch.args.norm", **spec.get("args", {}))
-
-    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        return self.backbone(x, target) if self.routed else self.backbone(x)
-
-    def from_features(self, feats: torch.Tensor, **more: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.backbone.from_features(feats, **more)
+        self._finish(norm)
 
     # ---- what others ask, see BaseModel ------------------------------------------------------------------------
-
-    @property
-    def batchformer(self) -> torch.nn.Module | None:
-        return self.backbone.batchformer
-
-    @property
-    def nbn_scales(self) -> torch.nn.Parameter | None:
-        return getattr(self.backbone, "scale_factor", None)
-
-    @property
-    def force_all(self) -> bool:
-        return getattr(self.backbone, "force_all", False)
-
-    @force_all.setter
-    def force_all(self, value: bool) -> None:
-        self.backbone.force_all = value
-
-    def gather_batches(self) -> None:
-        self.backbone.bt_gather = True
-
-    def heads(self) -> list[torch.nn.Module]:
-        return self.backbone.heads
-
-    def used_heads(self) -> list[torch.nn.Module]:
-        used = self.backbone.use_experts
-        return [self.backbone.heads[i] for i in (range(self.num_experts) if used == "rand" else used)]
 
     def cost_parts(self) -> list[CostPart]:
         net = self.backbone
@@ -181,51 +92,13 @@ class Model(BaseModel):
             parts.append(CostPart("BatchFormer", ("backbone.encoder_layers",), training=True))
         return parts
 
-    def classifier_prefixes(self) -> list[str]:
-        return ["backbone.linear."] if self.num_experts == 1 else ["backbone.linears."]
-
     def stage_prefixes(self) -> list[tuple[str, ...]]:
         return [("backbone.conv1.", "backbone.bn1.")] + [(f"backbone.layer{n}.", f"backbone.layer{n}s.")
                                                         for n in range(1, self.backbone.num_stages + 1)]
 
-    def stage2_prefixes(self) -> list[str]:
-        scales = [name for name, _ in self.named_parameters() if name.endswith(".scales")]
-        return scales or self.classifier_prefixes()
 
-    @property
-    def uses_all_parameters(self) -> bool:
-        experts = self.backbone.use_experts
-        return experts != "rand" and len(experts) == self.num_experts
-
-    @property
-    def route(self) -> bool:
-        return getattr(self.backbone, "route", False)
-
-    @route.setter
-    def route(self, value: bool) -> None:
-        self.backbone.route = value
-
-
-class EAModel(Model):
-    """Expert assignment on the same backbone: RIDE's second stage."""
-
-    routed = True
-
-    def feature_prefixes(self) -> list[str]:
-        return [*self.classifier_prefixes(), f"backbone.{GATES}"]
-
-    def gates(self) -> list[torch.nn.Linear]:
-        """Each gate's last layer, [E - 1], or the one that all share."""
-        return self.backbone.gates
-
-    def gate_logits(self, feats: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """What each gate says, "help" above 0: feats [N, E, D] and the experts' logits [N, E, C] -> [N, E - 1]."""
-        means = logits.cumsum(1) / torch.arange(1, self.num_experts + 1, device=logits.device)[:, None]
-        return torch.stack([self.backbone.ask(i, feats[:, i], means[:, i]) for i in range(self.num_experts - 1)], 1)
-
-    def cost_parts(self) -> list[CostPart]:
-        names = tuple(f"backbone.{name}" for name, _ in self.backbone.named_children() if name.startswith(GATES))
-        return super().cost_parts() + ([CostPart("gates", names, gates=True)] if self.num_experts > 1 else [])
+class EAModel(Gated, Model):
+    """Expert assignment on the same backbone."""
 
 
 #: Each network and, with EAModel for Model at its name's end, its expert assignment: what differs is data.
@@ -249,7 +122,8 @@ globals().update(ARCHS)
 
 
 #: Architectures whose module is imported when they are asked for: torchvision alone takes a second.
-ELSEWHERE = {"MaskRCNNR50FPNModel": "model.detection.mask_rcnn:MaskRCNNR50FPNModel"}
+ELSEWHERE = {"MaskRCNNR50FPNModel": "model.detection.mask_rcnn:MaskRCNNR50FPNModel",
+             "TimmModel": "model.timm_model:TimmModel", "TimmEAModel": "model.timm_model:TimmEAModel"}
 
 
 def __getattr__(name: str) -> type[BaseModel]:
@@ -258,13 +132,17 @@ def __getattr__(name: str) -> type[BaseModel]:
     return lookup(ELSEWHERE, name, name)
 
 
-def build_model(arch: dict, num_classes: int | None = None, path: str = "arch") -> BaseModel:
+def build_model(arch: dict, num_classes: int | None = None, path: str = "arch", bare: bool = False) -> BaseModel:
     """The model that `arch` = {"type", "args"} describes.
 
-    `num_classes` is the data's, filled in where the config has none. Raises ConfigError, with `path` in the message,
+    `num_classes` is the data's, filled in where the config has none. `bare`: `weights` of the arch's arguments aren't
+    fetched or read, as others follow (a checkpoint's). Raises ConfigError, with `path` in the message,
     for an unknown type, for values out of range, and where config and data disagree about the number of classes.
     """
-    given = (arch.get("args") or {}).get("num_classes")
+    args = arch.get("args") or {}
+    if bare and "weights" in args:
+        arch = {**arch, "args": {**args, "weights": False}}
+    given = args.get("num_classes")
     if None not in (given, num_classes) and given != num_classes:
         raise ConfigError(f"{path}.args.num_classes: {given}, but the data has {num_classes} classes")
     try:

@@ -12,9 +12,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from model import batchformer
 from model.blocks import PadShortcut, projection, relu_
-from model.classifier import make_head
+from model.experts import ExpertNet
 from model.norm.facts import is_norm
 from utils.errors import ConfigError
 
@@ -79,29 +78,21 @@ def make_stage(layout: Layout, block: type[nn.Module], inputs: int, planes: int,
     return nn.Sequential(*blocks)
 
 
-class ResNet(nn.Module):
+class ResNet(ExpertNet):
     """Stem, shared stages, each expert's own stages and head; BatchFormer before the heads where `add_bt` is on.
 
-    x `[N, 3, H, W]` -> dict of `output` `[N, C]` (mean over experts), `logits` `[N, E, C]` and `feat` `[N, E, D]`, the
-    pooled features as the heads get them without BatchFormer. With `shared_classifier`, training adds `logits_old`,
-    `output_old` (the same heads on the features before the block) and `bt_weights` (loss weights after and before).
-
-    BatchFormer runs while its own module is in training mode: a frozen block is in evaluation mode and is skipped.
-    `eval_bt` runs it always. Experts not in `use_experts` take no part; "rand" drops a random one each training step
-    and uses all in evaluation.
+    What goes in and comes out: see `model.experts.ExpertNet`.
     """
 
     def __init__(self, *, layout: Layout, block: type[nn.Module], depths: tuple[int, ...], widths: tuple[int, ...],
                  num_classes: int, num_experts: int = 1, share_layer3: bool = False, classifier: str = "linear",
                  s: float = 30.0, use_experts: list[int] | str | None = None, dropout: float = 0.0, add_bt: int = 0,
                  eval_bt: bool = False, shared_classifier: bool = False, bt_gather: bool = False, **block_args: int):
-        super().__init__()
-        self.num_classes, self.num_experts = num_classes, num_experts
-        self.feat_dim = widths[-1] * block.expansion
-        self.use_experts = list(range(num_experts)) if use_experts is None else use_experts
-        self.eval_bt, self.shared_classifier, self.bt_gather = eval_bt, shared_classifier, bt_gather
-        self.bt_weights = batchformer.STREAM_WEIGHTS.get(add_bt, (1.0, 1.0))
+        super().__init__(num_classes=num_classes, feat_dim=widths[-1] * block.expansion, num_experts=num_experts,
+                         use_experts=use_experts, add_bt=add_bt, eval_bt=eval_bt, shared_classifier=shared_classifier,
+                         bt_gather=bt_gather)
         self.num_stages = len(depths)
+        self.init = layout.init
         self.first_private = layout.first_private + (1 if share_layer3 else 0)
         if num_experts == 1:
             self.first_private = self.num_stages + 1
@@ -119,27 +110,8 @@ class ResNet(nn.Module):
             else:
                 self.add_module(f"layer{n}s", nn.ModuleList([stage() for _ in range(num_experts)]))
             inputs = planes * block.expansion
-
-        self.encoder_layers = batchformer.make_block(add_bt, self.feat_dim)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        if num_experts == 1:
-            self.linear = make_head(classifier, self.feat_dim, num_classes, s)
-        else:
-            self.linears = nn.ModuleList(make_head(classifier, self.feat_dim, num_classes, s)
-                                         for _ in range(num_experts))
+        self.add_heads(classifier, s, dropout, add_bt)
         layout.init(self)  # last, so that no line above can change the initial weights
-
-    # ---- parts -------------------------------------------------------------------------------------------------
-
-    @property
-    def batchformer(self) -> nn.Module | None:
-        """The BatchFormer block (its keys are RIDE's `encoder_layers`), or None."""
-        return self.encoder_layers
-
-    @property
-    def heads(self) -> list[nn.Module]:
-        """The classifier of each expert."""
-        return [self.linear] if self.num_experts == 1 else list(self.linears)
 
     def stage(self, n: int, expert: int = 0) -> nn.Sequential:
         """Stage n as `expert` sees it."""
@@ -159,44 +131,6 @@ class ResNet(nn.Module):
         for n in range(self.first_private, self.num_stages + 1):
             shared = self.stage(n, expert)(shared)
         return shared.mean((2, 3))
-
-    def pick_experts(self) -> list[int]:
-        """The experts that take part in this step."""
-        if self.use_experts != "rand":
-            return self.use_experts
-        if not self.training:
-            return list(range(self.num_experts))
-        return sorted(torch.randperm(self.num_experts)[:self.num_experts - 1].tolist())
-
-    def classify(self, feats: torch.Tensor, experts: list[int]) -> torch.Tensor:
-        """Each expert's head on its own features: `[N, E, D]` -> logits `[N, E, C]`."""
-        heads = self.heads
-        return torch.stack([heads[i](feats[:, k]) for k, i in enumerate(experts)], dim=1)
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | tuple[float, float]]:
-        shared = self.trunk(x)
-        experts = self.pick_experts()
-        return self.from_features(torch.stack([self.expert_feat(shared, i) for i in experts], dim=1), experts)
-
-    def from_features(self, feats: torch.Tensor, experts: list[int] | None = None,
-                      ) -> dict[str, torch.Tensor | tuple[float, float]]:
-        """What `forward` makes of pooled features `[N, E, D]` of `experts`; None: of those that evaluation uses, out of
-        which training with "rand" picks."""
-        if experts is None:
-            experts = self.pick_experts()
-            feats = feats[:, experts] if self.use_experts == "rand" else feats
-        feats = self.dropout(feats)
-        block = self.encoder_layers
-        if block is None or not (block.training or self.eval_bt):
-            logits = self.classify(feats, experts)
-            return {"output": logits.mean(1), "logits": logits, "feat": feats}
-        related = batchformer.across_ranks(block, feats) if self.bt_gather else block(feats)
-        logits = self.classify(related, experts)
-        outputs = {"output": logits.mean(1), "logits": logits, "feat": feats}
-        if self.shared_classifier and block.training:
-            before = self.classify(feats, experts)
-            outputs.update(output_old=before.mean(1), logits_old=before, bt_weights=self.bt_weights)
-        return outputs
 
     # ---- facts for other parts ---------------------------------------------------------------------------------
 

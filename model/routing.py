@@ -5,15 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.resnet import Layout, ResNet
+from model.experts import ExpertNet
+from model.resnet import ResNet
 from utils.errors import ConfigError
 
 HIDDEN = 16
 GATES = "expert_help_pred"
 
 
-class RoutedResNet(ResNet):
-    """A `ResNet` whose experts are asked one after another, each image stopping where its gate says so.
+class Routed(ExpertNet):
+    """Goes before a network of experts among a class's bases: they are asked one after another, each image stopping
+    where its gate says so.
 
     Gate i < E looks at expert i's unit-length features (linear to 16, ReLU) and at the `top_choices_num` highest logits
     of the mean over experts 1..i, and gives one logit: "a further expert would help".
@@ -32,25 +34,24 @@ class RoutedResNet(ResNet):
     """
 
     def __init__(self, *, top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
-                 force_all: bool = False, route_threshold: float = 0.5, num_classes: int, layout: Layout,
-                 **resnet_args: object):
+                 force_all: bool = False, route_threshold: float = 0.5, num_classes: int, **network: object):
         for key, value, ok, right in (
                 ("top_choices_num", top_choices_num, top_choices_num >= 1, "1 or more"),
                 ("pos_weight", pos_weight, pos_weight > 0, "above 0"),
                 ("route_threshold", route_threshold, 0 <= route_threshold <= 1, "from 0 to 1")):
             if not ok:
                 raise ConfigError(f"arch.args.{key}: {value} should be {right}")
-        super().__init__(num_classes=num_classes, layout=layout, **resnet_args)
+        super().__init__(num_classes=num_classes, **network)
         self.top_choices_num = min(top_choices_num, num_classes)
         self.pos_weight, self.force_all, self.route_threshold = pos_weight, force_all, route_threshold
         self.route = True
 
         gates = self.num_experts - 1
         self.expert_help_pred_hidden_fcs = nn.ModuleList(nn.Linear(self.feat_dim, HIDDEN) for _ in range(gates))
-        layout.init(self.expert_help_pred_hidden_fcs)
+        self.init(self.expert_help_pred_hidden_fcs)
         last = nn.ModuleList(nn.Linear(self.top_choices_num + HIDDEN, 1)
                              for _ in range(1 if share_expert_help_pred_fc else gates))
-        layout.init(last)
+        self.init(last)
         if share_expert_help_pred_fc:
             self.expert_help_pred_fc = last[0]
         else:
@@ -64,7 +65,7 @@ class RoutedResNet(ResNet):
             parameter.requires_grad_(not block if self.force_all else name.startswith(GATES))
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> RoutedResNet:
+    def train(self, mode: bool = True) -> Routed:
         """Training mode for the gates; the experts stay in evaluation mode unless `force_all`."""
         super().train(mode)
         if not self.force_all:
@@ -165,6 +166,10 @@ class RoutedResNet(ResNet):
             total.index_add_(0, going, _wide(heads[i](feat)))
             used[going] = i + 1
         return {"output": total / used.unsqueeze(1), "sample_num_experts": used}
+
+
+class RoutedResNet(Routed, ResNet):
+    """A `ResNet` with gates."""
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,171 @@
+"""Models whose `backbone` is a network of experts: what they check, and what they answer to whoever uses them."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from base import BaseModel
+from base.base_model import CostPart
+from model import batchformer
+from model.classifier import HEADS
+from model.experts import ExpertNet
+from model.routing import GATES
+from utils.config.build import lookup
+from utils.errors import ConfigError
+
+
+def require(ok: bool, key: str, message: str) -> None:
+    if not ok:
+        raise ConfigError(f"arch.args.{key}: {message}")
+
+
+def chosen_experts(use_experts: str | list | None, num_experts: int) -> list[int] | str | None:
+    """`use_experts` as a list of indices, "rand" or None; ConfigError where it names none or one that isn't there."""
+    if use_experts is None:
+        return None
+    if use_experts == "rand":
+        require(num_experts > 1, "use_experts", "'rand' leaves one expert out and needs num_experts 2 or more")
+        return "rand"
+    parts = use_experts.split(",") if isinstance(use_experts, str) else use_experts
+    try:
+        chosen = [int(part) for part in parts]
+    except (TypeError, ValueError):
+        chosen = []
+    require(bool(chosen) and len(set(chosen)) == len(chosen) and all(0 <= i < num_experts for i in chosen),
+            "use_experts", f"{use_experts!r} should be 'rand' or different numbers from 0 to {num_experts - 1}, "
+                           "like '0,1'")
+    return chosen
+
+
+def check_common(*, num_classes: int | None, num_experts: int, use_norm: bool, s: float, use_experts: str | list | None,
+                 dropout: float | None, add_bt: int, eval_bt: bool, classifier: str, shared_classifier: bool | None,
+                 bt_gather: bool, routed: bool, shared_by_default: bool) -> dict[str, Any]:
+    """The arguments that every such model takes, checked, as `ExpertNet` and `add_heads` take them.
+
+    shared_by_default: what `shared_classifier` None means where BatchFormer is on. Raises ConfigError.
+    """
+    require(num_classes is not None, "num_classes", "missing; give the number of classes")
+    for key, value in (("num_classes", num_classes), ("num_experts", num_experts)):
+        require(type(value) is int and value >= 1, key, f"{value!r} should be a whole number, 1 or more")
+    require(s > 0, "s", f"{s} should be above 0")
+    require(0 <= (dropout or 0) < 1, "dropout", f"{dropout} should be at least 0 and below 1")
+    require(add_bt in batchformer.DEPTHS, "add_bt", f"{add_bt} should be one of {list(batchformer.DEPTHS)}")
+    require(not eval_bt or bool(add_bt), "eval_bt", "needs a BatchFormer block: add_bt 1, 12, 13, 32 or 33")
+    require(not (eval_bt and routed), "eval_bt", "routed images see no common batch; use 0 with an EAModel")
+    require(not (use_experts and routed), "use_experts", "the gates choose the experts of an EAModel")
+    lookup(HEADS, classifier, "arch.args.classifier", "classifier")
+    require(not use_norm or classifier in ("linear", "cosine"), "use_norm",
+             f"means the cosine classifier, but classifier is {classifier!r}")
+    require(shared_classifier is not False or add_bt not in (32, 33), "shared_classifier",
+             f"add_bt {add_bt} is the one with a shared classifier; leave it out or use add_bt 1")
+    if shared_classifier is None:
+        # An unshared classifier collapses there: about 25% on CIFAR-100-LT (zhihou7/BatchFormer, issue 7).
+        shared_classifier = shared_by_default or add_bt in (32, 33)
+    return dict(num_classes=num_classes, num_experts=num_experts, classifier="cosine" if use_norm else classifier, s=s,
+                use_experts=chosen_experts(use_experts, num_experts), dropout=dropout or 0.0, add_bt=int(add_bt),
+                eval_bt=bool(eval_bt), shared_classifier=bool(shared_classifier and add_bt), bt_gather=bool(bt_gather))
+
+
+class ExpertModel(BaseModel):
+    """A model with an `ExpertNet` as its `backbone`, made by a subclass's constructor.
+
+    x `[N, 3, H, W]` -> dict with `output` `[N, C]`, `logits` `[N, E, C]`, `feat` `[N, E, D]`; see `ExpertNet` and, for
+    expert assignment, `model.routing.Routed`, which also takes `target` `[N]`.
+    """
+
+    backbone: ExpertNet
+
+    def _finish(self, norm: str | dict) -> None:
+        """What a constructor does last, once `backbone` is there."""
+        self._convert_norms(norm)
+        if self.routed:
+            self.backbone.freeze_experts()   # NBN's scales are newer than the gates
+        net = self.backbone
+        self.num_classes, self.num_experts, self.feat_dim = net.num_classes, net.num_experts, net.feat_dim
+
+    def _convert_norms(self, norm: str | dict) -> None:
+        spec = {"type": norm} if isinstance(norm, str) else norm
+        require(isinstance(spec, dict) and set(spec) <= {"type", "args"} and isinstance(spec.get("type"), str)
+                and isinstance(spec.get("args", {}), dict), "norm",
+                'should be a type name or {"type": name, "args": {...}}')
+        if spec["type"] == "BatchNorm2d" and not spec.get("args"):
+            return
+        from model.norm import convert_norm
+        convert_norm(self.backbone, spec["type"], path="arch.args.norm", **spec.get("args", {}))
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return self.backbone(x, target) if self.routed else self.backbone(x)
+
+    def from_features(self, feats: torch.Tensor, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.backbone.from_features(feats, **more)
+
+    # ---- what others ask, see BaseModel ------------------------------------------------------------------------
+
+    @property
+    def batchformer(self) -> torch.nn.Module | None:
+        return self.backbone.batchformer
+
+    @property
+    def nbn_scales(self) -> torch.nn.Parameter | None:
+        return getattr(self.backbone, "scale_factor", None)
+
+    @property
+    def force_all(self) -> bool:
+        return getattr(self.backbone, "force_all", False)
+
+    @force_all.setter
+    def force_all(self, value: bool) -> None:
+        self.backbone.force_all = value
+
+    def gather_batches(self) -> None:
+        self.backbone.bt_gather = True
+
+    def heads(self) -> list[torch.nn.Module]:
+        return self.backbone.heads
+
+    def used_heads(self) -> list[torch.nn.Module]:
+        used = self.backbone.use_experts
+        return [self.backbone.heads[i] for i in (range(self.num_experts) if used == "rand" else used)]
+
+    def classifier_prefixes(self) -> list[str]:
+        return ["backbone.linear."] if self.num_experts == 1 else ["backbone.linears."]
+
+    def stage2_prefixes(self) -> list[str]:
+        scales = [name for name, _ in self.named_parameters() if name.endswith(".scales")]
+        return scales or self.classifier_prefixes()
+
+    @property
+    def uses_all_parameters(self) -> bool:
+        experts = self.backbone.use_experts
+        return experts != "rand" and len(experts) == self.num_experts
+
+    @property
+    def route(self) -> bool:
+        return getattr(self.backbone, "route", False)
+
+    @route.setter
+    def route(self, value: bool) -> None:
+        self.backbone.route = value
+
+
+class Gated(ExpertModel):
+    """Goes before such a model among a class's bases: expert assignment, RIDE's second stage."""
+
+    routed = True
+
+    def feature_prefixes(self) -> list[str]:
+        return [*self.classifier_prefixes(), f"backbone.{GATES}"]
+
+    def gates(self) -> list[torch.nn.Linear]:
+        """Each gate's last layer, [E - 1], or the one that all share."""
+        return self.backbone.gates
+
+    def gate_logits(self, feats: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What each gate says, "help" above 0: feats [N, E, D] and the experts' logits [N, E, C] -> [N, E - 1]."""
+        means = logits.cumsum(1) / torch.arange(1, self.num_experts + 1, device=logits.device)[:, None]
+        return torch.stack([self.backbone.ask(i, feats[:, i], means[:, i]) for i in range(self.num_experts - 1)], 1)
+
+    def cost_parts(self) -> list[CostPart]:
+        names = tuple(f"backbone.{name}" for name, _ in self.backbone.named_children() if name.startswith(GATES))
+        return super().cost_parts() + ([CostPart("gates", names, gates=True)] if self.num_experts > 1 else [])
