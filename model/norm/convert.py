@@ -14,6 +14,7 @@ from model.norm.facts import is_norm, read_facts, write_facts
 from model.norm.grouped import GroupedBatchNorm2d
 from model.norm.mabn import MABN2d
 from model.norm.nbn import NormalizedBatchNorm2d
+from model.norm.norm_act import NormAct, is_fused, with_activation
 from model.norm.plain import GroupNorm2d, InstanceNorm2d, LayerNorm2d, SyncBatchNorm
 from model.norm.renorm import BatchRenorm2d
 from utils.config.build import lookup
@@ -99,7 +100,8 @@ def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "n
     Converted are batch norms (frozen and synchronised ones too), NBN, MABN, BatchRenorm, instance and group norms, in
     any `nn.Module`; 1-d norms and `torch.nn.LayerNorm` are left alone. Names stay (`bn1` stays `bn1`); parameters,
     their requires_grad, running statistics, device, type and training mode carry over as far as the new norm has them.
-    If `module` is itself a norm, the new layer is returned.
+    If `module` is itself a norm, the new layer is returned. timm's norms that activate too become a `NormAct`, whose
+    `norm` is the new layer.
 
     `type`: a key of `NORMS`; `args`: the arguments of its constructor but the width, the same for all layers:
     - all: `eps` (default: each layer's own); where there are running statistics `momentum`, in the new norm's own
@@ -132,8 +134,9 @@ def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "n
 
     # First build all, so that an argument that is wrong leaves the module as it was.
     inside = None if scopes is None else {id(layer) for scope in scopes[1] for layer in scope}
-    new = {}
+    new, fused = {}, {}
     for layer in filter(is_norm, module.modules()):
+        fused.update({id(layer): layer} if is_fused(layer) else {})
         line = norm if inside is None or id(layer) in inside else NORMS["BatchNorm2d"]
         try:
             new[id(layer)] = _build(layer, line, args)
@@ -141,6 +144,7 @@ def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "n
             raise ConfigError(f"{path}.args: {error}") from error
     if scopes is not None:
         _share_scales(*scopes, new)
+    new |= {key: with_activation(new[key], layer) for key, layer in fused.items()}
     for owner in scale_owners.values():
         if scopes is None or owner is not scopes[0]:
             del owner.scale_factor
@@ -161,6 +165,13 @@ def replace_modules(module: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
             if id(child) in new:
                 parent._modules[name] = new[id(child)]
     return new.get(id(module), module)
+
+
+def take_apart(module: nn.Module) -> nn.Module:
+    """Make every batch norm that activates too a `NormAct` around a plain one; in place, and returned."""
+    return replace_modules(module, {id(layer): with_activation(_build(layer, NORMS["BatchNorm2d"], {}), layer)
+                                    for layer in module.modules()
+                                    if isinstance(layer, nn.BatchNorm2d) and is_fused(layer)})
 
 
 def _build(layer: nn.Module, norm: _Norm, args: dict) -> nn.Module:
@@ -216,7 +227,7 @@ def _normed_convs(module: nn.Module) -> Iterator[nn.Conv2d]:
     for parent in module.modules():
         norm_follows = False
         for child in reversed(list(parent.children())):
-            norm_follows |= isinstance(child, MABN2d)
+            norm_follows |= isinstance(child.norm if isinstance(child, NormAct) else child, MABN2d)
             if type(child) is nn.Conv2d and _centrable(child, norm_follows):
                 yield child
 

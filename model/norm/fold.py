@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from model.norm.cenconv import CenConv2d
-from model.norm.convert import plain_conv, replace_modules
+from model.norm.convert import plain_conv, replace_modules, take_apart
 from model.norm.facts import is_frozen_batch_norm, read_facts
 from model.norm.grouped import GroupedBatchNorm2d
 from model.norm.mabn import MABN2d
@@ -22,6 +22,7 @@ from model.norm.renorm import BatchRenorm2d
 _NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm, NormalizedBatchNorm2d,
           GroupedBatchNorm2d, MABN2d, BatchRenorm2d}
 _LINEAR_MAPS = {nn.Conv1d, nn.Conv2d, nn.Conv3d, CenConv2d, nn.Linear}       # [out, ...] weights
+_PADDED = "Conv2dSame"      # timm's: pads as TensorFlow does, then convolves
 _LINEAR_FUNCTIONS = (F.linear, torch._C._nn.linear)
 
 
@@ -29,7 +30,7 @@ _LINEAR_FUNCTIONS = (F.linear, torch._C._nn.linear)
 def fold_norm(module: nn.Module) -> nn.Module:
     """An evaluation copy of `module` without the norms that can go; `module` itself is unchanged.
 
-    Batch norms (1-d to 3-d, frozen, synchronised), NBN, MABN and BatchRenorm are folded into the convolution or linear
+    Batch norms (1-d to 3-d, frozen, synchronised, timm's that activate too), NBN, MABN and BatchRenorm are folded into the convolution or linear
     layer before them, an `nn.Identity` takes their place, and each `CenConv2d` becomes an `nn.Conv2d` with centred
     weights. Evaluation outputs are the same to rounding. Names stay; `weight`s change, and a `bias` is added.
 
@@ -38,7 +39,7 @@ def fold_norm(module: nn.Module) -> nn.Module:
     with hooks stay as they are. Parts of a model that can't be traced, or that evaluation doesn't call, are left out
     there and traced each by itself; what is called in them is then taken to be called nowhere else.
     """
-    folded = copy.deepcopy(module).eval()
+    folded = take_apart(copy.deepcopy(module).eval())
     _fold_traced(folded)
     folded = replace_modules(folded, {id(m): plain_conv(m) for m in folded.modules() if isinstance(m, CenConv2d)})
     if not any(isinstance(m, NormalizedBatchNorm2d) for m in folded.modules()):
@@ -46,6 +47,10 @@ def fold_norm(module: nn.Module) -> nn.Module:
             if isinstance(m._parameters.get("scale_factor"), nn.Parameter):
                 del m.scale_factor
     return folded
+
+
+def _is_linear_map(layer: nn.Module) -> bool:
+    return type(layer) in _LINEAR_MAPS or (isinstance(layer, nn.Conv2d) and type(layer).__name__ == _PADDED)
 
 
 # ---- dataflow ------------------------------------------------------------------------------------------------------
@@ -60,7 +65,7 @@ class _Tracer(fx.Tracer):
         self.seen: set[nn.Module] = set()
 
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return type(m) in _NORMS | _LINEAR_MAPS or is_frozen_batch_norm(m) or super().is_leaf_module(m, name)
+        return type(m) in _NORMS or _is_linear_map(m) or is_frozen_batch_norm(m) or super().is_leaf_module(m, name)
 
     def call_module(self, m, forward, args, kwargs):
         before = list(self.graph.nodes)
@@ -100,7 +105,7 @@ def _never_called(root: nn.Module, seen: set[nn.Module]) -> list[nn.Module]:
 
 def _fold_traced(root: nn.Module) -> None:
     """Fold in `root` as its own dataflow allows, then in the parts that it could not look into."""
-    if type(root) in _NORMS | _LINEAR_MAPS or not any(True for _ in root.children()):
+    if type(root) in _NORMS or _is_linear_map(root) or not any(True for _ in root.children()):
         return
     graph, rest = _trace(root)
     if graph is not None:
@@ -135,7 +140,7 @@ def _fold_graph(root: nn.Module, graph: fx.Graph) -> None:
         if not isinstance(source, fx.Node) or len(source.users) != 1:
             continue
         scale, shift = _affine(norm)
-        if source in modules and type(modules[source]) in _LINEAR_MAPS and alone(source):
+        if source in modules and _is_linear_map(modules[source]) and alone(source):
             into = modules[source]
         elif source.op == "call_function" and source.target in _LINEAR_FUNCTIONS:
             into = _owner_of_weights(root, source)

@@ -165,6 +165,8 @@ def to_ours(checkpoint: dict, model: nn.Module | None = None, spread: bool = Fal
     origin, weights = _read(checkpoint)
     if model is not None and weights.keys() == model.state_dict().keys():
         return weights  # the model's own, whatever they look like: a detector's encoder isn't a file of others
+    if hasattr(model, "own_names"):  # not a ResNet of ours
+        return _fit_experts(model.own_names(weights, origin, spread), model, spread)
     weights = ORIGINS[origin](weights)
     return weights if model is None else _fit_experts(weights, model, spread)
 
@@ -271,7 +273,7 @@ def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
     report.mismatched = [key for key in report.mismatched if not key.startswith(heads)]
     report.unexpected = [key for key in report.unexpected if not key.startswith((f"{PREFIX}linear", *heads))]
     # What no ResNet has lies beside it: a projection, a queue, another network. Its own parts must fit.
-    own = re.compile(re.escape(PREFIX) + r"(conv|bn|layer|encoder|scale_factor)")
+    own = re.compile(re.escape(PREFIX) + r"(body|experts|conv|bn|layer|encoder|scale_factor)")
     beside = [key for key in report.unexpected if not own.match(key)]
     report.unexpected = [key for key in report.unexpected if own.match(key)]
     said = [f"these start anew: {', '.join(key.split(' ', 1)[0] for key in fresh[:4])}"] if fresh else []

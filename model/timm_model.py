@@ -1,0 +1,130 @@
+"""Any classification network of timm's or torchvision's, pretrained or not, as a backbone like every other."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from base.base_model import CostPart
+from model.expert_model import ExpertModel, Gated, check_common, require
+from model.norm.facts import is_norm
+from model.routing import Routed
+from model.timm_net import TimmNet, check_name
+from model.weights.pretrained import input_of, load_pretrained, timm_names
+from utils.errors import ConfigError
+
+
+class RoutedTimmNet(Routed, TimmNet):
+    """A `TimmNet` with gates."""
+
+
+class TimmModel(ExpertModel):
+    """A network by its name in timm (`resnet18`, `vit_base_patch16_224.augreg_in21k`), or in torchvision
+    (`torchvision/resnet18`), with this project's experts, BatchFormer, norms and classifiers.
+
+    The network without its classifier is `backbone.body`. With several experts each has its own last stage in
+    `backbone.experts.{i}`, under the body's names, or, where the body has none that can be told, a block of its own on
+    the pooled features; `summary` says which. What goes in and comes out: see `ExpertModel`.
+
+    Args:
+        model_name: with timm, optionally a tag: which of the pretrained weights.
+        weights: true: the package's own, from its cache or the network; false: none; text: a file of weights, of
+            timm's, torchvision's, lukemelas' EfficientNets (.pth or .safetensors) or a checkpoint of this project.
+            A classifier of another number of classes is left new.
+        norm: exchanges batch norms, in networks that have them. NBN's `where` counts the network's stages.
+        shared_classifier: None: where BatchFormer is on and there is one expert.
+        The others are those of `model.model.Model`.
+
+    Raises:
+        ConfigError: a missing package, unknown network, value out of range, weights that don't fit; `MissingWeights`
+            where `weights` is true and they can't be had.
+    """
+
+    def __init__(self, model_name: str, weights: bool | str = True, num_classes: int | None = None,
+                 num_experts: int = 1, use_norm: bool = False, s: float = 30.0, use_experts: str | list | None = None,
+                 dropout: float | None = None, returns_feat: bool = True, add_bt: int = 0, eval_bt: bool = False,
+                 top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
+                 force_all: bool = False, route_threshold: float = 0.5, norm: str | dict = "BatchNorm2d",
+                 classifier: str = "linear", shared_classifier: bool | None = None, bt_gather: bool = False):
+        super().__init__()
+        check_name(model_name)
+        common = check_common(
+            num_classes=num_classes, num_experts=num_experts, use_norm=use_norm, s=s, use_experts=use_experts,
+            dropout=dropout, add_bt=add_bt, eval_bt=eval_bt, classifier=classifier,
+            shared_classifier=shared_classifier, bt_gather=bt_gather, routed=self.routed,
+            shared_by_default=num_experts == 1)
+        gates = dict(top_choices_num=top_choices_num, pos_weight=pos_weight, force_all=force_all,
+                     share_expert_help_pred_fc=share_expert_help_pred_fc, route_threshold=route_threshold)
+        self.model_name = model_name
+        self.backbone: TimmNet = (RoutedTimmNet if self.routed else TimmNet)(
+            model_name=model_name, size=self.preprocess(model_name)["image_size"], **common,
+            **(gates if self.routed else {}))
+        self._check_norm(norm)
+        self._finish(norm)
+        if weights:
+            load_pretrained(self, weights)
+
+    @staticmethod
+    def preprocess(model_name: str) -> dict[str, Any]:
+        """What the network's weights expect of images: `image_size`, `crop_share` (of the resized short side; None: no
+        crop), `interpolation`, `mean`, `std`. Needs no weights."""
+        return input_of(model_name)
+
+    def _check_norm(self, norm: str | dict) -> None:
+        kind = norm if isinstance(norm, str) else (norm or {}).get("type")
+        layers = list(self.backbone.modules())
+        require(kind == "BatchNorm2d" or any(is_norm(layer) for layer in layers), "norm",
+                f"{self.model_name} has no batch norm that could become {kind}; leave it out")
+        padded = [layer for layer in layers if type(layer).__name__ == "Conv2dSame"]
+        require(kind != "MABN" or not padded, "norm", f"MABN's centred convolutions don't pad as {self.model_name}'s "
+                "(TensorFlow's way) do; take a network without tf_ in its name")
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        self._check_size(x)
+        return super().forward(x, target)
+
+    def _check_size(self, x: torch.Tensor) -> None:
+        patch = getattr(getattr(self.backbone.body, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple) and isinstance(x, torch.Tensor) and any(
+                side % own for side, own in zip(x.shape[2:], patch, strict=True)):
+            raise ConfigError(f"data_loader.args.image_size: {self.model_name} cuts images into patches of {patch[0]} "
+                              f"pixels, so {x.shape[-1]} doesn't do; use a multiple of {patch[0]}")
+
+    def own_names(self, weights: dict[str, torch.Tensor], origin: str, spread: bool) -> dict[str, torch.Tensor]:
+        """Weights of the network, as timm, torchvision or this project names them, under this model's names."""
+        return timm_names(self, weights, origin, spread)
+
+    def stage_prefixes(self) -> list[tuple[str, ...]]:
+        modules = dict(self.backbone.named_modules())
+        return [tuple(f"backbone.{name}" + ("." if name in modules else "") for name in names)
+                for names in self.backbone.stages()]
+
+    def cost_parts(self) -> list[CostPart]:
+        net, several = self.backbone, self.num_experts > 1
+        modules = dict(net.named_modules())
+        parts = []
+        for n, names in enumerate(net.stages()):
+            shared = tuple(f"backbone.{name}" for name in names if name in modules and name.startswith("body."))
+            if shared:
+                parts.append(CostPart(f"stage {n}" if n else "stem", shared))
+        for i in range(self.num_experts):
+            if several:
+                parts.append(CostPart(f"expert {i + 1}, " + (", ".join(net.private) or "block"),
+                                      (f"backbone.experts.{i}",), i))
+            parts.append(CostPart(f"expert {i + 1}, classifier" if several else "classifier",
+                                  (f"backbone.linears.{i}" if several else "backbone.linear",), i))
+        if net.batchformer is not None:
+            parts.append(CostPart("BatchFormer", ("backbone.encoder_layers",), training=True))
+        return parts
+
+    def summary(self) -> str:
+        text = super().summary()
+        if self.num_experts > 1:
+            own = self.backbone.private
+            text += f"\n  {self.model_name}: each expert has " + (
+                f"its own {', '.join(own)}" if own else "a block of its own on the pooled features")
+        return text
+
+
+class TimmEAModel(Gated, TimmModel):
+    """Expert assignment on the same network; the arguments are `TimmModel`'s."""

@@ -1,0 +1,183 @@
+"""Pretrained weights of timm's and torchvision's networks: what they expect of images, where they are, their names."""
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from model.norm.norm_act import NormAct
+from model.timm_net import TORCHVISION, check_name, check_package, classifier_of
+from model.weights.efficientnet import from_efficientnet
+from model.weights.files import load_file
+from model.weights.remap import load_weights
+from utils.errors import ConfigError
+
+Weights = dict[str, torch.Tensor]
+PATIENCE = 4.0     # seconds that a server has to answer before weights count as out of reach
+PREFIX = "backbone."
+
+
+class MissingWeights(ConfigError):
+    """A network's own weights can't be had: they are in no cache, and the network is out of reach."""
+
+
+# ---- what they expect of images --------------------------------------------------------------------------------------
+
+def input_of(model_name: str) -> dict[str, Any]:
+    """`image_size`, `crop_share` (None: images are resized, not cropped), `interpolation` ("bilinear" or "bicubic"),
+    `mean`, `std`: timm's data config, or torchvision's transforms. Raises ConfigError for an unknown network."""
+    check_name(model_name)
+    package = check_package(model_name)
+    if model_name.startswith(TORCHVISION):
+        wanted = package.get_model_weights(model_name.removeprefix(TORCHVISION)).DEFAULT.transforms()
+        size, mode = wanted.crop_size[0], wanted.interpolation.value
+        share, mean, std = size / wanted.resize_size[0], wanted.mean, wanted.std
+    else:
+        from timm.data import resolve_data_config
+        wanted = resolve_data_config(pretrained_cfg=package.get_pretrained_cfg(model_name).to_dict())
+        size, mode, mean, std = wanted["input_size"][-1], wanted["interpolation"], wanted["mean"], wanted["std"]
+        share = wanted["crop_pct"] if wanted["crop_mode"] == "center" else None
+    return {"image_size": int(size), "crop_share": share, "mean": list(mean), "std": list(std),
+            "interpolation": mode if mode in ("bilinear", "bicubic") else "bicubic"}
+
+
+# ---- where they are --------------------------------------------------------------------------------------------------
+
+def load_pretrained(model: Any, weights: bool | str) -> None:
+    """Load `weights`, a file or (true) the package's own, into a TimmModel. Raises ConfigError, MissingWeights."""
+    if isinstance(weights, str):
+        if not os.path.isfile(weights):
+            raise ConfigError(f"arch.args.weights: {weights}: no such file; use true, false or a file of weights")
+        checkpoint, name = load_file(weights), weights
+    else:
+        file = own_file(model.model_name)
+        checkpoint, name = load_file(file), f"{model.model_name}'s own weights ({file})"
+    load_weights(model, checkpoint, name=name, new_head=True)
+
+
+def own_file(model_name: str) -> Path:
+    """The file of a network's own weights: from the package's cache, else fetched. Raises MissingWeights."""
+    if model_name.startswith(TORCHVISION):
+        found = check_package(model_name).get_model_weights(model_name.removeprefix(TORCHVISION))
+        return _from_url(model_name, found.DEFAULT.url)
+    facts = check_package(model_name).get_pretrained_cfg(model_name)
+    if facts is not None and facts.hf_hub_id:
+        return _from_hub(model_name, facts.hf_hub_id, facts.hf_hub_filename)
+    if facts is not None and facts.url:
+        return _from_url(model_name, facts.url)
+    raise ConfigError(f"arch.args.weights: {model_name} has no pretrained weights; use false, a file of weights or "
+                      "another model_name")
+
+
+def _from_hub(model_name: str, repository: str, file: str | None) -> Path:
+    import huggingface_hub as hub
+    names = [file] if file else ["model.safetensors", "pytorch_model.bin"]
+    for name in names:
+        cached = hub.try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    where = f"https://huggingface.co/{repository}"
+    if hub.constants.HF_HUB_OFFLINE:
+        raise _missing(model_name, where, "HF_HUB_OFFLINE is set")
+    _reach(model_name, where, hub.constants.ENDPOINT)
+    problem: Exception | None = None
+    for name in names:
+        try:
+            return Path(hub.hf_hub_download(repository, name, etag_timeout=PATIENCE))
+        except Exception as error:  # the hub has a class for every reason, the network below it more
+            problem = error
+    raise _missing(model_name, where, str(problem).split("\n")[0][:160] or type(problem).__name__)
+
+
+def _from_url(model_name: str, url: str) -> Path:
+    target = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(urlsplit(url).path)
+    if target.is_file():
+        return target
+    _reach(model_name, url, url)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        known = re.search(r"-([a-f0-9]{8,})\.", target.name)
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=known[1] if known else None)
+    except (OSError, RuntimeError) as error:
+        raise _missing(model_name, url, str(error).split("\n")[0][:160]) from None
+    return target
+
+
+def _reach(model_name: str, url: str, server: str) -> None:
+    """Raises MissingWeights at once where the server can't be reached: downloaders try for minutes."""
+    from urllib.request import getproxies
+    proxy = getproxies().get(urlsplit(server).scheme)
+    place = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy else server)
+    try:
+        socket.create_connection((place.hostname, place.port or (80 if place.scheme == "http" else 443)),
+                                 PATIENCE).close()
+    except OSError as error:
+        raise _missing(model_name, url, f"{place.hostname}: {error.strerror or error}") from None
+
+
+def _missing(model_name: str, where: str, reason: str) -> MissingWeights:
+    return MissingWeights(f"arch.args.weights: {model_name}'s weights are in no cache here and can't be fetched "
+                          f"({reason}); bring a file from {where} and give it with --pretrained FILE or "
+                          "arch.args.weights, or set weights to false")
+
+
+# ---- their names -----------------------------------------------------------------------------------------------------
+
+def timm_names(model: Any, weights: Weights, origin: str, spread: bool) -> Weights:
+    """A network's weights under a TimmModel's names: `backbone.body.*`, an expert's `backbone.experts.{i}.*`, and the
+    classifier's `backbone.linear.*`. spread: weights of one expert fill all of several."""
+    net = model.backbone
+    if not any(key.startswith(PREFIX) for key in weights):
+        weights = _bare(model, from_efficientnet(weights) if origin == "EfficientNet" else weights)
+    inside = {f"{name}.": f"{name}.norm." for name, module in net.named_modules() if isinstance(module, NormAct)}
+    private = tuple(f"{PREFIX}body.{name}." for name in net.private)
+    named: Weights = {}
+    for key, value in weights.items():
+        if spread and private and key.startswith(private):
+            keys = [f"{PREFIX}experts.{i}.{key.removeprefix(PREFIX + 'body.')}" for i in range(net.num_experts)]
+        else:
+            keys = [key]
+        for own in keys:
+            layer, _, last = own.removeprefix(PREFIX).rpartition(".")
+            if f"{layer}." in inside and not own.startswith(PREFIX + inside[f"{layer}."]):
+                own = f"{PREFIX}{inside[f'{layer}.']}{last}"
+            named[own] = value
+    return named
+
+
+def _bare(model: Any, weights: Weights) -> Weights:
+    """The package's names, brought to its newest spelling, under `backbone.body`; the classifier's under ours."""
+    body, name = model.backbone.body, model.model_name
+    if name.startswith(TORCHVISION):
+        heads = (classifier_of(check_package(name).get_model(name.removeprefix(TORCHVISION), weights=None)),)
+    else:
+        heads = getattr(body, "default_cfg", {}).get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)
+        weights = _respelt(body, weights)
+    named = {}
+    for key, value in weights.items():
+        layer, _, last = key.rpartition(".")
+        if layer in heads:
+            # A second classifier (of distillation) has no place here.
+            named[f"{PREFIX}linear.{last}" if layer == heads[0] else key] = value
+        else:
+            named[f"{PREFIX}body.{key}"] = value
+    return named
+
+
+def _respelt(body: Any, weights: Weights) -> Weights:
+    """timm's own filter of old names and of embeddings of another image size, where the network has one."""
+    whole = sys.modules[type(body).__module__]
+    respell = getattr(whole, "checkpoint_filter_fn", None)
+    if respell is None:
+        return weights
+    try:
+        return respell(dict(weights), body)
+    except Exception:  # made for files that it knows; what doesn't fit is said by name later
+        return weights
