@@ -98,7 +98,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     describe_data(train_loader, config)
     session.check_labels(config, train_loader)
 
-    model = session.make_model(config, train_loader.num_classes)
+    model = session.make_model(config, train_loader.num_classes, bare=start.brings_weights)
     session.load_start(model, start, train_loader.class_names)
     if options["freeze"] is not None:
         model.freeze(options["freeze"])

@@ -69,6 +69,8 @@ class ImageDataLoader(PixelLoader):
         at URLs like s3://) instead of files of their own, see `data_loader.shards`; lists and folders only.
     facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, groups follow its
         training counts, and what was training data stays training data.
+    preprocess: what pretrained weights expect of images (`TimmModel.preprocess`): its `image_size` where the config has
+        none, and its crop, interpolation and statistics.
     transform: a function of a PIL image for the training images instead of the loader's own (Python only).
     distributed: as in old configs; ignored, `torchrun` decides.
     epochs: what ProgressivelyBalanced takes as its number of epochs.
@@ -97,12 +99,13 @@ class ImageDataLoader(PixelLoader):
                  augment: str = "basic",
                  rotation: float | None = None, cutout: int = 0, random_erasing: float = 0.0, mix: dict | None = None,
                  jitter: float | None = None, crops: int = 1, expand: int | None = None,
-                 shards: str | dict | None = None, facts: Any = None):
+                 shards: str | dict | None = None, facts: Any = None, preprocess: Any = None):
         self.data_dir = data_dir
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
         self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
         self.allow_outside, self.download, self.cache, self.transform = allow_outside, download, cache, transform
-        self.image_size = self.default_size if image_size in (None, "auto") else image_size
+        own_size = preprocess["image_size"] if preprocess and image_size is None else self.default_size
+        self.image_size = own_size if image_size in (None, "auto") else image_size
         self.flip = self.flips if flip is None else flip
         self.policy, self.rotation, self.cutout, self.random_erasing = augment, rotation, cutout, random_erasing
         self.jitter = self.jitter if jitter is None else jitter
@@ -111,7 +114,6 @@ class ImageDataLoader(PixelLoader):
         self.validation = validation or "none"
         self.shards = shards
         self._check()
-        self.mean, self.std = self.statistics
         if data_dir is not None:
             check_data_dir(data_dir, may_be_made=self.may_download and download)
         facts = facts or {}
@@ -133,7 +135,10 @@ class ImageDataLoader(PixelLoader):
         if image_size == "auto" and splits.test.paths is not None:
             self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu")
             self.notes.append(note)
-        self.preprocess = test_preprocess(self.image_size, self.mean, self.std)
+        if preprocess and splits.test.paths is None:   # such images are as large as they are used
+            preprocess = {**preprocess, "crop_share": None}
+        self.preprocess = test_preprocess(self.image_size, *self.statistics, preprocess)
+        self.mean, self.std = self.preprocess["mean"], self.preprocess["std"]
         self.views = with_crops(self.preprocess, crops, expand)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
         train, self._val, self.validation_note = self._divide(splits)

@@ -27,11 +27,20 @@ LARGEST_RESIZED = 32   # up to this image_size test images are resized, not crop
 MOST_ELONGATED = 4     # of longer images the middle, 4 to 1, is used: the rest would be cropped anyway
 
 
-def test_preprocess(image_size: int, mean: tuple, std: tuple) -> dict[str, Any]:
-    """What is done to a test image, as plain data that goes into checkpoints and exported models."""
-    crop = image_size > LARGEST_RESIZED
-    return {"image_size": image_size, "resize": round(image_size * 8 / 7) if crop else image_size, "crop": crop,
-            "interpolation": "bilinear", "mean": list(mean), "std": list(std)}
+def test_preprocess(image_size: int, mean: tuple, std: tuple, wanted: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What is done to a test image, as plain data that goes into checkpoints and exported models.
+
+    wanted: what pretrained weights expect of their images: `crop_share` of the resized short side (None: no crop),
+    `interpolation`, `mean`, `std`. timm's evaluation then, at any size.
+    """
+    if wanted is None:
+        crop = image_size > LARGEST_RESIZED
+        wanted = {"crop_share": 7 / 8 if crop else None, "interpolation": "bilinear", "mean": mean, "std": std}
+        resize = round(image_size * 8 / 7) if crop else image_size
+    else:
+        resize = math.floor(image_size / (wanted["crop_share"] or 1))
+    return {"image_size": image_size, "resize": resize, "crop": wanted["crop_share"] is not None,
+            "interpolation": wanted["interpolation"], "mean": list(wanted["mean"]), "std": list(wanted["std"])}
 
 
 def test_transform(preprocess: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
@@ -57,15 +66,16 @@ class Normalise:
         return images.add_(self.shift)
 
 
-def resize(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """An RGB image as uint8 [3, height, width] (channels last in memory): bilinear, antialiased where it shrinks.
+def resize(image: Image.Image, height: int, width: int, interpolation: str = "bilinear") -> torch.Tensor:
+    """An RGB image as uint8 [3, height, width] (channels last in memory): bilinear or bicubic, antialiased where it
+    shrinks.
 
     Pillow stores four bytes a pixel; taking all four spares a copy and makes torch's resizing twice as fast.
     """
     words = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
     batch = words.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
     if image.size != (width, height):
-        batch = torch.nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)
+        batch = torch.nn.functional.interpolate(batch, (height, width), mode=interpolation, antialias=True)
     return batch[0, :3]
 
 
@@ -93,16 +103,16 @@ def base_pixels(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
 
 
 def _resized(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
-    side = preprocess["resize"]
+    side, mode = preprocess["resize"], preprocess["interpolation"]
     if not preprocess["crop"]:
-        return resize(image, side, side)
+        return resize(image, side, side, mode)
     width, height = image.size
     if max(width, height) > MOST_ELONGATED * min(width, height):
         width, height = (min(length, MOST_ELONGATED * min(image.size)) for length in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     short = min(width, height)
-    return resize(image, int(side * height / short), int(side * width / short))
+    return resize(image, int(side * height / short), int(side * width / short), mode)
 
 
 def read_for_test(path: str, preprocess: dict[str, Any]) -> Image.Image:
@@ -130,7 +140,7 @@ def random_crop_box(rng: np.random.Generator, width: int, height: int) -> tuple[
 
 
 def read_for_training(path: str, rng: np.random.Generator, size: int, flip: bool = True,
-                      jitter: float = 0.0) -> torch.Tensor:
+                      jitter: float = 0.0, interpolation: str = "bilinear") -> torch.Tensor:
     """The image at `path` randomly cropped to `size`, flipped, with jittered colours: uint8 [3, size, size].
 
     rng decides everything, in a fixed order, so the same generator gives the same pixels.
@@ -149,7 +159,7 @@ def read_for_training(path: str, rng: np.random.Generator, size: int, flip: bool
     across, down = image.width / full[0], image.height / full[1]
     corners = (round(left * across), round(top * down), round((left + wide) * across), round((top + high) * down))
     corners = (*corners[:2], max(corners[2], corners[0] + 1), max(corners[3], corners[1] + 1))
-    pixels = resize(image.crop(corners), size, size).contiguous()
+    pixels = resize(image.crop(corners), size, size, interpolation).contiguous()
     if flip and rng.random() < 0.5:
         pixels = pixels.flip(2)
     return colour_jitter(pixels, rng, jitter) if jitter else pixels

@@ -88,7 +88,8 @@ class Sources(Dataset):
                 return self.transform(image)
         if self.mode == "train":
             rng = numpy_rng(self.seed, epoch, AUGMENT, position)
-            pixels = read_for_training(path, rng, self.preprocess["image_size"], self.flip is True, self.jitter)
+            pixels = read_for_training(path, rng, self.preprocess["image_size"], self.flip is True, self.jitter,
+                                       self.preprocess["interpolation"])
             if self.flip == "alternate" and alternate_flips(self.seed, epoch, np.array([index]))[0]:
                 pixels = pixels.flip(2)
             if self.degrees:

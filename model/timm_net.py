@@ -206,8 +206,8 @@ class TimmNet(ExpertNet):
 
     With one expert `body` is whole. With several each has its own last stage and what follows it, `experts.{i}`, under
     the names that they have in the body, where identities take their places; a body whose last stage can't be told
-    leaves each expert a block on its pooled features (`OwnBlock`). What belongs to the pooling (a norm, a pre-classifier
-    layer) is shared.
+    leaves each expert a block on its pooled features (`OwnBlock`). What belongs to the pooling (a norm, a layer before
+    the classifier) is shared.
 
     Args:
         model_name: timm's name, or torchvision's after "torchvision/".

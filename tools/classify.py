@@ -216,6 +216,7 @@ def facts_of(run: Any) -> dict[str, Any]:
     """`preprocess` and `class_names` of a run: from its checkpoint, else (weights of others) as its loader has them."""
     from data_loader import data_loaders
     from data_loader.transforms import test_preprocess
+    from tools.session import input_of
     known = run.checkpoint.get("data")
     if isinstance(known, dict) and isinstance(known.get("preprocess"), dict):
         return {"preprocess": known["preprocess"], "class_names": known.get("class_names")}
@@ -223,6 +224,6 @@ def facts_of(run: Any) -> dict[str, Any]:
     kind, args = getattr(data_loaders, spec["type"]), spec.get("args") or {}
     if not hasattr(kind, "default_size"):
         return {"preprocess": {"task": "detection"}, "class_names": None}
-    size = args.get("image_size")
-    size = size if isinstance(size, int) else kind.default_size
-    return {"preprocess": test_preprocess(size, *kind.statistics), "class_names": None}
+    size, wanted = args.get("image_size"), input_of(run.config)
+    size = size if isinstance(size, int) else (wanted or {"image_size": kind.default_size})["image_size"]
+    return {"preprocess": test_preprocess(size, *kind.statistics, wanted), "class_names": None}

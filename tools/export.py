@@ -56,11 +56,11 @@ def metadata(run: Any, facts: dict[str, Any], model: Any) -> dict[str, str]:
     """What a user of the file needs to know, text by name: `preprocess` and `class_names` are JSON."""
     preprocess = facts["preprocess"]
     names = facts["class_names"] or [str(label) for label in range(model.num_classes)]
-    size = preprocess["image_size"]
+    size, mode = preprocess["image_size"], preprocess["interpolation"]
     resized = f"{size} x {size}" if not preprocess["crop"] else f"short side to {preprocess['resize']}, centre {size}"
     return {"task": "classification",
             "input": f"images: float32 [N, 3, {size}, {size}], RGB, upright (EXIF orientation applied), "
-                     f"resized ({resized}; bilinear, antialiased), value / 255, minus mean, divided by std",
+                     f"resized ({resized}; {mode}, antialiased), value / 255, minus mean, divided by std",
             "output": "output: logits [N, C]; softmax gives probabilities",
             "preprocess": json.dumps(preprocess), "class_names": json.dumps(names), "arch": run.config["arch"]["type"],
             "run": str(run.config.get("name", "")), "epoch": str(run.checkpoint.get("epoch", ""))}

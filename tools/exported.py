@@ -84,7 +84,7 @@ def _fits(preprocess: dict[str, Any], names: list[str], inputs: list[Any], outpu
     return ([len(preprocess[key]) for key in _TRIPLES] == [3, 3]
             and all(type(preprocess[key]) is int for key in _SIZES) and type(preprocess["crop"]) is bool
             and all(math.isfinite(value) for value in numbers) and all(preprocess["std"])
-            and preprocess["interpolation"] == "bilinear" and 0 < size <= preprocess["resize"] <= 2 * size
+            and preprocess["interpolation"] in ("bilinear", "bicubic") and 0 < size <= preprocess["resize"] <= 2 * size
             and all(isinstance(name, str) for name in names)
             and [(item.name, item.type, item.shape[1:]) for item in inputs] == [
                 ("images", "tensor(float)", [3, size, size])]

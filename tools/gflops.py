@@ -80,7 +80,7 @@ def count(arch: dict[str, Any], num_classes: int, size: int) -> tuple[Any, dict[
 
     from model.model import build_model
     with torch.device("meta"):
-        model = build_model(arch, num_classes).eval()
+        model = build_model(arch, num_classes, bare=True).eval()
     model.route = False  # every expert, whatever the gates say: they can't say anything about an empty image
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, size, size, device="meta"))
@@ -114,20 +114,23 @@ def take_apart(model: Any, counts: dict[str, int]) -> tuple[list[dict[str, Any]]
     totals = [shared + math.fsum(costs[:k]) + gates * min(k, model.num_experts - 1)
               for k in range(1, model.num_experts + 1)]
     known = sum(part["parameters"] for part in parts)
-    if known != model.num_parameters():  # NBN's scales
-        parts.append({"name": "norm scales", "gflops": 0.0, "parameters": model.num_parameters() - known})
+    if known != model.num_parameters():  # NBN's scales, or a transformer's tokens and embedding of places
+        parts.append({"name": "embeddings" if model.nbn_scales is None else "norm scales", "gflops": 0.0,
+                      "parameters": model.num_parameters() - known})
     return parts, totals
 
 
 def image_size(config: dict[str, Any]) -> int:
     """Side of the images a config's model gets: its own `image_size`, else its loader's default."""
     from data_loader import data_loaders
+    from tools.session import input_of
     spec = config["data_loader"]
     size = (spec.get("args") or {}).get("image_size")
     if size == "auto":
         from data_loader.pixels import SMALLEST_AUTO
         return SMALLEST_AUTO
-    return getattr(data_loaders, spec["type"]).default_size if size is None else size
+    wanted = input_of(config) or {"image_size": getattr(data_loaders, spec["type"]).default_size}
+    return wanted["image_size"] if size is None else size
 
 
 def number_of_classes(config: dict[str, Any]) -> int:

@@ -19,11 +19,13 @@ from data_loader.data_loaders import build_loader
 from data_loader.splitting import is_same_place
 from logger.log import get_logger
 from model.loss import build_loss
-from model.model import build_model
+from model.model import ARCHS, ELSEWHERE, build_model
+from model.weights.files import load_file
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
 from utils import dist
 from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, recover_config
+from utils.config.build import lookup
 from utils.config.load import check_config, load_config
 from utils.errors import ConfigError
 
@@ -62,12 +64,17 @@ class Start:
 
     def facts_of(self, file: str) -> dict[str, Any] | None:
         """What a file that the config names knows of its data; the file is kept for `take`."""
-        self._opened[file] = load_checkpoint(file)
+        self._opened[file] = load_file(file)
         return facts_of_checkpoint(self._opened[file])
 
     def take(self, file: str) -> dict[str, Any]:
         """A file that the config names, read once; it isn't held any longer, since a training takes hours."""
-        return self._opened.pop(file) if file in self._opened else load_checkpoint(file)
+        return self._opened.pop(file) if file in self._opened else load_file(file)
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether all of the model's weights come from a file, so that its arch needs to fetch none."""
+        return self.checkpoint is not None or any(self.config.get(key) for key in ("pretrained", "load_crt"))
 
 
 def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
@@ -98,7 +105,16 @@ def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, t
                 **more: Any) -> BaseDataLoader:
     """The loader of the config's training split, or of its test split (`training=False`)."""
     return build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
-                        world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training, **more)
+                        world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training,
+                        preprocess=input_of(config), **more)
+
+
+def input_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the arch's pretrained weights expect of images (`TimmModel.preprocess`); None where it has none of its own.
+    """
+    arch = config["arch"]
+    asks = getattr(lookup(ARCHS | ELSEWHERE, arch["type"], "arch.type", "model"), "preprocess", None)
+    return None if asks is None else asks((arch.get("args") or {})["model_name"])
 
 
 def settled(config: dict[str, Any], loader: BaseDataLoader) -> dict[str, Any]:
@@ -111,9 +127,11 @@ def settled(config: dict[str, Any], loader: BaseDataLoader) -> dict[str, Any]:
     return {**config, "arch": {**config["arch"], "args": arch}, "data_loader": {**config["data_loader"], "args": data}}
 
 
-def make_model(config: dict[str, Any], num_classes: int | None = None, section: str = "arch") -> nn.Module:
-    """The model a section names, on the CPU; `num_classes` comes from the data where the config leaves it out."""
-    return build_model(config[section], num_classes=num_classes, path=section)
+def make_model(config: dict[str, Any], num_classes: int | None = None, section: str = "arch",
+               bare: bool = False) -> nn.Module:
+    """The model a section names, on the CPU; `num_classes` comes from the data where the config leaves it out. bare:
+    without the arch's own pretrained weights, as others follow."""
+    return build_model(config[section], num_classes=num_classes, path=section, bare=bare)
 
 
 def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module:
@@ -126,7 +144,7 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str) -> 
     config = start.config
     if not config.get("distill"):
         return None
-    teacher = make_model(config, num_classes, "distill_arch")
+    teacher = make_model(config, num_classes, "distill_arch", bare=True)
     load_weights(teacher, start.take(config["distill_checkpoint"]), name=config["distill_checkpoint"])
     return teacher.to(device).eval().requires_grad_(False)
 
@@ -290,7 +308,7 @@ def open_run(path: str | Path, config: str | Path | None = None, overrides: list
     num_classes = effective["arch"].get("args", {}).get("num_classes") or (run.facts or {}).get("num_classes")
     if num_classes is None:
         num_classes = run.loader("test").num_classes
-    model = make_model(effective, num_classes)
+    model = make_model(effective, num_classes, bare=True)
     load_weights(model, checkpoint, name=str(path), allow_partial=allow_partial)
     run.model = model.to(device, memory_format=torch.channels_last).eval()
     return run

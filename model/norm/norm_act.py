@@ -1,4 +1,4 @@
-"""Norms that timm fuses with the activation after them, taken apart, so that the norm alone can be exchanged or folded."""
+"""Norms that timm fuses with the activation after them, taken apart: the norm alone can be exchanged or folded."""
 from __future__ import annotations
 
 import torch

@@ -131,9 +131,10 @@ SECTIONS = {
                             provided=("num_classes",), default=None),
     "data_loader": Section(
         "data loader", ("data_loader.data_loaders",), "base.base_data_loader:BaseDataLoader",
-        provided=("seed", "device", "rank", "world_size", "epochs", "facts"),
+        provided=("seed", "device", "rank", "world_size", "epochs", "facts", "preprocess"),
         reserved={"seed": "the top-level key seed", "device": "the flag -d", "rank": "torchrun",
-                  "world_size": "torchrun", "epochs": "trainer.epochs", "facts": "the checkpoint"},
+                  "world_size": "torchrun", "epochs": "trainer.epochs", "facts": "the checkpoint",
+                  "preprocess": "arch.args.model_name"},
         dropped={"": {"distributed": "bool"}}),
     "optimizer": Section("optimizer", ("trainer.schedules:OPTIMIZERS", "torch.optim"), "torch.optim:Optimizer",
                          skip=("Optimizer",), placed=1,
