@@ -1,11 +1,11 @@
-"""The losses of long-tailed recognition by name; see `model.losses`."""
+"""The losses of long-tailed recognition by name; see `criteria`."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
 from base.labels import MixedLabels, WholeBatch  # noqa: F401  public names of this module, like all below
-from model.losses.base import (
+from criteria.base import (
     LongTailLoss,
     cross_entropies,  # noqa: F401
     effective_number_weights,  # noqa: F401
@@ -14,7 +14,7 @@ from model.losses.base import (
     not_negative,  # noqa: F401
     temperature_factors,  # noqa: F401
 )
-from model.losses.experts import (
+from criteria.experts import (
     BalPoELoss,
     PerExpert,  # noqa: F401
     RIDEBalancedSoftmaxLoss,
@@ -22,7 +22,7 @@ from model.losses.experts import (
     RIDELossWithDistill,
     SADELoss,
 )
-from model.losses.plain import (
+from criteria.plain import (
     BalancedSoftmaxLoss,
     CrossEntropyLoss,
     FocalLoss,

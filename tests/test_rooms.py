@@ -1,4 +1,4 @@
-"""Imports flow one way: utils <- logger <- base <- model | data_loader <- trainer <- tools <- train.py, test.py."""
+"""Imports flow one way: utils <- logger <- base <- criteria <- model | data_loader <- trainer <- tools <- train.py."""
 
 import ast
 from pathlib import Path
@@ -11,10 +11,11 @@ ALLOWED = {
     "utils": set(),
     "logger": {"utils"},
     "base": {"utils", "logger"},
-    "model": {"base", "logger", "utils"},
+    "criteria": {"base", "utils"},
+    "model": {"criteria", "base", "logger", "utils"},
     "data_loader": {"base", "logger", "utils"},
-    "trainer": {"model", "data_loader", "base", "logger", "utils"},
-    "tools": {"trainer", "model", "data_loader", "base", "logger", "utils"},
+    "trainer": {"criteria", "model", "data_loader", "base", "logger", "utils"},
+    "tools": {"trainer", "criteria", "model", "data_loader", "base", "logger", "utils"},
 }
 
 

@@ -15,17 +15,13 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.run_paths import new_run
-from data_loader.data_loaders import build_loader
 from data_loader.splitting import is_same_place
 from logger.log import get_logger
-from model.loss import build_loss
-from model.model import ARCHS, ELSEWHERE, build_model
 from model.weights.files import load_file
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
-from utils import dist
+from tools.parts import input_of, make_criterion, make_loader, make_model, settled  # noqa: F401  names of this module too
 from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, recover_config
-from utils.config.build import lookup
 from utils.config.load import check_config, load_config
 from utils.errors import ConfigError
 
@@ -100,44 +96,6 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
 
 
 # ---------------------------------------------------------------------- data, model, loss
-
-def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, training: bool = True,
-                **more: Any) -> BaseDataLoader:
-    """The loader of the config's training split, or of its test split (`training=False`)."""
-    return build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
-                        world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training,
-                        preprocess=input_of(config), **more)
-
-
-def input_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What the arch's pretrained weights expect of images (`TimmModel.preprocess`); None where it has none of its own.
-    """
-    arch = config["arch"]
-    asks = getattr(lookup(ARCHS | ELSEWHERE, arch["type"], "arch.type", "model"), "preprocess", None)
-    return None if asks is None else asks((arch.get("args") or {})["model_name"])
-
-
-def settled(config: dict[str, Any], loader: BaseDataLoader) -> dict[str, Any]:
-    """The config with what it left to the data, so that it says the same for every split and on any machine: the number
-    of classes, and an `image_size` of "auto"."""
-    arch, data = config["arch"].get("args") or {}, config["data_loader"].get("args") or {}
-    arch = {**arch, "num_classes": arch.get("num_classes") or loader.num_classes}
-    if data.get("image_size") == "auto":
-        data = {**data, "image_size": loader.image_size}
-    return {**config, "arch": {**config["arch"], "args": arch}, "data_loader": {**config["data_loader"], "args": data}}
-
-
-def make_model(config: dict[str, Any], num_classes: int | None = None, section: str = "arch",
-               bare: bool = False) -> nn.Module:
-    """The model a section names, on the CPU; `num_classes` comes from the data where the config leaves it out. bare:
-    without the arch's own pretrained weights, as others follow."""
-    return build_model(config[section], num_classes=num_classes, path=section, bare=bare)
-
-
-def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module:
-    """The loss a config names, told the training counts."""
-    return build_loss(config["loss"], cls_num_list=cls_num_list, path="loss")
-
 
 def make_teacher(start: Start, num_classes: int, device: torch.device | str) -> nn.Module | None:
     """The teacher of a config that distils, with its weights, in evaluation mode."""

@@ -31,8 +31,9 @@ def fold_norm(module: nn.Module) -> nn.Module:
     """An evaluation copy of `module` without the norms that can go; `module` itself is unchanged.
 
     Batch norms (1-d to 3-d, frozen, synchronised, timm's that activate too), NBN, MABN and BatchRenorm are folded into
-    the convolution or linear layer before them, an `nn.Identity` takes their place, and each `CenConv2d` becomes an `nn.Conv2d` with centred
-    weights. Evaluation outputs are the same to rounding. Names stay; `weight`s change, and a `bias` is added.
+    the convolution or linear layer before them, an `nn.Identity` takes their place, and each `CenConv2d` becomes an
+    `nn.Conv2d` with centred weights. Evaluation outputs are the same to rounding. Names stay; `weight`s change, and a
+    `bias` is added.
 
     A norm goes only where its input is the output of that layer and nothing else uses that output, both being
     called once: this is read off the traced dataflow (torch.fx), so pre-activation norms, shared layers, and layers

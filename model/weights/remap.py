@@ -165,9 +165,7 @@ def to_ours(checkpoint: dict, model: nn.Module | None = None, spread: bool = Fal
     origin, weights = _read(checkpoint)
     if model is not None and weights.keys() == model.state_dict().keys():
         return weights  # the model's own, whatever they look like: a detector's encoder isn't a file of others
-    if hasattr(model, "own_names"):  # not a ResNet of ours
-        return _fit_experts(model.own_names(weights, origin, spread), model, spread)
-    weights = ORIGINS[origin](weights)
+    weights = model.own_names(weights, origin, spread) if hasattr(model, "own_names") else ORIGINS[origin](weights)
     return weights if model is None else _fit_experts(weights, model, spread)
 
 

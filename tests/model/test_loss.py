@@ -419,10 +419,10 @@ def test_parts_of_a_batch_sum_to_the_whole_batch(monkeypatch, name, mixed):
 
     assert sum(loss(rows, target, 8) for rows in parts) == pytest.approx(expected, rel=1e-12)
     asked = iter([target.first, target.second] * 2 if mixed else [target] * 2)
-    monkeypatch.setattr("model.losses.base.all_reduce_sum", lambda t: t.copy_(weights[next(asked)].sum()))
+    monkeypatch.setattr("criteria.base.all_reduce_sum", lambda t: t.copy_(weights[next(asked)].sum()))
     assert sum(loss(rows, target[rows], rows.stop - rows.start) for rows in parts) == pytest.approx(expected, rel=1e-12)
     lent = {key: value[:1] for key, value in outputs.items()}
-    monkeypatch.setattr("model.losses.base.all_reduce_sum", lambda t: t.fill_(2.0))
+    monkeypatch.setattr("criteria.base.all_reduce_sum", lambda t: t.fill_(2.0))
     assert math.isfinite(criterion({**lent, "whole": WholeBatch(target[:1], 0, 0, 8)}, target[:1]).item())
 
 

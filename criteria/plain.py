@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.losses.base import (
+from criteria.base import (
     LongTailLoss,
     cross_entropies,
     epoch_or_never,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.labels import MixedLabels, WholeBatch
-from model.losses.base import LongTailLoss, cross_entropies, finite, temperature_factors
-from model.losses.plain import BalancedSoftmaxLoss, LDAMLoss
+from criteria.base import LongTailLoss, cross_entropies, finite, temperature_factors
+from criteria.plain import BalancedSoftmaxLoss, LDAMLoss
 from utils.errors import ConfigError
 
 

@@ -1,0 +1,52 @@
+"""The pieces that a config names: loader, model, loss. What models and data need to know of each other is here."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from base.base_data_loader import BaseDataLoader
+from data_loader.data_loaders import build_loader
+from model.loss import build_loss
+from model.model import ARCHS, ELSEWHERE, build_model
+from utils import dist
+from utils.config.build import lookup
+
+
+def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, training: bool = True,
+                **more: Any) -> BaseDataLoader:
+    """The loader of the config's training split, or of its test split (`training=False`)."""
+    return build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
+                        world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training,
+                        preprocess=input_of(config), **more)
+
+
+def input_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the arch's pretrained weights expect of images (`TimmModel.preprocess`); None where it has none of its own.
+    """
+    arch = config["arch"]
+    asks = getattr(lookup(ARCHS | ELSEWHERE, arch["type"], "arch.type", "model"), "preprocess", None)
+    return None if asks is None else asks((arch.get("args") or {})["model_name"])
+
+
+def settled(config: dict[str, Any], loader: BaseDataLoader) -> dict[str, Any]:
+    """The config with what it left to the data, so that it says the same for every split and on any machine: the number
+    of classes, and an `image_size` of "auto"."""
+    arch, data = config["arch"].get("args") or {}, config["data_loader"].get("args") or {}
+    arch = {**arch, "num_classes": arch.get("num_classes") or loader.num_classes}
+    if data.get("image_size") == "auto":
+        data = {**data, "image_size": loader.image_size}
+    return {**config, "arch": {**config["arch"], "args": arch}, "data_loader": {**config["data_loader"], "args": data}}
+
+
+def make_model(config: dict[str, Any], num_classes: int | None = None, section: str = "arch",
+               bare: bool = False) -> nn.Module:
+    """The model a section names, on the CPU; `num_classes` comes from the data where the config leaves it out. bare:
+    without the arch's own pretrained weights, as others follow."""
+    return build_model(config[section], num_classes=num_classes, path=section, bare=bare)
+
+
+def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module:
+    """The loss a config names, told the training counts."""
+    return build_loss(config["loss"], cls_num_list=cls_num_list, path="loss")
