@@ -135,7 +135,8 @@ class ImageDataLoader(PixelLoader):
         if image_size == "auto" and splits.test.paths is not None:
             self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu")
             self.notes.append(note)
-        if preprocess and splits.test.paths is None:   # such images are as large as they are used
+        pixels = splits.test.pixels
+        if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # used at the size they have
             preprocess = {**preprocess, "crop_share": None}
         self.preprocess = test_preprocess(self.image_size, *self.statistics, preprocess)
         self.mean, self.std = self.preprocess["mean"], self.preprocess["std"]
