@@ -39,6 +39,14 @@ def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, int]) -
         assert values.max() < 1.3 and values.min() > 0.4
 
 
+def test_directions_of_small_gradients_keep_their_precision() -> None:
+    """Squares of singular values 10,000 times as small as the largest are beyond float32's digits."""
+    generator = torch.Generator().manual_seed(0)
+    large, small = torch.randn(4, 48, 5, generator=generator), torch.randn(4, 48, 432, generator=generator)
+    u = large @ torch.randn(4, 5, 432, generator=generator) + 1e-4 * small
+    torch.testing.assert_close(orthogonalize(u), orthogonalize(u.double()).float(), rtol=0, atol=1e-4)
+
+
 def test_muon_equals_a_slow_twin() -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = [(6, 4, 3, 3), (6, 4, 3, 3), (5, 12), (20, 3)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,16 +18,21 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)   # of the Newton-Schulz iteration (Jor
 def orthogonalize(u: Tensor, steps: int = 5) -> Tensor:
     """About the nearest matrices with orthonormal rows (or columns, where those are fewer), for a stack [m, r, c].
 
-    X = u / |u|, then `steps` times X <- a X + (b A + c A²) X with A = X Xᵀ on the shorter side: singular values end
-    between 0.7 and 1.2.
+    X = u / |u|, then `steps` times X <- P X, P = a I + b A + c A², A = X Xᵀ on the shorter side: singular values end
+    between 0.7 and 1.2. Every P is a polynomial of the first A, so the steps are taken on A alone, A <- P A P, and X is
+    multiplied once, by their product: half the time for filter banks several times as wide as high.
     """
     a, b, c = COEFFICIENTS
     tall = u.shape[1] > u.shape[2]
     x = u.mT if tall else u
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    gram, factors = x @ x.mT, []
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        if factors:
+            gram = factors[-1] @ gram @ factors[-1]
+        factors.append(torch.baddbmm(gram, gram, gram, beta=b, alpha=c))
+        factors[-1].diagonal(dim1=1, dim2=2).add_(a)
+    x = reduce(torch.matmul, factors) @ x
     return x.mT if tall else x
 
 
