@@ -36,7 +36,7 @@ def exportable(model: Any, temperature: float = 1.0) -> Any:
     import torch
 
     from model.norm import fold_norm
-    from model.tuning import merge_lora
+    from model.tuning_parts import merge_lora
     if model.routed:
         model.route = False  # every expert for every image, and the gates' word as a mask: no branch on the data
 
