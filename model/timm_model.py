@@ -10,6 +10,7 @@ from model.expert_model import ExpertModel, Gated, check_common, require
 from model.norm.facts import is_norm
 from model.routing import Routed
 from model.timm_net import TimmNet, check_name
+from model.tuning import install_tuning
 from model.weights.pretrained import input_of, load_pretrained, timm_names
 from utils.errors import ConfigError
 
@@ -32,6 +33,8 @@ class TimmModel(ExpertModel):
             timm's, torchvision's, lukemelas' EfficientNets (.pth or .safetensors) or a checkpoint of this project.
             A classifier of another number of classes is left new.
         norm: exchanges batch norms, in networks that have them. NBN's `where` counts the network's stages.
+        tuning: fine-tuning with few parameters: a name of `model.tuning.TUNINGS` or {"type": name, "args": {...}}; all
+            else of the network is frozen. It comes after the weights, whose names stay.
         shared_classifier: None: where BatchFormer is on and there is one expert.
         The others are those of `model.model.Model`.
 
@@ -45,7 +48,8 @@ class TimmModel(ExpertModel):
                  dropout: float | None = None, returns_feat: bool = True, add_bt: int = 0, eval_bt: bool = False,
                  top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
                  force_all: bool = False, route_threshold: float = 0.5, norm: str | dict = "BatchNorm2d",
-                 classifier: str = "linear", shared_classifier: bool | None = None, bt_gather: bool = False):
+                 classifier: str = "linear", shared_classifier: bool | None = None, bt_gather: bool = False,
+                 tuning: str | dict | None = None):
         super().__init__()
         check_name(model_name)
         common = check_common(
@@ -63,6 +67,15 @@ class TimmModel(ExpertModel):
         self._finish(norm)
         if weights:
             load_pretrained(self, weights)
+        if tuning is not None:
+            self._tune(tuning)
+
+    def _tune(self, tuning: str | dict) -> None:
+        """Freeze the network but for what `tuning` trains; heads, BatchFormer and experts' new blocks are trained."""
+        net = self.backbone
+        install_tuning(net.body, tuning, self.num_classes, tails=net.experts if net.private else ())
+        if self.routed and not self.force_all:
+            net.freeze_experts()
 
     @staticmethod
     def preprocess(model_name: str) -> dict[str, Any]:

@@ -68,6 +68,9 @@ PUBLISHED = [
     (["imagenet_lt_resnet50_nbn", "imagenet_lt_resnext50_nbn"], 90, 512, 0.2, 5e-4, False, cosine(90), CE),
     (["imagenet_lt_resnet50_ride_nbn"], 200, 256, 0.1, 5e-4, False, cosine(200),
      {"type": "RIDELoss", "max_m": 0.0, "additional_diversity_factor": 0.0, "reweight": False, "collaborative": False}),
+    (["imagenet_lt_lift", "places_lt_lift", "cifar100_lt_lift"], 10, 128, 0.01, 5e-4, False, cosine(10),
+     {"type": "LogitAdjustmentLoss", "tau": 1.0}),
+    (["inaturalist_lift"], 20, 128, 0.01, 5e-4, False, cosine(20), {"type": "LogitAdjustmentLoss", "tau": 1.0}),
     (["imagenet_resnet50_mabn"], 120, 256, 0.1, 1e-4, False,
      {"type": "MultiStepLR", "args": {"milestones": [30, 60, 90], "gamma": 0.1}},
      {"type": "LabelSmoothingLoss", "smoothing": 0.1}),
@@ -147,6 +150,19 @@ def test_every_part_of_a_recipe_is_shown(data):
     assert not parts - set().union(*found)
 
 
+@pytest.mark.parametrize("name", ["imagenet_lt_lift", "places_lt_lift", "inaturalist_lift", "cifar100_lt_lift"])
+def test_lift_settings(name):
+    """shijxcs/LIFT: CLIP's ViT-B/16 with AdaptFormer at its default width and learned scale, cosine classifier of scale
+    25 that starts from the class names; plain crops and flips."""
+    config = read(name)
+    args, data, start = config["arch"]["args"], config["data_loader"]["args"], config["init_classifier"]
+    assert (args["model_name"], args["weights"]) == ("vit_base_patch16_clip_quickgelu_224.openai", True)
+    assert (args["tuning"], args["classifier"], args["s"]) == ({"type": "adaptformer", "args": {}}, "cosine", 25)
+    assert (start["type"], start["args"]["template"]) == ("text", "a photo of a {}.")
+    assert (start["args"]["clip"], start["args"]["pretrained"]) == ("ViT-B-16-quickgelu", "openai")
+    assert (data["image_size"], data["jitter"]) == (224, 0)
+
+
 def first_stage(name: str) -> str | None:
     """The config whose checkpoint `name` starts from."""
     prefix, _, kind = name.rpartition("_")
@@ -192,7 +208,7 @@ def test_model_and_loss_build(path):
     config = read(path.stem)
     num_classes = config["arch"]["args"].get("num_classes", 7)
     with torch.device("meta"):  # shapes and names only: 8,142-class teachers would fill a small machine's memory
-        model = build_model(config["arch"], num_classes)
+        model = build_model(config["arch"], num_classes, bare=True)
         teacher = build_model(config["distill_arch"], num_classes) if config.get("distill") else None
     assert model.num_experts == config["arch"]["args"]["num_experts"]
     assert teacher is None or teacher.num_experts > model.num_experts

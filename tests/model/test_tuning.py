@@ -1,13 +1,18 @@
 """Fine-tuning with few parameters: each kind against a slow twin in float64, what is trained, and what is refused."""
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import train
+from model.model import build_model
 from model.tuning import TUNINGS, default_width, install_tuning
 from model.tuning_parts import merge_lora
+from tools import export, gflops
+from tools.session import open_run
 from utils.errors import ConfigError
 
 timm = pytest.importorskip("timm")
@@ -221,3 +226,65 @@ def test_vit_kinds_refuse_other_networks(kind):
     network = timm.create_model("test_resnet", num_classes=0)
     with pytest.raises(ConfigError, match=f"{kind} is for plain vision transformers.*ResNet is none"):
         install_tuning(network, kind, CLASSES)
+
+
+# ---------------------------------------------------------------------- as a model of ours, and through the commands
+
+def model_of(kind, num_experts=1, arch="TimmModel", **args):
+    torch.manual_seed(0)
+    return build_model({"type": arch, "args": {"model_name": "test_vit", "weights": False, "num_experts": num_experts,
+                                               "classifier": "cosine", "tuning": kind, **args}}, 10)
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+@pytest.mark.parametrize("kind", TUNINGS)
+def test_a_tuned_model(kind, num_experts):
+    model = model_of(kind, num_experts, add_bt=1).train()
+    head = "backbone.linear." if num_experts == 1 else "backbone.linears."
+    new = [name for name in trained(model) if name.startswith((head, "backbone.encoder_layers."))]
+    tuned = set(trained(model)) - set(new)
+    assert len([name for name in new if name.startswith(head)]) == num_experts and tuned
+    assert all(name.startswith(("backbone.body.blocks.", "backbone.experts.")) for name in tuned)
+    assert num_experts == 1 or kind == "prompt" or any(name.startswith("backbone.experts.2.") for name in tuned)
+    model(torch.randn(4, 3, 32, 32))["output"].sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trained(model))
+    frozen = [part for part in model.modules() if list(part.parameters())
+              and not any(p.requires_grad for p in part.parameters())]
+    assert frozen and not any(part.training for part in frozen)
+    state, other = model.state_dict(), model_of(kind, num_experts, add_bt=1)
+    other.load_state_dict(state)
+    assert set(model_of(None, num_experts, add_bt=1).state_dict()) <= set(state)
+
+
+def test_the_gates_alone_learn_in_a_tuned_network():
+    model = model_of("adaptformer", 3, arch="TimmEAModel")
+    assert all(name.startswith("backbone.expert_help_pred") for name in trained(model)) and trained(model)
+
+
+def test_a_run(tmp_path):
+    flags = ["-d", "cpu", "-q", "--epochs", "2", "--save_dir", str(tmp_path), "--run_id", "run",
+             "--set", "trainer.tensorboard=false", "--set", "trainer.save_period=1", "--bs", "128",
+             "--set", "init_classifier=class_means", "--set", 'trainer.ema={"decay": 0.9}', "--set",
+             "arch=" + json.dumps({"type": "TimmModel", "args": {
+                 "model_name": "test_vit", "weights": False, "classifier": "cosine", "s": 25,
+                 "tuning": {"type": "lora", "args": {"rank": 2}}}}),
+             "--set", "data_loader.args.image_size=32", "--set", "loss.type=LogitAdjustmentLoss"]
+    train.main(["-c", "configs/digits_lt_ce.json", *flags])
+    folder = next(tmp_path.glob("models/*/run"))
+    first, last = (folder / f"checkpoint-epoch{n}.pth" for n in (1, 2))
+    straight = torch.load(last, weights_only=True)
+    last.unlink()
+    train.main(["-r", str(first), "-d", "cpu", "-q"])
+    again = torch.load(last, weights_only=True)
+    for part in ("state_dict", "raw_state_dict"):
+        assert all(torch.equal(value, again[part][key]) for key, value in straight[part].items())
+    begun = torch.load(first, weights_only=True)["raw_state_dict"]
+    moved = {key for key, value in again["raw_state_dict"].items() if not torch.equal(value, begun[key])}
+    assert moved and all("lora_" in key or key == "backbone.linear.weight" for key in moved)
+
+    export.main(["-r", str(last), "--format", "pt2", "-d", "cpu"])
+    names = set(torch.export.load(str(folder / "model.pt2")).state_dict)
+    assert not any("lora" in name for name in names)
+    cost = gflops.gflops_of(open_run(last).config)
+    assert cost["plain"]["parameters"] + sum(value.numel() for key, value in again["state_dict"].items()
+                                             if "lora_" in key) - 10 == cost["parameters"]   # a cosine has no bias
