@@ -130,7 +130,8 @@ def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict
     if args.classifier in ("ncm", "tau"):
         run.model.route = False  # these heads need every expert's features
     if args.classifier == "ncm":
-        head = classifiers.ncm_head(run.model, run.loader("train_eval"), run.model.num_classes, args.feat_type)
+        head = classifiers.ncm_head(run.model, run.loader("train_eval"), run.model.num_classes, args.feat_type,
+                                    kept_features(run, "train"))
         return head, {"classifier": "ncm", "feat_type": args.feat_type}
     if args.classifier in ("tau", "la"):
         counts, base = run.data["cls_num_list"], joint or trained
@@ -141,7 +142,8 @@ def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict
             return make(taus[0]), {"classifier": args.classifier, "tau": taus[0], **note}
         # Chosen on validation images, reported on test images.
         if args.classifier == "tau":
-            best, values = classifiers.sweep_tau(run.model, run.loader("val"), taus, args.tau_metric)
+            best, values = classifiers.sweep_tau(run.model, run.loader("val"), taus, args.tau_metric,
+                                                 kept_features(run, "valid"))
         else:
             found = classifiers.outputs_of(run.model, run.loader("val"), base)
             best, values = classifiers.sweep_la(*found, counts, taus, args.tau_metric)
@@ -156,6 +158,13 @@ def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict
 def trained(outputs: dict[str, Any]) -> Any:
     """The model's own logits [N, C]."""
     return outputs["output"]
+
+
+def kept_features(run: Any, split: str) -> tuple[Path, str]:
+    """Where a run that trained on its features has them, and their precision."""
+    from trainer.precision import choose_precision
+    amp, _ = choose_precision(run.config["trainer"]["amp"], run.device)
+    return run.path.parent / "features" / f"{split}.f16", amp
 
 
 def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,10 @@
 (Menon 2021), the class distribution at use, weights of experts, a temperature; the formulas are in `model`."""
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch import nn
 from model import posthoc, shift
 from model.crops import forward_crops
 from model.metric import EvalState
+from trainer.cached import store_of
+from trainer.feature_store import FeatureLoader
 from utils import dist
 
 Head = Callable[[dict[str, Any]], torch.Tensor]
@@ -26,6 +31,38 @@ def features(model: nn.Module, loader: Any) -> Iterator[tuple[torch.Tensor, torc
             yield forward_crops(model, images[:n])["feat"], labels[:n]
 
 
+def features_once(model: nn.Module, loader: Any, kept: tuple[Path, object] | None = None,
+                  ) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """`features` for several passes over them, of which the first alone computes any; the others read a temporary file.
+
+    kept: (file, precision) of the features of this split that a training kept (`trainer.cache_features`). They are
+    taken where they are of these weights and these images.
+    """
+    if kept is not None and kept[0].with_suffix(".json").is_file() and hasattr(loader, "feature_loader"):
+        store = store_of(model, loader.feature_loader(), kept[0], 1, kept[1])
+        if store.complete:
+            again = FeatureLoader(loader, store)
+            return lambda: ((feats[:n], labels[:n]) for batch, (feats, labels) in enumerate(again)
+                            if (n := again.share(batch)[0]))
+    spool, known, whole = tempfile.TemporaryFile(), [], []  # noqa: SIM115 it lives as long as the function
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        spool.seek(0)
+        if whole:
+            for like, shape, labels in known:
+                values = torch.frombuffer(bytearray(spool.read(math.prod(shape) * like.element_size())),
+                                          dtype=like.dtype)
+                yield values.view(shape).to(labels.device), labels
+            return
+        known.clear()
+        for feats, labels in features(model, loader):
+            spool.write(feats.cpu().contiguous().numpy())
+            known.append((feats.new_empty(0), feats.shape, labels))
+            yield feats, labels
+        whole.append(True)
+    return batches
+
+
 def tau_head(model: nn.Module, tau: float) -> Head:
     """The model's classifier with weights w_j / |w_j|^tau and no bias."""
     heads = posthoc.TauHeads(posthoc.model_heads(model))
@@ -33,14 +70,15 @@ def tau_head(model: nn.Module, tau: float) -> Head:
 
 
 def sweep_tau(model: nn.Module, loader: Any, taus: list[float],
-              metric: str = "class_mean_acc") -> tuple[float, list[float]]:
+              metric: str = "class_mean_acc", kept: tuple[Path, object] | None = None) -> tuple[float, list[float]]:
     """The tau with the largest `metric` on `loader`'s split (the smaller of equals), and each one's value.
 
-    metric: `class_mean_acc`, `accuracy` or `macro_f1`, as `model.metric.EvalState` computes them.
+    metric: `class_mean_acc`, `accuracy` or `macro_f1`, as `model.metric.EvalState` computes them. kept: see
+    `features_once`.
     """
     heads = posthoc.TauHeads(posthoc.model_heads(model))
     states = [EvalState(heads.num_classes, next(model.parameters()).device) for _ in taus]
-    for feats, labels in features(model, loader):
+    for feats, labels in features_once(model, loader, kept)():
         heads.count(feats, labels, taus, states)
     return _best(taus, states, metric)
 
@@ -62,9 +100,10 @@ def _best(taus: list[float], states: list[EvalState], metric: str) -> tuple[floa
     return posthoc.best_tau(taus, values), values
 
 
-def ncm_head(model: nn.Module, train_loader: Any, num_classes: int, feat_type: str) -> Head:
-    """Nearest class mean over the training images' features."""
-    classifier = posthoc.fit_nearest_class_mean(lambda: features(model, train_loader), num_classes, feat_type,
+def ncm_head(model: nn.Module, train_loader: Any, num_classes: int, feat_type: str,
+             kept: tuple[Path, object] | None = None) -> Head:
+    """Nearest class mean over the training images' features; kept: see `features_once`."""
+    classifier = posthoc.fit_nearest_class_mean(features_once(model, train_loader, kept), num_classes, feat_type,
                                                 merge=dist.all_reduce_sum)
     return lambda outputs: classifier.logits(outputs["feat"])
 

@@ -296,3 +296,29 @@ def test_two_ranks_share_the_work_and_take_one_process_s_steps(shared_runs, stag
             for mine, theirs in zip(alone["steps"][i], rank["steps"][i], strict=True):
                 assert mine.shape == theirs.shape and (mine - theirs).norm() <= 1e-4 * mine.norm()
     assert len({len(step) for step in alone["steps"][1]}) == 2     # the classifier's gradients, then all
+
+
+# ---------------------------------------------------------------------- classifiers without training
+
+def test_class_means_take_one_pass_and_none_where_features_are_kept(runs, stage1, monkeypatch):
+    """cl2n means look at the features twice."""
+    from trainer import classifiers
+    folder = runs("kept", "--load_crt", stage1[1], "--epochs", 1, trainer=CACHED)
+    run = session.open_run(folder / "checkpoint-epoch1.pth")
+    images, seen = torch.randn(4, 3, 16, 16), []
+    run.model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(inputs[0])))
+    loader = run.loader("train_eval")
+    new = classifiers.ncm_head(run.model, loader, 3, "cl2n")
+    assert seen == [6, 6, 6, 5]
+    kept = classifiers.ncm_head(run.model, loader, 3, "cl2n", (folder / "features" / "train.f16", "off"))
+    assert seen == [6, 6, 6, 5]
+    with torch.no_grad():
+        feats = run.model(images)
+    torch.testing.assert_close(kept(feats), new(feats), rtol=1e-3, atol=1e-3)
+    heads = [classifiers.sweep_tau(run.model, run.loader("val"), [0.0, 1.0], kept=kept)[1]
+             for kept in (None, (folder / "features" / "valid.f16", "off"))]
+    assert heads[0] == pytest.approx(heads[1]) and len(seen) == 7
+    with torch.no_grad():
+        run.model.backbone.conv1.weight.mul_(2)     # not the network whose features they are
+    classifiers.ncm_head(run.model, loader, 3, "l2n", (folder / "features" / "train.f16", "off"))
+    assert len(seen) == 11
