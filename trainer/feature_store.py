@@ -5,12 +5,11 @@ import contextlib
 import hashlib
 import json
 import math
-import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -56,8 +55,7 @@ class FeatureStore:
         self.row = shape[2] * shape[3]
         self.bytes = 2 * math.prod(shape)
         self._held: torch.Tensor | None = None
-        self._map: np.memmap | None = None
-        self._touched = 0
+        self._handle: BinaryIO | None = None
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
@@ -173,14 +171,15 @@ class FeatureStore:
             self._held = torch.from_numpy(np.fromfile(self.file, np.float16).reshape(self.shape)).to(self.device)
         if self._held is not None:
             return self._held[view][torch.from_numpy(index).to(self.device)].to(kind)
-        if self._map is None:
-            self._map = np.memmap(self.file, np.float16, "r", shape=self.shape)
-        found = torch.from_numpy(np.asarray(self._map[view])[index])
-        self._touched += found.numel() * 2
-        if self._touched > CHUNK and hasattr(mmap, "MADV_DONTNEED"):    # or what was read would count as ours
-            self._map._mmap.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
-        return found.to(self.device).to(kind)
+        if self._handle is None:
+            self._handle = open(self.file, "rb", buffering=0)  # noqa: SIM115 read from as long as the store lives
+        # A mapping would count 64 KiB of the file as this process's memory for each row that is touched.
+        found = np.empty((len(index), *self.shape[2:]), np.float16)
+        for i in np.argsort(index):
+            self._handle.seek(2 * self.row * (view * self.shape[1] + int(index[i])))
+            if self._handle.readinto(found[i]) < 2 * self.row:
+                raise RunError(f"{self.file}: ends too early; remove it, and it is made anew")
+        return torch.from_numpy(found).to(self.device).to(kind)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,165 @@
+"""A second stage on features that are computed once, against one on images; and its memory as the features grow.
+
+    python -m benchmarks.features [--data_dir data] [--images 150000 1000000] [--json FILE]
+
+The first part trains cRT's classifier on a frozen ResNet-32 (CIFAR-100-LT in data_dir, without it digits), an epoch
+with its validation on images and one on features in turns, by CPU time, and the pass that makes the features once.
+The second writes features of so many images, 1,280 numbers each, and trains a classifier of 100 classes on them for an
+epoch, each in a process of its own: what it prints is the process's peak memory above its start.
+"""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from base import BaseModel
+from base.base_data_loader import BaseDataLoader
+from benchmarks.scale import peak_bytes
+from benchmarks.timing import cpu_seconds, finish, interleave, machine, parser
+
+WIDTH, CLASSES, BATCH, MEGA = 1280, 100, 512, 1 << 20
+EPOCHS = 10     # of cRT
+
+
+# ---------------------------------------------------------------------- speed
+
+def make_trainer(data_dir: str | None, folder: Path, cached: bool) -> Any:
+    """cRT's trainer on a network with random weights: what they are makes no difference to its speed."""
+    from base.run_paths import RunPaths
+    from tools import session
+    from trainer.schedules import build_optimizer
+    from trainer.trainer import Trainer
+    from utils.config.load import load_config
+    config = load_config(Path("configs") / ("cifar100_lt_crt.json" if data_dir else "digits_lt_crt.json"))
+    if data_dir:
+        config["data_loader"]["args"]["data_dir"] = data_dir
+    config["trainer"].update(cache_features=cached or None, tensorboard=False, verbosity=0, freeze="backbone")
+    train_loader = session.make_loader(config)
+    model = session.make_model(config, train_loader.num_classes)
+    model.freeze("backbone")
+    return Trainer(model, session.make_criterion(config, train_loader.cls_num_list),
+                   build_optimizer(config["optimizer"], model, config["trainer"]), config, train_loader=train_loader,
+                   valid_loader=train_loader.split_validation(), paths=RunPaths(folder, folder))
+
+
+def compare(data_dir: str | None, rounds: int) -> dict[str, Any]:
+    """CPU seconds of an epoch on images and on features, and of the pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {"images": make_trainer(data_dir, Path(folder), False),
+                    "features": make_trainer(data_dir, Path(folder), True)}
+        epochs = dict.fromkeys(trainers, 0)
+
+        def epoch(name: str) -> float:
+            began = cpu_seconds()
+            epochs[name] += 1
+            trainers[name].train_epoch(epochs[name], 0)
+            trainers[name].validate(epochs[name])
+            return cpu_seconds() - began
+        first = epoch("features")
+        timing = interleave({name: lambda name=name: epoch(name) for name in trainers}, rounds, warmup=1)
+    one = {name: timing.median(name) for name in trainers}
+    made = first - one["features"]
+    return {"epoch_on_images_s": one["images"], "epoch_on_features_s": one["features"], "pass_s": made,
+            "epochs_ratio": timing.ratio("images", "features"),
+            "whole_ratio": EPOCHS * one["images"] / (made + EPOCHS * one["features"])}
+
+
+# ---------------------------------------------------------------------- memory
+
+class Wide(BaseModel):
+    """Features of 1,280 numbers from a few pixels, and a classifier."""
+
+    num_classes, feat_dim = CLASSES, WIDTH
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.linear = nn.Linear(48, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def heads(self) -> list[nn.Module]:
+        return [self.linear]
+
+    def classifier_prefixes(self) -> list[str]:
+        return ["linear."]
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.from_features(self.backbone(x.flatten(1)).relu()[:, None])
+
+
+class Noise(BaseDataLoader):
+    """Random images of 4 x 4 pixels, a function of the batch; shuffled where it trains."""
+
+    def describe(self, digest: Any) -> None:
+        digest.update(str(self.n_samples).encode())
+
+    def _batches(self, epoch: int, batches: range) -> Any:
+        for batch in batches:
+            n = len(self.positions(batch))
+            yield torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(batch)), torch.zeros(n)
+
+
+def measure(images: int, folder: str) -> dict[str, float]:
+    """Seconds and peak bytes, above what the process had before, of writing features and of an epoch on them."""
+    from trainer.cached import store_of
+    from trainer.feature_store import FeatureLoader
+    targets = np.random.default_rng(0).integers(0, CLASSES, images)
+    plain = Noise(targets, BATCH, shuffle=False, training=False)
+    shuffled = Noise(targets, BATCH, shuffle=True, training=True)
+    shuffled.cls_num_list, shuffled.num_classes = np.bincount(targets).tolist(), CLASSES
+    model = Wide()
+    model.freeze("backbone")
+    optimizer = torch.optim.SGD(model.linear.parameters(), 0.01, momentum=0.9)
+    idle, result = peak_bytes(torch.device("cpu")), {}
+    store = store_of(model, plain, Path(folder) / "train.f16", 1, "off")
+
+    def train() -> None:
+        for feats, labels in FeatureLoader(shuffled, store):
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model.from_features(feats)["output"], labels).backward()
+            optimizer.step()
+    for name, step in (("write", lambda: store.fill(model, plain)), ("epoch", train)):
+        began = time.perf_counter()
+        step()
+        result |= {f"{name}_s": time.perf_counter() - began,
+                   f"{name}_peak_bytes": peak_bytes(torch.device("cpu")) - idle}
+    return {"images": images, "file_bytes": store.bytes, **result}
+
+
+def main() -> int:
+    flags = parser(__doc__.splitlines()[0], threads=1)
+    flags.add_argument("--data_dir", help="where CIFAR-100 is")
+    flags.add_argument("--images", type=int, nargs="*", default=[150_000, 450_000], help="sizes of the second part")
+    flags.add_argument("--only", type=int, metavar="IMAGES", help="one size, here")
+    args = flags.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(args.only, folder)))
+        return 0
+    print(machine(args.threads))
+    speed = compare(args.data_dir, args.rounds or 3)
+    print(f"an epoch of cRT with its validation: on images {speed['epoch_on_images_s']:.2f} s, on features "
+          f"{speed['epoch_on_features_s']:.3f} s of CPU time: {speed['epochs_ratio']['median']:.0f}x\n"
+          f"{EPOCHS} epochs with the pass ({speed['pass_s']:.1f} s): {speed['whole_ratio']:.1f}x", flush=True)
+    rows = []
+    for images in args.images:
+        done = subprocess.run([sys.executable, "-m", "benchmarks.features", "--only", str(images), "--threads",
+                               str(args.threads)], stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(row := json.loads(done.stdout.splitlines()[-1]))
+        print(f"{images:9,} images, {row['file_bytes'] / MEGA:6.0f} MiB: written in {row['write_s']:.1f} s, peak "
+              f"{row['write_peak_bytes'] / MEGA:.0f} MiB; an epoch {row['epoch_s']:.1f} s, peak "
+              f"{row['epoch_peak_bytes'] / MEGA:.0f} MiB", flush=True)
+    finish("features", {"speed": speed, "memory": rows}, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
