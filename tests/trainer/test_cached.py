@@ -102,14 +102,19 @@ def test_an_epoch_between_is_gone_on_from(thawed, runs, same_state, capfd):
     ("ResNet32Model", {}), ("ResNet32Model", {"num_experts": 3, "use_norm": True}),
     ("ResNet32Model", {"classifier": "lws"}), ("ResNet32Model", {"num_experts": 3, "use_experts": "0,2"}),
     ("ResNet32Model", {"num_experts": 2, "classifier": "linear_fcbn"}),
-    ("ResNet32EAModel", {"num_experts": 3, "use_norm": True})])
+    ("ResNet32EAModel", {"num_experts": 3, "use_norm": True}),
+    ("TimmModel", {"model_name": "test_efficientnet"}), ("TimmModel", {"model_name": "test_vit", "num_experts": 2})])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_on_its_features_is_the_model(arch, more, training):
     torch.manual_seed(0)
-    model = build_model({"type": arch, "args": {**SMALL, **more}}, 5)
+    size = 16
+    if arch == "TimmModel":
+        pytest.importorskip("timm")
+        size = 160
+    model = build_model({"type": arch, "args": {"weights": False, **more} if size == 160 else {**SMALL, **more}}, 5)
     if not model.routed:
         model.freeze("backbone")
-    images, labels = torch.randn(7, 3, 16, 16), torch.arange(7) % 5
+    images, labels = torch.randn(7, 3, size, size), torch.arange(7) % 5
     model.eval()
     if routes := model.route:
         model.route = False
