@@ -139,14 +139,12 @@ def build_model(arch: dict, num_classes: int | None = None, path: str = "arch", 
     fetched or read, as others follow (a checkpoint's). Raises ConfigError, with `path` in the message,
     for an unknown type, for values out of range, and where config and data disagree about the number of classes.
     """
-    args = arch.get("args") or {}
-    if bare and "weights" in args:
-        arch = {**arch, "args": {**args, "weights": False}}
-    given = args.get("num_classes")
+    given = (arch.get("args") or {}).get("num_classes")
     if None not in (given, num_classes) and given != num_classes:
         raise ConfigError(f"{path}.args.num_classes: {given}, but the data has {num_classes} classes")
     try:
-        return build(ARCHS | ELSEWHERE, arch, path, num_classes=num_classes if given is None else given)
+        return build(ARCHS | ELSEWHERE, arch, path, num_classes=num_classes if given is None else given,
+                     **({"weights": False} if bare else {}))
     except ConfigError as error:
         # The constructors don't know where in the config they were named.
-        raise ConfigError(re.sub(r"^arch\.args", f"{path}.args", str(error))) from None
+        raise type(error)(re.sub(r"^arch\.args", f"{path}.args", str(error))) from None

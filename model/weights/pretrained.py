@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -114,11 +115,21 @@ def _reach(model_name: str, url: str, server: str) -> None:
     from urllib.request import getproxies
     proxy = getproxies().get(urlsplit(server).scheme)
     place = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy else server)
-    try:
-        socket.create_connection((place.hostname, place.port or (80 if place.scheme == "http" else 443)),
-                                 PATIENCE).close()
-    except OSError as error:
-        raise _missing(model_name, url, f"{place.hostname}: {error.strerror or error}") from None
+    reason = ["no answer"]
+
+    def call() -> None:
+        try:
+            port = place.port or (80 if place.scheme == "http" else 443)
+            socket.create_connection((place.hostname, port), PATIENCE).close()
+            reason.clear()
+        except OSError as error:
+            reason[:] = [str(error.strerror or error)]
+
+    caller = Thread(target=call, daemon=True)   # looking up a name has no time limit of its own
+    caller.start()
+    caller.join(PATIENCE)
+    if reason:
+        raise _missing(model_name, url, f"{place.hostname}: {reason[0]}")
 
 
 def _missing(model_name: str, where: str, reason: str) -> MissingWeights:

@@ -253,8 +253,9 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
     if new_head:
         _leave_new(report, model, name)
     if (not report.fits and not allow_partial) or not report.loaded:
-        raise ConfigError(f"{name}: the weights don't fit {type(model).__name__} ({str(report) or 'nothing to load'}); "
-                          "give the arch that they were trained with")
+        network = getattr(model, "model_name", type(model).__name__)
+        raise ConfigError(f"{name}: the weights don't fit {network} ({str(report) or 'nothing to load'}); give the arch "
+                          "that they were trained with")
     if not report.fits:
         log.warning("%s: loaded in part (%s)", name, report)
     model.load_state_dict(fitting, strict=False)
