@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from model.norm.norm_act import NormAct
+from model.norm.norm_act import NormAct, is_fused
 from model.timm_net import TORCHVISION, check_name, check_package, classifier_of
 from model.weights.efficientnet import from_efficientnet
 from model.weights.files import load_file
@@ -146,7 +146,9 @@ def timm_names(model: Any, weights: Weights, origin: str, spread: bool) -> Weigh
     net = model.backbone
     if not any(key.startswith(PREFIX) for key in weights):
         weights = _bare(model, from_efficientnet(weights) if origin == "EfficientNet" else weights)
-    inside = {f"{name}.": f"{name}.norm." for name, module in net.named_modules() if isinstance(module, NormAct)}
+    # The norms that timm has as one with their activation, and those taken apart since the norm was exchanged.
+    fused, apart = ({PREFIX + name for name, module in net.named_modules() if is_kind(module)}
+                    for is_kind in (is_fused, lambda module: isinstance(module, NormAct)))
     private = tuple(f"{PREFIX}body.{name}." for name in net.private)
     named: Weights = {}
     for key, value in weights.items():
@@ -155,9 +157,11 @@ def timm_names(model: Any, weights: Weights, origin: str, spread: bool) -> Weigh
         else:
             keys = [key]
         for own in keys:
-            layer, _, last = own.removeprefix(PREFIX).rpartition(".")
-            if f"{layer}." in inside and not own.startswith(PREFIX + inside[f"{layer}."]):
-                own = f"{PREFIX}{inside[f'{layer}.']}{last}"
+            layer, _, last = own.rpartition(".")
+            if layer in apart:
+                own = f"{layer}.norm.{last}"
+            elif layer.removesuffix(".norm") in fused:
+                own = f"{layer.removesuffix('.norm')}.{last}"
             named[own] = value
     return named
 

@@ -254,8 +254,8 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
         _leave_new(report, model, name)
     if (not report.fits and not allow_partial) or not report.loaded:
         network = getattr(model, "model_name", type(model).__name__)
-        raise ConfigError(f"{name}: the weights don't fit {network} ({str(report) or 'nothing to load'}); give the arch "
-                          "that they were trained with")
+        raise ConfigError(f"{name}: the weights don't fit {network} ({str(report) or 'nothing to load'}); give the "
+                          "arch that they were trained with")
     if not report.fits:
         log.warning("%s: loaded in part (%s)", name, report)
     model.load_state_dict(fitting, strict=False)

@@ -44,6 +44,10 @@ def test_files_of_every_kind_give_the_same(network, tmp_path):
         assert torch.equal(model(images())["output"], wanted), file
         several = make(weights=str(tmp_path / file), num_experts=2).eval()
         assert torch.allclose(several(images())["output"], wanted, atol=1e-6), file
+    grouped = make(norm={"type": "BatchNorm2d", "args": {"normalization_batch_size": 2}})
+    save_checkpoint(tmp_path / "grouped.pth", {"state_dict": grouped.state_dict()})
+    back = make(weights=str(tmp_path / "grouped.pth")).eval()      # a norm that was taken apart, in one that isn't
+    assert torch.allclose(back(images())["output"], grouped.eval()(images())["output"], atol=1e-5)
     converted = make(weights=str(tmp_path / "own.pth"), norm="NBN").eval()
     layer = converted.backbone.body.bn2.norm
     assert torch.equal(layer.running_mean, network.bn2.running_mean)
