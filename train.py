@@ -60,7 +60,9 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from logger.log import get_logger, set_verbosity, setup_logging
     from tools import session
     from tools.allocator import keep_freed_memory
+    from tools.fallback import settle_weights
     from tools.launch import note_stop
+    from tools.report import write_report
     from tools.words import words_for
     from trainer import trainer_class
     from trainer.cached import check_options
@@ -81,16 +83,19 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         log.warning("%s: taken for old command lines' sake, without effect (torchrun starts several processes)",
                     ", ".join(dict.fromkeys(args.ignored)))
 
-    check_options(options)
-    starts = None if start.goes_on else config["init_classifier"]
-    if starts:
-        check_start(starts)
     device = pick_device(args.device, config["n_gpu"])
     if device.type == "cpu":
         keep_freed_memory()
     dist.setup(device)
     set_determinism(options["deterministic"])
     seed_everything(config["seed"], dist.rank())
+    if not start.goes_on:
+        start.config = config = settle_weights(config, args.overrides)
+        options = config["trainer"]
+    check_options(options)
+    starts = None if start.goes_on else config["init_classifier"]
+    if starts:
+        check_start(starts)
 
     train_loader = session.make_loader(config, device, facts=session.facts_to_follow(start))
     config = session.settled(config, train_loader)
@@ -134,23 +139,31 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         # What the run is worth, on images that no choice was made on.
         test_loader = session.make_loader(config, device, training=False, facts=trainer.data_facts)
         task = task_of(test_loader)
-        result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images)
+        result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images or options["report"])
         log.info("\n%s", task.format_result(result, f"test, epoch {trainer.last_epoch}"))
         for line in words_for(config, result, test_loader):
             log.info(line)
         trainer.run_ended(result)
         if dist.is_main():
+            if options["report"]:
+                about = {"epoch": trainer.last_epoch, "data": trainer.data_facts}
+                run = session.Run(checkpoint, config, about, trainer.judged_model, device)
+                write_report(run, dict(result), test_loader)
             write_figures(task, checkpoint.parent / "test_metrics.json", result)
     trainer.close()
-    log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies, outside_flags(config)))
+    log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies, outside_flags(config),
+                                options["report"]))
     dist.cleanup()
 
 
-def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool, more: str = "") -> str:
-    """What to do with a finished run, each a command to copy; `more` ends those that open its checkpoint."""
+def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool, more: str = "",
+               reported: bool = False) -> str:
+    """What to do with a finished run, each a command to copy; `more` ends those that open its checkpoint. reported: the
+    report is there already."""
     file, log, models = (shlex.quote(str(path)) for path in (checkpoint, paths.log, paths.models))
     steps = {"checkpoint": checkpoint, "evaluate": f"python test.py -r {file}{more}",
-             "look at it": f"tensorboard --logdir {log}", "report": f"python -m tools.report {models}{more}"}
+             "look at it": f"tensorboard --logdir {log}",
+             "report": paths.models / "report.html" if reported else f"python -m tools.report {models}{more}"}
     if is_classifier:
         steps |= {"predict": f"python -m tools.predict -r {file} PHOTOS{more}",
                   "export": f"python -m tools.export -r {file} --format onnx{more}"}

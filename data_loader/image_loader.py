@@ -133,7 +133,8 @@ class ImageDataLoader(PixelLoader):
         if self.mixing is not None and training:
             self.notes.append("images are mixed: the training accuracy counts the label that makes up more of each")
         if image_size == "auto" and splits.test.paths is not None:
-            self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu")
+            self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu",
+                                                preprocess and preprocess["image_size"])
             self.notes.append(note)
         pixels = splits.test.pixels
         if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # used at the size they have

@@ -150,13 +150,17 @@ class PixelLoader(BaseDataLoader):
             yield images, labels
 
 
-def suited_size(paths: list[str], fast: bool) -> tuple[int, str]:
+def suited_size(paths: list[str], fast: bool, own: int | None = None) -> tuple[int, str]:
     """(the `image_size` that "auto" stands for, a line about it), from the headers of a hundred images at most.
 
-    fast: there is a GPU, so that large photos needn't be made small.
+    fast: there is a GPU, so that large photos needn't be made small. own: what a pretrained network was trained at; it
+    knows things at that size, so that is taken, or half of it for photos of less than half as many pixels.
     """
     sides = [side for path in paths[::-(-len(paths) // 100)] if (side := short_side(path))]
     middle = sorted(sides)[len(sides) // 2] if sides else 0
+    if own is not None:
+        chosen = own if middle >= own // 2 else own // 2
+        return chosen, f"image size: {chosen} (the network's is {own}, half of the images have {middle} pixels or more)"
     wanted = next((size for size in (224, 128) if middle >= size), SMALLEST_AUTO)
     chosen = wanted if fast else SMALLEST_AUTO
     note = f"image size: {chosen} (half of the images have a short side of {middle} pixels or more)"

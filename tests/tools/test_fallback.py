@@ -1,0 +1,109 @@
+"""A config for a pretrained network on a machine that may not have its weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train as train_script
+from tools.fallback import settle_weights
+from utils.config.load import Override, load_config
+from utils.errors import ConfigError
+
+timm = pytest.importorskip("timm")
+PROBLEM = "arch.args.weights: can't be fetched; bring a file"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two classes that differ in brightness, 10 and 6 photos, 4 of each for testing."""
+    for shade, name, count in ((30, "ant", 10), (160, "bee", 6)):
+        for part, n in (("train", count), ("test", 4)):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                noise = np.random.default_rng(i).integers(0, 60, (40, 40, 3)) + shade
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def configs(tmp_path) -> Path:
+    """configs/image_folder.json, and its fallback, with networks and images small enough for a test."""
+    small = {"data_loader": {"args": {"batch_size": 4, "num_workers": 0, "image_size": 32}},
+             "trainer": {"save_dir": str(tmp_path / "saved"), "tensorboard": False, "figures": False, "amp": "off"}}
+    root = Path(train_script.__file__).parent / "configs"
+    (tmp_path / "ride.json").write_text(json.dumps({
+        "extends": str(root / "image_folder_ride.json"), **small,
+        "arch": {"type": "ResNet32Model", "args": {"num_experts": 1}}}))
+    (tmp_path / "own.json").write_text(json.dumps({
+        "extends": str(root / "image_folder.json"), **small, "fallback": "ride.json",
+        "arch": {"args": {"model_name": "test_efficientnet"}}}))
+    return tmp_path / "own.json"
+
+
+def run(configs, photos, *flags):
+    train_script.main(["-c", str(configs), "--data_dir", str(photos), "-d", "cpu", "--run_id", "a", *flags])
+    return configs.parent / "saved" / "models" / "image_folder" / "a"
+
+
+def test_without_weights_it_trains_from_scratch_and_says_so(configs, photos, monkeypatch, capsys):
+    monkeypatch.setattr("tools.fallback.missing", lambda arch: PROBLEM)
+    models = run(configs, photos, "--epochs", "1")
+    out = capsys.readouterr().out
+    assert out.count(PROBLEM) == 1 and "until then, from scratch" in out
+    saved = json.loads((models / "config.json").read_text())
+    assert saved["arch"]["type"] == "ResNet32Model" and saved["name"] == "image_folder" and not saved["fallback"]
+
+
+def test_with_weights_the_head_comes_first_and_fine_tuning_goes_on(configs, photos, tmp_path, monkeypatch, capsys):
+    """Frozen on cached features for two epochs, then all of it; the report and the words are there."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_efficientnet")
+    file = tmp_path / "own.pth"
+    torch.save(network.state_dict(), file)
+    monkeypatch.setattr("model.weights.pretrained.own_file", lambda name: file)
+    models = run(configs, photos, "--epochs", "3", "--set", 'trainer.freeze={"until": "epoch 2"}',
+                 "--save_period", "1", "--set", "trainer.keep_last=null")
+    out = capsys.readouterr().out
+    assert "features of" in out and "how far to trust it" in out and "report.html" in out
+    assert (models / "report.html").is_file() and "until then" not in out
+    weights = [torch.load(models / f"checkpoint-epoch{n}.pth", weights_only=True)["raw_state_dict"] for n in (1, 2, 3)]
+    stem = next(name for name in weights[0] if name.endswith("conv_stem.weight"))
+    assert torch.equal(weights[1][stem], network.state_dict()["conv_stem.weight"])
+    assert not torch.equal(weights[2][stem], weights[1][stem])
+    assert not torch.equal(weights[0]["backbone.linear.weight"], weights[1]["backbone.linear.weight"])
+
+
+def test_who_chooses_the_network_is_told(configs, monkeypatch):
+    """Falling back would lose what was asked for."""
+    monkeypatch.setattr("tools.fallback.missing", lambda arch: PROBLEM)
+    config = load_config(configs)
+    assert config["fallback"] == str(configs.parent / "ride.json")
+    with pytest.raises(ConfigError, match="bring a file"):
+        settle_weights(config, [Override("arch.args.num_experts", 2)])
+    assert settle_weights({**config, "pretrained": "x.pth"})["arch"]["type"] == "TimmModel"
+    off = {**config, "arch": {"type": "TimmModel", "args": {**config["arch"]["args"], "weights": False}}}
+    assert settle_weights(off)["arch"] == off["arch"]
+    changed = settle_weights(load_config(configs, [Override("trainer.epochs", 7)]), [Override("trainer.epochs", 7)])
+    assert changed["trainer"]["epochs"] == 7 and changed["arch"]["type"] == "ResNet32Model"
+
+
+def test_what_counts_as_missing(monkeypatch):
+    from model.timm_net import MissingPackage
+    from model.weights.pretrained import MissingWeights
+    from tools.fallback import missing
+
+    def fail(error):
+        def look(name):
+            raise error
+        monkeypatch.setattr("model.weights.pretrained.own_file", look)
+    for kind in (MissingPackage, MissingWeights):
+        fail(kind("why"))
+        assert missing({"args": {"model_name": "x"}}) == "why"
+    fail(ConfigError("unknown network"))
+    with pytest.raises(ConfigError, match="unknown network"):
+        missing({"args": {"model_name": "x"}})
