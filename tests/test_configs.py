@@ -210,6 +210,6 @@ def test_model_and_loss_build(path):
     with torch.device("meta"):  # shapes and names only: 8,142-class teachers would fill a small machine's memory
         model = build_model(config["arch"], num_classes, bare=True)
         teacher = build_model(config["distill_arch"], num_classes) if config.get("distill") else None
-    assert model.num_experts == config["arch"]["args"]["num_experts"]
+    assert model.num_experts == config["arch"]["args"].get("num_experts", 1)
     assert teacher is None or teacher.num_experts > model.num_experts
     build_loss(config["loss"], [max(1, 1000 // (label + 1)) for label in range(num_classes)])
