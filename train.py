@@ -65,8 +65,8 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from tools.report import write_report
     from tools.words import words_for
     from trainer import trainer_class
-    from trainer.cached import check_options
-    from trainer.head_start import check_start, start_classifier
+    from trainer.cached import check_options, keeps_plain
+    from trainer.head_start import check_start, start_classifier, start_on_features
     from trainer.schedules import build_optimizer, build_scheduler
     from trainer.tasks import task_of, write_figures
     from utils import dist
@@ -109,7 +109,9 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         model.freeze(options["freeze"])
     model.to(device)
     log.info(model.summary())
-    if starts:
+    # Where training keeps features, the class means are made of them: one pass for both.
+    of_features = bool(starts) and not args.dry_run and starts["type"] == "class_means" and keeps_plain(options)
+    if starts and not of_features:
         start_classifier(model, train_loader, starts, max_batches=1 if args.dry_run else None)
 
     criterion = session.make_criterion(config, train_loader.cls_num_list)
@@ -130,8 +132,11 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         return
 
     trainer.paths = paths = run_folders(args, start)
-    checkpoint = trainer.train() or start.path
-    if not trainer.finished:
+    stopped = of_features and not start_on_features(trainer, starts)
+    if stopped:
+        log.info("stopped on request before the first step; the features so far are in %s", paths.models / "features")
+    checkpoint = None if stopped else trainer.train() or start.path
+    if stopped or not trainer.finished:
         note_stop()
         dist.cleanup()
         return

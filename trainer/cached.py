@@ -43,6 +43,11 @@ def check_options(options: dict[str, Any]) -> None:
     views_wanted(options["cache_features"])
 
 
+def keeps_plain(options: dict[str, Any]) -> bool:
+    """Whether the features that training keeps are of the images as they are."""
+    return views_wanted(options["cache_features"]) == 0
+
+
 class OnFeatures(nn.Module):
     """A model whose input is its features: [N, E, D] in, the model's dict out. Everything else is the model's own."""
 

@@ -204,7 +204,12 @@ class FeatureLoader(BaseDataLoader):
         super().__init__(loader.targets, loader.batch_size, shuffle=loader.shuffle, training=loader.training,
                          seed=loader.seed, device=loader.device, rank=loader.rank, world_size=loader.world_size,
                          sampler=loader.index_sampler)
-        self.store, self.cls_num_list, self.num_classes = store, loader.cls_num_list, loader.num_classes
+        self.source, self.store = loader, store
+        self.cls_num_list, self.num_classes = loader.cls_num_list, loader.num_classes
+
+    def train_eval_loader(self) -> FeatureLoader:
+        """The training images' features in order."""
+        return FeatureLoader(self.source.train_eval_loader(), self.store)
 
     def _batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order, view = self.epoch_order(epoch), (epoch - 1) % self.store.shape[0]

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,15 @@ from torch import nn
 
 from logger.log import get_logger
 from model.posthoc import ClassMeans
+from trainer.cached import OnFeatures
 from trainer.classifiers import features
+from trainer.feature_store import FeatureLoader
 from utils import dist
 from utils.config.build import build
 from utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
 
 PATH = "init_classifier"
 
@@ -29,7 +34,7 @@ def start_classifier(model: nn.Module, loader: Any, spec: Mapping[str, Any], max
     """Give `model`'s classifiers the weights that `spec`, {"type", "args"}, asks for.
 
     Args:
-        loader: of the training split, on the model's device.
+        loader: of the training split, on the model's device; one of its features will do for class means.
         max_batches: of class means, look at so many batches only (a dry run).
     Raises:
         ConfigError: a missing package, file or weights, names that don't fit the classes.
@@ -37,6 +42,17 @@ def start_classifier(model: nn.Module, loader: Any, spec: Mapping[str, Any], max
     was_training = model.training
     build(STARTS, spec, PATH, model, loader, max_batches)
     model.train(was_training)
+
+
+def start_on_features(trainer: Trainer, spec: Mapping[str, Any]) -> bool:
+    """The same from the features that `trainer` will go on with, so that one pass does for both; False where a stop was
+    asked for during it."""
+    if not trainer.prepare_features():
+        return False
+    start_classifier(trainer.model, trainer.cached.train, spec)
+    if trainer.judged_model is not trainer.model:   # an average begins there too
+        trainer.judged_model.load_state_dict(trainer.model.state_dict())
+    return True
 
 
 def check_start(spec: Mapping[str, Any]) -> None:
@@ -71,7 +87,8 @@ def class_means(model: nn.Module, loader: Any, max_batches: int | None) -> None:
     total = len(plain) if max_batches is None else min(max_batches, len(plain))
     with tqdm(total=total, desc="class means", leave=False, dynamic_ncols=True,
               disable=not dist.is_main() or not sys.stderr.isatty()) as bar:
-        for batch, (feats, labels) in enumerate(features(model, plain), 1):
+        source = OnFeatures(model) if isinstance(plain, FeatureLoader) else model
+        for batch, (feats, labels) in enumerate(features(source, plain), 1):
             gathered.update(feats, labels)
             bar.update()
             if batch == max_batches:

@@ -43,7 +43,7 @@ class Trainer(StepTrainer):
         total = len(self.train_loader)  # of what is left of it, where batches of another size had its beginning
         pending: list[torch.Tensor] = []
         self.batches_done = start_batch
-        if self.stop.agreed(self.device, True) or not self._features_ready():
+        if self.stop.agreed(self.device, True) or (self.on_features and not self.prepare_features()):
             return None
         loader = self.train_loader
         if self.on_features:
@@ -113,10 +113,10 @@ class Trainer(StepTrainer):
             self.rewrap(OnFeatures(self.model) if features else self.model)
         self.on_features = features
 
-    def _features_ready(self) -> bool:
-        """Whether the features that the epoch needs are there, computed now if need be; False where a stop was asked
-        for meanwhile."""
-        return not self.on_features or self.cached.prepare(
+    def prepare_features(self) -> bool:
+        """Have the features that are trained on, computed now if need be; False where a stop was asked for meanwhile.
+        """
+        return self.cached.prepare(
             self.model, self.paths.models / "features", self.amp, lambda: self.stop.agreed(self.device, True),
             self.options["progress"] and self.options["verbosity"] > 0)
 

@@ -327,3 +327,31 @@ def test_class_means_take_one_pass_and_none_where_features_are_kept(runs, stage1
         run.model.backbone.conv1.weight.mul_(2)     # not the network whose features they are
     classifiers.ncm_head(run.model, loader, 3, "l2n", (folder / "features" / "train.f16", "off"))
     assert len(seen) == 11
+
+
+def test_a_start_from_class_means_is_of_the_features_that_are_kept(runs, stage1, monkeypatch, same_state):
+    """One pass over the training images, one over the validation images; averages begin there too."""
+    passes = []
+    features = feature_store.FeatureStore._features
+    monkeypatch.setattr(feature_store.FeatureStore, "_features",
+                        lambda self, *args: passes.append(self.file.stem) or features(self, *args))
+    sections = {"arch": {"args": {"use_norm": True}}, "init_classifier": "class_means",
+                "trainer": {"freeze": {"until": 1}, "ema": {"decay": 0.9}}}
+    flags = ("--lr", 1e-9, "--epochs", 1)
+    plain = runs("plain", *flags, **sections)
+    assert not passes
+    sections["trainer"] |= CACHED
+    kept = runs("kept", *flags, **sections)
+    assert passes == ["train"] * 4 + ["valid"] * 2
+    for key in ("state_dict", "raw_state_dict"):
+        one, two = (load(folder / "checkpoint-epoch1.pth")[key]["backbone.linear.weight"] for folder in (plain, kept))
+        torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_store, "STOP_EVERY", 1)
+        patch.setattr(feature_store.FeatureStore, "_features",
+                      lambda self, *args: signal.raise_signal(signal.SIGTERM) or features(self, *args))
+        stopped = runs("stopped", *flags, **sections)
+    assert not list(stopped.glob("*.pth"))
+    runs("stopped", "-r", "auto", *flags, **sections)
+    assert same_state(kept / "checkpoint-epoch1.pth", stopped / "checkpoint-epoch1.pth") == []
