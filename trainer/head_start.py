@@ -5,9 +5,11 @@ network classifies from the first step on (the semantic-aware start of LIFT; Shi
 """
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from torch import nn
 
 from logger.log import get_logger
 from model.posthoc import ClassMeans
+from model.weights.pretrained import unreachable
 from trainer.cached import OnFeatures
 from trainer.classifiers import features
 from trainer.feature_store import FeatureLoader
@@ -144,20 +147,36 @@ def text_features(clip: str, pretrained: str, texts: list[str],
                   batch_size: int = 256) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(unit features of texts [C, d], the image encoder's projection [D, d] where it has one). On the CPU."""
     package = open_clip()
-    logging.disable(logging.CRITICAL)   # of its own and the hub's retries: what went wrong is said below, in one line
     try:
-        network = package.create_model(clip, pretrained=pretrained).float().eval()
-        tokenize = package.get_tokenizer(clip)
+        with _quick_hub():
+            network = package.create_model(clip, pretrained=pretrained).float().eval()
+            tokenize = package.get_tokenizer(clip)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         said = " ".join(str(error).split())[:160]
         raise ConfigError(f"{PATH}.args.pretrained: {pretrained!r} of {clip!r} can't be had ({said}); without a "
                           "network give a file of the weights") from None
-    finally:
-        logging.disable(logging.NOTSET)
     found = [F.normalize(network.encode_text(tokenize(texts[at:at + batch_size])), dim=1)
              for at in range(0, len(texts), batch_size)]
     projection = getattr(network.visual, "proj", None)
     return torch.cat(found), projection.detach() if isinstance(projection, torch.Tensor) else None
+
+
+@contextlib.contextmanager
+def _quick_hub() -> Iterator[None]:
+    """Weights come from the hub's cache alone where the hub can't be reached, which else is tried for a minute. Nothing
+    is logged: what goes wrong is said in one line."""
+    from importlib.util import find_spec
+    logging.disable(logging.CRITICAL)
+    constants = importlib.import_module("huggingface_hub.constants") if find_spec("huggingface_hub") else None
+    offline = constants is not None and not constants.HF_HUB_OFFLINE and unreachable(constants.ENDPOINT) is not None
+    try:
+        if offline:
+            constants.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if offline:
+            constants.HF_HUB_OFFLINE = False
 
 
 def open_clip() -> Any:

@@ -125,8 +125,8 @@ def _from_url(model_name: str, url: str) -> Path:
     return target
 
 
-def _reach(model_name: str, url: str, server: str) -> None:
-    """Raises MissingWeights at once where the server can't be reached: downloaders try for minutes."""
+def unreachable(server: str) -> str | None:
+    """Why a server can't be reached, found out at once where downloaders try for minutes; None where it answers."""
     from urllib.request import getproxies
     proxy = getproxies().get(urlsplit(server).scheme)
     place = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy else server)
@@ -143,8 +143,14 @@ def _reach(model_name: str, url: str, server: str) -> None:
     caller = Thread(target=call, daemon=True)   # looking up a name has no time limit of its own
     caller.start()
     caller.join(PATIENCE)
-    if reason:
-        raise _missing(model_name, url, f"{place.hostname}: {reason[0]}")
+    return f"{place.hostname}: {reason[0]}" if reason else None
+
+
+def _reach(model_name: str, url: str, server: str) -> None:
+    """Raises MissingWeights where the server can't be reached."""
+    reason = unreachable(server)
+    if reason is not None:
+        raise _missing(model_name, url, reason)
 
 
 def _missing(model_name: str, where: str, reason: str) -> MissingWeights:
