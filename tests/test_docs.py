@@ -143,7 +143,7 @@ def test_commands_of_methods_run(tmp_path, run_cli):
 
 # ---------------------------------------------------------------------- the tools, on a new user's photos
 
-RUN = "saved/models/image_folder_ride/first"
+RUN = "saved/models/image_folder/first"
 #: What a page's reader fills in.
 STANDS_FOR = {"CHECKPOINT": f"{RUN}/model_best.pth", "RUN_FOLDER": RUN, "photos/": "holiday", "LIST": "unknown.txt",
               "IN": f"{RUN}/model_best.pth", "OUT": "converted.pth"}
