@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.norm.act import norm_relu
 from utils.errors import ConfigError
 
 
@@ -14,11 +15,6 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.C
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-
-
-def relu_(x: torch.Tensor) -> torch.Tensor:
-    """ReLU in place. Safe after a norm or an addition: neither needs its own output in the backward pass."""
-    return F.relu(x, inplace=True)
 
 
 class PadShortcut(nn.Module):
@@ -61,10 +57,8 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = relu_(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return relu_(out)
+        out = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(out), x if self.downsample is None else self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -94,8 +88,6 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = relu_(self.bn1(self.conv1(x)))
-        out = relu_(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return relu_(out)
+        out = norm_relu(self.bn1, self.conv1(x))
+        out = norm_relu(self.bn2, self.conv2(out))
+        return norm_relu(self.bn3, self.conv3(out), x if self.downsample is None else self.downsample(x))

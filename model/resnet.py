@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from model.blocks import PadShortcut, projection, relu_
+from model.blocks import PadShortcut, projection
 from model.experts import ExpertNet
+from model.norm.act import norm_relu
 from model.norm.facts import is_norm
 from utils.errors import ConfigError
 
@@ -121,7 +122,7 @@ class ResNet(ExpertNet):
 
     def trunk(self, x: torch.Tensor) -> torch.Tensor:
         """What all experts share: x `[N, 3, H, W]` -> map `[N, c, h, w]`."""
-        x = self.maxpool(relu_(self.bn1(self.conv1(x))))
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
         for n in range(1, min(self.first_private, self.num_stages + 1)):
             x = self.stage(n)(x)
         return x

@@ -11,6 +11,7 @@ from torch import nn
 from base.base_trainer import BaseTrainer
 from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
+from model.norm.act import compile_norms
 from trainer.hooks import HOOKS, make_hooks
 from trainer.meters import Means
 from trainer.optim.sam import SAM
@@ -106,7 +107,9 @@ class StepTrainer(BaseTrainer):
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: compiled, data parallel, or itself."""
-        if self.options["compile"]:
+        if self.options["compile"] == "norms":
+            log.info("norms compiled: %d (used on a CPU, where an addition or ReLU follows)", compile_norms(model))
+        elif self.options["compile"]:
             model = torch.compile(model)
         if dist.world_size() > 1:
             # Buffers are rank 0's at each epoch's end (sync_buffers); in between each rank's norms see its own images.

@@ -1,4 +1,5 @@
 """Norm layers, usable alone on any `nn.Module`, and what converts and folds them."""
+from model.norm.act import compile_norms, norm_relu
 from model.norm.cenconv import CenConv2d
 from model.norm.convert import NORMS, convert_norm, norm_args
 from model.norm.fold import fold_norm
@@ -10,5 +11,5 @@ from model.norm.recorder import StatisticsRecorder
 from model.norm.renorm import BatchRenorm2d
 
 __all__ = ["NORMS", "BatchRenorm2d", "CenConv2d", "GroupNorm2d", "GroupedBatchNorm2d", "InstanceNorm2d", "LayerNorm2d",
-           "MABN2d", "NormalizedBatchNorm2d", "StatisticsRecorder", "SyncBatchNorm", "convert_norm", "fold_norm",
-           "norm_args"]
+           "MABN2d", "NormalizedBatchNorm2d", "StatisticsRecorder", "SyncBatchNorm", "compile_norms", "convert_norm",
+           "fold_norm", "norm_args", "norm_relu"]

@@ -130,9 +130,9 @@ def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.T
     return torch.addcmul(_column(shift), x, _column(scale)).to(x.dtype)
 
 
-def difference(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
-    """a * a_scale - b * b_scale in a's type and format; a, b [N, C, H, W]; the scales [C] or [N, C]."""
-    return torch.mul(a, _column(a_scale)).addcmul_(b, _column(b_scale), value=-1).to(a.dtype)
+def weighted_sum(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
+    """a * a_scale + b * b_scale in a's type and format; a, b [N, C, H, W]; the scales [C] or [N, C]."""
+    return torch.mul(a, _column(a_scale)).addcmul_(b, _column(b_scale)).to(a.dtype)
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:

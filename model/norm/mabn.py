@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from model.norm.grouped import check_group_size, group_expand, group_mean
-from model.norm.kernels import affine, difference, dot_and_sum, same_format, without_autocast
+from model.norm.kernels import affine, dot_and_sum, same_format, weighted_sum, without_autocast
 from utils.errors import ConfigError
 
 _MAX_CALLS = 64      # forwards between two optimizer steps that a recomputation can still refer to
@@ -104,12 +104,13 @@ class MABN2d(nn.Module):
     def _train_forward(self, x: torch.Tensor) -> torch.Tensor:
         x = same_format(x, like=x)
         with without_autocast(x):
-            call = self._statistics(x.detach())
-        return _Normalise.apply(x, self.weight, self.bias, call.inv_std, call.per_x, call.t, self)
+            x_ = x.detach()
+            call = self.statistics(self._pool(dot_and_sum(x_, x_, self._grouped)[0], x))
+        return _Normalise.apply(x, self.weight, self.bias, call, self)
 
-    def _statistics(self, x: torch.Tensor) -> _Call:
-        """This forward's statistics; the state moves on by one iteration unless this is a recomputation."""
-        chi = self._pool(dot_and_sum(x, x, self._grouped)[0], x)
+    def statistics(self, chi: torch.Tensor) -> _Call:
+        """This forward's statistics, given its chi [C] or [G, C]; the state moves on by one iteration unless this is a
+        recomputation."""
         if torch._C._current_graph_task_id() != -1 and self._calls:           # we are inside a backward pass
             return self._recall(chi)
         t = _iteration(self.iters.add_(1))
@@ -123,6 +124,11 @@ class MABN2d(nn.Module):
         call = _Call(chi, inv_std, per_x, t)
         self._remember(call)
         return call
+
+    def slope(self, psi: torch.Tensor, call: _Call) -> torch.Tensor:
+        """What the gradient takes off per x, negative, given this backward's psi; that enters the buffer."""
+        averaged, _ = self._average(self.buffer_gz, psi, call.t)
+        return averaged * (call.inv_std * -call.inv_std)                       # x * that = -z psi / sqrt(var + eps)
 
     @property
     def _grouped(self) -> bool:
@@ -203,29 +209,28 @@ class MABN2d(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """y = w r z + b and its gradient by averaged moments. `inv_std`, `per_x`, `t`: see _Call; `layer`: the MABN2d."""
+    """y = w r z + b and its gradient by averaged moments. `layer`: the MABN2d."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, inv_std, per_x, t, layer):
-        ctx.layer, ctx.t = layer, t
+    def forward(ctx, x, weight, bias, call, layer):
+        ctx.layer, ctx.call = layer, call
         with without_autocast(x):
-            scale = weight * per_x                                             # dy * scale = g / sqrt(var + eps)
-            ctx.save_for_backward(x, scale, inv_std, per_x)
+            scale = weight * call.per_x                                        # dy * scale = g / sqrt(var + eps)
+            ctx.save_for_backward(x, scale)
             shift = bias.to(scale.dtype)
             return affine(x, layer._spread(scale, len(x)), shift.expand(len(x), -1) if layer._grouped else shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, scale, inv_std, per_x = ctx.saved_tensors
+        x, scale = ctx.saved_tensors
         layer, n = ctx.layer, len(x)
         with without_autocast(x):
             dy = same_format(dy, like=x)
             dot, total = dot_and_sum(dy, x, layer._grouped)                    # sums of dy x and of dy: [C] or [N, C]
-            psi, _ = layer._average(layer.buffer_gz, scale * layer._pool(dot, x), ctx.t)
-            psi = psi * inv_std * inv_std                                      # x * that = z psi / sqrt(var + eps)
-            dx = difference(dy, layer._spread(scale, n), x, layer._spread(psi, n))
-            d_weight = dot * layer._spread(per_x, n)
+            slope = layer.slope(scale * layer._pool(dot, x), ctx.call)
+            dx = weighted_sum(dy, layer._spread(scale, n), x, layer._spread(slope, n))
+            d_weight = dot * layer._spread(ctx.call.per_x, n)
             if layer._grouped:
                 d_weight, total = d_weight.sum(0), total.sum(0)
-        return dx, d_weight, total, None, None, None, None
+        return dx, d_weight, total, None, None

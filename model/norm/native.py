@@ -1,0 +1,137 @@
+"""The passes of `passes.cpp`, compiled by this machine's own C++ compiler when they are asked for.
+
+Nothing compiled is kept on disk: what runs comes out of the source beside this file, each time.
+"""
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from utils.errors import ConfigError
+
+_SOURCE = Path(__file__).with_name("passes.cpp")
+_FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w")
+_GRAIN = 1 << 15      # values from which on another thread is worth waking, torch's own measure
+_TYPES = (torch.float32, torch.bfloat16)
+_HEAD = [ctypes.c_int, *[ctypes.c_long] * 3, ctypes.c_void_p, ctypes.c_long]
+_POINTERS = {"norm_moments": 3, "norm_apply": 5, "norm_sums": 9, "norm_input_gradient": 8, "norm_batch_forward": 8,
+             "norm_batch_backward": 7}
+_NUMBERS = {"norm_batch_forward": 2}
+
+
+class Passes:
+    """The compiled passes over maps [N, C, H, W] in float32 or bfloat16, dense in either memory format; vectors are
+    [C], contiguous, float32, None for zeros. ReLU follows what goes forward."""
+
+    def __init__(self, library: ctypes.CDLL, parallel: int | None):
+        self.parallel = parallel
+        self.functions = {name: getattr(library, name) for name in _POINTERS}
+        for name, function in self.functions.items():
+            function.restype = None
+            function.argtypes = [*_HEAD, *[ctypes.c_void_p] * _POINTERS[name],
+                                 *[ctypes.c_double] * _NUMBERS.get(name, 0)]
+
+    @staticmethod
+    def take(x: torch.Tensor) -> bool:
+        """Whether x is of a kind that the passes know."""
+        return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in _TYPES and x.dim() == 4
+
+    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and biased variance of each channel: [C] each."""
+        mean, var = x.new_empty((2, x.shape[1]), dtype=torch.float32).unbind()
+        self._call("norm_moments", x, x, mean, var)
+        return mean, var
+
+    def apply(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
+              residual: torch.Tensor | None) -> torch.Tensor:
+        """y = relu(x * scale + shift + residual), residual of x's type and format."""
+        y = torch.empty_like(x)
+        self._call("norm_apply", x, x, residual, y, scale, shift)
+        return y
+
+    def sums(self, dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
+             y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sum of g * x, sum of g, g), g = dy where `apply` gave more than 0, else 0.
+
+        y: what `apply` gave, if there was a residual. Without one g isn't made, and dy is returned for it.
+        """
+        dot, total = x.new_empty((2, x.shape[1]), dtype=torch.float32).unbind()
+        g = None if y is None else torch.empty_like(x)
+        self._call("norm_sums", x, dy, x, y, g, None, scale, shift, dot, total)
+        return dot, total, dy if y is None else g
+
+    def input_gradient(self, g: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None,
+                       slope: torch.Tensor) -> torch.Tensor:
+        """g * scale + x * slope; with `shift`, g counts only where x * scale + shift is above 0."""
+        dx = torch.empty_like(x)
+        self._call("norm_input_gradient", x, g, x, dx, None, scale, shift, slope, None)
+        return dx
+
+    def batch_forward(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor,
+                      running: tuple[torch.Tensor, torch.Tensor] | None, momentum: float,
+                      eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(relu(batch_norm(x) + residual), what the backward pass needs to know); `running` moves on by `momentum`."""
+        y, known = torch.empty_like(x), x.new_empty((4, x.shape[1]), dtype=torch.float32)
+        self._call("norm_batch_forward", x, x, residual, y, weight, bias, *(running or (None, None)), known,
+                   numbers=(momentum, eps))
+        return y, known
+
+    def batch_backward(self, dy: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None,
+                       known: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradients of x, weight, bias and residual; y: what the forward pass gave, if there was a residual."""
+        dx, gradients = torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float32)
+        g = None if y is None else torch.empty_like(x)
+        self._call("norm_batch_backward", x, dy, x, y, g, dx, known, gradients)
+        return dx, *gradients.unbind(), g
+
+    def _call(self, name: str, x: torch.Tensor, *tensors: torch.Tensor | None, numbers: tuple = ()) -> None:
+        plane = x.shape[2] * x.shape[3] if x.is_contiguous() else 0
+        threads = min(torch.get_num_threads(), 1 + x.numel() // _GRAIN) if self.parallel else 1
+        self.functions[name](x.dtype == torch.bfloat16, x.numel(), x.shape[1], plane, self.parallel, threads,
+                             *(None if t is None else t.data_ptr() for t in tensors), *numbers)
+
+
+def compiler() -> str | None:
+    """The C++ compiler's path: `CXX`'s, or the system's."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+
+
+@functools.cache
+def compiled() -> Passes:
+    """The passes, compiled once a process (a few seconds). Raises ConfigError without a compiler."""
+    program = compiler()
+    if program is None:
+        raise ConfigError("trainer.compile: no C++ compiler found for the norms; install g++ or clang++ (or name one "
+                          "in CXX), or leave the key at false")
+    with tempfile.TemporaryDirectory() as folder:
+        target = str(Path(folder) / "passes.so")
+        for native in (["-march=native"], []):       # which not every compiler knows for every processor
+            result = subprocess.run([program, *_FLAGS, *native, "-o", target, str(_SOURCE)], capture_output=True,
+                                    text=True)
+            if result.returncode == 0:
+                return Passes(ctypes.CDLL(target), _parallel())
+    raise ConfigError(f"trainer.compile: {program} can't compile the norms "
+                      f"({(result.stderr.strip().splitlines() or ['no message'])[-1]}); leave the key at false")
+
+
+def _parallel() -> int | None:
+    """The address of `GOMP_parallel` in the OpenMP library that torch has loaded, so that no second set of threads is
+    made; None where there is no such library."""
+    try:
+        with open("/proc/self/maps") as maps:
+            loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
+    except OSError:
+        return None
+    for path in sorted(loaded):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
