@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 _native = torch.ops.aten.native_batch_norm.default
+_native_out = torch.ops.aten.native_batch_norm.out
 _native_backward = torch.ops.aten.native_batch_norm_backward.default
 _native_moments = torch.ops.aten.batch_norm_update_stats.default
 _ENOUGH_ROWS = 16      # contiguous images from which on they are faster taken as rows
@@ -122,8 +123,14 @@ def _runs_kernels(x: torch.Tensor) -> bool:
 def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """x * scale + shift in x's type and memory format; x [N, C, H, W]; scale and shift [C] or [N, C] each."""
     if scale.dim() == 1:
-        zero, one = _zeros_ones(x, x.shape[1])
-        return _native(x, scale, shift, zero, one, False, 0.0, 0.0)[0]
+        positions = 1 if x.is_contiguous() or not _runs_kernels(x) else _positions_a_row(x)
+        zero, one = _zeros_ones(x, positions * x.shape[1])
+        if positions == 1:
+            return _native(x, scale, shift, zero, one, False, 0.0, 0.0)[0]
+        y = torch.empty_like(x)                                      # whole, not a view: callers may write into it
+        _native_out(_long_rows(x, positions), scale.repeat(positions), shift.repeat(positions), zero, one, False, 0.0,
+                    0.0, out=_long_rows(y, positions), save_mean=zero.new_empty(0), save_invstd=zero.new_empty(0))
+        return y
     if x.is_contiguous():
         planes = affine(x.view(1, -1, *x.shape[2:]), scale.reshape(-1), shift.reshape(-1))
         return torch.ops.aten._unsafe_view(planes, x.shape)      # its own storage: callers may write into it
@@ -132,6 +139,9 @@ def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.T
 
 def weighted_sum(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
     """a * a_scale + b * b_scale in a's type and format; a, b [N, C, H, W]; the scales [C] or [N, C]."""
+    if a.dtype != a_scale.dtype and a_scale.dim() == 1:      # half types: no pass over wide ones
+        nothing = torch.zeros_like(a_scale)
+        return affine(a, a_scale, nothing).add_(affine(b, b_scale, nothing))
     return torch.mul(a, _column(a_scale)).addcmul_(b, _column(b_scale)).to(a.dtype)
 
 

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+from model.norm.native import compiler
 from utils.checkpoint.store import load_checkpoint
 
 RIDE = {"arch": {"args": {"num_experts": 2, "add_bt": 1, "dropout": 0.2, "use_norm": True}},
@@ -104,7 +105,9 @@ def test_second_stages_and_distillation_resume(kind, runs, stage1, same_state, s
      "data_loader": {"args": {"sampler": {"type": "ProgressivelyBalanced", "args": {}}}},
      "lr_scheduler": {"type": "ReduceLROnPlateau", "args": {"patience": 0, "step1": None}}},
     {"trainer": {"amp": "fp16"}},  # its scaler's factor and how long it has held
-], ids=["mabn", "renorm, adamw", "bf16, progressive sampler, plateau", "fp16"])
+    pytest.param({"trainer": {"compile": "norms", "amp": "bf16"}},
+                 marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler")),
+], ids=["mabn", "renorm, adamw", "bf16, progressive sampler, plateau", "fp16", "norms compiled"])
 def test_other_state_resumes(sections, runs, same_state, signal_at):
     sections = {name: {key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
                        for key, value in section.items()} for name, section in sections.items()}

@@ -8,17 +8,18 @@ from torch import nn
 
 from model.model import build_model
 from model.norm import MABN2d, NormalizedBatchNorm2d, compile_norms, convert_norm, norm_relu
-from model.norm.native import compiled
+from model.norm.native import compiled, compiler
 from utils.errors import ConfigError
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 def make(kind, channels):
     """A norm as it is in the middle of a training."""
     torch.manual_seed(0)
-    norm = {"BN": nn.BatchNorm2d, "cumulative": lambda c: nn.BatchNorm2d(c, momentum=None), "NBN": NormalizedBatchNorm2d,
+    norm = {"BN": nn.BatchNorm2d, "NBN": NormalizedBatchNorm2d,
+            "cumulative": lambda c: nn.BatchNorm2d(c, momentum=None),
             "untracked": lambda c: nn.BatchNorm2d(c, track_running_stats=False),
             "MABN": lambda c: MABN2d(c, B=4, real_B=16, warmup_iters=2)}[kind](channels)
     with torch.no_grad():
