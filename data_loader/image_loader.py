@@ -140,7 +140,7 @@ class ImageDataLoader(PixelLoader):
         if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # used at the size they have
             preprocess = {**preprocess, "crop_share": None}
         self.preprocess = test_preprocess(self.image_size, *self.statistics, preprocess)
-        self.mean, self.std = self.preprocess["mean"], self.preprocess["std"]
+        self.mean, self.std = tuple(self.preprocess["mean"]), tuple(self.preprocess["std"])
         self.views = with_crops(self.preprocess, crops, expand)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
         train, self._val, self.validation_note = self._divide(splits)
