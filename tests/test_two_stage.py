@@ -245,7 +245,7 @@ def test_gates_on_untrained_experts_are_warned_of(run_cli, tmp_path):
     (["ride_teacher"], "ride_distill", "--distill_checkpoint", TEACHER)], ids=["pretrained", "stage 1", "teacher"])
 def test_a_file_to_start_from_is_read_once(bench, monkeypatch, first, config, flag, more):
     """Its facts are wanted before the data are read and its weights after: one file, opened once."""
-    from model.weights import remap
+    from model.weights import files, remap
     from tools import session
     source = bench.train(*first)
     read, reader = [], session.load_checkpoint
@@ -253,7 +253,7 @@ def test_a_file_to_start_from_is_read_once(bench, monkeypatch, first, config, fl
     def counting(path, *rest):
         read.append(str(path))
         return reader(path, *rest)
-    for module in (session, remap):
+    for module in (session, remap, files):
         monkeypatch.setattr(module, "load_checkpoint", counting)
     bench.train(config, flag, source, *more)
     assert read == [str(source)]
