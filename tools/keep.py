@@ -4,7 +4,7 @@
     python -m tools.keep saved/models/<name>/<run_id> results/ --name cifar100_lt_ride_s0
 
 Writes results/<name>/ with config.json, metrics.csv, timing.csv, test_metrics.json and weights.pth: a checkpoint
-without the optimizer's state, its matrices and filters in float16, for
+without the optimizer's state, its matrices and filters in float16 (`--float32`: as they are), for
 `python test.py -r results/<name>/weights.pth --data_dir data`. Paths of this machine are left out: images are looked
 for in `data`.
 """
@@ -50,8 +50,8 @@ def halved(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: half(name, value) for name, value in weights.items()}
 
 
-def keep(checkpoint: Path, top: Path, name: str | None = None) -> Path:
-    """Write the folder of `checkpoint`'s run under `top`, whole or not at all; returns it.
+def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True) -> Path:
+    """Write the folder of `checkpoint`'s run under `top`, whole or not at all; returns it. half: see `halved`.
 
     Raises ConfigError: no test figures, no config, a folder of that name is there, or it can't be written.
     """
@@ -68,7 +68,7 @@ def keep(checkpoint: Path, top: Path, name: str | None = None) -> Path:
     if target.exists():
         raise ConfigError(f"--name: {target} is there already; delete it or choose another name")
     kept = {"arch": loaded.get("arch", config["arch"]["type"]), "epoch": loaded.get("epoch"), "config": config,
-            "state_dict": halved(loaded["state_dict"]), "data": without_places(loaded.get("data"))}
+            "state_dict": (halved if half else dict)(loaded["state_dict"]), "data": without_places(loaded.get("data"))}
     try:
         top.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".keep-", dir=top))
@@ -99,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("top", metavar="DIR", help="where the folder goes, e.g. results/")
     parser.add_argument("--name", metavar="NAME", help="the folder's name (default: the config's name and the seed)")
     parser.add_argument("--checkpoint", metavar="WHICH", default="last", help="last (default), best, or a file's name")
+    parser.add_argument("--float32", action="store_true", help="keep weights as they are, where halves cost accuracy")
     args = parser.parse_args(argv)
     if not Path(args.run).is_dir():
         raise ConfigError(f"{args.run}: no such folder; give a run's, <save_dir>/models/<name>/<run_id>")
@@ -110,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    target = keep(args.path, Path(args.top), args.name)
+    target = keep(args.path, Path(args.top), args.name, not args.float32)
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"written to {target} ({size / 2**20:.1f} MiB)\n"
           f"check it with: python test.py -r {target / 'weights.pth'} --data_dir data")

@@ -18,6 +18,8 @@ COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "dat
                ("all", "all %"), ("many", "many"), ("medium", "medium"), ("few", "few"), ("ece", "ECE %"))),
            Column("published", "published", lambda value: f"{value:.1f}"), Column("command", "command"))
 
+UNFINISHED = "unfinished"       # where runs lie that go on
+
 
 def stem(folder: str) -> str:
     """A kept run's name without its seed: cifar100_lt_ride of cifar100_lt_ride_s0."""
@@ -44,10 +46,12 @@ def published_for(row: Row) -> Published | None:
 def readme_table(rows: Sequence[Row]) -> str:
     """Markdown: a row a method (seeds as mean ± standard deviation), ablations last, quoted figures explained below.
 
-    rows: as `tools.compare.arrange` gives them with only_means.
+    rows: as `tools.compare.arrange` gives them with only_means; those of runs in a folder `unfinished` are left out.
     """
     table, notes = [], {}
     for row in rows:
+        if UNFINISHED in Path(row["config"]).parts:
+            continue
         if row["all"] is None or row["note"].startswith("validation"):
             raise ConfigError(f"{row['config']}: that run has no test figures; run test.py on it first")
         folder, entry = Path(row["config"]).parent.name, published_for(row)
