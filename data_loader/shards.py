@@ -113,7 +113,7 @@ class Index:
     def load(cls, file: Path, shards: list[str]) -> Index | None:
         """The index in `file`, if it is one of these shards; None else."""
         try:
-            with np.load(file, allow_pickle=False) as found:
+            with np.load(file) as found:  # no pickles, by default
                 if int(found["version"]) != VERSION or _unpacked(found, "shards") != [
                         os.path.basename(shard) for shard in shards]:
                     return None
