@@ -129,6 +129,13 @@ def test_our_figures_are_the_same_on_both_pages():
         assert "| " + " | ".join(row) + " |" in readme, row
 
 
+def test_readmes_table_is_that_of_the_kept_runs(run_cli):
+    """Written by the command that stands above it."""
+    text = (ROOT / "README.md").read_text()
+    shown = text.split("<!-- results: python -m tools.compare results/ --readme -->")[1].split("<!-- end -->")[0]
+    assert shown.strip() == run_cli(["-m", "tools.compare", "results/", "--readme"], check=True).stdout.strip()
+
+
 @pytest.mark.slow
 def test_commands_of_methods_run(tmp_path, run_cli):
     """docs/methods.md from top to bottom, an epoch each: every method starts from what the one before it left."""

@@ -11,7 +11,7 @@ from tools.run_table import Column, Row, cell, markdown, percent
 from tools.runs import RunRecord
 from utils.errors import ConfigError
 
-COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "data"),
+COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "data"), Column("model", "backbone"),
            Column("parameters", "params M", lambda n: f"{n / 1e6:.2f}"), Column("epochs", "epochs", lambda n: f"{n:g}"),
            Column("seconds", "minutes", lambda seconds: f"{seconds / 60:.3g}"),
            *(Column(key, head, percent, 1, True) for key, head in (
@@ -66,7 +66,7 @@ def readme_table(rows: Sequence[Row]) -> str:
                   + f"; {SOURCES[entry.source]}."] = None
     table.sort(key=lambda row: is_ablation(row["run"]))
     shown = [column for column in COLUMNS if any(cell(row, column) != "-" for row in table)
-             and (column.key != "data" or len({row["data"] for row in table}) > 1)]
+             and (column.key not in ("data", "model") or len({row[column.key] for row in table}) > 1)]
     return "\n".join([markdown(shown, [[cell(row, column) for column in shown] for row in table]),
                       *([""] + [f"- published {note}" for note in notes] if notes else [])])
 

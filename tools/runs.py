@@ -89,8 +89,9 @@ def data_of(config: dict[str, Any]) -> str:
 
 
 def model_of(config: dict[str, Any]) -> str:
-    """The backbone: "ResNet32", "ResNeXt50"."""
-    return config["arch"]["type"].removesuffix("Model").removesuffix("EA")
+    """The backbone: "ResNet32", "ResNeXt50", or the name of one of timm's."""
+    name = (config["arch"].get("args") or {}).get("model_name")
+    return name or config["arch"]["type"].removesuffix("Model").removesuffix("EA")
 
 
 # ---------------------------------------------------------------------- a run's folder
