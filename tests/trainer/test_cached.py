@@ -25,8 +25,8 @@ EA = {"arch": {"type": "ResNet32EAModel", "args": {"num_experts": 2, "use_norm":
 @pytest.fixture(scope="module")
 def stage1(shared_runs):
     """Checkpoints of a first stage: one expert, and two."""
-    return {1: shared_runs("one", "--epochs", 1) / "checkpoint-epoch1.pth",
-            2: shared_runs("two", "--epochs", 1, arch={"args": {"num_experts": 2, "use_norm": True}})
+    return {1: shared_runs("cached_one", "--epochs", 1) / "checkpoint-epoch1.pth",
+            2: shared_runs("cached_two", "--epochs", 1, arch={"args": {"num_experts": 2, "use_norm": True}})
             / "checkpoint-epoch1.pth"}
 
 
