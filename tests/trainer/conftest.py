@@ -86,9 +86,9 @@ def runs(tmp_path, tiny_images) -> Runs:
     return Runs(tmp_path / "saved", tiny_images)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_runs(tmp_path_factory, tiny_images) -> Runs:
-    """Runs that several tests look at: read from them only."""
+    """Runs that several tests of a file look at: read from them only."""
     return Runs(tmp_path_factory.mktemp("runs"), tiny_images)
 
 

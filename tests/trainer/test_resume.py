@@ -21,7 +21,7 @@ def points(log_folder, tag):
     return sorted((event.step, event.value) for event in events.Scalars(tag))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def straight(shared_runs):
     """Four epochs of RIDE with BatchFormer and dropout, TensorBoard on."""
     shared_runs("straight", **RIDE, trainer={"epochs": 4, "tensorboard": True, "histograms": False, "log_step": 1})
@@ -78,7 +78,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stage1(shared_runs):
     """Checkpoints of a first stage: one expert, and two."""
     return {1: shared_runs("one") / "checkpoint-epoch2.pth", 2: shared_runs("two", **TEACHER) / "checkpoint-epoch2.pth"}

@@ -14,7 +14,7 @@ from trainer.trainer import Trainer
 from utils.stop import StopRequest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def straight(shared_runs):
     return shared_runs("not_stopped") / "checkpoint-epoch2.pth"
 
