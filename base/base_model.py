@@ -1,6 +1,7 @@
 """What every model can do: count and show its parameters, freeze parts of itself, keep frozen parts as they are."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -104,20 +105,25 @@ class BaseModel(nn.Module):
         """Beginnings of parameter names, stage by stage from the stem to the last before the classifier."""
         return [(f"{name}.",) for name, _ in self.named_children()]
 
-    def freeze(self, what: str | Iterable[str] | dict) -> None:
-        """`trainer.freeze`: "backbone" (everything but the classifier), "norms", or beginnings of parameters' names.
+    def freeze(self, what: str | Iterable[str] | float | dict) -> None:
+        """`trainer.freeze`: "backbone" (everything but the classifier), "norms", beginnings of parameters' names, or a
+        share of the stages: 0.5 is the first half of `stage_prefixes`, the stem included, rounded down.
 
-        With {"until": "epoch 3", "what": ...} what it freezes is `waiting` for `thaw`. Raises ConfigError where a
-        beginning fits no parameter, and where there would be nothing to train or nothing to thaw.
+        With {"until": "epoch 3", "what": ..., "then": ...} what it freezes is `waiting` for `thaw`, but for what "then"
+        names. Raises ConfigError where a beginning fits no parameter, a share is less than a stage, and where there
+        would be nothing to train or nothing to thaw.
         """
         if isinstance(what, dict):
-            plan, before = freeze_plan(what), self.frozen
+            plan = freeze_plan(what)
+            if plan.then is not None:
+                self.freeze(plan.then)
+            before = self.frozen
             self.freeze(plan.what)
             self._set_trained(before, False)
             self.waiting = tuple(name for name in self.frozen if name not in set(before))
             if not self.waiting:
                 raise ConfigError("trainer.freeze.until: leaves nothing to thaw: what it names is frozen for the whole "
-                                  "run (by load_crt or the arch); leave one of them out (`pretrained` takes weights "
+                                  "run (by load_crt, the arch or \"then\"); leave one of them out (`pretrained` takes weights "
                                   "and freezes nothing)")
             if not self.num_parameters(trainable_only=True):
                 raise ConfigError("trainer.freeze.what: leaves nothing to train until then")
@@ -131,6 +137,13 @@ class BaseModel(nn.Module):
                       if "norm" in type(layer).__name__.lower() or hasattr(layer, "running_var")
                       for p in layer.parameters(recurse=False)}
             chosen = [name for name, p in self.named_parameters() if id(p) in frozen or name.endswith("scale_factor")]
+        elif isinstance(what, float):
+            stages = self.stage_prefixes()
+            starts = tuple(start for stage in stages[:int(what * len(stages))] for start in stage)
+            if not starts:
+                raise ConfigError(f"trainer.freeze: that share of {len(stages)} stages is less than one; give at least "
+                                  f"{math.ceil(100 / len(stages)) / 100}")
+            chosen = [name for name, _ in self.named_parameters() if name.startswith(starts)]
         else:
             chosen = []
             for start in [what] if isinstance(what, str) else what:

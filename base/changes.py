@@ -35,7 +35,7 @@ def regrouped(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     that there is one."""
     def meant(options: dict[str, Any], key: str) -> Any:
         if key == "freeze" and isinstance(options[key], dict):    # until when may change
-            return ("for now", freeze_plan(options[key]).what)
+            return ("for now", *freeze_plan(options[key])._replace(until=None))
         return options[key] is not None if key in ("layer_decay", "classifier_lr") else options[key]
     before, now = defaults(TRAINER, before), defaults(TRAINER, now)
     return [f"trainer.{key}" for key in GROUPING if meant(before, key) != meant(now, key)]

@@ -6,35 +6,47 @@ from typing import Any, NamedTuple
 
 from utils.errors import ConfigError, unknown
 
-KEYS = ("what", "until")
+KEYS = ("what", "until", "then")
+Parts = str | list[str] | float
 
 
 class Freeze(NamedTuple):
-    """what: "backbone", "norms" or beginnings of parameters' names. until: the last epoch in which they are frozen;
-    None: the whole run."""
+    """what: "backbone", "norms", beginnings of parameters' names, or the share of the stages, from the stem on, that are
+    frozen. until: the last epoch in which they are frozen; None: the whole run. then: what stays frozen afterwards."""
 
-    what: str | list[str]
+    what: Parts
     until: int | None = None
+    then: Parts | None = None
 
 
 def freeze_plan(value: Any) -> Freeze | None:
-    """`trainer.freeze` read: None, a part, a list of beginnings, or {"until": "epoch 3", "what": "backbone"}.
+    """`trainer.freeze` read: None, parts, or {"until": "epoch 3", "what": parts, "then": parts}.
 
     Raises ConfigError for another key or another value.
     """
     if value is None or not isinstance(value, dict):
-        return None if value is None else Freeze(value)
+        return None if value is None else Freeze(_parts(value, "trainer.freeze"))
     for key in value:
         if key not in KEYS:
             raise unknown(f"trainer.freeze.{key}", key, KEYS, "key")
-    what, until = value.get("what", "backbone"), value.get("until")
-    parts = [what] if isinstance(what, str) else what
-    if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
-        raise ConfigError(f"trainer.freeze.what: must be \"backbone\", \"norms\" or a list of beginnings of names, not "
-                          f"{what!r}")
+    what = _parts(value.get("what", "backbone"), "trainer.freeze.what")
+    then = value.get("then")
+    if then is not None:
+        then = _parts(then, "trainer.freeze.then")
+    until = value.get("until")
     if isinstance(until, str) and (found := re.fullmatch(r"\s*epoch\s+(\d{1,9})\s*", until)):
         until = int(found[1])
     if type(until) is not int or until < 1:
         raise ConfigError("trainer.freeze.until: must be the last epoch of the frozen part, like \"epoch 3\" or 3, not "
                           f"{value.get('until')!r}")
-    return Freeze(what, until)
+    return Freeze(what, until, then)
+
+
+def _parts(value: Any, path: str) -> Parts:
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: must be \"backbone\", \"norms\", a list of beginnings of names, or a share of the "
+                          f"stages like 0.5, not {value!r}")
+    return value

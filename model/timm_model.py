@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from base.base_model import CostPart
+from model.depthwise import steady_depthwise
 from model.expert_model import ExpertModel, Gated, check_common, require
 from model.norm.facts import is_norm
 from model.routing import Routed
@@ -65,6 +66,7 @@ class TimmModel(ExpertModel):
             **(gates if self.routed else {}))
         self._check_norm(norm)
         self._finish(norm)
+        steady_depthwise(self.backbone)
         if weights:
             load_pretrained(self, weights)
         if tuning is not None:
@@ -97,6 +99,10 @@ class TimmModel(ExpertModel):
         return super().forward(x, target)
 
     def _check_size(self, x: torch.Tensor) -> None:
+        fixed = getattr(self.backbone.body, "image_size", None)   # of torchvision's transformers, which don't resample
+        if isinstance(fixed, int) and isinstance(x, torch.Tensor) and tuple(x.shape[2:]) != (fixed, fixed):
+            raise ConfigError(f"data_loader.args.image_size: {self.model_name} takes images of {fixed} pixels only, not "
+                              f"of {x.shape[-1]}; use {fixed}, or timm's vit_*, which take others")
         patch = getattr(getattr(self.backbone.body, "patch_embed", None), "patch_size", None)
         if isinstance(patch, tuple) and isinstance(x, torch.Tensor) and any(
                 side % own for side, own in zip(x.shape[2:], patch, strict=True)):

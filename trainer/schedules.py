@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules by name: torch's own, RIDE's and BatchFormer's, and ours."""
 from __future__ import annotations
 
+import bisect
 import inspect
 import math
 import warnings
@@ -51,26 +52,38 @@ def custom_lr(step1: int, step2: int, gamma: float = 0.1, warmup_epoch: float = 
 
 
 def cos_lr(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, by: By = "epoch",
-           unit: float = 1.0) -> Callable[[float], float]:
-    """Warm-up, then a cosine from 1 at time `warmup_epoch` towards 0 at `run_epochs`.
+           unit: float = 1.0, restart: int | list[int] = ()) -> Callable[[float], float]:
+    """Warm-up, then a cosine from 1 at time `warmup_epoch` towards 0 at `run_epochs`; see `cycles` for `restart`.
 
     BatchFormer's CosLR multiplies by the rate twice and leaves its warm-up out; this is what its name promises.
     """
-    def factor(t: float) -> float:
+    def factor(t: float, epochs: int) -> float:
         if t < warmup_epoch:
             return warm_up(t, warmup_epoch, unit, warmup_start)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (t - warmup_epoch) / max(unit, run_epochs - warmup_epoch))))
-    return factor
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (t - warmup_epoch) / max(unit, epochs - warmup_epoch))))
+    return cycles(factor, run_epochs, restart)
 
 
 def linear_lr0(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, by: By = "epoch",
-               unit: float = 1.0) -> Callable[[float], float]:
-    """Warm-up, then a line from 1 at time `warmup_epoch` to 0 at `run_epochs`."""
-    def factor(t: float) -> float:
+               unit: float = 1.0, restart: int | list[int] = ()) -> Callable[[float], float]:
+    """Warm-up, then a line from 1 at time `warmup_epoch` to 0 at `run_epochs`; see `cycles` for `restart`."""
+    def factor(t: float, epochs: int) -> float:
         if t < warmup_epoch:
             return warm_up(t, warmup_epoch, unit, warmup_start)
-        return max(0.0, 1 - (t - warmup_epoch) / max(unit, run_epochs - warmup_epoch))
-    return factor
+        return max(0.0, 1 - (t - warmup_epoch) / max(unit, epochs - warmup_epoch))
+    return cycles(factor, run_epochs, restart)
+
+
+def cycles(factor: Callable[[float, int], float], run_epochs: int, restart: int | list[int]) -> Callable[[float], float]:
+    """A schedule that begins anew after each epoch of `restart` (Loshchilov and Hutter, SGDR, ICLR 2017): each cycle goes
+    to the next one's start, the last to the run's end. Epochs that the run doesn't reach count for nothing."""
+    starts = [0, *(epoch for epoch in ([restart] if isinstance(restart, int) else restart) if epoch < run_epochs)]
+    ends = [*starts[1:], run_epochs]
+
+    def at(t: float) -> float:
+        cycle = bisect.bisect_right(starts, t) - 1
+        return factor(t - starts[cycle], ends[cycle] - starts[cycle])
+    return at
 
 
 def iteration_lr(milestones: list[int], gamma: float = 0.1, warmup_iters: int = 500,
@@ -150,6 +163,12 @@ def _own(kind: str, args: dict[str, Any], optimizer: torch.optim.Optimizer, epoc
     if args.get("warmup_epoch", 0) == 1 and by == "epoch":
         log.warning("%s.args.warmup_epoch: 1 is no warm-up: the first epoch's factor is (0 + 1) / 1; use 2 or more, or "
                     "\"by\": \"step\"", path)
+    restart = args.get("restart", [])
+    epochs_given = [restart] if type(restart) is int else restart
+    if not isinstance(epochs_given, list) or any(type(epoch) is not int or epoch < 1 for epoch in epochs_given) or (
+            epochs_given != sorted(set(epochs_given))):
+        raise ConfigError(f"{path}.args.restart: must be the last epoch before a new cycle, like 30, or a list of them "
+                          f"in order, not {restart!r}")
     unit = 1 / steps if by == "step" else 1.0
     factor = SCHEDULES[kind](**args, unit=unit)
     # k / steps rather than k * unit: exact at the epochs' borders.

@@ -33,15 +33,18 @@ def stage1(shared_runs):
 # ---------------------------------------------------------------------- freezing until an epoch
 
 @pytest.mark.parametrize("value,plan", [
-    (None, None), ("norms", ("norms", None)), (["a"], (["a"], None)), ({"until": "epoch 3"}, ("backbone", 3)),
-    ({"until": 3, "what": ["a", "b"]}, (["a", "b"], 3))])
+    (None, None), ("norms", ("norms", None, None)), (["a"], (["a"], None, None)), (0.5, (0.5, None, None)),
+    ({"until": "epoch 3"}, ("backbone", 3, None)), ({"until": 3, "what": ["a", "b"]}, (["a", "b"], 3, None)),
+    ({"until": 3, "then": 0.25}, ("backbone", 3, 0.25)), ({"until": 3, "then": "norms"}, ("backbone", 3, "norms"))])
 def test_a_plan_is_read(value, plan):
     assert freeze_plan(value) == plan
 
 
 @pytest.mark.parametrize("value,said", [
     ({"until": "3 epochs"}, "until: must be the last epoch"), ({"until": 0}, "until: must be"), ({}, "until: must be"),
-    ({"until": True}, "until"), ({"untill": 3}, "did you mean 'until'"), ({"until": 3, "what": 5}, "what: must be")])
+    ({"until": True}, "until"), ({"untill": 3}, "did you mean 'until'"), ({"until": 3, "what": 5}, "what: must be"),
+    ({"until": 3, "then": 1}, "then: must be"), ({"until": 3, "then": 1.5}, "share of the stages"), ([], "must be"),
+    ({"until": 3, "then": []}, "then: must be")])
 def test_a_wrong_plan_is_named(value, said):
     with pytest.raises(ConfigError, match=said):
         freeze_plan(value)
@@ -69,6 +72,26 @@ def test_frozen_parts_stay_and_are_thawed(thawed):
         moved = {name for name, value in second[key].items() if not torch.equal(value, third[key][name])}
         assert moved == set(first[key])     # norms' statistics and counters too
     assert len(first["optimizer"]["state"]) == 2 and len(third["optimizer"]["state"]) > 60
+
+
+def test_a_share_of_the_stages_stays_frozen(runs):
+    sections = {"trainer": {**UNTIL, **CACHED, "freeze": {"until": "epoch 1", "then": 0.5}, "epochs": 2,
+                            "save_period": 1}}
+    folder = runs("half", **sections)
+    first, second = (load(folder / f"checkpoint-epoch{epoch}.pth")["raw_state_dict"] for epoch in (1, 2))
+    kept = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")
+    moved = {name for name, value in first.items() if not torch.equal(value, second[name])}
+    assert moved == {name for name in first if not name.startswith(kept)} and len(moved) > 100
+    with pytest.raises(ConfigError, match=r"trainer\.freeze"):
+        runs(None, "-r", folder / "checkpoint-epoch2.pth", "--epochs", 3, "--set", "trainer.freeze.then=null")
+
+
+def test_a_share_less_than_a_stage_is_refused():
+    model = build_model({"type": "ResNet32Model", "args": SMALL}, 5)
+    with pytest.raises(ConfigError, match=r"less than one; give at least 0\.25"):
+        model.freeze(0.2)
+    model.freeze(0.25)
+    assert set(model.frozen) == {"backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias"}
 
 
 def test_a_stop_before_and_after_the_thaw_loses_nothing(thawed, runs, same_state, signal_at):

@@ -104,6 +104,12 @@ def cosine(t: float, warm: float, total: float) -> float:
     ("LinearLR0", {"warmup_epoch": 0.5, "by": "step"}, lambda t: (t + 0.25) / 0.5 if t < 0.5 else 1 - (t - 0.5) / 5.5),
     ("LinearLR0", {"warmup_epoch": 1, "by": "step", "warmup_start": 0.2},
      lambda t: 0.2 + 0.8 * (t + 0.25) if t < 1 else 1 - (t - 1) / 5),
+    ("CosLR", {"restart": 4}, lambda e: cosine(e, 0, 4) if e < 4 else cosine(e - 4, 0, 2)),
+    ("CosLR", {"restart": [2, 9], "warmup_epoch": 0.5, "by": "step"},
+     lambda t: (t % 2 + 0.25) / 0.5 if t < 0.5 or 2 <= t < 2.5 else cosine(t, 0.5, 2) if t < 2 else cosine(t, 2.5, 6)),
+    ("CosLR", {"restart": 6}, lambda e: cosine(e, 0, 6)),
+    ("LinearLR0", {"restart": [1, 3], "by": "step"},
+     lambda t: 1 - t if t < 1 else 1 - (t - 1) / 2 if t < 3 else 1 - (t - 3) / 3),
     ("CustomLR", {"step1": 3, "step2": 5, "gamma": 0.1, "warmup_epoch": 2},
      lambda e: 0.1 ** ((e >= 3) + (e >= 5)) * ((e + 1) / 2 if e < 2 else 1)),
     ("CustomLR", {"step1": 3, "step2": 5, "warmup_epoch": 0.5, "by": "step"},
@@ -124,6 +130,9 @@ def test_our_schedules_equal_their_formulas(kind: str, args: dict, factor) -> No
     ({"type": "ReduceLROnPlateau", "args": {"mode": "min"}}, "max val_accuracy", "mode"),
     ({"type": "CustomLR", "args": {"step1": 3}}, "off", "step2"),
     ({"type": "CosLR", "args": {"by": "batch"}}, "off", r"args\.by"),
+    ({"type": "CosLR", "args": {"restart": 0}}, "off", r"args\.restart: must be the last epoch"),
+    ({"type": "CosLR", "args": {"restart": [3, 2]}}, "off", r"args\.restart.*in order"),
+    ({"type": "LinearLR0", "args": {"restart": "3"}}, "off", r"args\.restart"),
     ({"type": "SequentialLR", "args": {}}, "off", "SequentialLR")])
 def test_what_cant_be_served_is_named(spec: dict, monitor: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
