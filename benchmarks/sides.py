@@ -116,6 +116,13 @@ def ours(args: argparse.Namespace, amp: str) -> dict[str, Callable]:
     return {"go": timed(turn, args), "profile": partial(profile, turn)}
 
 
+def steps_alone(args: argparse.Namespace, amp: str, compiled: str | bool) -> dict[str, Callable]:
+    """The last `--steps` steps of an epoch with that `trainer.compile`, without validation."""
+    trainer = make_trainer(args, amp, compile=compiled)
+    start, epochs = len(trainer.train_loader) - args.steps, iter(range(1, 10**9))
+    return {"go": timed(lambda: trainer.train_epoch(next(epochs), start), args)}
+
+
 def original(args: argparse.Namespace) -> dict[str, Callable]:
     """The same steps by RIDE's own loop."""
     config, loader, model, criterion = parts(args, "off")
@@ -178,4 +185,6 @@ def recipe_parts(args: argparse.Namespace) -> dict[str, Callable]:
 
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Callable]]] = {
     "original": original, "ours, float32": partial(ours, amp="off"), "ours, auto": partial(ours, amp="auto"),
-    "parts": recipe_parts}
+    "parts": recipe_parts,
+    **{f"{name}, {amp}": partial(steps_alone, amp=amp, compiled=compiled)
+       for name, compiled in (("without", False), ("norms", "norms")) for amp in ("off", "auto")}}

@@ -1,6 +1,6 @@
 """A training epoch, data and validation included, against RIDE's own loop; and what the parts of a recipe cost.
 
-    python -m benchmarks.train_step [--data_dir DIR] [--threads N] [--steps N] [--rounds N] [--only loop|parts]
+    python -m benchmarks.train_step [--data_dir DIR] [--threads N] [--steps N] [--rounds N] [--only loop|parts|norms]
                                     [--profile] [--cpu-time] [--json FILE]
 
 The loop: RIDE with 3 experts and BatchFormer on CIFAR-100-LT, ResNet-32, batch 128. Both sides train the same network
@@ -12,6 +12,8 @@ as CIFAR-100-LT has: the pixels don't matter for the speed.
 The parts: what the average of the weights, Muon in place of SGD and a policy of augmentation in place of the rotation
 add to that training. Each is timed where it runs, inside training steps (a policy: over whole epochs of its loader),
 since a hundredth of a step is less than one step differs from the next.
+
+The norms (`--only norms`): training steps with `trainer.compile: "norms"` and without, each in a process of its own.
 
 `--cpu-time` counts CPU seconds instead of wall time, all in one thread and one process a side, for machines that are
 busy with something else.
@@ -113,11 +115,26 @@ def compare_parts(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def compare_norms(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Training steps with norms in C++ and without."""
+    results: dict[str, Any] = {}
+    for amp in ("off", *(["auto"] if precision != "off" else [])):
+        with contextlib.ExitStack() as stack:
+            sides = {name: stack.enter_context(Side(f"{name}, {amp}", args)) for name in ("without", "norms")}
+            timing = interleave({name: partial(side.ask, "go") for name, side in sides.items()}, args.rounds or 7,
+                                warmup=1, budget=120)
+        shown = "float32" if amp == "off" else precision
+        results[shown] = timing.speed_up("norms", "without")
+        print(f"trainer.compile \"norms\", {shown}: {spread(results[shown])} as fast as without, "
+              f"{timing.median('without') / args.steps:.3f} s a step there")
+    return results
+
+
 def main() -> int:
     flags = parser(__doc__.splitlines()[0])
     flags.add_argument("--data_dir", help="where CIFAR-100 is (default: noise)")
     flags.add_argument("--steps", type=int, default=12, help="steps of a turn (default: %(default)s; 85 are an epoch)")
-    flags.add_argument("--only", choices=("loop", "parts"), help="leave the other out")
+    flags.add_argument("--only", choices=("loop", "parts", "norms"), help="just these (default: loop and parts)")
     flags.add_argument("--profile", action="store_true", help="say where the time goes")
     flags.add_argument("--cpu-time", action="store_true", help="count CPU seconds, on one thread")
     flags.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -130,10 +147,12 @@ def main() -> int:
     print(f"trainer.amp \"auto\" is {'float32' if precision == 'off' else precision} here: {why}")
     results: dict[str, Any] = {"data": args.data_dir or "noise", "precision": precision, "why": why,
                                "seconds": "CPU" if args.cpu_time else "wall"}
-    if args.only != "parts":
+    if args.only in (None, "loop"):
         results["loop"] = compare_loops(args, precision)
-    if args.only != "loop":
+    if args.only in (None, "parts"):
         results["parts"] = compare_parts(args)
+    if args.only == "norms":
+        results["norms"] = compare_norms(args, precision)
     finish("train_step", results, args)
     return 0
 
