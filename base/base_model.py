@@ -123,8 +123,8 @@ class BaseModel(nn.Module):
             self.waiting = tuple(name for name in self.frozen if name not in set(before))
             if not self.waiting:
                 raise ConfigError("trainer.freeze.until: leaves nothing to thaw: what it names is frozen for the whole "
-                                  "run (by load_crt, the arch or \"then\"); leave one of them out (`pretrained` takes weights "
-                                  "and freezes nothing)")
+                                  "run (by load_crt, the arch or \"then\"); leave one of them out (`pretrained` takes "
+                                  "weights and freezes nothing)")
             if not self.num_parameters(trainable_only=True):
                 raise ConfigError("trainer.freeze.what: leaves nothing to train until then")
             return

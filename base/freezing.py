@@ -11,8 +11,9 @@ Parts = str | list[str] | float
 
 
 class Freeze(NamedTuple):
-    """what: "backbone", "norms", beginnings of parameters' names, or the share of the stages, from the stem on, that are
-    frozen. until: the last epoch in which they are frozen; None: the whole run. then: what stays frozen afterwards."""
+    """what: "backbone", "norms", beginnings of parameters' names, or the share of the stages, from the stem on, that
+    are frozen. until: the last epoch in which they are frozen; None: the whole run. then: what stays frozen after it.
+    """
 
     what: Parts
     until: int | None = None

@@ -8,8 +8,8 @@ from torch import nn
 
 
 def steady_depthwise(module: nn.Module) -> None:
-    """Have `module`'s depthwise convolutions train in float32 under a CPU's autocast; what comes in and goes out keeps its
-    type, all else its precision, and evaluation is as before.
+    """Have `module`'s depthwise convolutions train in float32 under a CPU's autocast; what comes in and goes out keeps
+    its type, all else its precision, and evaluation is as before.
 
     oneDNN has fast bfloat16 kernels for their forward pass only: the gradients of 5x5 filters on small maps take four
     times as long as in float32, so that in bfloat16 a network of them trains more slowly than in float32

@@ -101,8 +101,8 @@ class TimmModel(ExpertModel):
     def _check_size(self, x: torch.Tensor) -> None:
         fixed = getattr(self.backbone.body, "image_size", None)   # of torchvision's transformers, which don't resample
         if isinstance(fixed, int) and isinstance(x, torch.Tensor) and tuple(x.shape[2:]) != (fixed, fixed):
-            raise ConfigError(f"data_loader.args.image_size: {self.model_name} takes images of {fixed} pixels only, not "
-                              f"of {x.shape[-1]}; use {fixed}, or timm's vit_*, which take others")
+            raise ConfigError(f"data_loader.args.image_size: {self.model_name} takes images of {fixed} pixels "
+                              f"only, not of {x.shape[-1]}; use {fixed}, or timm's vit_*, which take others")
         patch = getattr(getattr(self.backbone.body, "patch_embed", None), "patch_size", None)
         if isinstance(patch, tuple) and isinstance(x, torch.Tensor) and any(
                 side % own for side, own in zip(x.shape[2:], patch, strict=True)):

@@ -240,7 +240,7 @@ def test_patches_must_divide_the_image():
 
 
 def test_a_network_of_one_size_says_so():
-    with pytest.raises(ConfigError, match=r"image_size: torchvision/vit_b_32 takes images of 224 pixels only, not of 64"):
+    with pytest.raises(ConfigError, match=r"image_size: torchvision/vit_b_32 takes images of 224 pixels only, not"):
         make("torchvision/vit_b_32")(images(size=64))
 
 

@@ -50,7 +50,8 @@ def test_a_second_stage_changes_the_classifier_alone(stage1, timm_runs, classifi
     assert (folder / "features" / "train.f16").is_file()
 
 
-@pytest.mark.parametrize("flags", [("--classifier", "tau", "--tau", "0.5"), ("--classifier", "ncm")], ids=["tau", "NCM"])
+@pytest.mark.parametrize("flags", [("--classifier", "tau", "--tau", "0.5"), ("--classifier", "ncm")],
+                         ids=["tau", "NCM"])
 def test_a_classifier_without_training(stage1, flags, capsys):
     _, first = stage1
     test_script.main(["-r", str(first), "-d", "cpu", *flags])

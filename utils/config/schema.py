@@ -108,9 +108,9 @@ TRAINER = (
     Row("layer_decay", "float | None", None,
         "the rate is multiplied by it once for each stage between a parameter and the classifier", above=0, high=1),
     Row("freeze", "str | float | list[str] | dict | None", None,
-        "what isn't trained: backbone (all but the classifier), norms, beginnings of parameters' names, or a share of the "
-        "stages from the stem on (0.5); {\"until\": \"epoch 3\", \"what\": \"backbone\", \"then\": 0.5}: the backbone in "
-        "epochs 1 to 3, the first half of its stages from epoch 4 on"),
+        "what isn't trained: backbone (all but the classifier), norms, beginnings of parameters' names, or a share of "
+        "the stages from the stem on (0.5); {\"until\": \"epoch 3\", \"what\": \"backbone\", \"then\": 0.5}: the "
+        "backbone in epochs 1 to 3, the first half of its stages from epoch 4 on"),
     Row("cache_features", "bool | dict | None", None, "true: features under a frozen classifier are computed once, "
         "unaugmented; {\"views\": 4}: of so many augmented views of each image, which epochs take in turn"),
     Row("no_decay_scale", "bool", False, "no weight decay on NBN's learned scales"),
@@ -147,7 +147,7 @@ SECTIONS = {
                                   "SparseAdam": "it takes sparse gradients only, and these models have none"}),
     "loss": Section("loss", ("model.loss:LOSSES",), "torch.nn:Module", provided=("cls_num_list",),
                     default={"type": "CrossEntropyLoss", "args": {}}),
-    "lr_scheduler": Section("schedule", ("trainer.schedules:SCHEDULES", "torch.optim.lr_scheduler"),
+    "lr_scheduler": Section("schedule", ("trainer.rates:SCHEDULES", "torch.optim.lr_scheduler"),
                             "torch.optim.lr_scheduler:LRScheduler", skip=("LRScheduler",), provided=("optimizer",),
                             reserved={"last_epoch": "-r, which resumes the schedule", "run_epochs": "trainer.epochs",
                                       "unit": "args.by"},

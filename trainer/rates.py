@@ -1,0 +1,82 @@
+"""Our schedules of the learning rate, as factors of the base rate by time: RIDE's, BatchFormer's, detection's."""
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from typing import Literal
+
+By = Literal["epoch", "step"]
+
+
+def warm_up(t: float, warmup_epoch: float, unit: float, start: float = 0.0) -> float:
+    """The factor after time t (epochs) of a warm-up over `warmup_epoch` epochs; `unit` is how long a rate lasts.
+
+    It rises in a line from `start` before the first unit to 1 in the last: RIDE's (e + 1) / warmup_epoch where the unit
+    is an epoch.
+    """
+    return start + (1 - start) * min(1.0, (t + unit) / warmup_epoch) if t < warmup_epoch else 1.0
+
+
+def custom_lr(step1: int, step2: int, gamma: float = 0.1, warmup_epoch: float = 0, warmup_start: float = 0.0,
+              by: By = "epoch", unit: float = 1.0) -> Callable[[float], float]:
+    """RIDE's schedule as a factor of the base rate, by time t in epochs (t = e = 0, 1, ... with `by` epoch).
+
+    1, then gamma from `step1`, gamma squared from `step2`; during the first `warmup_epoch` epochs also `warm_up`.
+    """
+    return lambda t: gamma ** ((t >= step1) + (t >= step2)) * warm_up(t, warmup_epoch, unit, warmup_start)
+
+
+def cos_lr(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, by: By = "epoch",
+           unit: float = 1.0, restart: int | list[int] = ()) -> Callable[[float], float]:
+    """Warm-up, then a cosine from 1 at time `warmup_epoch` towards 0 at `run_epochs`; see `cycles` for `restart`.
+
+    BatchFormer's CosLR multiplies by the rate twice and leaves its warm-up out; this is what its name promises.
+    """
+    def factor(t: float, epochs: int) -> float:
+        if t < warmup_epoch:
+            return warm_up(t, warmup_epoch, unit, warmup_start)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (t - warmup_epoch) / max(unit, epochs - warmup_epoch))))
+    return cycles(factor, run_epochs, restart)
+
+
+def linear_lr0(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, by: By = "epoch",
+               unit: float = 1.0, restart: int | list[int] = ()) -> Callable[[float], float]:
+    """Warm-up, then a line from 1 at time `warmup_epoch` to 0 at `run_epochs`; see `cycles` for `restart`."""
+    def factor(t: float, epochs: int) -> float:
+        if t < warmup_epoch:
+            return warm_up(t, warmup_epoch, unit, warmup_start)
+        return max(0.0, 1 - (t - warmup_epoch) / max(unit, epochs - warmup_epoch))
+    return cycles(factor, run_epochs, restart)
+
+
+def cycles(factor: Callable[[float, int], float], run_epochs: int,
+           restart: int | list[int]) -> Callable[[float], float]:
+    """A schedule that begins anew after each epoch of `restart` (Loshchilov and Hutter, SGDR, ICLR 2017): each cycle
+    goes to the next one's start, the last to the run's end. Epochs that the run doesn't reach count for nothing."""
+    starts = [0, *(epoch for epoch in ([restart] if isinstance(restart, int) else restart) if epoch < run_epochs)]
+    ends = [*starts[1:], run_epochs]
+
+    def at(t: float) -> float:
+        cycle = bisect.bisect_right(starts, t) - 1
+        return factor(t - starts[cycle], ends[cycle] - starts[cycle])
+    return at
+
+
+def iteration_lr(milestones: list[int], gamma: float = 0.1, warmup_iters: int = 500,
+                 warmup_factor: float = 1 / 3) -> Callable[[int], float]:
+    """Detection's schedule as a factor of the base rate, by optimizer step t = 0, 1, ...
+
+    From `warmup_factor` up to 1 in a line over the first `warmup_iters` steps (Goyal 2017); times gamma from each
+    milestone on.
+    """
+    def factor(step: int) -> float:
+        value = gamma ** sum(step >= milestone for milestone in milestones)
+        if step < warmup_iters:
+            value *= warmup_factor + (1 - warmup_factor) * step / warmup_iters
+        return value
+    return factor
+
+
+#: Schedules of our own: config name -> factor of the base rate; the program gives `run_epochs` and `unit`.
+SCHEDULES = {"CustomLR": custom_lr, "CosLR": cos_lr, "LinearLR0": linear_lr0, "IterationLR": iteration_lr}
