@@ -133,8 +133,7 @@ class BaseTrainer(Resumable):
                 improved = self._is_better(figures)
                 self.not_improved = 0 if improved or self.monitor_mode == "off" else self.not_improved + 1
                 with self._writing():
-                    self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began,
-                                 time.monotonic() - began, improved)
+                    self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began, improved)
                     self._report_time(epoch, start_batch, train_seconds, time.monotonic() - epoch_began)
                 ends = epoch == self.epochs or self.not_improved >= self.early_stop
                 inside = self.resumed_inside and epoch == self.start_epoch
@@ -218,13 +217,12 @@ class BaseTrainer(Resumable):
         elif self.lr_scheduler is not None and unit == "epoch":
             self.lr_scheduler.step()
 
-    def _report(self, epoch: int, lr: float, figures: dict[str, Any], seconds: float, so_far: float,
+    def _report(self, epoch: int, lr: float, figures: dict[str, Any], seconds: float,
                 improved: bool) -> None:
         """One line an epoch, one row in metrics.csv, one point in TensorBoard."""
         if not self.is_main:
             return
-        done = epoch - self.start_epoch + 1
-        left = so_far / done * (self.epochs - epoch)
+        left = seconds * (self.epochs - epoch)    # by the last epoch: those on features were of another kind
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items()
                           if value is not None and not key.endswith(("shot_acc", "class_mean_acc")))
         groups = [figures.get(f"val_{g}_shot_acc") for g in ("many", "medium", "few")]
