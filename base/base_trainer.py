@@ -24,6 +24,7 @@ from logger.tensorboard import make_writer
 from utils import dist
 from utils.config.outside import outside_flags
 from utils.config.schema import TRAINER, defaults
+from utils.device import peak_memory
 from utils.errors import ConfigError, RunError
 from utils.files import write_json
 from utils.stop import StopRequest
@@ -149,7 +150,9 @@ class BaseTrainer(Resumable):
                 if ends:
                     break
         if last is not None:
-            log.info("trained in %s", duration(time.monotonic() - began))
+            peak = peak_memory(self.device)
+            log.info("trained in %s%s", duration(time.monotonic() - began),
+                     f", with at most {peak / 2**30:.1f} GiB of memory" if peak else "")
         elif self.not_improved >= self.early_stop:
             log.info("nothing left to train: %s hasn't improved for %d epochs (trainer.early_stop is %d)", self.monitor,
                      self.not_improved, self.early_stop)

@@ -23,8 +23,8 @@ from torch import nn
 
 from base import BaseModel
 from base.base_data_loader import BaseDataLoader
-from benchmarks.scale import peak_bytes
 from benchmarks.timing import cpu_seconds, finish, interleave, machine, parser
+from utils.device import peak_memory
 
 WIDTH, CLASSES, BATCH, MEGA = 1280, 100, 512, 1 << 20
 EPOCHS = 10     # of cRT
@@ -106,14 +106,6 @@ class Noise(BaseDataLoader):
             yield torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(batch)), torch.zeros(n)
 
 
-def own_peak() -> int:
-    """This program's peak in bytes. Linux's ru_maxrss also has that of the process which started it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_bytes(torch.device("cpu"))
-    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-
-
 def measure(images: int, folder: str) -> dict[str, float]:
     """Seconds and peak bytes, above what the process had before, of writing features and of an epoch on them."""
     from trainer.cached import store_of
@@ -125,7 +117,7 @@ def measure(images: int, folder: str) -> dict[str, float]:
     model = Wide()
     model.freeze("backbone")
     optimizer = torch.optim.SGD(model.linear.parameters(), 0.01, momentum=0.9)
-    idle, result = own_peak(), {}
+    idle, result = peak_memory(torch.device("cpu")), {}
     store = store_of(model, plain, Path(folder) / "train.f16", 1, "off")
 
     def train() -> None:
@@ -137,7 +129,7 @@ def measure(images: int, folder: str) -> dict[str, float]:
         began = time.perf_counter()
         step()
         result |= {f"{name}_s": time.perf_counter() - began,
-                   f"{name}_peak_bytes": own_peak() - idle}
+                   f"{name}_peak_bytes": peak_memory(torch.device("cpu")) - idle}
     return {"images": images, "file_bytes": store.bytes, **result}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,16 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks.timing import cpu_seconds, finish, machine, parser
+from utils.device import peak_memory
 
 BASE = {"classes": 100, "experts": 3, "batch": 64}
 AXES = {"classes": (100, 1000, 8142), "experts": (1, 2, 4, 8), "batch": (16, 64, 256)}
 MEGA = 1 << 20
-
-
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure(classes: int, experts: int, batch: int, rounds: int, cpu_time: bool) -> dict[str, float]:
@@ -39,7 +33,7 @@ def measure(classes: int, experts: int, batch: int, rounds: int, cpu_time: bool)
     from tools.allocator import keep_freed_memory
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    idle, clock = peak_bytes(device), cpu_seconds if cpu_time else time.perf_counter
+    idle, clock = peak_memory(device), cpu_seconds if cpu_time else time.perf_counter
     model = build_model({"type": "ResNet32Model", "args": {"num_experts": experts, "reduce_dimension": True}}, classes)
     model.to(device, memory_format=torch.channels_last)
     criterion = build_loss({"type": "RIDELoss"}, cls_num_list=[10] * classes)
@@ -73,7 +67,7 @@ def measure(classes: int, experts: int, batch: int, rounds: int, cpu_time: bool)
             seconds.append(clock() - began)
         result[f"{name}_s"] = statistics.median(seconds[1:])
     counters = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors())
-    return {**result, "peak_bytes": peak_bytes(device) - idle, "counter_bytes": counters}
+    return {**result, "peak_bytes": peak_memory(device) - idle, "counter_bytes": counters}
 
 
 def settings() -> list[dict[str, int]]:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -79,3 +81,19 @@ def set_determinism(deterministic: bool) -> None:
     if deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has used: of the GPU's memory, or, on the CPU, of its own, without data workers;
+    None where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():    # getrusage's figure on Linux also has that of the process which started it
+        return next((1024 * int(line.split()[1]) for line in status.read_text().splitlines()
+                     if line.startswith("VmHWM")), None)
+    try:
+        import resource
+    except ImportError:    # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
