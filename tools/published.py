@@ -11,6 +11,8 @@ SOURCES = {
     "BatchFormer": "Hou et al., CVPR 2022: README.md of zhihou7/BatchFormer",
     "Decoupling": "Kang et al., ICLR 2020: README.md of facebookresearch/classifier-balancing",
     "LDAM": "Cao et al., NeurIPS 2019: table 2 (100 minus the error)",
+    "SADE": "Zhang et al., NeurIPS 2022",
+    "BalPoE": "Aimar et al., CVPR 2023",
     "MABN": "Yan et al., ICLR 2020: README.md of the MABN repository (100 minus the error)",
 }
 
@@ -39,6 +41,10 @@ PUBLISHED = tuple(Published(*row) for row in (
     ("CIFAR-100-LT", "ResNet32", "RIDE, 6 experts (teacher)", 6, 100, 50.2, 69.3, 52.1, 25.8, "RIDE"),
     ("CIFAR-100-LT", "ResNet32", "CE", 1, 200, 38.32, None, None, None, "LDAM"),
     ("CIFAR-100-LT", "ResNet32", "LDAM-DRW", 1, 200, 42.04, None, None, None, "LDAM"),
+    ("CIFAR-100-LT", "ResNet32", "balanced softmax", 1, 200, 46.1, None, None, None, "SADE"),
+    ("CIFAR-100-LT", "ResNet32", "SADE, 3 experts", 3, 200, 49.8, None, None, None, "SADE"),
+    ("CIFAR-100-LT", "ResNet32", "BalPoE, 3 experts + mixup", 3, 200, 52.0, None, None, None, "BalPoE"),
+    ("CIFAR-100-LT", "ResNet32", "BalPoE, 3 experts + mixup + AutoAugment", 3, 200, 54.7, None, None, None, "BalPoE"),
     ("CIFAR-10-LT", "ResNet32", "CE", 1, 200, 70.36, None, None, None, "LDAM"),
     ("CIFAR-10-LT", "ResNet32", "LDAM-DRW", 1, 200, 77.03, None, None, None, "LDAM"),
     ("ImageNet-LT", "ResNet10", "RIDE, 3 experts", 3, None, 44.7, 57.0, 40.3, 25.5, "BatchFormer"),

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from base.freezing import freeze_plan
 from base.run_paths import RunPaths, run_of
 from logger.metrics_csv import read_table
 from utils.config.read import read_json
@@ -18,8 +19,11 @@ from utils.errors import ConfigError
 LOSSES = {"CrossEntropyLoss": "CE", "FocalLoss": "focal loss", "LDAMLoss": "LDAM", "RIDELoss": "RIDE",
           "RIDELossWithDistill": "RIDE + distillation", "BalancedSoftmaxLoss": "balanced softmax",
           "RIDEBalancedSoftmaxLoss": "RIDE, balanced softmax", "HCMLoss": "HCM",
-          "LogitAdjustmentLoss": "logit adjustment", "LabelSmoothingLoss": "CE, label smoothing"}
+          "LogitAdjustmentLoss": "logit adjustment", "LabelSmoothingLoss": "CE, label smoothing",
+          "BalPoELoss": "BalPoE", "SADELoss": "SADE", "VSLoss": "VS", "GCLLoss": "GCL"}
 NORMS = {"BatchNorm2d": "BN", "BatchRenorm": "BatchRenorm", "SyncBatchNorm": "SyncBN"}
+MIXES = {"mixup": "mixup", "cutmix": "CutMix", "either": "mixup or CutMix"}
+POLICIES = {"autoaugment": "AutoAugment", "randaugment": "RandAugment", "trivialaugment": "TrivialAugment"}
 SAMPLERS = {"ClassBalanced": "class-balanced", "SquareRoot": "square-root", "ClassAware": "class-aware",
             "ProgressivelyBalanced": "progressively balanced"}
 DATA = {"DigitsLT": "Digits-LT", "ImbalanceCIFAR100": "CIFAR-100-LT", "ImbalanceCIFAR10": "CIFAR-10-LT",
@@ -50,7 +54,26 @@ def method_of(config: dict[str, Any]) -> str:
         parts.append("LWS" if args.get("classifier") == "lws" else "cRT")
     elif sampler_of(config) and not routed:
         parts.append(f"{sampler_of(config)} sampling")
+    data = config["data_loader"].get("args") or {}
+    parts += [MIXES.get((data.get("mix") or {}).get("type")), POLICIES.get(data.get("augment"))]
+    kind = (config.get("optimizer") or {}).get("type")
+    parts += [kind if kind in ("Muon", "SAM") else None, _pretraining(config)]
     return " + ".join(part for part in parts if part)
+
+
+def _pretraining(config: dict[str, Any]) -> str:
+    """What happens to a pretrained network of timm's under its classifier; else ""."""
+    args, trainer = config["arch"].get("args") or {}, config.get("trainer") or {}
+    if not args.get("model_name") or not (args.get("weights", True) or config.get("pretrained")):
+        return ""
+    if args.get("tuning"):
+        return str(args["tuning"] if isinstance(args["tuning"], str) else args["tuning"].get("type"))
+    try:
+        plan = freeze_plan(trainer.get("freeze"))
+    except ConfigError:
+        plan = None
+    whole = plan is not None and plan.what == "backbone" and (plan.until or math.inf) >= trainer.get("epochs", 0)
+    return "frozen backbone" if whole else "fine-tuning"
 
 
 def experts_of(config: dict[str, Any]) -> int:

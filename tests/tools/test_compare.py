@@ -111,6 +111,9 @@ def test_a_mistake_is_one_line(args, said, saved, run_cli, tmp_path):
 
 # ---------------------------------------------------------------------- rows
 
+TIMM = {"arch": {"type": "TimmModel", "args": {"model_name": "resnet18"}}}
+
+
 @pytest.mark.parametrize("change, said", [
     ({}, "CE"),
     ({"loss": {"type": "LDAMLoss", "args": {"reweight_epoch": 160}}}, "LDAM-DRW"),
@@ -123,6 +126,14 @@ def test_a_mistake_is_one_line(args, said, saved, run_cli, tmp_path):
       "data_loader": {"type": "DigitsLTDataLoader", "args": {"balanced": True}}}, "RIDE + EA, 3 experts"),
     ({"data_loader": {"type": "DigitsLTDataLoader", "args": {"sampler": {"type": "SquareRoot"}}}},
      "CE + square-root sampling"),
+    ({"loss": {"type": "BalPoELoss"}, "arch": {"type": "ResNet32Model", "args": {"num_experts": 3}},
+      "optimizer": {"type": "Muon"}, "data_loader": {"type": "DigitsLTDataLoader", "args": {
+          "augment": "autoaugment", "mix": {"type": "mixup", "alpha": 0.4}}}},
+     "BalPoE, 3 experts + mixup + AutoAugment + Muon"),
+    ({**TIMM, "trainer": {"epochs": 30, "freeze": {"until": "epoch 30"}}}, "CE + frozen backbone"),
+    ({**TIMM, "trainer": {"epochs": 40, "freeze": {"until": "epoch 30"}}}, "CE + fine-tuning"),
+    ({"arch": {"type": "TimmModel", "args": {"model_name": "resnet18", "weights": False}}}, "CE"),
+    ({"arch": {"type": "TimmModel", "args": {"model_name": "vit_small", "tuning": "LoRA"}}}, "CE + LoRA"),
 ])
 def test_methods_have_their_usual_names(change, said):
     assert method_of({**CONFIG, **change}) == said
