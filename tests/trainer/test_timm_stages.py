@@ -76,3 +76,30 @@ def test_a_student_learns_from_a_network_of_timms(stage1, timm_runs):
                  / "checkpoint-epoch1.pth")
     assert changed(alone, taught) >= {"backbone.linear.weight", "backbone.linear.bias"}
     assert all(value.isfinite().all() for value in taught["state_dict"].values())
+
+
+def test_predictions_and_costs(stage1, tiny_images, tmp_path, capsys):
+    from tools import gflops, predict
+    name, first = stage1
+    predict.main(["-r", str(first), str(tiny_images / "val" / "class0"), "--csv", str(tmp_path / "said.csv")])
+    assert len((tmp_path / "said.csv").read_text().splitlines()) == 1 + 5
+    capsys.readouterr()
+    gflops.main(["-r", str(first)])
+    shown = capsys.readouterr().out
+    assert "expert 2" in shown and "stem" in shown
+
+
+@pytest.mark.slow
+def test_a_report_and_an_exported_file(stage1, tiny_images, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from tools import export, predict, report
+    name, first = stage1
+    report.main([str(first.parent)])
+    assert (first.parent / "report.html").stat().st_size > 50_000
+    export.main(["-r", str(first), "--out", str(tmp_path / "model.onnx")])    # compares their outputs itself
+    said = []
+    for source, table in ((first, "a.csv"), (tmp_path / "model.onnx", "b.csv")):
+        predict.main(["-r", str(source), str(tiny_images / "val"), "--csv", str(tmp_path / table)])
+        said.append([line.split(",")[1] for line in (tmp_path / table).read_text().splitlines()])
+    assert said[0] == said[1]
