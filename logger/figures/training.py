@@ -27,12 +27,16 @@ def _draw_lines(axes: Any, lines: Sequence[tuple]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     # Names that would overlap are moved apart, in order of the lines' ends, and not above the panel.
     low, high = axes.get_ylim()
-    gap, heights = (high - low) * 0.085, []
-    for end in sorted(ends):
-        heights.append(end[0] if not heights else max(end[0], heights[-1] + gap))
-    for place in reversed(range(len(heights))):
-        heights[place] = min(heights[place], high - gap * (len(heights) - place - 0.7))
-    for (_, x, name, colour), y in zip(sorted(ends), heights):
+    ends.sort()
+    gap, near = (high - low) * 0.085, 0.3 * (axes.get_xlim()[1] - axes.get_xlim()[0])
+    heights: list[float] = []
+    for number, (y, x, *_) in enumerate(ends):
+        below = [heights[other] + gap for other in range(number) if abs(ends[other][1] - x) < near]
+        heights.append(max([y, *below]))
+    for place in reversed(range(len(ends))):
+        above = [heights[other] for other in range(place + 1, len(ends)) if abs(ends[other][1] - ends[place][1]) < near]
+        heights[place] = min([heights[place], high - 0.3 * gap, *(height - gap for height in above)])
+    for (_, x, name, colour), y in zip(ends, heights):
         axes.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", color=colour, va="center", fontsize=8.5,
                       annotation_clip=False)
 
