@@ -43,6 +43,19 @@ def published_for(row: Row) -> Published | None:
     return min(alike, key=lambda entry: abs((entry.epochs or 0) - (row["epochs"] or 0)), default=None)
 
 
+def starts_from(row: Row, rows: Sequence[Row]) -> str:
+    """The flag that gives a second stage's command the kept weights that it begins from; "" where it needs none."""
+    before = re.sub(r" \+ (cRT|LWS|EA)\b", "", row["method"])
+    if before == row["method"]:
+        return ""
+    first = next((other for other in rows if (other["method"], other["data"], other["model"]) == (
+        before, row["data"], row["model"])), None)
+    if first is None:
+        return ""
+    weights = shlex.quote((Path(first["config"]).parent / "weights.pth").as_posix())
+    return f" {'-r' if ' + EA' in row['method'] else '--load_crt'} {weights}"
+
+
 def readme_table(rows: Sequence[Row]) -> str:
     """Markdown: a row a method (seeds as mean ± standard deviation), ablations last, quoted figures explained below.
 
@@ -56,10 +69,10 @@ def readme_table(rows: Sequence[Row]) -> str:
             raise ConfigError(f"{row['config']}: that run has no test figures; run test.py on it first")
         folder, entry = Path(row["config"]).parent.name, published_for(row)
         name, seeds = stem(folder), row["seed"].split(", ")
-        command = f"python train.py -c {shlex.quote(row['config'])}" + (
-            f" --seed {seeds[0]} (then {', '.join(seeds[1:])})" if seeds[1:] else "")
+        command = f"python train.py -c {shlex.quote(row['config'])}{starts_from(row, rows)}"
+        command = f"`{command} --seed {seeds[0]}`, then {', '.join(seeds[1:])}" if seeds[1:] else f"`{command}`"
         method = row["method"] + (f", without {name.split('minus_', 1)[1]}" if is_ablation(name) else "")
-        table.append({**row, "run": name, "method": method, "command": f"`{command}`",
+        table.append({**row, "run": name, "method": method, "command": command,
                       "published": entry and entry.all})
         if entry:
             notes[f"{entry.all:.1f}: {entry.method}" + (f", {entry.epochs} epochs" if entry.epochs else "")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tools.keep import halved, keep, without_places
-from tools.results import published_for, stem
+from tools.results import published_for, starts_from, stem
 from utils.errors import ConfigError
 
 FIGURES = {"accuracy": 0.5, "many_shot_acc": 0.6, "medium_shot_acc": 0.4, "few_shot_acc": 0.0, "ece": 0.1,
@@ -74,7 +74,7 @@ def test_the_readmes_table(kept, run_cli):
     assert [cell.strip() for cell in head.strip("|").split("|")] == [
         "run", "method", "params M", "epochs", "minutes", "all %", "many", "medium", "few", "ECE %", "command"]
     assert "| digits_ride | RIDE, 3 experts + square-root sampling |" in first and " ± " in first
-    assert re.search(r"`python train.py -c \S+digits_ride_s0/config.json --seed 0 \(then 1\)`", first)
+    assert re.search(r"`python train.py -c \S+digits_ride_s0/config.json --seed 0`, then 1 \|", first)
     assert second.startswith("| digits_minus_router |") and ", without router" in second and "| 0.0 |" in second
 
 
@@ -90,6 +90,18 @@ def test_published_figures_stand_beside():
     assert published_for({**row, "method": "CE", "experts": 1, "epochs": 100}).source == "RIDE"
     assert published_for({**row, "method": "RIDE, 3 experts + NBN"}) is None
     assert stem("cifar100_lt_ride_fast30_s12") == "cifar100_lt_ride_fast30"
+
+
+@pytest.mark.parametrize("method, first, flag", [
+    ("CE + cRT", "CE", " --load_crt results/one_s0/weights.pth"),
+    ("CE + LWS", "CE", " --load_crt results/one_s0/weights.pth"),
+    ("RIDE + EA, 3 experts", "RIDE, 3 experts", " -r results/one_s0/weights.pth"),
+    ("CE + cRT", "balanced softmax", ""), ("CE", "CE", "")])
+def test_a_second_stage_begins_from_the_kept_first(method, first, flag):
+    shared = {"data": "CIFAR-100-LT", "model": "ResNet32"}
+    rows = [{**shared, "method": first, "config": "results/one_s0/config.json"},
+            {**shared, "method": method, "config": "results/two_s0/config.json"}]
+    assert starts_from(rows[1], rows) == flag
 
 
 def test_the_curves(kept, run_cli, tmp_path):
