@@ -97,7 +97,7 @@ def test_batchformer_works_in_training_only(name):
 
 
 @pytest.mark.parametrize("classifier", ("linear", "cosine", "linear_fcbn", "linear_fcbn_notaffine", "lws"))
-@pytest.mark.parametrize("name", ("test_efficientnet",))
+@pytest.mark.parametrize("name", NAMES)
 def test_classifiers_and_stage_two(name, classifier):
     model = make(name, num_experts=2, classifier=classifier)
     assert model(images())["logits"].isfinite().all()

@@ -10,7 +10,8 @@ from tests.trainer.conftest import Runs, load
 
 pytest.importorskip("timm")
 
-NAMES = ("test_resnet", "test_efficientnet", "test_convnext", "test_vit")
+NAMES = (*(pytest.param(name, marks=pytest.mark.slow) for name in ("test_resnet", "test_convnext")),
+         "test_efficientnet", "test_vit")
 
 
 @pytest.fixture(scope="module")

