@@ -33,34 +33,31 @@ def cos_lr(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, 
 
     BatchFormer's CosLR multiplies by the rate twice and leaves its warm-up out; this is what its name promises.
     """
-    def factor(t: float, epochs: int) -> float:
-        if t < warmup_epoch:
-            return warm_up(t, warmup_epoch, unit, warmup_start)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (t - warmup_epoch) / max(unit, epochs - warmup_epoch))))
-    return cycles(factor, run_epochs, restart)
+    return cycles(lambda share: 0.5 * (1 + math.cos(math.pi * share)), run_epochs, warmup_epoch, warmup_start, unit,
+                  restart)
 
 
 def linear_lr0(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, by: By = "epoch",
                unit: float = 1.0, restart: int | list[int] = ()) -> Callable[[float], float]:
     """Warm-up, then a line from 1 at time `warmup_epoch` to 0 at `run_epochs`; see `cycles` for `restart`."""
-    def factor(t: float, epochs: int) -> float:
-        if t < warmup_epoch:
-            return warm_up(t, warmup_epoch, unit, warmup_start)
-        return max(0.0, 1 - (t - warmup_epoch) / max(unit, epochs - warmup_epoch))
-    return cycles(factor, run_epochs, restart)
+    return cycles(lambda share: 1 - share, run_epochs, warmup_epoch, warmup_start, unit, restart)
 
 
-def cycles(factor: Callable[[float, int], float], run_epochs: int,
+def cycles(fall: Callable[[float], float], run_epochs: int, warmup_epoch: float, warmup_start: float, unit: float,
            restart: int | list[int]) -> Callable[[float], float]:
-    """A schedule that begins anew after each epoch of `restart` (Loshchilov and Hutter, SGDR, ICLR 2017): each cycle
-    goes to the next one's start, the last to the run's end. Epochs that the run doesn't reach count for nothing."""
+    """Warm-up, then `fall`, the factor by the share of the time after it, from 0 to 1; anew after each epoch of
+    `restart` (Loshchilov and Hutter, SGDR, ICLR 2017): each cycle goes to the next one's start, the last to the run's
+    end. Epochs that the run doesn't reach count for nothing."""
     starts = [0, *(epoch for epoch in ([restart] if isinstance(restart, int) else restart) if epoch < run_epochs)]
     ends = [*starts[1:], run_epochs]
 
-    def at(t: float) -> float:
+    def factor(t: float) -> float:
         cycle = bisect.bisect_right(starts, t) - 1
-        return factor(t - starts[cycle], ends[cycle] - starts[cycle])
-    return at
+        t, epochs = t - starts[cycle], ends[cycle] - starts[cycle]
+        if t < warmup_epoch:
+            return warm_up(t, warmup_epoch, unit, warmup_start)
+        return fall(min(1.0, (t - warmup_epoch) / max(unit, epochs - warmup_epoch)))
+    return factor
 
 
 def iteration_lr(milestones: list[int], gamma: float = 0.1, warmup_iters: int = 500,
