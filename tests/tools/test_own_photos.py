@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from torchvision.datasets import CIFAR100
 
+from data_loader.datasets import CIFAR100, read_cifar
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
 
 CIFAR = Path(__file__).resolve().parents[2] / "data" / "cifar-100-python"
@@ -17,13 +17,13 @@ def photos(tmp_path) -> Path:
     """CIFAR-100-LT as folders of PNG files: 10,847 images for training, 20 a class for testing."""
     if not CIFAR.is_dir():
         pytest.skip(f"needs CIFAR-100 in {CIFAR}")
-    for split in ("train", "test"):
-        part = CIFAR100(CIFAR.parent, train=split == "train")
-        counts = img_num_per_cls(500, 100, "exp", 0.01) if split == "train" else [20] * 100
+    data = read_cifar(str(CIFAR.parent), CIFAR100, download=False)
+    for split, part, counts in (("train", data.train, img_num_per_cls(500, 100, "exp", 0.01)),
+                                ("test", data.test, [20] * 100)):
         for i in long_tail_indices(part.targets, counts):
-            folder = tmp_path / "photos" / split / part.classes[part.targets[i]]
+            folder = tmp_path / "photos" / split / data.class_names[part.targets[i]]
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(part.data[i]).save(folder / f"{i:05d}.png")
+            Image.fromarray(part.pixels[i]).save(folder / f"{i:05d}.png")
     return tmp_path / "photos"
 
 
