@@ -1,12 +1,17 @@
-"""What the benchmarks compare is alike: RIDE's own loop trains the network that ours trains."""
+"""What the benchmarks compare is alike: RIDE's own loop trains our network; and two commits' figures."""
 import copy
+import subprocess
+from pathlib import Path
 
+import pytest
 import torch
 
+from benchmarks.against import checkout, compare, times
 from benchmarks.original import OriginalResNet, OriginalTrainer, as_original
 from data_loader.data_loaders import DigitsLTDataLoader
 from model.loss import build_loss
 from model.model import build_model
+from utils.errors import ConfigError
 
 ARCH = {"type": "ResNet32Model", "args": {"num_classes": 10, "num_experts": 2, "use_norm": True, "add_bt": 1,
                                           "layer2_output_dim": 16, "layer3_output_dim": 16}}
@@ -50,3 +55,36 @@ def test_its_loop_trains_and_validates_on_the_loaders_images() -> None:
     trainer.epoch()
     assert seen == [(True, (16, 3, 32, 32))] * 2 + [(False, (16, 3, 32, 32))]
     assert not torch.equal(before, theirs.backbone.conv1.weight)
+
+
+def test_times_are_found_and_rates_turned_into_them() -> None:
+    found = dict(times({"rows": [{"model": "folded", "images_per_second": 50.0, "speed_up": {"median": 9.0}}],
+                        "layer": {"shape": [1, 2], "ratio": {"median": 1.5, "low": 1.0}, "limit": 2.0},
+                        "sizes": [{"classes": 10, "train_s": 0.25, "peak_bytes": 7}]}))
+    assert found == {"rows folded images_per_second": 0.02, "layer ratio median": 1.5, "sizes 0 train_s": 0.25}
+
+
+def write_benchmark(folder: Path, seconds: float) -> None:
+    """`benchmarks.fake` in that folder, which says that it took so long."""
+    (folder / "benchmarks").mkdir(parents=True, exist_ok=True)
+    (folder / "benchmarks" / "fake.py").write_text(
+        "import json, sys\n"
+        f"json.dump({{'results': {{'seconds': {seconds} * float(sys.argv[1])}}}}, open(sys.argv[3], 'w'))")
+
+
+def test_a_figure_of_two_commits_is_compared_in_turns(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+    git("init", "-q")
+    write_benchmark(tmp_path, 2.0)
+    git("add", ".")
+    git("commit", "-q", "-m", "then")
+    write_benchmark(tmp_path, 3.0)
+    with checkout("HEAD", tmp_path) as then:
+        found = compare({"then": then, "now": tmp_path}, "fake", ["0.5"], rounds=2)
+        assert found["seconds"].seconds == {"then": [1.0, 1.0], "now": [1.5, 1.5]}
+        with pytest.raises(ConfigError, match=r"benchmarks\.missing"):
+            compare({"then": then}, "missing", [], rounds=1)
+    assert not then.exists()
+    with pytest.raises(ConfigError, match="nowhere"), checkout("nowhere", tmp_path):
+        pass

@@ -17,6 +17,7 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from model.crops import forward_crops
+from model.norm import fold_norm
 from trainer.precision import autocast
 from utils import dist
 from utils.errors import ConfigError, RunError
@@ -105,16 +106,16 @@ class FeatureStore:
         if not self.file.is_file():
             raise ConfigError(f"trainer.cache_features: {self.file.parent} isn't there for every process; trainer."
                               "save_dir must be on a disk that all machines see")
-        was_training, n, finished = model.training, self.shape[1], True
-        model.eval()
+        n = self.shape[1]
+        if done == self.shape[0] * n:
+            return True
         with self._bar(done, progress) as bar, _all_experts(model):
+            folded = fold_norm(model)       # the same features, to rounding, for a tenth to a fifth less time
             for view in range(done // n, self.shape[0]):
                 loader.set_epoch(view + 1, 0, done % n if view == done // n else 0)
-                finished = self._view(model, loader, view, amp, stop, bar)
-                if not finished:
-                    break
-        model.train(was_training)
-        return finished
+                if not self._view(folded, loader, view, amp, stop, bar):
+                    return False
+        return True
 
     def _view(self, model: nn.Module, loader: Any, view: int, amp: object, stop: Callable[[], bool], bar: Any) -> bool:
         waiting: list[tuple[np.ndarray, np.ndarray]] = []
