@@ -5,7 +5,7 @@
 
 Each round runs the benchmark once at either commit, in a random order, with this Python and its packages; what both
 report as seconds or milliseconds, per second or as a ratio of times is compared. What is slower here by more than 3 %,
-by the median over the rounds, is marked, and the exit status is then 1.
+by the median over the rounds, is marked, and the exit status is then 1; it's 2 where nothing could be compared.
 """
 from __future__ import annotations
 
@@ -88,8 +88,12 @@ def compare(sides: dict[str, Path], benchmark: str, flags: list[str], rounds: in
         for side in order.sample(list(sides), len(sides)):
             runs[side].append(run(sides[side], benchmark, flags))
     every = [found for found_by_side in runs.values() for found in found_by_side]
-    return {name: Timing({side: [found[name] for found in runs[side]] for side in sides})
-            for name in every[0] if all(name in found for found in every)}
+    shared = [name for name in every[0] if all(name in found for found in every)]
+    if not shared:
+        raise ConfigError(f"benchmarks.{benchmark}: no figure of time that both sides' runs have")
+    for name in sorted(set().union(*every) - set(shared)):
+        print(f"{name}: not on both sides")
+    return {name: Timing({side: [found[name] for found in runs[side]] for side in sides}) for name in shared}
 
 
 def main() -> int:
@@ -98,9 +102,9 @@ def main() -> int:
     flags.add_argument("--json", metavar="FILE", help="also write the ratios there")
     flags.add_argument("commit", help="what to compare with: a hash, a tag, a branch")
     flags.add_argument("benchmark", help="a module of benchmarks/, such as inference")
+    flags.set_defaults(threads=None)
     flags.add_argument("flags", nargs=argparse.REMAINDER, help="the benchmark's own flags")
     args = flags.parse_args()
-    args.threads = None
     with checkout(args.commit) as then:
         print(machine(), flush=True)
         found = compare({"then": then, "now": ROOT}, args.benchmark, args.flags, args.rounds)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 from torchvision.transforms.autoaugment import AutoAugmentPolicy
 
 from benchmarks import shards
-from benchmarks.timing import Timing, finish, machine, parser, spread
+from benchmarks.timing import Timing, begin, finish, interleave, parser, spread, timed
 from data_loader.datasets import ImageSet, Splits
 from data_loader.image_loader import ImageDataLoader
 from data_loader.images import read_rgb
@@ -42,16 +41,7 @@ PER_ROUND = 8
 
 
 def cpu_timing(sides: dict[str, Callable[[], object]], rounds: int) -> Timing:
-    """As `interleave`, in seconds of CPU time."""
-    names = list(sides)
-    timing = Timing({name: [] for name in names})
-    for r in range(-1, rounds):
-        for name in names if r % 2 else names[::-1]:
-            start = time.process_time()
-            sides[name]()
-            if r >= 0:
-                timing.seconds[name].append(time.process_time() - start)
-    return timing
+    return interleave({name: timed(side) for name, side in sides.items()}, rounds, warmup=1)
 
 
 class _Arrays(ImageDataLoader):
@@ -172,8 +162,7 @@ def pixel_difference(folder: Path) -> list[dict]:
 def main() -> int:
     args = parser(__doc__.splitlines()[0], threads=1).parse_args()
     args.threads = 1
-    torch.set_num_threads(1)
-    print(machine(1))
+    begin(args)
     results: dict = {"small": time_small(args.rounds or 9)}
     results |= {policy: time_small(args.rounds or 5, policy) for policy in DRAWS}
     with tempfile.TemporaryDirectory() as folder:

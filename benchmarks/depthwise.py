@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.timing import cpu_seconds, finish, interleave, machine, parser, spread
+from benchmarks.timing import begin, finish, interleave, parser, spread, timed
 from model.model import build_model
 
 SIDES = {"float32": (False, True), "bfloat16": (True, False), "bfloat16, depthwise float32": (True, True)}
@@ -32,19 +32,16 @@ def network(frozen: float | None, steady: bool) -> nn.Module:
 
 
 def step(model: nn.Module, half: bool, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], float]:
-    def run() -> float:
-        began = cpu_seconds()
+    def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = F.cross_entropy(model(images)["output"].float(), labels)
         loss.backward()
-        return cpu_seconds() - began
-    return run
+    return timed(run)
 
 
 def main() -> None:
     args = parser(__doc__.splitlines()[0]).parse_args()
-    torch.set_num_threads(args.threads)
-    print(machine(args.threads))
+    begin(args)
     images = torch.randn(64, 3, 112, 112).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(100, (64,))
     results = {}

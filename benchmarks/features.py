@@ -2,8 +2,9 @@
 
     python -m benchmarks.features [--data_dir data] [--images 150000 1000000] [--json FILE]
 
-The first part trains cRT's classifier on a frozen ResNet-32 (CIFAR-100-LT in data_dir, without it digits), an epoch
-with its validation on images and one on features in turns, by CPU time, and the pass that makes the features once.
+The first part trains cRT's and LWS's classifiers on a frozen ResNet-32 (CIFAR-100-LT in data_dir, without it digits),
+an epoch with its validation on images and one on features in turns, by CPU time, and the pass that makes the features
+once.
 The second writes features of so many images, 1,280 numbers each, and trains a classifier of 100 classes on them for an
 epoch, each in a process of its own: what it prints is the process's peak memory above its start.
 """
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +25,26 @@ from torch import nn
 
 from base import BaseModel
 from base.base_data_loader import BaseDataLoader
-from benchmarks.timing import cpu_seconds, finish, interleave, machine, parser
+from benchmarks.timing import begin, finish, interleave, parser, spread, timed
 from utils.device import peak_memory
 
 WIDTH, CLASSES, BATCH, MEGA = 1280, 100, 512, 1 << 20
-EPOCHS = 10     # of cRT
+EPOCHS = 10
 
 
 # ---------------------------------------------------------------------- speed
 
-def make_trainer(data_dir: str | None, folder: Path, cached: bool) -> Any:
-    """cRT's trainer on a network with random weights: what they are makes no difference to its speed."""
+def make_trainer(data_dir: str | None, folder: Path, stage: str, cached: bool) -> Any:
+    """The trainer of `stage`, crt or lws, on random weights: what they are makes no difference to its speed."""
     from base.run_paths import RunPaths
     from tools import session
     from trainer.schedules import build_optimizer
     from trainer.trainer import Trainer
     from utils.config.load import load_config
-    config = load_config(Path("configs") / ("cifar100_lt_crt.json" if data_dir else "digits_lt_crt.json"))
+    config = load_config(Path("configs") / f"{'cifar100' if data_dir else 'digits'}_lt_{stage}.json")
     if data_dir:
         config["data_loader"]["args"]["data_dir"] = data_dir
+    config["optimizer"]["args"]["lr"] = 1e-6      # random features are large
     config["trainer"].update(cache_features=cached or None, tensorboard=False, verbosity=0, freeze="backbone")
     train_loader = session.make_loader(config)
     model = session.make_model(config, train_loader.num_classes)
@@ -51,21 +54,20 @@ def make_trainer(data_dir: str | None, folder: Path, cached: bool) -> Any:
                    valid_loader=train_loader.split_validation(), paths=RunPaths(folder, folder))
 
 
-def compare(data_dir: str | None, rounds: int) -> dict[str, Any]:
+def compare(data_dir: str | None, stage: str, rounds: int) -> dict[str, Any]:
     """CPU seconds of an epoch on images and on features, and of the pass."""
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {"images": make_trainer(data_dir, Path(folder), False),
-                    "features": make_trainer(data_dir, Path(folder), True)}
+        trainers = {"images": make_trainer(data_dir, Path(folder), stage, False),
+                    "features": make_trainer(data_dir, Path(folder), stage, True)}
         epochs = dict.fromkeys(trainers, 0)
 
-        def epoch(name: str) -> float:
-            began = cpu_seconds()
+        def epoch(name: str) -> None:
             epochs[name] += 1
             trainers[name].train_epoch(epochs[name], 0)
             trainers[name].validate(epochs[name])
-            return cpu_seconds() - began
-        first = epoch("features")
-        timing = interleave({name: lambda name=name: epoch(name) for name in trainers}, rounds, warmup=1)
+        sides = {name: timed(partial(epoch, name)) for name in trainers}
+        first = sides["features"]()
+        timing = interleave(sides, rounds, warmup=1)
     one = {name: timing.median(name) for name in trainers}
     made = first - one["features"]
     return {"epoch_on_images_s": one["images"], "epoch_on_features_s": one["features"], "pass_s": made,
@@ -139,16 +141,19 @@ def main() -> int:
     flags.add_argument("--images", type=int, nargs="*", default=[150_000, 450_000], help="sizes of the second part")
     flags.add_argument("--only", type=int, metavar="IMAGES", help="one size, here")
     args = flags.parse_args()
-    torch.set_num_threads(args.threads)
     if args.only:
+        torch.set_num_threads(args.threads)
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(args.only, folder)))
         return 0
-    print(machine(args.threads))
-    speed = compare(args.data_dir, args.rounds or 3)
-    print(f"an epoch of cRT with its validation: on images {speed['epoch_on_images_s']:.2f} s, on features "
-          f"{speed['epoch_on_features_s']:.3f} s of CPU time: {speed['epochs_ratio']['median']:.0f}x\n"
-          f"{EPOCHS} epochs with the pass ({speed['pass_s']:.1f} s): {speed['whole_ratio']:.1f}x", flush=True)
+    begin(args)
+    speed = {}
+    for stage in ("crt", "lws"):
+        speed[stage] = row = compare(args.data_dir, stage, args.rounds or 3)
+        print(f"{stage}, an epoch with its validation: on images {row['epoch_on_images_s']:.2f} s, on features "
+              f"{row['epoch_on_features_s']:.3f} s of CPU time: {spread(row['epochs_ratio'])}\n"
+              f"{EPOCHS} epochs on features {EPOCHS * row['epoch_on_features_s']:.2f} s, with the pass "
+              f"({row['pass_s']:.1f} s) {row['whole_ratio']:.1f}x as fast as on images", flush=True)
     rows = []
     for images in args.images:
         done = subprocess.run([sys.executable, "-m", "benchmarks.features", "--only", str(images), "--threads",

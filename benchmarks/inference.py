@@ -9,12 +9,12 @@ matters for the speed. Each gate is biased so that half of all images would ask 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.timing import cpu_seconds, finish, interleave, machine, parser, spread
+from benchmarks.timing import begin, finish, interleave, parser, spread, timed
 from model.model import build_model
 from model.norm import MABN2d, fold_norm
 from tools.allocator import keep_freed_memory
@@ -65,14 +65,12 @@ def routed(images: torch.Tensor) -> tuple[nn.Module, list[float]]:
 
 @torch.no_grad()
 def main() -> int:
-    flags = parser(__doc__.splitlines()[0])
+    flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--batch", type=int, default=128, help="images a batch (default: %(default)s)")
     flags.add_argument("--compile", action="store_true", help="time torch.compile too (compiling takes a minute)")
-    flags.add_argument("--cpu-time", action="store_true", help="count CPU seconds, on one thread")
     args = flags.parse_args()
-    torch.set_num_threads(1 if args.cpu_time else args.threads)
     keep_freed_memory()
-    print(machine(torch.get_num_threads()))
+    begin(args)
     nchw = torch.randn(args.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     nhwc = nchw.contiguous(memory_format=torch.channels_last)
 
@@ -92,7 +90,8 @@ def main() -> int:
     outputs = {name: model(images)["output"] for name, (model, images) in models.items()}
     away = {name: check(name, outputs[name], outputs[twin]) for name, twin in twins.items() if name in outputs}
 
-    timing = interleave({name: side(model, images, args.cpu_time) for name, (model, images) in models.items()},
+    timing = interleave({name: timed(partial(model, images), args.cpu_time)
+                         for name, (model, images) in models.items()},
                         args.rounds or 15, budget=150)
     rows = []
     for name in models:
@@ -106,15 +105,6 @@ def main() -> int:
     print("share of images that used 1, 2, 3 experts: " + ", ".join(f"{share:.0%}" for share in shares))
     finish("inference", {"rows": rows, "mabn_over_bn_folded": promise, "expert_share": shares}, args)
     return 0
-
-
-def side(model: nn.Module, images: torch.Tensor, cpu_time: bool) -> Callable[[], float | None]:
-    """One batch through `model`; timed in CPU seconds where asked."""
-    def run() -> float | None:
-        began = cpu_seconds()
-        model(images)
-        return cpu_seconds() - began if cpu_time else None
-    return run
 
 
 if __name__ == "__main__":

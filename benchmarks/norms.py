@@ -9,12 +9,11 @@ Every ratio is the median over rounds of (ours / torch.nn.BatchNorm2d), both tim
 from __future__ import annotations
 
 import sys
-import time
 
 import torch
 from torch import nn
 
-from benchmarks.timing import finish, interleave, machine, parser, spread
+from benchmarks.timing import begin, finish, interleave, parser, spread, timed
 from model.norm import BatchRenorm2d, MABN2d, NormalizedBatchNorm2d, compile_norms, convert_norm, fold_norm
 from model.norm.grouped import GroupedBatchNorm2d
 from model.norm.native import compiler
@@ -78,7 +77,6 @@ def time_networks(rounds: int, cpu_time: bool) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(128, 3, 32, 32, generator=generator)
     labels = torch.randint(100, (128,), generator=generator)
-    clock = time.process_time if cpu_time else time.perf_counter
 
     def step(norm, memory_format, amp, compiled):
         net = ResNet32Model(num_classes=100, num_experts=1, norm=norm).to(memory_format=memory_format).train()
@@ -91,13 +89,11 @@ def time_networks(rounds: int, cpu_time: bool) -> list[dict]:
             compile_norms(net)
 
         def run():
-            began = clock()
             net.zero_grad(set_to_none=True)
             with autocast(torch.device("cpu"), amp):
                 loss = nn.functional.cross_entropy(net(given)["output"], labels)
             loss.backward()
-            return clock() - began
-        return run
+        return timed(run, cpu_time)
 
     norms = {"BN": "BatchNorm2d", "MABN": {"type": "MABN", "args": {"B": 128, "real_B": 2048}},
              "NBN": {"type": "NBN", "args": {"where": "all"}}}
@@ -138,13 +134,11 @@ def time_folding(rounds: int) -> list[dict]:
 
 
 def main() -> int:
-    flags = parser(__doc__.splitlines()[0])
+    flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--only", choices=["layers", "networks", "folding"], help="this part alone")
-    flags.add_argument("--cpu-time", action="store_true", help="networks: CPU seconds, for a busy machine")
     args = flags.parse_args()
-    torch.set_num_threads(args.threads)
     keep_freed_memory()
-    print(machine(args.threads))
+    begin(args)
     results = {}
     if args.only in (None, "layers"):
         print("\nTraining, forward + backward, float32: time over BatchNorm2d's")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import cpu_seconds, finish, machine, parser
+from benchmarks.timing import begin, cpu_seconds, finish, parser
 from utils.device import peak_memory
 
 BASE = {"classes": 100, "experts": 3, "batch": 64}
@@ -115,16 +115,15 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def main() -> int:
-    flags = parser(__doc__.splitlines()[0])
+    flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--plot", metavar="FILE", help="also draw the figures there (PNG)")
-    flags.add_argument("--cpu-time", action="store_true", help="count CPU seconds, on one thread")
     flags.add_argument("--only", type=json.loads, help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.only:
         torch.set_num_threads(1 if args.cpu_time else args.threads)
         print(json.dumps(measure(**args.only, rounds=args.rounds, cpu_time=args.cpu_time)))
         return 0
-    print(machine(1 if args.cpu_time else args.threads))
+    begin(args)
     rows = [run(setting, args) for setting in settings()]
     if args.plot:
         plot(rows, args.plot)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.original import WORKERS, OriginalTrainer
-from benchmarks.timing import cpu_seconds
+from benchmarks.timing import cpu_seconds, timed
 from data_loader.data_loaders import ImbalanceCIFAR100DataLoader
 from data_loader.datasets import ImageSet, Splits
 from data_loader.imbalance import img_num_per_cls
@@ -66,16 +66,6 @@ def valid_steps(args: argparse.Namespace, loader: Any, valid: Any) -> int:
 
 # ---- how they are timed --------------------------------------------------------------------------------------------
 
-def timed(turn: Callable[[], None], args: argparse.Namespace) -> Callable[[], float]:
-    clock = cpu_seconds if args.cpu_time else time.perf_counter
-
-    def seconds() -> float:
-        began = clock()
-        turn()
-        return clock() - began
-    return seconds
-
-
 def profile(turn: Callable[[], None]) -> dict[str, float]:
     """Each kind of work's share of the time of `turn`, in descending order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -113,14 +103,14 @@ def ours(args: argparse.Namespace, amp: str) -> dict[str, Callable]:
     def turn() -> None:
         trainer.train_epoch(next(epochs), start)
         trainer.evaluate(trainer.valid_loader, validating=True, max_batches=batches)
-    return {"go": timed(turn, args), "profile": partial(profile, turn)}
+    return {"go": timed(turn, args.cpu_time), "profile": partial(profile, turn)}
 
 
 def steps_alone(args: argparse.Namespace, amp: str, compiled: str | bool) -> dict[str, Callable]:
     """The last `--steps` steps of an epoch with that `trainer.compile`, without validation."""
     trainer = make_trainer(args, amp, compile=compiled)
     start, epochs = len(trainer.train_loader) - args.steps, iter(range(1, 10**9))
-    return {"go": timed(lambda: trainer.train_epoch(next(epochs), start), args)}
+    return {"go": timed(lambda: trainer.train_epoch(next(epochs), start), args.cpu_time)}
 
 
 def original(args: argparse.Namespace) -> dict[str, Callable]:
@@ -129,7 +119,7 @@ def original(args: argparse.Namespace) -> dict[str, Callable]:
     valid = loader.split_validation()
     trainer = OriginalTrainer(model, criterion, config["optimizer"]["args"], loader, valid, args.steps,
                               valid_steps(args, loader, valid), 0 if args.cpu_time else WORKERS)
-    return {"go": timed(trainer.epoch, args), "profile": partial(profile, trainer.epoch)}
+    return {"go": timed(trainer.epoch, args.cpu_time), "profile": partial(profile, trainer.epoch)}
 
 
 class Stopwatch:

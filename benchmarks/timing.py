@@ -55,14 +55,38 @@ def interleave(sides: dict[str, Callable[[], float | None]], rounds: int = 15, w
     return timing
 
 
-def parser(description: str, threads: int = 2) -> argparse.ArgumentParser:
-    """The flags all benchmarks share: --json FILE, --threads N (default `threads`), --rounds N."""
+def timed(run: Callable[[], object], cpu_time: bool = True) -> Callable[[], float]:
+    """`run` as a side that times itself: in CPU seconds (`cpu_seconds`), else in wall time."""
+    clock = cpu_seconds if cpu_time else time.perf_counter
+
+    def side() -> float:
+        began = clock()
+        run()
+        return clock() - began
+    return side
+
+
+def parser(description: str, threads: int = 2, cpu_time: bool = False) -> argparse.ArgumentParser:
+    """The flags all benchmarks share: --json FILE, --threads N (default `threads`), --rounds N; and --cpu-time, where
+    asked for."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--json", metavar="FILE", help="also write the results there")
     flags.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", threads)),
                        help="CPU threads (default: OMP_NUM_THREADS, else %(default)s)")
     flags.add_argument("--rounds", type=int, default=None, help="timed rounds of each comparison")
+    if cpu_time:
+        flags.add_argument("--cpu-time", action="store_true", help="count CPU seconds, on one thread")
     return flags
+
+
+def begin(args: argparse.Namespace) -> None:
+    """As many threads as asked for, one where CPU seconds are counted (threads that wait use CPU too), and a first line
+    that says what the figures are measured on."""
+    import torch
+    if getattr(args, "cpu_time", False):
+        args.threads = 1
+    torch.set_num_threads(args.threads)
+    print(machine(args.threads), flush=True)
 
 
 def cpu_seconds() -> float:

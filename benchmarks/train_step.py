@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.sides import BATCH, COUNTS, SIDES
-from benchmarks.timing import Timing, finish, interleave, machine, parser, spread
+from benchmarks.timing import Timing, begin, finish, interleave, parser, spread
 from data_loader.policies import DRAWS
 from trainer.precision import choose_precision
 
@@ -124,26 +124,26 @@ def compare_norms(args: argparse.Namespace, precision: str) -> dict[str, Any]:
             timing = interleave({name: partial(side.ask, "go") for name, side in sides.items()}, args.rounds or 7,
                                 warmup=1, budget=120)
         shown = "float32" if amp == "off" else precision
-        results[shown] = timing.speed_up("norms", "without")
-        print(f"trainer.compile \"norms\", {shown}: {spread(results[shown])} as fast as without, "
-              f"{timing.median('without') / args.steps:.3f} s a step there")
+        results[shown] = {"speed_up": timing.speed_up("norms", "without"),
+                          "step_s": {name: timing.median(name) / args.steps for name in sides}}
+        print(f"trainer.compile \"norms\", {shown}: {spread(results[shown]['speed_up'])} as fast as without, "
+              f"{results[shown]['step_s']['without']:.3f} s a step there")
     return results
 
 
 def main() -> int:
-    flags = parser(__doc__.splitlines()[0])
+    flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--data_dir", help="where CIFAR-100 is (default: noise)")
     flags.add_argument("--steps", type=int, default=12, help="steps of a turn (default: %(default)s; 85 are an epoch)")
     flags.add_argument("--only", choices=("loop", "parts", "norms"), help="just these (default: loop and parts)")
     flags.add_argument("--profile", action="store_true", help="say where the time goes")
-    flags.add_argument("--cpu-time", action="store_true", help="count CPU seconds, on one thread")
     flags.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.side:
         serve(args)
         return 0
     precision, why = choose_precision("auto", "cpu")
-    print(machine(1 if args.cpu_time else args.threads))
+    begin(args)
     print(f"trainer.amp \"auto\" is {'float32' if precision == 'off' else precision} here: {why}")
     results: dict[str, Any] = {"data": args.data_dir or "noise", "precision": precision, "why": why,
                                "seconds": "CPU" if args.cpu_time else "wall"}

@@ -85,6 +85,10 @@ def test_a_figure_of_two_commits_is_compared_in_turns(tmp_path: Path) -> None:
         assert found["seconds"].seconds == {"then": [1.0, 1.0], "now": [1.5, 1.5]}
         with pytest.raises(ConfigError, match=r"benchmarks\.missing"):
             compare({"then": then}, "missing", [], rounds=1)
+        (then / "benchmarks" / "fake.py").write_text(
+            "import json, sys\njson.dump({'results': {}}, open(sys.argv[3], 'w'))")
+        with pytest.raises(ConfigError, match="no figure"):
+            compare({"then": then, "now": tmp_path}, "fake", ["0.5"], rounds=1)
     assert not then.exists()
     with pytest.raises(ConfigError, match="nowhere"), checkout("nowhere", tmp_path):
         pass

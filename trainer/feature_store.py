@@ -18,6 +18,7 @@ from torch import nn
 from base.base_data_loader import BaseDataLoader
 from model.crops import forward_crops
 from model.norm import fold_norm
+from model.norm.facts import is_norm
 from trainer.precision import autocast
 from utils import dist
 from utils.errors import ConfigError, RunError
@@ -31,7 +32,7 @@ LARGEST = torch.finfo(torch.float16).max
 
 def feature_key(model: nn.Module, loader: Any, views: int, amp: object) -> str:
     """A digest of what features depend on: the weights under the classifier, the images, how they are prepared."""
-    digest = hashlib.blake2b(f"1 {views} {amp}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"2 {views} {amp}".encode(), digest_size=16)
     after = tuple(model.feature_prefixes())
     for name, value in model.state_dict().items():
         if not name.startswith(after):
@@ -106,16 +107,19 @@ class FeatureStore:
         if not self.file.is_file():
             raise ConfigError(f"trainer.cache_features: {self.file.parent} isn't there for every process; trainer."
                               "save_dir must be on a disk that all machines see")
-        n = self.shape[1]
+        was_training, n, finished = model.training, self.shape[1], True
         if done == self.shape[0] * n:
             return True
         with self._bar(done, progress) as bar, _all_experts(model):
-            folded = fold_norm(model)       # the same features, to rounding, for a tenth to a fifth less time
+            # The same features, to rounding, for a tenth to a fifth less time.
+            folded = fold_norm(model) if any(map(is_norm, model.modules())) else model.eval()
             for view in range(done // n, self.shape[0]):
                 loader.set_epoch(view + 1, 0, done % n if view == done // n else 0)
-                if not self._view(folded, loader, view, amp, stop, bar):
-                    return False
-        return True
+                finished = self._view(folded, loader, view, amp, stop, bar)
+                if not finished:
+                    break
+        model.train(was_training)
+        return finished
 
     def _view(self, model: nn.Module, loader: Any, view: int, amp: object, stop: Callable[[], bool], bar: Any) -> bool:
         waiting: list[tuple[np.ndarray, np.ndarray]] = []

@@ -39,12 +39,18 @@ def local_rank() -> int:
 
 
 def command(program: str) -> str:
-    """How `program` was started, as one would type it: with python, or with torchrun and as many processes."""
+    """How `program` was started, as one would type it: with python, or with torchrun and as many processes.
+
+    On several machines the line is the same on each: they meet at the first one's address, on torchrun's usual port.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or LAUNCHED_HERE in os.environ:
         return f"python {program}"
     each = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-    return f"torchrun {f'--nnodes {nodes} ' if nodes != '1' else ''}--nproc_per_node {each} {program}"
+    nodes, meet = os.environ.get("GROUP_WORLD_SIZE", "1"), ""
+    if nodes != "1":
+        meet = (f"--nnodes {nodes} --rdzv_backend c10d --rdzv_id {os.environ['TORCHELASTIC_RUN_ID']} "
+                f"--rdzv_endpoint {os.environ.get('MASTER_ADDR', 'HOST')}:29500 ")
+    return f"torchrun {meet}--nproc_per_node {each} {program}"
 
 
 def is_main() -> bool:

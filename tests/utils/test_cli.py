@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils import cli
+from utils import cli, dist
 from utils.errors import ConfigError, RunError
 
 
@@ -47,3 +47,16 @@ def test_warnings_stay_off_stderr(run_cli):
     done = run_cli(["-c", code])
     assert done.returncode == 2 and done.stderr == "key: wrong\n"
     assert "warning: old" in done.stdout and "early" in done.stdout
+
+
+def test_a_program_that_several_machines_run_is_named_with_how_they_meet(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", dist.LAUNCHED_HERE):
+        monkeypatch.delenv(name, raising=False)
+    assert dist.command("train.py") == "python train.py"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert dist.command("train.py") == "torchrun --nproc_per_node 8 train.py"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    assert dist.command("train.py") == ("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_id first --rdzv_endpoint "
+                                        "node0:29500 --nproc_per_node 8 train.py")
