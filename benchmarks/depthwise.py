@@ -16,6 +16,7 @@ from torch import nn
 
 from benchmarks.timing import begin, finish, interleave, parser, spread, timed
 from model.model import build_model
+from trainer.precision import choose_precision
 
 SIDES = {"float32": (False, True), "bfloat16": (True, False), "bfloat16, depthwise float32": (True, True)}
 
@@ -42,6 +43,10 @@ def step(model: nn.Module, half: bool, images: torch.Tensor, labels: torch.Tenso
 def main() -> None:
     args = parser(__doc__.splitlines()[0]).parse_args()
     begin(args)
+    half, why = choose_precision("auto", "cpu")
+    if half == "off":
+        print(f"nothing to compare: {why}")
+        return
     images = torch.randn(64, 3, 112, 112).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(100, (64,))
     results = {}

@@ -18,7 +18,7 @@ from model.norm import BatchRenorm2d, MABN2d, NormalizedBatchNorm2d, compile_nor
 from model.norm.grouped import GroupedBatchNorm2d
 from model.norm.native import compiler
 from tools.allocator import keep_freed_memory
-from trainer.precision import autocast
+from trainer.precision import autocast, choose_precision
 
 SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32))
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -100,8 +100,10 @@ def time_networks(rounds: int, cpu_time: bool) -> list[dict]:
     kinds = [(name, spec, False) for name, spec in norms.items()]
     if compiler() is not None:
         kinds += [(f"{name}, compiled", spec, True) for name, spec in norms.items()]
-    results = []
-    for amp, precision in (("off", "float32"), ("bf16", "bf16")):
+    results, (half, why) = [], choose_precision("auto", "cpu")
+    if half == "off":
+        print(f"float32 alone: {why}")
+    for amp, precision in (("off", "float32"), ("bf16", "bf16"))[:1 if half == "off" else 2]:
         for name, memory_format in FORMATS.items():
             timing = interleave({kind: step(spec, memory_format, amp, compiled) for kind, spec, compiled in kinds},
                                 rounds, warmup=2, budget=90)
