@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -147,12 +148,17 @@ class BaseModel(nn.Module):
         else:
             chosen = []
             for start in [what] if isinstance(what, str) else what:
-                found = [name for name, _ in self.named_parameters() if name.startswith(start)]
+                # A number ends where its digits do: "blocks.1" isn't the beginning of "blocks.10".
+                begins = re.compile(re.escape(start) + (r"(?!\d)" if start[-1:].isdigit() else ""))
+                found = [name for name, _ in self.named_parameters() if begins.match(name)]
                 if not found:
                     near = closest(start, [name for name, _ in self.named_parameters()])
                     raise ConfigError(f"trainer.freeze: no parameter's name begins with {start!r}; give \"backbone\", "
                                       f"\"norms\" or a list of beginnings like {near or next(iter(self.state_dict()))}")
                 chosen += found
+            if {name for name, p in self.named_parameters() if p.requires_grad} <= set(chosen):
+                raise ConfigError(f"trainer.freeze: {what!r} leaves nothing to train; \"backbone\", not in a list, is "
+                                  "everything but the classifier")
         self._set_trained(chosen, False)
 
     def thaw(self) -> None:

@@ -131,16 +131,17 @@ class BaseTrainer(Resumable):
                 figures = {"loss": None, "val_loss": None, **trained,
                            **{f"val_{key}": value for key, value in validated.items()}}
                 self._step_schedule(figures)
-                improved = self._is_better(figures)
-                self.not_improved = 0 if improved or self.monitor_mode == "off" else self.not_improved + 1
+                ahead = self._ahead_of_best(figures)
+                best = ahead >= 0       # of equal epochs the later one, which has learned for longer
+                self.not_improved = 0 if ahead > 0 or self.monitor_mode == "off" else self.not_improved + 1
                 with self._writing():
-                    self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began, improved)
+                    self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began, best)
                     self._report_time(epoch, start_batch, train_seconds, time.monotonic() - epoch_began)
                 ends = epoch == self.epochs or self.not_improved >= self.early_stop
                 inside = self.resumed_inside and epoch == self.start_epoch
                 if epoch % self.save_period == 0 or ends or inside:
                     last = self.save(epoch)
-                if improved:
+                if best:
                     self.save(epoch, self.paths.best)
                 self._drop_old(epoch)
                 if self.stop.agreed(self.device, True) and not ends:
@@ -220,8 +221,7 @@ class BaseTrainer(Resumable):
         elif self.lr_scheduler is not None and unit == "epoch":
             self.lr_scheduler.step()
 
-    def _report(self, epoch: int, lr: float, figures: dict[str, Any], seconds: float,
-                improved: bool) -> None:
+    def _report(self, epoch: int, lr: float, figures: dict[str, Any], seconds: float, best: bool) -> None:
         """One line an epoch, one row in metrics.csv, one point in TensorBoard."""
         if not self.is_main:
             return
@@ -233,7 +233,7 @@ class BaseTrainer(Resumable):
             shown += "  many/medium/few " + "/".join("-" if v is None else f"{v:.3f}" for v in groups)
         ending = f"  {duration(left)} left" if epoch < self.epochs else ""
         log.info("epoch %d/%d  lr %.4g  %s  [%s%s]%s", epoch, self.epochs, lr, shown, duration(seconds), ending,
-                 "  best" if improved else "")
+                 "  best" if best else "")
         self.csv.append({"epoch": epoch, "lr": lr, **figures})
         self.writer.add_scalar("lr", lr, epoch)
         for key, value in figures.items():
@@ -262,9 +262,11 @@ class BaseTrainer(Resumable):
             raise ConfigError(f"trainer.monitor: {monitor!r}; write \"off\", \"max val_accuracy\" or \"min val_loss\"")
         return mode, name.strip()
 
-    def _is_better(self, figures: dict[str, Any]) -> bool:
+    def _ahead_of_best(self, figures: dict[str, Any]) -> float:
+        """How much better the monitored figure is than the best so far, which it then becomes: 0 where it is equal,
+        below 0 where it is worse, or isn't known."""
         if self.monitor_mode == "off":
-            return False
+            return -math.inf
         if self.monitor not in figures:
             if self.valid_loader is None and self.monitor.startswith("val_"):
                 log.warning("trainer.monitor: no validation split, so %s isn't known; nothing is monitored",
@@ -273,14 +275,16 @@ class BaseTrainer(Resumable):
                 log.warning("trainer.monitor: no figure is named %s (there are %s); nothing is monitored",
                             self.monitor, ", ".join(figures))
             self.monitor_mode = "off"
-            return False
+            return -math.inf
         value = figures[self.monitor]
         if value is None or math.isnan(value):
-            return False
-        better = self.best is None or (value < self.best if self.monitor_mode == "min" else value > self.best)
-        if better:
+            return -math.inf
+        ahead = math.inf if self.best is None else value - self.best
+        if self.best is not None and self.monitor_mode == "min":
+            ahead = -ahead
+        if ahead > 0:
             self.best = value
-        return better
+        return ahead
 
     def _stopped(self, epoch: int, saved: Path | None = None, complete: bool = False) -> Path:
         path = saved or self.save(epoch, batch=None if complete else self.batches_done)

@@ -85,6 +85,8 @@ def test_who_chooses_the_network_is_told(configs, monkeypatch):
     assert config["fallback"] == str(configs.parent / "ride.json")
     with pytest.raises(ConfigError, match="bring a file"):
         settle_weights(config, [Override("arch.args.num_experts", 2)])
+    with pytest.raises(ConfigError, match="bring a file"):
+        settle_weights(config, [Override("trainer.freeze.then", 0.3)])
     assert settle_weights({**config, "pretrained": "x.pth"})["arch"]["type"] == "TimmModel"
     off = {**config, "arch": {"type": "TimmModel", "args": {**config["arch"]["args"], "weights": False}}}
     assert settle_weights(off)["arch"] == off["arch"]
@@ -103,7 +105,8 @@ def test_what_counts_as_missing(monkeypatch):
         monkeypatch.setattr("model.weights.pretrained.own_file", look)
     for kind in (MissingPackage, MissingWeights):
         fail(kind("why"))
-        assert missing({"args": {"model_name": "x"}}) == "why"
-    fail(ConfigError("unknown network"))
-    with pytest.raises(ConfigError, match="unknown network"):
-        missing({"args": {"model_name": "x"}})
+        assert missing({"args": {"model_name": "test_efficientnet"}}) == "why"
+    fail(MissingWeights("no weights of that name"))
+    for name in ("test_efficientnett", ""):     # a name that nobody knows isn't one without weights
+        with pytest.raises(ConfigError, match=r"arch\.args\.model_name: .*has no network"):
+            missing({"args": {"model_name": name}})

@@ -96,6 +96,16 @@ def test_figures_of_the_whole_split_are_reported_and_monitored(runs):
     assert all(row["auc"] is None and row["val_auc"] is not None for row in rows)  # training has no whole split
 
 
+def test_of_equal_epochs_the_later_is_the_best_and_patience_still_runs_out(runs):
+    """At a rate of 1e-30 no figure moves."""
+    models = runs("ties", "--epochs", 9, "--set", "trainer.early_stop=2", "--lr", 1e-30,
+                  data_loader={"args": {"batch_size": 23, "shuffle": False}},
+                  trainer={"monitor": "max val_accuracy"}, arch={"args": {"norm": "GroupNorm"}})
+    best = torch.load(models / "model_best.pth", weights_only=True)
+    assert best["epoch"] == 3 and best["not_improved"] == 2
+    assert (models / "checkpoint-epoch3.pth").is_file() and not (models / "checkpoint-epoch4.pth").exists()
+
+
 @pytest.mark.parametrize(("monitor", "says"), [("max val_macro_f2", "val_macro_f1"), ("max auc", "val_auc")])
 def test_a_figure_that_isnt_there_cant_be_monitored(runs, monitor, says):
     with pytest.raises(ConfigError, match=f"^trainer.monitor: .*{says}"):

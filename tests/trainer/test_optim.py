@@ -184,6 +184,16 @@ def test_norms_of_every_type_can_be_frozen(norm: str) -> None:
 def test_freezing_what_isnt_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.freeze.*backbone\.layer9"):
         small_model().freeze(["backbone.layer9."])
+    for everything in ("backbon", ["backbone"]):
+        with pytest.raises(ConfigError, match=r"trainer\.freeze: .*backbon.* leaves nothing to train"):
+            small_model().freeze(everything)
+
+
+def test_a_beginning_that_ends_in_a_number_means_that_number() -> None:
+    model = small_model()
+    model.blocks = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(11))
+    model.freeze(["blocks.1"])
+    assert set(model.frozen) == {"blocks.1.weight", "blocks.1.bias"}
 
 
 @pytest.mark.parametrize(("spec", "says"), [
