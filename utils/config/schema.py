@@ -84,7 +84,8 @@ TRAINER = (
     Row("keep_last", "int | None", None, "keep only the newest so many epoch checkpoints; null keeps all", low=1),
     Row("verbosity", "int", 2, "0 warnings, 1 a line an epoch, 2 also a line every log_step", low=0, high=2),
     Row("monitor", "str", "off",
-        "\"off\", or what makes an epoch the best (of equal ones the later): \"max val_accuracy\", \"min val_loss\", \"max val_macro_f1\""),
+        "\"off\", or what makes an epoch the best (of equal ones the later): \"max val_accuracy\", "
+        "\"min val_loss\", \"max val_macro_f1\""),
     Row("early_stop", "int | None", None, "stop after so many epochs without a better one; null or 0 never", low=0),
     Row("tensorboard", "bool", True, "write TensorBoard events"),
     Row("log_step", "int | None", None, "steps between two readings of loss and metrics; null chooses", low=1),
