@@ -162,7 +162,7 @@ def open_index(pattern: str, data_dir: str) -> Index:
     far = "://" in pattern
     shards = [name if far else os.path.join(data_dir, name) for name in expand(pattern)]
     stamps = _stamps(shards)
-    file = _index_file(pattern, shards, Path(data_dir if far else os.path.dirname(shards[0]) or "."))
+    file = index_file(pattern, shards, Path(data_dir if far else os.path.dirname(shards[0]) or "."))
     index = _unwritten.get(file)
     if index is None or index.shards != shards or not np.array_equal(index.stamps, stamps):
         index = Index.load(file, shards, stamps)
@@ -182,7 +182,7 @@ def open_index(pattern: str, data_dir: str) -> Index:
     return first
 
 
-def _index_file(pattern: str, shards: list[str], folder: Path) -> Path:
+def index_file(pattern: str, shards: list[str], folder: Path) -> Path:
     """Where the index is: a readable name with a digest of all shards, as patterns of one name may lie in many buckets.
     """
     name = re.sub(r"[{}]", "", os.path.basename(pattern)).removesuffix(".tar")[:80]
