@@ -31,7 +31,7 @@ def finder(found: dict[str, Index]) -> Find:
         places: dict[str, str] = {}
         for key in sorted(found, key=lambda key: (key == split, key == "")):     # what is laid in last counts
             places |= zip(found[key].names, found[key].paths)
-        paths = [place_of(name, places) for name in names]
+        paths = [_place_of(name, places) for name in names]
         if None in paths:
             at = paths.index(None)
             rest, count = paths.count(None) - 1, sum(len(index.shards) for index in found.values())
@@ -43,9 +43,9 @@ def finder(found: dict[str, Index]) -> Find:
     return find
 
 
-def place_of(name: str, places: dict[str, str]) -> str | None:
+def _place_of(name: str, places: dict[str, str]) -> str | None:
     """What `places` has for a listed name; Windows writes backslashes."""
-    return places.get(name_in_shard(name)) or places.get(name_in_shard(name.replace("\\", "/")))
+    return places.get(name) or places.get(name_in_shard(name)) or places.get(name_in_shard(name.replace("\\", "/")))
 
 
 def _refuse_several(found: dict[str, Index], paths: set[str], source: str) -> None:

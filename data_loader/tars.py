@@ -31,7 +31,12 @@ class Contents:
 
 def is_member(name: str) -> bool:
     """Whether a name in a shard is taken for an image's: by its ending, and unless a system has left it there."""
-    return posixpath.splitext(name)[1].lower() in EXTENSIONS and not any(is_system(part) for part in name.split("/"))
+    return _ending(name) in EXTENSIONS
+
+
+def _ending(name: str) -> str:
+    """In lower case with its dot; "" of hidden files and what systems leave."""
+    return "" if any(is_system(part) for part in name.split("/")) else posixpath.splitext(name)[1].lower()
 
 
 def read_tar(shard: str, length: int) -> Contents:
@@ -68,16 +73,16 @@ def _read(handle: BinaryIO, shard: str, length: int, found: Contents, texts: dic
         for member in tar:
             tar.members = []  # else it keeps them all
             last = name = name_in_shard(member.name)
-            ending = posixpath.splitext(name)[1].lower()
+            ending = _ending(name)
             if member.isfile() and member.offset_data + member.size > length:
                 raise ConfigError(f"{shard}: ends within {name}; it is truncated, {AGAIN}")
-            if is_member(name):
+            if ending in EXTENSIONS:
                 if member.issparse():
                     raise ConfigError(f"{shard}: {name} is stored without its zeros; write it without tar's --sparse")
                 found.links += member.islnk() or member.issym()
                 if member.isfile():
                     found.images.append((name, member.offset_data, member.size))
-            elif ending in texts and member.isfile() and not any(is_system(part) for part in name.split("/")):
+            elif ending in texts and member.isfile():
                 text = _label(tar.extractfile(member).read(), ending)
                 if not text and ending == ".cls":
                     raise ConfigError(f"{shard}: {name}: holds no label; a .cls is a class's number or name")
