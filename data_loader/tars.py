@@ -52,8 +52,13 @@ def read_tar(shard: str, length: int) -> Contents:
                 raise ConfigError(f"{shard}: is compressed, so images can't be read by position; unpack it with gunzip")
             handle.seek(0)
             _read(handle, shard, length, found, texts)
-    except OSError as error:
-        raise ConfigError(f"{shard}: can't be read ({error.strerror or error})") from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        if "://" not in shard and not isinstance(error, OSError):
+            raise
+        # Stores' drivers have exceptions of their own.
+        raise ConfigError(f"{shard}: can't be read ({getattr(error, 'strerror', None) or error})") from None
     # A .json may be anything that is known of a photo, so the .cls goes before it.
     found.labels = _labels([name for name, _, _ in found.images], texts[".json"] | texts[".cls"])
     return found
@@ -134,7 +139,8 @@ def _label(content: bytes, ending: str) -> str:
         return ""
     values = [known[key] for key in JSON_KEYS if key in known] if isinstance(known, dict) else []
     texts = (str(value).strip() for value in values if isinstance(value, str | int) and not isinstance(value, bool))
-    return next((text for text in texts if text), "")
+    # JSON can spell halves of characters, which no file can hold.
+    return next((text.encode("utf-8", "replace").decode() for text in texts if text), "")
 
 
 def _labels(names: list[str], texts: dict[str, str]) -> list[str | int]:

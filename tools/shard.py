@@ -4,9 +4,9 @@
     python -m tools.shard data/iNaturalist18 shards --size 500M
 
 IN holds folders of classes (with or without train/, val/ and test/ above them) or lists (`*train.txt`, `*val.txt`,
-`*test.txt`). OUT gets `train-00000.tar` and so on, the lists and classes.txt where there are any, and the index that
-loaders read. Files go in as they are, in an order shuffled by --seed. webdataset reads the shards too: each image has
-its class's number beside it.
+`*test.txt`). OUT, a new folder, gets `train-00000.tar` and so on, the lists and classes.txt, and the index that loaders
+read, all or nothing. Files go in as they are, in an order shuffled by --seed. webdataset reads the shards too: each
+image has its class's number beside it.
 """
 from __future__ import annotations
 
@@ -198,7 +198,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     # Old shards, lists or names of classes would be taken for those of this set.
     there = sorted(name for name in os.listdir(target) if not is_system(name)) if target.exists() else []
     if there:
-        raise ConfigError(f"{target}: isn't empty ({there[0]} is there); choose another folder")
+        why = "has part of a set, whose making was interrupted" if (target / UNFINISHED).exists() else "isn't empty"
+        raise ConfigError(f"{target}: {why} ({there[0]} is there); empty it or choose another folder")
     if target.resolve().is_relative_to(Path(args.source).resolve()):
         raise ConfigError(f"{target}: lies in {args.source}; the shards would be taken for images of it")
     return args

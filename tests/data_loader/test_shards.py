@@ -315,7 +315,7 @@ def test_the_tool_refuses_what_it_cant_do(folder, tmp_path):
         shard([str(folder), str(folder / "out")])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "classes.txt").write_text("of another set\n")
-    with pytest.raises(ConfigError, match=r"out: isn't empty \(classes.txt is there\); choose another folder"):
+    with pytest.raises(ConfigError, match=r"out: isn't empty \(classes.txt is there\); empty it or choose"):
         shard([str(folder), str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="--size"):
         byte_count("many")

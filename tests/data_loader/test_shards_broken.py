@@ -171,7 +171,7 @@ def test_shards_without_their_key_are_pointed_at(tmp_path):
 def test_labels_beside_metadata(tmp_path):
     """A .cls goes before a .json; a .json without a usable label says nothing, nor does one that is no photo's."""
     json_of = {"0": {"label": 5, "caption": "x"}, "1": {"caption": "x"}, "2": {"label": True}, "3": [1], "4": {
-        "label": None, "cls": 1}, "5": {"class": "0"}}
+        "label": None, "cls": 1}, "5": {"class": "0\ud800"}}
     members = {"dataset.json": b"{\"shards\": 1}", "broken.json": b"{"}
     for key, known in json_of.items():
         members |= {f"{key}.png": png(int(key)), f"{key}.json": json.dumps(known).encode()}
@@ -179,7 +179,8 @@ def test_labels_beside_metadata(tmp_path):
             members[f"{key}.cls"] = str(int(key) % 2).encode()
     tar(tmp_path / "t.tar", members)
     index = open_index("t.tar", str(tmp_path))
-    assert [index.kinds[k] for k in index.kind] == ["0", "1", "0", "1", "1", "0"]
+    assert [index.kinds[k] for k in index.kind] == ["0", "1", "0", "1", "1", "0?"]
+    assert open_index("t.tar", str(tmp_path)).kinds == ["0", "0?", "1"]
     tar(tmp_path / "f.tar", {"a/1.png": png(1), "a/1.json": b"{\"camera\": \"x\"}", "b/1.png": png(2)})
     loader = ImageFolderLTDataLoader(str(tmp_path), shards={"train": "f.tar", "test": "f.tar"}, **SMALL)
     assert loader.class_names == ["a", "b"]
