@@ -2,8 +2,9 @@
 
 `python -m benchmarks.shards [--json FILE] [--rounds N]` (also a part of `python -m benchmarks.data`)
 
-The files are empty and the shards' index is written without them, since opening looks into neither; JPEGs are then
-read from files and from a shard.
+The files are empty and the shards' index is written without them, since opening looks into neither. The index is then
+made of a shard with a tenth of as many images, each with its label beside it, and JPEGs are read from files and from a
+shard.
 """
 from __future__ import annotations
 
@@ -24,19 +25,16 @@ from PIL import Image
 from benchmarks.timing import finish, interleave, machine, parser, spread
 from data_loader.data_loaders import ListFileDataLoader
 from data_loader.imbalance import img_num_per_cls
-from data_loader.shards import Index, open_index
+from data_loader.places import stamp
+from data_loader.shards import Index, expand, index_file, open_index
 from data_loader.transforms import IMAGENET_STATISTICS, read_for_test, test_pixels, test_preprocess
+from utils.device import own_memory
 
 CLASSES, LARGEST, SMALLEST = 8142, 268, 2      # an exponential tail of as many images, nearly
 SHARDS = 200
+SPEC = f"train-{{000..{SHARDS - 1:03d}}}.tar"
+INDEXED = 43_827        # images in the shard whose index is made
 BATCH = 64
-
-
-def resident() -> int:
-    """This process's memory in bytes (Linux; 0 elsewhere)."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def listed(folder: Path) -> tuple[list[str], np.ndarray]:
@@ -61,14 +59,14 @@ def sharded(folder: Path, names: list[str], labels: np.ndarray) -> None:
         tar.addfile(tarfile.TarInfo("0/0.jpg"))
     for number in range(SHARDS):
         (folder / f"train-{number:03d}.tar").touch()
-    stamps = np.array([(0, (folder / f"train-{number:03d}.tar").stat().st_mtime_ns) for number in range(SHARDS)])
+    every = [str(folder / name) for name in expand(SPEC)]
+    stamps = np.array([stamp(shard) for shard in every])
     count = len(names)
     kinds = sorted(map(str, range(CLASSES)))
     place = np.argsort(np.array(kinds, dtype=np.int64))     # the label's place among its texts
-    Index([str(folder / f"train-{number:03d}.tar") for number in range(SHARDS)], stamps, names,
-          np.arange(count, dtype=np.int32) % SHARDS, np.arange(count, dtype=np.int64) * 1024,
+    Index(every, stamps, names, np.arange(count, dtype=np.int32) % SHARDS, np.arange(count, dtype=np.int64) * 1024,
           np.full(count, 512, dtype=np.int64), kinds, place[labels].astype(np.int32)
-          ).save(folder / f"train-000..{SHARDS - 1:03d}.index.npz")
+          ).save(index_file(SPEC, every, folder))
 
 
 def time_opening(folder: Path) -> dict[str, Any]:
@@ -78,22 +76,37 @@ def time_opening(folder: Path) -> dict[str, Any]:
     shards.mkdir()
     names, labels = listed(files)
     sharded(shards, names, labels)
-    spec, found = f"train-{{000..{SHARDS - 1:03d}}}.tar", {}
+    found = {}
     del names, labels
-    both = {"train": spec, "test": "test.tar"}
+    both = {"train": SPEC, "test": "test.tar"}
     for name, args in (("files", {"data_dir": str(files)}), ("shards", {"data_dir": str(shards), "shards": both})):
         gc.collect()
-        before, start = resident(), time.perf_counter()
+        before, start = (own_memory() or 0), time.perf_counter()
         loader = ListFileDataLoader(**args, batch_size=128, validation="none", num_workers=1)
-        found[name] = {"seconds": time.perf_counter() - start, "bytes": resident() - before}
+        found[name] = {"seconds": time.perf_counter() - start, "bytes": (own_memory() or 0) - before}
         print(f"{loader.n_samples:,} images of {loader.num_classes:,} classes in {name}: open in "
               f"{found[name]['seconds']:.1f} s, {found[name]['bytes'] / 2**20:.0f} MiB")
         del loader
     start = time.perf_counter()
-    open_index(spec, str(shards))
+    open_index(SPEC, str(shards))
     found["index_seconds"] = time.perf_counter() - start
     print(f"the shards' index alone: {found['index_seconds']:.2f} s")
     return found
+
+
+def time_indexing(folder: Path) -> dict[str, float]:
+    """Seconds in which the index of a shard is made; the disk's part is small, since the file was just written."""
+    with tarfile.open(folder / "many.tar", "w") as tar:
+        for number in range(INDEXED):
+            for ending, content in (("jpg", b"x" * 512), ("cls", b"%d" % (number % CLASSES))):
+                about = tarfile.TarInfo(f"train_val2018/{number:032x}.{ending}")
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+    start = time.perf_counter()
+    open_index("many.tar", str(folder))
+    seconds = time.perf_counter() - start
+    print(f"making the index of {INDEXED:,} labelled images: {seconds:.1f} s")
+    return {"images": INDEXED, "seconds": seconds}
 
 
 def time_reading(folder: Path, rounds: int) -> dict[str, Any]:
@@ -123,9 +136,10 @@ def time_reading(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Both, in a temporary folder."""
+    """All of it, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        return {"opening": time_opening(Path(folder)), "reading": time_reading(Path(folder), rounds)}
+        return {"opening": time_opening(Path(folder)), "indexing": time_indexing(Path(folder)),
+                "reading": time_reading(Path(folder), rounds)}
 
 
 def main() -> int:

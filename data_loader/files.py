@@ -15,10 +15,12 @@ import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
 from data_loader.images import shown
+from data_loader.places import KEY
 from utils.errors import ConfigError
 
 DATA_DIR = "data_loader.args.data_dir"
-Find = Callable[[Sequence[str], str, Sequence[int]], list[str]]
+#: (names, the list, each one's line, "train", "val" or "test") -> paths
+Find = Callable[[Sequence[str], str, Sequence[int], str], list[str]]
 WITH_NAME = re.compile(r"(?P<path>.*\S) +(?P<label>-?\d{1,18}) +(?P<name>\D.*)")   # path label name
 
 
@@ -114,7 +116,7 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
                allow_outside: bool, find: Find | None = None) -> Splits:
     """The splits that list files in `data_dir` (or `data_dir/folder`) name; a missing test list: val is the test split.
 
-    find: (names, the list, each one's line) -> paths, of images that aren't files.
+    find: of images that aren't files.
 
     Classes are 0 to the largest training label. Their names come from classes.txt beside the lists, or from a third
     column.
@@ -127,13 +129,13 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
     for name in ([train_name] if training else []) + [test_name]:
         if not has[name]:
             raise ConfigError(f"{shown(str(root / name))}: no such file; {DATA_DIR} must hold the list files "
-                              f"{', '.join(n for n in lists if n)}")
+                              f"{', '.join(n for n in lists if n)}{'' if find else about_tars(root)}")
     notes: list[str] = []
     named: dict[int, str] = {}
-    more = (allow_outside, notes, named, find)
-    train = _read_split(root, Path(data_dir), train_name, None, *more) if has[train_name] else None
-    test = _read_split(root, Path(data_dir), test_name, train, *more)
-    val = _read_split(root, Path(data_dir), val_name, train, *more) if has.get(val_name) else None
+    more = (notes, named, find or find_files(root, Path(data_dir), allow_outside))
+    train = _read_split(root / train_name, "train", None, *more) if has[train_name] else None
+    test = _read_split(root / test_name, "test", train, *more)
+    val = _read_split(root / val_name, "val", train, *more) if has.get(val_name) else None
     if train is not None:
         for name, split in ((test_name, test), (val_name, val)):
             both = len(set(train.paths) & set(split.paths)) if split is not None else 0
@@ -149,17 +151,16 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
     return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes)
 
 
-def _read_split(root: Path, data_dir: Path, name: str, train: ImageSet | None, allow_outside: bool, notes: list[str],
-                named: dict[int, str], find: Find | None) -> ImageSet:
+def _read_split(file: Path, split: str, train: ImageSet | None, notes: list[str], named: dict[int, str],
+                find: Find) -> ImageSet:
     """One list's images; the names of classes that it gives go into `named`."""
-    file = root / name
     names, labels, lines, repeated, called = read_list(file)
     for label, text in called.items():
         if named.setdefault(label, text) != text:
             raise ConfigError(f"{shown(str(file))}: class {label} is {shown(text)} here and {shown(named[label])} in "
                               "another list")
     if repeated:
-        notes.append(f"warning: {name}: {repeated} repeated lines are left out")
+        notes.append(f"warning: {file.name}: {repeated} repeated lines are left out")
     classes = len(names) if train is None else int(train.targets.max()) + 1
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
@@ -168,16 +169,27 @@ def _read_split(root: Path, data_dir: Path, name: str, train: ImageSet | None, a
             f"0, 1, 2, ... without gaps ({classes} images can't fill more than {classes} classes)"
         raise ConfigError(f"{shown(str(file))}, line {lines[at]}: label {labels[at]} is out of range; "
                           f"labels are {limit}")
-    if find is not None:
-        return ImageSet(labels, paths=find(names, shown(str(file)), lines), where=(shown(str(file)), lines))
-    # Places365's own lists begin paths with a slash, Windows writes backslashes: both are meant below data_dir.
-    if not allow_outside:
-        names = [name.replace("\\", "/") if "\\" in name and not os.path.lexists(data_dir / name) else name
-                 for name in names]
-    # Images are relative to data_dir; official lists may lie, with their images, in a folder of it.
-    base = root if not os.path.lexists(data_dir / names[0]) and os.path.lexists(root / names[0]) else data_dir
-    return ImageSet(labels, paths=check_paths(base, names, allow_outside, shown(str(file)), lines),
-                    where=(shown(str(file)), lines))
+    return ImageSet(labels, paths=find(names, shown(str(file)), lines, split), where=(shown(str(file)), lines))
+
+
+def find_files(root: Path, data_dir: Path, allow_outside: bool) -> Find:
+    """What finds the files that lists in `root` name."""
+    def find(names: Sequence[str], source: str, lines: Sequence[int], split: str) -> list[str]:
+        # Places365's own lists begin paths with a slash, Windows writes backslashes: both are meant below data_dir.
+        if not allow_outside:
+            names = [name.replace("\\", "/") if "\\" in name and not os.path.lexists(data_dir / name) else name
+                     for name in names]
+        # Images are relative to data_dir; official lists may lie, with their images, in a folder of it.
+        base = root if not os.path.lexists(data_dir / names[0]) and os.path.lexists(root / names[0]) else data_dir
+        return check_paths(base, names, allow_outside, source, lines)
+    return find
+
+
+def about_tars(root: Path) -> str:
+    """What an error says where no images were found in `root`, but tar files that may hold them."""
+    tars = sorted(name for name in os.listdir(root) if name.lower().endswith(".tar")) if root.is_dir() else []
+    return f"; {len(tars)} tar files are there, like {shown(tars[0])}: where they hold the images, name them with " \
+           f"{KEY}" if tars else ""
 
 
 def check_paths(root: Path, names: list[str], allow_outside: bool, source: str, lines: list[int]) -> list[str]:
@@ -225,4 +237,4 @@ def check_inside(path: str, real_root: str, where: str, name: str, root: Path) -
 
 def _outside(where: str, name: str, root: Path) -> ConfigError:
     return ConfigError(f"{where}: {shown(name)} leads outside {shown(str(root))}; "
-                       "set data_loader.args.allow_outside to true if that is meant")
+                       "set data_loader.args.allow_outside to true (of tools.shard: --allow_outside) if that is meant")

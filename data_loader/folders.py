@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
-from data_loader.files import DATA_DIR, check_inside
+from data_loader.files import DATA_DIR, about_tars, check_inside
 from data_loader.images import EXTENSIONS, is_system, shown
-from data_loader.splitting import Division, match_classes
+from data_loader.splitting import Division, match_classes, stranger
 from utils.errors import ConfigError
 
 #: What people call the folder of a split, in any case of letters.
@@ -34,47 +34,57 @@ def read_folders(data_dir: str, division: Division, allow_outside: bool, whole: 
     parts = split_folders(root)
     if whole and "train" not in parts and parts:  # test/CLASS/* alone
         root, parts = parts.get("test", parts.get("val")), {}
+    sets, names = read_parts(root, parts, allow_outside, notes, least=1 if whole else 2)
+    first = shown(str(parts.get("train", root)))
+    about = {"class_names": [shown(name) for name in names], "num_classes": len(names), "notes": notes}
+    if len(sets) > 1:
+        return Splits(sets["train"], sets.get("test", sets.get("val")),
+                      val=sets.get("val") if "test" in sets else None, **about)
+    train, = sets.values()
+    if whole and root == Path(data_dir) and division.test_share < 1:
+        raise ConfigError(f"{DATA_DIR}: {shown(data_dir)} has no test folder, and isn't where the model's training "
+                          f"photos are; to test all of it, put its class folders into {shown(data_dir)}/test/ or "
+                          "set data_loader.args.test_share to 1")
+    if whole:
+        return Splits(None, train, **about)
+    kept, taken = division.divide(train, "test")
+    if not len(taken):
+        raise ConfigError(f"{DATA_DIR}: {first}: every class has one image; none is left to test on")
+    notes.append(f"no test folder: {len(taken)} of {len(train)} images, about {division.test_share:.0%} of each "
+                 "class, are set aside for testing, chosen by their names: they stay the same when you add images")
+    return Splits(train.subset(kept), train.subset(taken), **about)
+
+
+def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: list[str],
+               least: int = 2) -> tuple[dict[str, ImageSet], list[str]]:
+    """(split -> its images, the classes), as folders part them and nothing set aside: all of `root/CLASS/*` is "train".
+
+    parts: the splits' folders (`split_folders`). least: how many classes there must be. Raises ConfigError.
+    """
     if "train" not in parts and any(class_folders(part) for part in parts.values()):
         raise ConfigError(f"{shown(str(root / 'train'))}: no such folder; images belong into {LAYOUT}")
     first = parts.get("train", root)
     names = class_folders(first)
-    if len(names) < (1 if whole else 2):
+    if len(names) < least:
         raise ConfigError(f"{DATA_DIR}: {shown(str(first))} has {len(names)} class folders, training needs two or "
-                          f"more; images belong into {LAYOUT}")
+                          f"more; images belong into {LAYOUT}{about_tars(root)}")
     if "train" in parts:
         note_rest(root, set(parts.values()), notes)
-    train = read_classes(first, names, root, allow_outside, notes, needed=True)
-    shown_names = [shown(name) for name in names]
-    if "train" not in parts or len(parts) == 1:
-        if whole and root == Path(data_dir) and division.test_share < 1:
-            raise ConfigError(f"{DATA_DIR}: {shown(data_dir)} has no test folder, and isn't where the model's training "
-                              f"photos are; to test all of it, put its class folders into {shown(data_dir)}/test/ or "
-                              "set data_loader.args.test_share to 1")
-        if whole:
-            return Splits(None, train, class_names=shown_names, num_classes=len(names), notes=notes)
-        kept, taken = division.divide(train, "test")
-        if not len(taken):
-            raise ConfigError(f"{DATA_DIR}: {shown(str(first))}: every class has one image; none is left to test on")
-        notes.append(f"no test folder: {len(taken)} of {len(train)} images, about {division.test_share:.0%} of each "
-                     "class, are set aside for testing, chosen by their names: they stay the same when you add images")
-        return Splits(train.subset(kept), train.subset(taken), class_names=shown_names, num_classes=len(names),
-                      notes=notes)
-    read = {}
+    read = {"train": read_classes(first, names, root, allow_outside, notes, needed=True)}
     for part in ("val", "test"):
-        if part in parts:
+        if "train" in parts and part in parts:
             own = class_folders(parts[part])
             numbers = match_classes(list(own), list(names), some=True)
             if numbers is None:
-                stranger = next(name for name in own if match_classes([name], list(names), some=True) is None)
-                raise ConfigError(f"{shown(str(parts[part] / stranger))}: no such class in {shown(str(first))}")
+                raise ConfigError(f"{shown(str(parts[part] / stranger(list(own), list(names))))}: no such class in "
+                                  f"{shown(str(first))}")
             places = dict(zip(numbers, own.values()))
             read[part] = read_classes(parts[part], {name: places.get(k, []) for k, name in enumerate(names)},
                                       root, allow_outside, notes, needed=False)
-    test = read.get("test", read.get("val"))
-    if not len(test):
-        raise ConfigError(f"{shown(str(parts.get('test', parts.get('val'))))}: holds no image")
-    return Splits(train, test, val=read.get("val") if "test" in read else None, class_names=shown_names,
-                  num_classes=len(names), notes=notes)
+    test = next((part for part in ("test", "val") if part in read), "train")
+    if not len(read[test]):
+        raise ConfigError(f"{shown(str(parts[test]))}: holds no image")
+    return read, list(names)
 
 
 def split_folders(root: Path) -> dict[str, Path]:

@@ -55,8 +55,8 @@ def is_system(name: str) -> bool:
 
 def shown(path: str) -> str:
     """A file name that can be printed, whatever bytes it has; of an image in a shard both names."""
-    parts = member_of(path)
-    path = path if parts is None else f"{parts['shard']}: {parts['name']}"
+    found = member_of(path)
+    path = path if found is None else f"{found.shard}: {found.name}"
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

@@ -16,6 +16,7 @@ from data_loader.datasets import ImageSet
 from data_loader.erasing import erase
 from data_loader.images import read_rgb, short_side
 from data_loader.memory import MemoryImages, Recipe
+from data_loader.places import file_of, stamp
 from data_loader.transforms import LARGEST_RESIZED, Normalise, alternate_flips
 from data_loader.workers import FileBatches, Sources, decode_all, worker_count
 from utils.errors import ConfigError
@@ -78,11 +79,14 @@ class PixelLoader(BaseDataLoader):
         if self.paths is None:
             digest.update(np.ascontiguousarray(self.images.pixels) if self.store is None else
                           self.store.words.cpu().numpy())
+        seen = set()
         for path in self.paths or ():
             digest.update(os.fsencode(path))
-            with contextlib.suppress(OSError):     # a file's size and time tell when it was replaced
-                found = os.stat(path)
-                digest.update(f"{found.st_size} {found.st_mtime_ns}".encode())
+            file = file_of(path)
+            if file not in seen:    # a shard once, not for each image in it
+                seen.add(file)
+                with contextlib.suppress(OSError):     # a file's size and time tell when it was replaced
+                    digest.update("{} {}".format(*stamp(file, known=True)).encode())
 
     def _bytes(self, images: ImageSet) -> int:
         side = self.preprocess["resize"] + 2 * self.recipe.border

@@ -1,7 +1,8 @@
 """The splits of a data set in shards: by the shards' patterns, by folders in them, or by lists of their images."""
 from __future__ import annotations
 
-import posixpath
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import DATA_DIR, Find, read_class_names
-from data_loader.folders import SPLIT_NAMES
+from data_loader.folders import SPLIT_NAMES, class_key
 from data_loader.images import shown
-from data_loader.places import KEY
+from data_loader.places import KEY, key_of, name_in_shard
 from data_loader.shards import Index, open_index, patterns
-from data_loader.splitting import Division, match_classes
+from data_loader.splitting import Division, match_classes, stranger
+from data_loader.tars import BESIDE, JSON_KEYS, UNCLEAR
 from utils.errors import ConfigError
 
 
@@ -24,40 +26,74 @@ def open_shards(spec: str | dict[str, str], data_dir: str) -> dict[str, Index]:
 
 
 def finder(found: dict[str, Index]) -> Find:
-    """What gives lists the paths of their images in shards."""
-    def find(names: Sequence[str], source: str, lines: Sequence[int]) -> list[str]:
-        places = {name: path for index in found.values() for name, path in zip(index.names, index.paths)}
-        paths = [places.get(posixpath.normpath(name)) for name in names]
-        missing = [at for at, path in enumerate(paths) if path is None]
-        if missing:
-            at, count = missing[0], sum(len(index.shards) for index in found.values())
-            more = f"; {len(missing) - 1} more are missing" if len(missing) > 1 else ""
-            raise ConfigError(f"{source}, line {lines[at]}: {shown(names[at])} is in none of the {count} shards{more}")
+    """What gives lists the paths of their images in shards: those of the list's own split first."""
+    def find(names: Sequence[str], source: str, lines: Sequence[int], split: str) -> list[str]:
+        places: dict[str, str] = {}
+        for key in sorted(found, key=lambda key: (key == split, key == "")):     # what is laid in last counts
+            places |= zip(found[key].names, found[key].paths)
+        paths = [_place_of(name, places) for name in names]
+        if None in paths:
+            at = paths.index(None)
+            rest, count = paths.count(None) - 1, sum(len(index.shards) for index in found.values())
+            said = (f"{source}, line {lines[at]}: {shown(names[at])} is in none of the {count} shards",
+                    f"{rest} more are missing" if rest else "", _links(found))
+            raise ConfigError("; ".join(filter(None, said)))
+        _refuse_several(found, set(paths), source)
         return paths
     return find
+
+
+def _place_of(name: str, places: dict[str, str]) -> str | None:
+    """What `places` has for a listed name; Windows writes backslashes."""
+    return places.get(name) or places.get(name_in_shard(name)) or places.get(name_in_shard(name.replace("\\", "/")))
+
+
+def _refuse_several(found: dict[str, Index], paths: set[str], source: str) -> None:
+    """A name that is in several shards of one split, as webdataset's may be, says nothing in a list."""
+    for index in found.values():
+        for at, (one, two) in enumerate(itertools.pairwise(index.names)):
+            if one == two and not paths.isdisjoint(index.paths[at:at + 2]):
+                raise ConfigError(f"{source}: {shown(one)} is in {index.shard_of(at)} and in {index.shard_of(at + 1)}; "
+                                  "lists need names that are there once")
+
+
+def _links(found: dict[str, Index]) -> str:
+    """What to say of images that are links to others; "" where none is."""
+    count = sum(index.links for index in found.values())
+    return f"{count} images in the shards are links and left out; write them with tar's --dereference and " \
+           "--hard-dereference" if count else ""
 
 
 def read_shards(data_dir: str, found: dict[str, Index], division: Division, whole: bool = False) -> Splits:
     """The splits in shards. An image's class is what its .cls or .json says, else the folder in front of its name.
 
-    Classes that are numbers have their names from classes.txt in data_dir, where that is; others are in alphabetical
-    order. One pattern's images are parted by a first folder train, val or test (any of SPLIT_NAMES), else some are set
-    aside for testing as in folders. whole: where there is no training split, all is for testing. Raises ConfigError.
+    Where every training image has a number in a .cls or .json, those are the labels, and classes.txt in data_dir has
+    their names; else classes are in alphabetical order. One pattern's images are parted by a first folder train, val or
+    test (any of SPLIT_NAMES), else some are set aside for testing as in folders. whole: where there is no training
+    split, all is for testing. Raises ConfigError.
     """
     parts: dict[str, tuple[Index, np.ndarray, list[str]]] = {}
+    notes = []
     for split, index in found.items():
         for part, chosen in _by_folder(index, split).items():
-            parts[part] = (index, chosen, [_class_of(index, int(at), part) for at in chosen])
+            kept = chosen[index.kind[chosen] != BESIDE]
+            if len(kept) < len(chosen):
+                notes.append(f"warning: {len(chosen) - len(kept)} images are left out, as they lie under the key of "
+                             f"another that has a label, like {shown(index.paths[np.setdiff1d(chosen, kept)[0]])}")
+            _check_labels(index, kept)
+            parts[part] = (index, kept, [_class_of(index, int(at), part) for at in kept])
+    if _links(found):
+        notes.append(f"warning: {_links(found)}")
     if "" in parts and whole:
         parts = {"test": parts[""]}
     if not whole and not {"", "train"} & parts.keys():
         raise ConfigError(f"{KEY}: there are no shards of a training split; give them as \"train\"")
     first = next(parts[part] for part in ("", "train", "test", "val") if part in parts)
-    names, named = _classes(first[2], Path(data_dir))
+    names, named = _classes(*first, Path(data_dir))
     sets = {part: _image_set(*parts[part], names) for part in parts}
     if len(names) < (1 if whole else 2):
         raise ConfigError(f"{DATA_DIR}: the shards hold {len(names)} class, training needs two or more")
-    about = {"class_names": named, "num_classes": len(names)}
+    about = {"class_names": named, "num_classes": len(names), "notes": notes}
     if whole:
         return Splits(sets.get("train"), sets.get("test", sets.get("val")), **about)
     train = sets.get("train", sets.get(""))
@@ -65,9 +101,9 @@ def read_shards(data_dir: str, found: dict[str, Index], division: Division, whol
         kept, taken = division.divide(train, "test")
         if not len(taken):
             raise ConfigError(f"{KEY}: every class has one image; none is left to test on")
-        note = (f"no test shards: {len(taken)} of {len(train)} images, about {division.test_share:.0%} of each class, "
-                "are set aside for testing, chosen by their names: they stay the same when you add images")
-        return Splits(train.subset(kept), train.subset(taken), **about, notes=[note])
+        notes.append(f"no test shards: {len(taken)} of {len(train)} images, about {division.test_share:.0%} of each "
+                     "class, are set aside for testing, chosen by their names: they stay the same when you add images")
+        return Splits(train.subset(kept), train.subset(taken), **about)
     test = sets.get("test", sets.get("val"))
     return Splits(train, test, val=sets.get("val") if "test" in sets else None, **about)
 
@@ -84,6 +120,18 @@ def _by_folder(index: Index, split: str) -> dict[str, np.ndarray]:
     return {part: np.flatnonzero(parts == part) for part in ("train", "val", "test") if part in part_of}
 
 
+def _check_labels(index: Index, chosen: np.ndarray) -> None:
+    """ConfigError for a label that means none, or that is of several photos."""
+    negative = [k for k, text in enumerate(index.kinds) if re.fullmatch(r"-\d+", text)]
+    for at in chosen[np.isin(index.kind[chosen], [UNCLEAR, *negative])].tolist():
+        where = f"{index.shard_of(at)}: {shown(index.names[at])}"
+        if index.kind[at] == UNCLEAR:
+            raise ConfigError(f"{where} shares its label with other images, and none is the photo by its name, "
+                              f"{key_of(index.names[at])}.FORMAT; rename it or leave the others out")
+        raise ConfigError(f"{where} has the label {index.kinds[index.kind[at]]}; labels are 0, 1, 2, ..., leave images "
+                          "without one out")
+
+
 def _class_of(index: Index, at: int, part: str) -> str:
     """An image's class as text."""
     if index.kind[at] >= 0:
@@ -92,17 +140,23 @@ def _class_of(index: Index, at: int, part: str) -> str:
     if part and folders and folders[0].lower() in SPLIT_NAMES[part] and len(folders) > 1:
         folders = folders[1:]
     if not folders:
-        raise ConfigError(f"{index.shards[index.shard[at]]}: {index.names[at]} has no label: no .cls or .json beside "
-                          "it, and no folder that is its class")
-    return folders[0]
+        raise ConfigError(f"{index.shard_of(at)}: {shown(index.names[at])} has no label: no .cls beside it, no .json "
+                          f"with one (a text or a number as {', '.join(JSON_KEYS)}), and no folder that is its class")
+    return class_key(folders[0])
 
 
-def _classes(texts: list[str], data_dir: Path) -> tuple[list[str], list[str] | None]:
+def _numbers(index: Index, chosen: np.ndarray, texts: Sequence[str]) -> bool:
+    """Whether classes are numbers: they all come from labels. A folder's name is a name, 10 too."""
+    return bool((index.kind[chosen] >= 0).all()) and all(text.isascii() and text.isdigit() and len(text) < 19
+                                                         for text in texts)
+
+
+def _classes(index: Index, chosen: np.ndarray, texts: list[str], data_dir: Path) -> tuple[list[str], list[str] | None]:
     """(the classes' texts in the order of their labels, their names or None), of the training images' texts."""
-    if not all(text.isdecimal() for text in texts):
+    if not _numbers(index, chosen, set(texts)):
         names = sorted(set(texts))
         return names, [shown(name) for name in names]
-    count = max(map(int, texts)) + 1
+    count = max(map(int, set(texts)), default=-1) + 1
     if count > len(texts):
         raise ConfigError(f"{KEY}: labels are 0, 1, 2, ... without gaps; {len(texts)} images can't fill {count} "
                           "classes")
@@ -114,14 +168,17 @@ def _classes(texts: list[str], data_dir: Path) -> tuple[list[str], list[str] | N
 def _image_set(index: Index, chosen: np.ndarray, texts: list[str], names: list[str]) -> ImageSet:
     """The images `chosen`, ordered by class and then as in the index: as folders are read."""
     own = sorted(set(texts))
-    numbers = [int(text) for text in own] if all(name.isdecimal() for name in (*names, *own)) else \
-        match_classes(own, names, some=True)
-    if numbers is None or max(numbers) >= len(names):
-        stranger = next(n for n, text in enumerate(texts) if text not in names)
-        at = int(chosen[stranger])
-        raise ConfigError(f"{index.shards[index.shard[at]]}: {index.names[at]} is of class {shown(texts[stranger])}, "
-                          "which no training image has")
-    label_of = dict(zip(own, numbers))
+    if _numbers(index, chosen, own) and names == [str(label) for label in range(len(names))]:
+        label_of = {text: int(text) for text in own}                # 007 is 7
+        odd = next((text for text in own if label_of[text] >= len(names)), None)
+    else:
+        numbers = match_classes(own, names, some=True)
+        label_of = dict(zip(own, numbers or ()))
+        odd = stranger(own, names) if numbers is None else None
+    if odd is not None:
+        at = int(chosen[texts.index(odd)])
+        raise ConfigError(f"{index.shard_of(at)}: {shown(index.names[at])} is of class {shown(odd)}, which no training "
+                          "image has")
     targets = np.array([label_of[text] for text in texts], dtype=np.int64)
     order = np.argsort(targets, kind="stable")
     return ImageSet(targets[order], paths=[index.paths[at] for at in chosen[order]])

@@ -6,30 +6,28 @@ sampler works on shards as on files.
 """
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
 import os
 import posixpath
 import re
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from data_loader.images import EXTENSIONS, is_system
-from data_loader.places import KEY, key_of, member_path, remote
+from data_loader.places import KEY, close_shards, member_path, open_image, stamp
+from data_loader.tars import BESIDE, read_tar
 from logger.log import get_logger
+from utils import dist
 from utils.errors import ConfigError
 from utils.files import atomic_write
 
 RANGE = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<words>[^{}]*,[^{}]*))\}")
-VERSION = 1             # of the index's layout
-LABELS = (".cls", ".json")
-JSON_KEYS = ("label", "cls", "class")
+VERSION = 2             # of the index's layout
 SPLITS = ("train", "val", "test")
 
 
@@ -56,7 +54,11 @@ def expand(pattern: str) -> list[str]:
             raise ConfigError(f"{KEY}: {pattern}: {found[0]} counts down; write {{{found['last']}..{found['first']}}}")
         parts.append([str(number).zfill(len(found["first"])) for number in range(first, last + 1)])
     parts.append([pattern[at:]])
-    return ["".join(words) for words in itertools.product(*parts)]
+    names = ["".join(words) for words in itertools.product(*parts)]
+    twice = next((name for one, name in itertools.pairwise(sorted(names)) if one == name), None)
+    if twice is not None:
+        raise ConfigError(f"{KEY}: {pattern}: names {twice} twice")
+    return names
 
 
 def patterns(spec: str | dict[str, str]) -> dict[str, str]:
@@ -78,9 +80,10 @@ def patterns(spec: str | dict[str, str]) -> dict[str, str]:
 class Index:
     """What is in a pattern's shards, images in the order in which folders would be walked.
 
-    shards: paths or URLs [K]; stamps: size and time of change of each, int64 [K, 2]. names: of the images [N]; shard
-    int32, offset and size int64: where each is, [N]. kinds: texts of .cls and .json members; kind: which is whose,
-    int32 [N], -1 where an image has none.
+    shards: paths or URLs [K]; stamps: of each its size and what changes with it (`places.stamp`), int64 [K, 2]. names:
+    of the images [N]; shard int32, offset and size int64: where each is, [N]. kinds: texts of .cls and .json members;
+    kind: which is whose, int32 [N], or one of UNLABELLED, BESIDE and UNCLEAR of `data_loader.tars`. links: how many
+    images are left out since they are links.
     """
 
     shards: list[str]
@@ -91,6 +94,7 @@ class Index:
     size: np.ndarray
     kinds: list[str]
     kind: np.ndarray
+    links: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -101,31 +105,41 @@ class Index:
         return [member_path(self.shards[k], offset, size, name) for k, offset, size, name in zip(
             self.shard.tolist(), self.offset.tolist(), self.size.tolist(), self.names)]
 
+    def shard_of(self, at: int) -> str:
+        """The shard of image `at`."""
+        return self.shards[self.shard[at]]
+
     def save(self, file: Path) -> None:
         """Write it, whole or not at all."""
-        names, kinds = ([os.fsencode(text) for text in texts] for texts in (self.names, self.kinds))
         with atomic_write(file) as handle:
-            np.savez(handle, version=np.int64(VERSION), stamps=self.stamps, shard=self.shard, offset=self.offset,
-                     size=self.size, kind=self.kind, **_packed("names", names), **_packed("kinds", kinds),
-                     **_packed("shards", [os.path.basename(shard).encode() for shard in self.shards]))
+            np.savez(handle, version=np.int64(VERSION), links=np.int64(self.links), stamps=self.stamps,
+                     shard=self.shard, offset=self.offset, size=self.size, kind=self.kind,
+                     **_packed("names", self.names), **_packed("kinds", self.kinds),
+                     **_packed("shards", _known_as(self.shards, file)))
 
     @classmethod
-    def load(cls, file: Path, shards: list[str]) -> Index | None:
-        """The index in `file`, if it is one of these shards; None else."""
+    def load(cls, file: Path, shards: list[str], stamps: np.ndarray) -> Index | None:
+        """The index in `file`, if it is that of these shards as they are; None else."""
         try:
             with np.load(file) as found:  # no pickles, by default
-                if int(found["version"]) != VERSION or _unpacked(found, "shards") != [
-                        os.path.basename(shard) for shard in shards]:
+                if int(found["version"]) != VERSION or _unpacked(found, "shards") != _known_as(shards, file) or \
+                        not np.array_equal(found["stamps"], stamps):
                     return None
-                return cls(shards, found["stamps"], _unpacked(found, "names"), found["shard"], found["offset"],
-                           found["size"], _unpacked(found, "kinds"), found["kind"])
-        except (OSError, ValueError, KeyError, EOFError, tarfile.TarError, RuntimeError):
+                return cls(shards, stamps, _unpacked(found, "names"), found["shard"], found["offset"], found["size"],
+                           _unpacked(found, "kinds"), found["kind"], int(found["links"]))
+        except Exception:  # zipfile and NumPy raise nearly anything on a damaged file, and a new one is soon made
             return None
 
 
-def _packed(name: str, texts: list[bytes]) -> dict[str, np.ndarray]:
-    return {name: np.frombuffer(b"".join(texts), np.uint8),
-            f"{name}_ends": np.cumsum([len(text) for text in texts], dtype=np.int64)}
+def _known_as(shards: list[str], file: Path) -> list[str]:
+    """Shards as an index knows them: URLs, or paths from its own folder, with which it may be moved."""
+    return [shard if "://" in shard else os.path.relpath(shard, file.parent).replace(os.sep, "/") for shard in shards]
+
+
+def _packed(name: str, texts: list[str]) -> dict[str, np.ndarray]:
+    parts = [os.fsencode(text) for text in texts]
+    return {name: np.frombuffer(b"".join(parts), np.uint8),
+            f"{name}_ends": np.cumsum([len(part) for part in parts], dtype=np.int64)}
 
 
 def _unpacked(found: Any, name: str) -> list[str]:
@@ -133,40 +147,74 @@ def _unpacked(found: Any, name: str) -> list[str]:
     return [os.fsdecode(text[start:end]) for start, end in zip([0, *ends], ends)]
 
 
-def open_index(pattern: str, data_dir: str) -> Index:
-    """The index of a pattern's shards, read from beside them; made, or made again, where a shard is new or changed.
+#: Indices that couldn't be written, by their files' names: a run's loaders share them.
+_unwritten: dict[Path, Index] = {}
 
-    Raises ConfigError naming the shard: missing, compressed, truncated, damaged, or with an image that is there twice.
+
+def open_index(pattern: str, data_dir: str) -> Index:
+    """The index of a pattern's shards, read from beside them, of URLs from `data_dir`; made, or made again, where a
+    shard is new or changed.
+
+    All ranks must call it: where one lacks the index, rank 0 gives it its own, made once. Raises ConfigError naming the
+    shard: missing, compressed, truncated, damaged, or with an image that is there twice.
     """
+    close_shards()  # a shard that was replaced since is another file of the same name
     far = "://" in pattern
     shards = [name if far else os.path.join(data_dir, name) for name in expand(pattern)]
     stamps = _stamps(shards)
-    name = re.sub(r"[{}]", "", os.path.basename(pattern)).removesuffix(".tar") + ".index.npz"
-    file = Path(data_dir if far else os.path.dirname(shards[0]) or ".") / name
-    index = Index.load(file, shards)
-    if index is not None and np.array_equal(index.stamps, stamps):
+    file = index_file(pattern, shards, Path(data_dir if far else os.path.dirname(shards[0]) or "."))
+    index = _unwritten.get(file)
+    if index is None or index.shards != shards or not np.array_equal(index.stamps, stamps):
+        index = Index.load(file, shards, stamps)
+    if not dist.any_rank(index is None):
         return index
+    first = dist.on_main(lambda: _make(shards, stamps, file) if index is None else index)
+    if index is not None or dist.is_main():
+        return first if index is None else index
+    other = np.flatnonzero(first.stamps[:, 0] != stamps[:, 0])
+    if len(other):
+        at = int(other[0])
+        raise ConfigError(f"{shards[at]}: has {stamps[at, 0]} bytes here and {first.stamps[at, 0]} where rank 0 is; "
+                          "copy it again")
+    first = replace(first, shards=shards, stamps=stamps)
+    if dist.local_rank() == 0 and Index.load(file, shards, stamps) is None:  # this machine's shards are its own
+        _save(first, file)
+    return first
+
+
+def index_file(pattern: str, shards: list[str], folder: Path) -> Path:
+    """Where the index is: a readable name with a digest of all shards, as patterns of one name may lie in many buckets.
+    """
+    name = re.sub(r"[{}]", "", os.path.basename(pattern)).removesuffix(".tar")[:80]
+    every = "\0".join(_known_as(shards, folder / name))
+    digest = hashlib.blake2b(os.fsencode(every), digest_size=4)
+    return folder / f"{name}.{digest.hexdigest()}.index.npz"
+
+
+def _make(shards: list[str], stamps: np.ndarray, file: Path) -> Index:
     get_logger().info("making the index of %d shards, %s, once", len(shards), file)
     index = make_index(shards, stamps)
+    _save(index, file)
+    return index
+
+
+def _save(index: Index, file: Path) -> None:
     try:
         index.save(file)
     except OSError as error:
-        get_logger().info("%s: can't be written (%s), so every run makes it again", file, error.strerror)
-    return index
+        get_logger().info("%s: can't be written (%s), so every run makes it again", file, error.strerror or error)
+        _unwritten[file] = index
 
 
 def _stamps(shards: list[str]) -> np.ndarray:
     stamps, missing = [], []
     for shard in shards:
         try:
-            if "://" in shard:
-                system, path = remote(shard)
-                stamps.append((int(system.info(path)["size"]), 0))
-            else:
-                found = os.stat(shard)
-                stamps.append((found.st_size, found.st_mtime_ns))
-        except OSError:
+            stamps.append(stamp(shard))
+        except (FileNotFoundError, NotADirectoryError):
             missing.append(shard)
+        except OSError as error:
+            raise ConfigError(f"{shard}: can't be opened: {error.strerror or error} ({KEY})") from None
     if missing:
         more = f"; {len(missing) - 1} more of {len(shards)} are missing" if len(missing) > 1 else ""
         raise ConfigError(f"{missing[0]}: no such shard ({KEY}){more}")
@@ -175,32 +223,26 @@ def _stamps(shards: list[str]) -> np.ndarray:
 
 def make_index(shards: list[str], stamps: np.ndarray) -> Index:
     """Read the headers of all shards. Raises ConfigError as `open_index`."""
-    found: list[tuple[str, int, int, int]] = []
-    labels: dict[str, str] = {}
+    found: list[tuple[str, int, int, int, str | int]] = []
+    links = 0
     for number, shard in enumerate(shards):
-        try:
-            for name, offset, size, text in _members(shard, int(stamps[number, 0])):
-                if text is None:
-                    found.append((name, number, offset, size))
-                elif labels.setdefault(key_of(name), text) != text:
-                    raise ConfigError(f"{shard}: {name} gives {key_of(name)} another label than before")
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            raise ConfigError(f"{shard}: damaged or not a tar file ({error}); write or copy it again") from None
-        except OSError as error:
-            raise ConfigError(f"{shard}: can't be read ({error.strerror or error})") from None
+        contents = read_tar(shard, int(stamps[number, 0]))
+        links += contents.links
+        found += [(name, number, offset, size, label)
+                  for (name, offset, size), label in zip(contents.images, contents.labels)]
     if not found:
-        raise ConfigError(f"{shards[0]}: the {len(shards)} shards hold no image")
+        raise ConfigError(f"{shards[0]}: the {len(shards)} shards hold no image" + (
+            f"; {links} are links, write them with tar's --dereference --hard-dereference" if links else ""))
     # As os.walk goes: a folder's files before the folders in it, both by name.
     found.sort(key=lambda member: (*_walk_order(member[0]), member[1]))
-    for one, two in itertools.pairwise(found):
-        if one[0] == two[0]:
-            raise ConfigError(f"{shards[two[1]]}: {two[0]} is there twice, also in {shards[one[1]]}")
-    kinds = sorted(set(labels.values()))
+    for _, group in itertools.groupby(found, key=itemgetter(0)):
+        _refuse_twice(list(group), shards)
+    names, shard, offset, size, label = zip(*found)
+    kinds = sorted({text for text in label if isinstance(text, str)})
     number_of = {text: number for number, text in enumerate(kinds)}
-    names, shard, offset, size = zip(*found)
-    kind = [number_of.get(labels.get(key_of(name)), -1) for name in names]
+    kind = [number_of.get(text, text) for text in label]
     return Index(shards, stamps, list(names), np.array(shard, np.int32), np.array(offset, np.int64),
-                 np.array(size, np.int64), kinds, np.array(kind, np.int32))
+                 np.array(size, np.int64), kinds, np.array(kind, np.int32), links)
 
 
 def _walk_order(name: str) -> tuple[tuple[str, ...], str]:
@@ -208,46 +250,28 @@ def _walk_order(name: str) -> tuple[tuple[str, ...], str]:
     return tuple(folder.split("/")) if folder else (), base
 
 
-def _members(shard: str, length: int) -> Iterator[tuple[str, int, int, str | None]]:
-    """(name, offset, size, None) of each image, (name, 0, 0, label) of each .cls or .json member."""
-    with _stream(shard) as handle:
-        if handle.read(2) == b"\x1f\x8b":
-            raise ConfigError(f"{shard}: is compressed, so images can't be read by position; unpack it with gunzip")
-        handle.seek(0)
-        with tarfile.open(fileobj=handle, mode="r:") as tar:
-            for member in tar:
-                tar.members = []  # else it keeps them all
-                name = posixpath.normpath(member.name)
-                if not member.isfile() or any(is_system(part) for part in name.split("/")):
-                    continue
-                ending = posixpath.splitext(name)[1].lower()
-                if member.offset_data + member.size > length:
-                    raise ConfigError(f"{shard}: ends within {name}; it is truncated, write or copy it again")
-                if ending in EXTENSIONS:
-                    yield name, member.offset_data, member.size, None
-                elif ending in LABELS:
-                    yield name, 0, 0, _label(tar.extractfile(member).read(), ending, f"{shard}: {name}")
-            if tar.offset >= length:  # cut between two images it would only have fewer
-                raise ConfigError(f"{shard}: has no end mark; it is truncated, write or copy it again")
+def _refuse_twice(members: list[tuple[str, int, int, int, str | int]], shards: list[str]) -> None:
+    """ConfigError where members of one name are one photo. webdataset's keys may begin anew in each shard: those are
+    different photos, which only their bytes can tell."""
+    if len(members) == 1:
+        return
+    members = sorted((member for member in members if member[4] != BESIDE), key=itemgetter(3))
+    had: set[int] = set()
+    for _, group in itertools.groupby(members, key=itemgetter(3)):
+        alike, of_content = list(group), {}
+        for name, number, offset, size, _ in alike:
+            if number in had:
+                raise ConfigError(f"{shards[number]}: {name} is there twice")
+            had.add(number)
+            content = _digest(shards[number], offset, size) if len(alike) > 1 else b""
+            before = of_content.setdefault(content, number)
+            if before != number:
+                raise ConfigError(f"{shards[number]}: {name} is there twice, also in {shards[before]}")
 
 
-def _stream(shard: str) -> BinaryIO:
-    if "://" not in shard:
-        return open(shard, "rb")
-    system, path = remote(shard)
-    return system.open(path, "rb")
-
-
-def _label(content: bytes, ending: str, where: str) -> str:
+def _digest(shard: str, offset: int, size: int) -> bytes:
     try:
-        text = content.decode("utf-8").strip()
-        if ending == ".json":
-            known = json.loads(text)
-            key = next(key for key in JSON_KEYS if key in known)
-            text = str(known[key]).strip()
-    except (ValueError, TypeError, StopIteration):
-        text = ""
-    if not text:
-        raise ConfigError(f"{where}: holds no label; a .cls is a class's number or name, a .json has it as "
-                          f"{', '.join(JSON_KEYS)}")
-    return text
+        with open_image(member_path(shard, offset, size, "")) as handle:
+            return hashlib.blake2b(handle.read()).digest()
+    except OSError as error:
+        raise ConfigError(f"{shard}: can't be read ({error.strerror or error})") from None

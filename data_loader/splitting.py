@@ -142,6 +142,17 @@ def match_classes(own: Sequence[str], wanted: Sequence[str], some: bool = False)
     return None
 
 
+def stranger(own: Sequence[str], wanted: Sequence[str]) -> str:
+    """The first class of `own` for which `wanted` has none, or none that is left; `match_classes` found no numbers."""
+    taken: set[int] = set()
+    for name in own:
+        number = match_classes([name], wanted, some=True)
+        if number is None or number[0] in taken:
+            return name
+        taken.add(number[0])
+    raise AssertionError("every class has its number")
+
+
 def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool) -> None:
     """Number the splits' classes as `wanted` does, by name, in place. some: the data may lack classes.
 

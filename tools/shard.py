@@ -4,74 +4,109 @@
     python -m tools.shard data/iNaturalist18 shards --size 500M
 
 IN holds folders of classes (with or without train/, val/ and test/ above them) or lists (`*train.txt`, `*val.txt`,
-`*test.txt`). OUT gets `train-00000.tar` and so on, the lists and classes.txt where there are any, and the index that
-loaders read. Files go in as they are, in an order shuffled by --seed. webdataset reads the shards too: each image has
-its class's number beside it.
+`*test.txt`). OUT, a new folder, gets `train-00000.tar` and so on, the lists and classes.txt, and the index that loaders
+read, all or nothing. Files go in as they are, in an order shuffled by --seed. webdataset reads the shards too: each
+image has its class's number beside it.
 """
 from __future__ import annotations
 
 import io
 import os
 import re
+import shlex
 import shutil
 import tarfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_loader.places import key_of, name_below
+from data_loader.datasets import ImageSet
+from data_loader.images import is_system, shown
+from data_loader.places import key_of, name_below, name_in_shard
+from data_loader.tars import is_member
 from tools.cli import Parser
 from utils.cli import run_main
 from utils.errors import ConfigError
 from utils.files import atomic_write, write_text
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+UNFINISHED = ".unfinished"      # a folder in OUT, where all is written until it is whole
 LOADERS = ("ImageNetLTDataLoader", "PlacesLTDataLoader", "iNaturalistDataLoader", "ListFileDataLoader")
 
 
-def read_splits(source: Path) -> tuple[dict[str, Any], list[str] | None, list[Path]]:
-    """(split -> its images, the classes' names, list files) of a folder of lists or of classes. Raises ConfigError."""
+class Source(NamedTuple):
+    """What is packed: of each split its images and their names in the shards; the classes' names; files that go along.
+    """
+
+    splits: dict[str, tuple[ImageSet, list[str]]]
+    class_names: list[str] | None
+    lists: list[Path]
+    notes: list[str]
+
+
+def read_source(source: Path, allow_outside: bool = False) -> Source:
+    """A folder of lists or of classes. Raises ConfigError as the loaders do, and for images that shards can't name."""
     from data_loader import data_loaders
-    from data_loader.files import list_folder, read_lists
-    from data_loader.folders import read_folders
-    from data_loader.splitting import Division
-    for name in LOADERS:
-        kind = getattr(data_loaders, name)
+    from data_loader.files import list_folder
+    for kind in (getattr(data_loaders, name) for name in LOADERS):
         root = list_folder(str(source), kind.lists, kind.folder)
         lists = [root / file for file in kind.lists if file and (root / file).is_file()]
         if (root / kind.lists[0]).is_file() and len(lists) > 1:
-            splits = read_lists(str(source), kind.lists, kind.folder, True, False)
-            files = [*lists, *([root / "classes.txt"] if (root / "classes.txt").is_file() else [])]
-            break
-    else:
-        files = []
-        # Nothing is set aside here: the loader does that, by the images' names, on shards as on folders.
-        splits = read_folders(str(source), Division(str(source), 0, 0.2, 0.1), False)
-        if not _has_test(source):
-            from data_loader.datasets import ImageSet
-            both = (splits.train, splits.test)
-            splits.train = ImageSet(np.concatenate([part.targets for part in both]),
-                                    paths=[path for part in both for path in part.paths])
-            splits.test = None
-    found = {"train": splits.train, "val": splits.val, "test": splits.test}
-    return {split: images for split, images in found.items() if images is not None}, splits.class_names, files
+            return _listed(source, root, kind, lists, allow_outside)
+    from data_loader.folders import read_parts, split_folders
+    notes: list[str] = []
+    # Nothing is set aside here: the loader does that, by the images' names, on shards as on folders.
+    sets, names = read_parts(source, split_folders(source), allow_outside, notes)
+    return Source({split: (images, [name_below(path, str(source)) for path in images.paths])
+                   for split, images in sets.items()}, [shown(name) for name in names], [], notes)
 
 
-def _has_test(source: Path) -> bool:
-    from data_loader.folders import split_folders
-    return len(split_folders(source)) > 1
+def _listed(source: Path, root: Path, kind: Any, lists: list[Path], allow_outside: bool) -> Source:
+    """Images are named in shards as in their lists, wherever the lists say that they are."""
+    from data_loader.files import find_files, read_lists
+    named: dict[str, list[str]] = {}
+    files = find_files(root, source, allow_outside)
+
+    def find(names: Sequence[str], where: str, lines: Sequence[int], split: str) -> list[str]:
+        paths = files(names, where, lines, split)
+        # Only Windows's backslashes part folders; a name that has some on this disk keeps them.
+        named[split] = [name_in_shard(name if not _windows(name, path) else name.replace("\\", "/"))
+                        for name, path in zip(names, paths)]
+        _check_names(names, named[split], where, lines)
+        return paths
+    found = read_lists(str(source), kind.lists, kind.folder, True, allow_outside, find)
+    splits = {split: (images, named[split]) for split, images in
+              (("train", found.train), ("val", found.val), ("test", found.test)) if images is not None}
+    more = [root / "classes.txt"] if (root / "classes.txt").is_file() else []
+    return Source(splits, found.class_names, lists + more, found.notes)
 
 
-def can_be_labelled(paths: list[str], root: str) -> bool:
+def _windows(name: str, path: str) -> bool:
+    return "\\" in name and not path.endswith(name)
+
+
+def _check_names(names: Sequence[str], members: Sequence[str], where: str, lines: Sequence[int]) -> None:
+    before: dict[str, str] = {}
+    for name, member, line in zip(names, members, lines):
+        if not is_member(member):
+            raise ConfigError(f"{where}, line {line}: {shown(name)} wouldn't be found in a shard, where images are "
+                              "told by their ending and hidden files are left out; rename it")
+        other = before.setdefault(member, name)
+        if other != name:
+            raise ConfigError(f"{where}, line {line}: {shown(name)} and {shown(other)} would both be {shown(member)} "
+                              "in a shard; list it once")
+
+
+def can_be_labelled(names: list[str]) -> bool:
     """Whether every image has a key of its own, its name up to the first dot, for a label beside it."""
-    keys = {key_of(name_below(path, root)) for path in paths}
-    return len(keys) == len(paths)
+    return len({key_of(name) for name in names}) == len(names)
 
 
-def write_split(images: Any, split: str, root: str, target: Path, size: int, seed: int, labelled: bool) -> int:
+def write_split(images: ImageSet, names: list[str], split: str, target: Path, size: int, seed: int,
+                labelled: bool) -> int:
     """Write a split's shards, each whole or not at all; returns how many.
 
     size: bytes of images in one, about. labelled: each image's class goes beside it.
@@ -79,17 +114,32 @@ def write_split(images: Any, split: str, root: str, target: Path, size: int, see
     Raises ConfigError where an image can't be read or a shard can't be written.
     """
     order = np.random.default_rng([seed, len(images)]).permutation(len(images))
-    shards = list(_cut(order, images.paths, size))
-    for number, members in enumerate(shards):
-        file = target / f"{split}-{number:05d}.tar"
-        try:
+    number = -1
+    try:
+        for number, members in enumerate(_cut(order, images.paths, size)):
+            file = target / f"{split}-{number:05d}.tar"
             with atomic_write(file) as handle, tarfile.open(fileobj=handle, mode="w", format=tarfile.PAX_FORMAT) as tar:
                 for at in members:
-                    _add(tar, images.paths[at], root, int(images.targets[at]) if labelled else None)
-        except OSError as error:
-            raise ConfigError(f"{error.filename or file}: {error.strerror or error}") from None
-        print(f"{file}  {len(members):,} images")
-    return len(shards)
+                    _add(tar, images.paths[at], names[at], int(images.targets[at]) if labelled else None)
+            print(f"{file.name}  {len(members):,} images")
+    except OSError as error:
+        raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from None
+    return number + 1
+
+
+def write_classes(names: list[str], file: Path) -> None:
+    """classes.txt, so that these names are read from it. Raises ConfigError where a name can't be a line of it."""
+    from data_loader.files import read_class_names
+    # Names that end in their own numbers, `blue 0`, would lose them: then they get a number each, as Places365's have.
+    for lines in (names, [f"{name} {number}" for number, name in enumerate(names)]):
+        write_text(file, "".join(f"{line}\n" for line in lines))
+        try:
+            if read_class_names(file, len(names)) == names:
+                return
+        except ConfigError:     # a name of two lines, or a blank one
+            pass
+    odd = next((name for name in names if name.splitlines() != [name.strip()]), names[0])
+    raise ConfigError(f"{odd!r}: no name for a line of {file.name}; rename the class")
 
 
 def _cut(order: np.ndarray, paths: list[str], size: int) -> Iterator[list[int]]:
@@ -105,9 +155,8 @@ def _cut(order: np.ndarray, paths: list[str], size: int) -> Iterator[list[int]]:
         yield members
 
 
-def _add(tar: tarfile.TarFile, path: str, root: str, label: int | None) -> None:
-    """An image under its name below `root`, and its class's number beside it."""
-    name = name_below(path, root)
+def _add(tar: tarfile.TarFile, path: str, name: str, label: int | None) -> None:
+    """An image under its name, and its class's number beside it."""
     members = {name: Path(path).read_bytes()}
     if label is not None:
         members[f"{key_of(name)}.cls"] = str(label).encode()
@@ -138,42 +187,62 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("target", metavar="OUT", help="where the shards go")
     parser.add_argument("--size", default="500M", help="bytes of images in a shard, about (default 500M)")
     parser.add_argument("--seed", type=int, default=0, help="of the images' order in the shards")
+    parser.add_argument("--allow_outside", action="store_true", help="images may lie outside IN (lists, links)")
     args = parser.parse_args(argv)
     args.size = byte_count(args.size)
     if not Path(args.source).is_dir():
         raise ConfigError(f"{args.source}: no such folder; give one of classes or of lists")
     target = Path(args.target)
-    if target.exists() and (not target.is_dir() or any(target.glob("*.tar"))):
-        raise ConfigError(f"{target}: has shards already; choose another folder" if target.is_dir() else
-                          f"{target}: is a file; shards go into a folder")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target}: is a file; shards go into a folder")
+    # Old shards, lists or names of classes would be taken for those of this set.
+    there = sorted(name for name in os.listdir(target) if not is_system(name)) if target.exists() else []
+    if there:
+        why = "has part of a set, whose making was interrupted" if (target / UNFINISHED).exists() else "isn't empty"
+        raise ConfigError(f"{target}: {why} ({there[0]} is there); empty it or choose another folder")
     if target.resolve().is_relative_to(Path(args.source).resolve()):
         raise ConfigError(f"{target}: lies in {args.source}; the shards would be taken for images of it")
     return args
 
 
+def pack(source: Source, target: Path, size: int, seed: int) -> dict[str, str]:
+    """Write everything, whole or not at all; split -> the pattern of its shards."""
+    labelled = all(can_be_labelled(names) for _, names in source.splits.values())
+    if not labelled:
+        print("no .cls members: some images share a name up to its first dot; loaders here don't need them")
+    unfinished = target / UNFINISHED
+    try:
+        if unfinished.exists():
+            print(f"{unfinished}: of a run that was interrupted, is removed")
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
+        for file in source.lists:
+            shutil.copyfile(file, unfinished / file.name)
+        if source.class_names and not (unfinished / "classes.txt").exists():
+            write_classes(source.class_names, unfinished / "classes.txt")
+        spec = {split: pattern(split, write_split(images, names, split, unfinished, size, seed, labelled))
+                for split, (images, names) in source.splits.items() if len(images)}
+        for file in sorted(unfinished.iterdir()):
+            os.replace(file, target / file.name)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return spec
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from data_loader.shards import open_index
-    source, target = Path(args.source), Path(args.target)
-    splits, names, lists = read_splits(source)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for file in lists:
-            shutil.copyfile(file, target / file.name)
-        if names and not (target / "classes.txt").exists():
-            write_text(target / "classes.txt", "".join(f"{name}\n" for name in names))
-    except OSError as error:
-        raise ConfigError(f"{target}: can't be written: {error.strerror}") from None
-    labelled = all(can_be_labelled(images.paths, str(source)) for images in splits.values())
-    if not labelled:
-        print("no .cls members: some images share a name up to its first dot; loaders here don't need them")
-    spec = {}
-    for split, images in splits.items():
-        spec[split] = pattern(split, write_split(images, split, str(source), target, args.size, args.seed,
-                                                 labelled))
-        open_index(spec[split], str(target))
-    shown = ", ".join(f'"{split}": "{text}"' for split, text in spec.items())
-    print(f"train with: --data_dir {target} --set 'data_loader.args.shards={{{shown}}}'")
+    target = Path(args.target)
+    source = read_source(Path(args.source), args.allow_outside)
+    for note in source.notes:
+        print(note)
+    spec = pack(source, target, args.size, args.seed)
+    for text in spec.values():
+        open_index(text, str(target))
+    shards = ", ".join(f'"{split}": "{text}"' for split, text in spec.items())
+    print(f"train with: --data_dir {shlex.quote(str(target))} --set 'data_loader.args.shards={{{shards}}}'")
 
 
 if __name__ == "__main__":

@@ -83,15 +83,24 @@ def set_determinism(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def own_memory(what: str = "VmRSS") -> int | None:
+    """Bytes of this process's memory now ("VmRSS") or at most so far ("VmHWM"), without data workers; None where there
+    is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = status.read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:")), None)
+
+
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes that this process has used: of the GPU's memory, or, on the CPU, of its own, without data workers;
     None where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():    # getrusage's figure on Linux also has that of the process which started it
-        return next((1024 * int(line.split()[1]) for line in status.read_text().splitlines()
-                     if line.startswith("VmHWM")), None)
+    found = own_memory("VmHWM")
+    if found is not None:   # getrusage's figure on Linux also has that of the process which started it
+        return found
     try:
         import resource
     except ImportError:    # Windows

@@ -120,6 +120,16 @@ def first_to_say(message: str) -> bool:
         return True
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank; all ranks must call it."""
+    if not _initialised():
+        return flag
+    import torch.distributed as dist
+    flags = [flag] * world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
 def on_main(work: Callable[[], T]) -> T:
     """Do `work` on rank 0 and return its value (plain data) on every rank; all ranks must call it.
 

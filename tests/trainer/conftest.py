@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import train
+from tools.shard import main as shard
 from trainer.trainer import Trainer
 
 COUNTS = (12, 7, 4)  # 23 training images: with batches of 6 the last has 5
@@ -79,6 +81,20 @@ def tiny_images(tmp_path_factory) -> Path:
     write_images(folder / "train")
     write_images(folder / "val", (5, 4, 2))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory, tiny_images) -> Path:
+    """`tiny_images`, val/ as the test split, in two shards and one (`SHARDS` of ranks.py), without an index."""
+    source, target = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("shards") / "out"
+    shutil.copytree(tiny_images / "train", source / "train")
+    shutil.copytree(tiny_images / "val", source / "test")
+    size = sum(file.stat().st_size for file in (source / "train").rglob("*.png"))
+    shard([str(source), str(target), "--size", str(size // 2 + 500)])
+    for file in target.glob("*.npz"):
+        file.unlink()
+    assert len(list(target.glob("train-*.tar"))) == 2 and len(list(target.glob("*.tar"))) == 3
+    return target
 
 
 @pytest.fixture

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+#: What `data_loader.args.shards` says of the fixture `tiny_shards`.
+SHARDS = {"train": "train-{00000..00001}.tar", "test": "test-00000.tar"}
+
 
 def run_ranks(job, argument, world_size: int = 2, timeout: float = 240) -> list:
     """What `job(argument)` (a function at a module's top level) returned, by rank: tensors and plain data."""
@@ -104,3 +107,27 @@ def stop_and_resume(commands: list[list[str]]) -> list[str]:
     for command in commands:
         train.main(command)
     return []
+
+
+def open_shards(places: list[str]) -> dict:
+    """Open the shards in this rank's of `places`, a machine each where they differ: how many shards were read for it,
+    this rank's part of an epoch, and what is said where a place holds another shard than rank 0's."""
+    import data_loader.shards as shards
+    from data_loader.data_loaders import ImageFolderLTDataLoader
+    from utils import dist
+    from utils.errors import ConfigError
+    dist.setup("cpu")
+    rank, read, original = dist.rank(), [], shards.read_tar
+    if places[0] != places[-1]:
+        os.environ["LOCAL_RANK"] = "0"
+    shards.read_tar = lambda shard, length: read.append(shard) or original(shard, length)
+    loader = ImageFolderLTDataLoader(places[rank], batch_size=5, image_size=16, num_workers=0, cache=False, rank=rank,
+                                     world_size=2, shards=SHARDS)
+    batches = [(images, labels, torch.tensor(loader.share(batch)[0])) for batch, (images, labels) in enumerate(loader)]
+    said = ""
+    try:
+        shards.open_index("odd.tar", places[rank])
+    except ConfigError as error:
+        said = str(error)
+    dist.barrier()
+    return {"read": len(read), "batches": batches, "said": said}

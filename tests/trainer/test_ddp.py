@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 import train
+from data_loader.data_loaders import ImageFolderLTDataLoader
 from logger.metrics_csv import read_table
-from tests.trainer.ranks import run_ranks, stop_and_resume, train_and_record
+from tests.trainer.ranks import SHARDS, open_shards, run_ranks, stop_and_resume, train_and_record
 from utils import device
 from utils.errors import ConfigError
 
@@ -114,6 +116,24 @@ def test_a_stop_of_one_rank_stops_all_at_the_same_step(runs, same_state, parts):
                   for name in ("stopped", "straight"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert "stopped on request in epoch 2, after 12 of its 23 images" in (runs.log("stopped") / "info.log").read_text()
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_ranks_make_one_index_and_share_each_batch(tiny_shards, tmp_path, machines):
+    """Of two machines each has its index on its own disk, though rank 0 alone reads the headers."""
+    places = [tmp_path / f"disk{n}" for n in range(machines)]
+    for n, place in enumerate(places):
+        shutil.copytree(tiny_shards, place)
+        (place / "odd.tar").write_bytes((tiny_shards / "test-00000.tar").read_bytes() + bytes(512 * n))
+    one, two = run_ranks(open_shards, [str(places[0]), str(places[-1])])
+    assert (one["read"], two["read"]) == (4, 0)     # two, one, and the odd one
+    assert [len(list(place.glob("t*.index.npz"))) for place in places] == [2] * machines
+    assert not one["said"] and ("disk1/odd.tar: has " in two["said"] if machines == 2 else not two["said"])
+    alone = ImageFolderLTDataLoader(str(places[0]), batch_size=5, image_size=16, num_workers=0, cache=False,
+                                    shards=SHARDS)
+    for n, (images, labels) in enumerate(alone):
+        for rank, (own, theirs, share) in enumerate((one["batches"][n], two["batches"][n])):
+            assert torch.equal(own[:share], images[rank::2]) and torch.equal(theirs[:share], labels[rank::2])
 
 
 # ---------------------------------------------------------------------- torchrun, and the launcher of our own

@@ -1,12 +1,14 @@
 """A run that was stopped and resumed is the run that wasn't stopped, to the last bit."""
 
 import csv
+import shutil
 import signal
 
 import pytest
 import torch
 
 from model.norm.native import compiler
+from tests.trainer.ranks import SHARDS
 from utils.checkpoint.store import load_checkpoint
 
 RIDE = {"arch": {"args": {"num_experts": 2, "add_bt": 1, "dropout": 0.2, "use_norm": True}},
@@ -135,6 +137,20 @@ def test_worker_processes_change_nothing_and_resume(runs, same_state, signal_at)
     runs(None, "-r", stopped / "checkpoint-epoch2.pth", "--set", "data_loader.args.num_workers=2")
     for folder in (two, stopped):
         assert same_state(none / "checkpoint-epoch2.pth", folder / "checkpoint-epoch2.pth") == []
+
+
+def test_a_stop_on_shards_loses_nothing(tiny_shards, runs, tmp_path, same_state, signal_at):
+    """Images are read from their places, so the second half of an epoch is what it would have been; as on files."""
+    data = shutil.copytree(tiny_shards, tmp_path / "shards")
+    sections = {"data_loader": {"args": {"data_dir": str(data), "shards": SHARDS, "cache": False}}}
+    whole = runs("whole", **sections)
+    signal_at(6)
+    stopped = runs("stopped", **sections)
+    half = stopped / "checkpoint-epoch2.pth"
+    assert torch.load(half, weights_only=True)["batch"] == 2
+    runs(None, "-r", half)
+    assert same_state(whole / half.name, half) == []
+    assert (runs.log("whole") / "metrics.csv").read_text() == (runs.log("stopped") / "metrics.csv").read_text()
 
 
 def test_auto_goes_on_or_starts_anew(runs, straight, same_state, capfd):
