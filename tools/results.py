@@ -9,6 +9,7 @@ from pathlib import Path
 from tools.published import PUBLISHED, SOURCES, Published
 from tools.run_table import Column, Row, cell, markdown, percent
 from tools.runs import RunRecord
+from utils.config.read import read_json
 from utils.errors import ConfigError
 
 COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "data"), Column("model", "backbone"),
@@ -44,12 +45,15 @@ def published_for(row: Row) -> Published | None:
 
 
 def starts_from(row: Row, rows: Sequence[Row]) -> str:
-    """The flag that gives a second stage's command the kept weights that it begins from; "" where it needs none."""
+    """The flag that gives a second stage's command the kept weights that it begins from, "" where it needs none: those
+    that its config names, else those of the method that it is a second stage of."""
     before = re.sub(r" \+ (cRT|LWS|EA)\b", "", row["method"])
     if before == row["method"]:
         return ""
-    first = next((other for other in rows if (other["method"], other["data"], other["model"]) == (
-        before, row["data"], row["model"])), None)
+    named = Path(read_json(Path(row["config"])).get("load_crt") or "").parent.name
+    first = next((other for other in rows if stem(Path(other["config"]).parent.name) == stem(named)), None) or next(
+        (other for other in rows if (other["method"], other["data"], other["model"]) == (
+            before, row["data"], row["model"])), None)
     if first is None:
         return ""
     weights = shlex.quote((Path(first["config"]).parent / "weights.pth").as_posix())

@@ -41,6 +41,8 @@ def method_of(config: dict[str, Any]) -> str:
     name = LOSSES.get(loss.get("type"), str(loss.get("type") or "")) if not routed else "RIDE + EA"
     if name == "LDAM" and loss_args.get("reweight_epoch", -1) not in (None, -1):
         name = "LDAM-DRW"
+    if name == LOSSES["RIDEBalancedSoftmaxLoss"] and loss_args.get("additional_diversity_factor") == 0:
+        name = LOSSES["BalancedSoftmaxLoss"]
     experts = experts_of(config)
     if arch["type"].startswith("MaskRCNN"):
         name = "Mask R-CNN"

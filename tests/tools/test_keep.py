@@ -92,15 +92,19 @@ def test_published_figures_stand_beside():
     assert stem("cifar100_lt_ride_fast30_s12") == "cifar100_lt_ride_fast30"
 
 
-@pytest.mark.parametrize("method, first, flag", [
-    ("CE + cRT", "CE", " --load_crt results/one_s0/weights.pth"),
-    ("CE + LWS", "CE", " --load_crt results/one_s0/weights.pth"),
-    ("RIDE + EA, 3 experts", "RIDE, 3 experts", " -r results/one_s0/weights.pth"),
-    ("CE + cRT", "balanced softmax", ""), ("CE", "CE", "")])
-def test_a_second_stage_begins_from_the_kept_first(method, first, flag):
-    shared = {"data": "CIFAR-100-LT", "model": "ResNet32"}
-    rows = [{**shared, "method": first, "config": "results/one_s0/config.json"},
-            {**shared, "method": method, "config": "results/two_s0/config.json"}]
+@pytest.mark.parametrize("method, first, named, flag", [
+    ("CE + cRT", "CE", None, " --load_crt results/one_s0/weights.pth"),
+    ("CE + LWS", "CE", None, " --load_crt results/one_s0/weights.pth"),
+    ("RIDE + EA, 3 experts", "RIDE, 3 experts", None, " -r results/one_s0/weights.pth"),
+    ("CE + cRT", "balanced softmax", None, ""), ("CE", "CE", None, ""),
+    ("CE + cRT", "balanced softmax", "results/one_s1/weights.pth", " --load_crt results/one_s0/weights.pth")])
+def test_a_second_stage_begins_from_the_kept_first(method, first, named, flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for folder, kind, source in (("results/one_s0", first, None), ("results/two_s0", method, named)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({"load_crt": source}))
+        rows.append({"data": "CIFAR-100-LT", "model": "ResNet32", "method": kind, "config": f"{folder}/config.json"})
     assert starts_from(rows[1], rows) == flag
 
 

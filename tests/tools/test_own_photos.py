@@ -41,3 +41,12 @@ def test_features_once_and_a_balanced_classifier(photos, tmp_path, run_cli):
     run_cli(["-m", "tools.predict", "-r", models / "checkpoint-epoch30.pth", photos / "test" / "apple", "--csv",
              tmp_path / "said.csv"], check=True)
     assert len((tmp_path / "said.csv").read_text().splitlines()) == 21
+    cost = run_cli(["-m", "tools.gflops", "-r", models / "checkpoint-epoch30.pth"], check=True).stdout
+    assert "112 x 112" in cost
+    pytest.importorskip("onnxruntime")
+    run_cli(["-m", "tools.export", "-r", models / "checkpoint-epoch30.pth", "--format", "onnx"], check=True)
+    run_cli(["-m", "tools.predict", "-r", models / "model.onnx", photos / "test" / "apple", "--csv",
+             tmp_path / "again.csv"], check=True)
+    said, again = ([line.split(",")[1] for line in (tmp_path / name).read_text().splitlines()]
+                   for name in ("said.csv", "again.csv"))
+    assert said == again
