@@ -51,13 +51,13 @@ def test_one_expert_is_timms_own_network(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_experts_with_equal_stages_are_the_whole_network(name):
-    """The body cut in two, put together again, computes what it did."""
+def test_the_first_expert_is_the_whole_network(name):
+    """The body cut in two, put together again, computes what it did; the others differ from it a little."""
     whole, several = make(name).eval(), make(name, num_experts=2).eval()
     load_weights(several, {"state_dict": whole.state_dict()}, new_head=True)
     feats = several(images())["feat"]
-    assert torch.equal(feats[:, 0], feats[:, 1])
     assert torch.allclose(feats[:, 0], whole(images())["feat"][:, 0], atol=1e-6)
+    assert 0 < (feats[:, 1] - feats[:, 0]).norm() / feats[:, 0].norm() < 0.2
 
 
 @pytest.mark.parametrize(("name", "own"), (
@@ -252,4 +252,4 @@ def test_torchvision_by_the_same_road():
     load_weights(model, {"state_dict": own.state_dict()}, new_head=True)
     own.fc = torch.nn.Identity()
     feats = model.eval()(images())["feat"]
-    assert torch.allclose(feats[:, 1], own(images()), atol=1e-5) and torch.equal(feats[:, 0], feats[:, 1])
+    assert torch.allclose(feats[:, 0], own(images()), atol=1e-5) and not torch.equal(feats[:, 0], feats[:, 1])
