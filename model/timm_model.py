@@ -1,14 +1,14 @@
 """Any classification network of timm's or torchvision's, pretrained or not, as a backbone like every other."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from base.base_model import CostPart
 from model.depthwise import steady_depthwise
 from model.expert_model import ExpertModel, Gated, check_common, require
-from model.norm.facts import is_norm
+from model.norm.facts import is_batch_norm
 from model.routing import Routed
 from model.timm_net import TimmNet, check_name
 from model.tuning import install_tuning
@@ -44,7 +44,7 @@ class TimmModel(ExpertModel):
             where `weights` is true and they can't be had.
     """
 
-    def __init__(self, model_name: str, weights: bool | str = True, num_classes: int | None = None,
+    def __init__(self, model_name: str, weights: Literal[True, False] | str = True, num_classes: int | None = None,
                  num_experts: int = 1, use_norm: bool = False, s: float = 30.0, use_experts: str | list | None = None,
                  dropout: float | None = None, returns_feat: bool = True, add_bt: int = 0, eval_bt: bool = False,
                  top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
@@ -88,7 +88,7 @@ class TimmModel(ExpertModel):
     def _check_norm(self, norm: str | dict) -> None:
         kind = norm if isinstance(norm, str) else (norm or {}).get("type")
         layers = list(self.backbone.modules())
-        require(kind == "BatchNorm2d" or any(is_norm(layer) for layer in layers), "norm",
+        require(kind == "BatchNorm2d" or any(is_batch_norm(layer) for layer in layers), "norm",
                 f"{self.model_name} has no batch norm that could become {kind}; leave it out")
         padded = [layer for layer in layers if type(layer).__name__ == "Conv2dSame"]
         require(kind != "MABN" or not padded, "norm", f"MABN's centred convolutions don't pad as {self.model_name}'s "

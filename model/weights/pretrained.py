@@ -18,7 +18,7 @@ from model.timm_net import TORCHVISION, check_name, check_package, classifier_of
 from model.weights.efficientnet import from_efficientnet
 from model.weights.files import load_file
 from model.weights.remap import load_weights
-from utils.errors import ConfigError
+from utils.errors import ConfigError, brief
 
 Weights = dict[str, torch.Tensor]
 PATIENCE = 4.0     # seconds that a server has to answer before weights count as out of reach
@@ -59,7 +59,9 @@ def load_pretrained(model: Any, weights: bool | str) -> None:
     """Load `weights`, a file or (true) the package's own, into a TimmModel. Raises ConfigError, MissingWeights."""
     if isinstance(weights, str):
         if not os.path.isfile(weights):
-            raise ConfigError(f"arch.args.weights: {weights}: no such file; use true, false or a file of weights")
+            what = "is a folder; name the file of weights in it" if os.path.isdir(weights) else \
+                "no such file; use true (the network's own weights), false (none) or a file of weights"
+            raise ConfigError(f"arch.args.weights: {weights}: {what}")
         checkpoint, name = load_file(weights), weights
     else:
         file = own_file(model.model_name)
@@ -108,7 +110,7 @@ def _from_hub(model_name: str, repository: str, file: str | None) -> Path:
             return Path(hub.hf_hub_download(repository, name, etag_timeout=PATIENCE))
         except Exception as error:  # the hub has a class for every reason, the network below it more
             problem = error
-    raise _missing(model_name, where, str(problem).split("\n")[0][:160] or type(problem).__name__)
+    raise _missing(model_name, where, brief(str(problem).split("\n")[0] or type(problem).__name__))
 
 
 def _from_url(model_name: str, url: str) -> Path:
@@ -121,7 +123,7 @@ def _from_url(model_name: str, url: str) -> Path:
         known = re.search(r"-([a-f0-9]{8,})\.", target.name)
         torch.hub.download_url_to_file(url, str(target), hash_prefix=known[1] if known else None)
     except (OSError, RuntimeError) as error:
-        raise _missing(model_name, url, str(error).split("\n")[0][:160]) from None
+        raise _missing(model_name, url, brief(str(error).split("\n")[0])) from None
     return target
 
 

@@ -217,9 +217,13 @@ def test_expert_assignment(name):
     ({"model_name": "resnet18.a7_in1k"}, "did you mean 'resnet18."),
     ({"model_name": "torchvision/resnet19"}, "torchvision has no network"),
     ({"model_name": "test_vit", "norm": "NBN"}, "arch.args.norm: test_vit has no batch norm"),
+    ({"model_name": "poolformer_s12", "norm": "NBN"}, "arch.args.norm: poolformer_s12 has no batch norm"),
     ({"model_name": "tf_efficientnet_lite0", "norm": "MABN"}, "don't pad as tf_efficientnet_lite0's"),
     ({"model_name": "test_resnet", "norm": {"type": "NBN", "args": {"where": [9]}}}, "'all' or a list of stages"),
     ({"model_name": "test_resnet", "num_experts": 0}, "arch.args.num_experts"),
+    ({"model_name": "test_resnet", "weights": "/"}, "arch.args.weights: /: is a folder; name the file"),
+    ({"model_name": "test_resnet", "weights": None}, "arch.args.weights: must be one of true, false or text, not null"),
+    ({"model_name": "test_resnet", "weights": 1}, "arch.args.weights: must be one of true, false or text, not 1"),
     ({"model_name": "test_resnet", "weights": "/no/file.pth"}, "arch.args.weights: /no/file.pth: no such file")))
 def test_wrong_arguments_are_named(args, says):
     with pytest.raises(ConfigError) as error:
