@@ -11,9 +11,9 @@ from model.expert_model import ExpertModel, Gated, check_common, require
 from model.norm.facts import is_batch_norm
 from model.routing import Routed
 from model.timm_net import TimmNet, check_name
+from model.timm_size import size_problem
 from model.tuning import install_tuning
 from model.weights.pretrained import input_of, load_pretrained, timm_names
-from utils.errors import ConfigError
 
 
 class RoutedTimmNet(Routed, TimmNet):
@@ -85,6 +85,11 @@ class TimmModel(ExpertModel):
         crop), `interpolation`, `mean`, `std`. Needs no weights."""
         return input_of(model_name)
 
+    @staticmethod
+    def size_problem(model_name: str, size: int) -> str | None:
+        """Why images of `size` pixels can't be used, and what can; None where they can. Needs no weights."""
+        return size_problem(model_name, size)
+
     def _check_norm(self, norm: str | dict) -> None:
         kind = norm if isinstance(norm, str) else (norm or {}).get("type")
         layers = list(self.backbone.modules())
@@ -93,21 +98,6 @@ class TimmModel(ExpertModel):
         padded = [layer for layer in layers if type(layer).__name__ == "Conv2dSame"]
         require(kind != "MABN" or not padded, "norm", f"MABN's centred convolutions don't pad as {self.model_name}'s "
                 "(TensorFlow's way) do; take a network without tf_ in its name")
-
-    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        self._check_size(x)
-        return super().forward(x, target)
-
-    def _check_size(self, x: torch.Tensor) -> None:
-        fixed = getattr(self.backbone.body, "image_size", None)   # of torchvision's transformers, which don't resample
-        if isinstance(fixed, int) and isinstance(x, torch.Tensor) and tuple(x.shape[2:]) != (fixed, fixed):
-            raise ConfigError(f"data_loader.args.image_size: {self.model_name} takes images of {fixed} pixels "
-                              f"only, not of {x.shape[-1]}; use {fixed}, or timm's vit_*, which take others")
-        patch = getattr(getattr(self.backbone.body, "patch_embed", None), "patch_size", None)
-        if isinstance(patch, tuple) and isinstance(x, torch.Tensor) and any(
-                side % own for side, own in zip(x.shape[2:], patch, strict=True)):
-            raise ConfigError(f"data_loader.args.image_size: {self.model_name} cuts images into patches of {patch[0]} "
-                              f"pixels, so {x.shape[-1]} doesn't do; use a multiple of {patch[0]}")
 
     def own_names(self, weights: dict[str, torch.Tensor], origin: str, spread: bool) -> dict[str, torch.Tensor]:
         """Weights of the network, as timm, torchvision or this project names them, under this model's names."""

@@ -43,8 +43,8 @@ def session_of(path: str | Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for every reason
-        raise ConfigError(f"{path}: onnxruntime can't read it as a model ({brief(error)}); give the file that tools.export "
-                          "wrote, or the checkpoint") from None
+        raise ConfigError(f"{path}: onnxruntime can't read it as a model ({brief(error)}); give the file that "
+                          "tools.export wrote, or the checkpoint") from None
 
 
 class OnnxModel(torch.nn.Module):

@@ -238,16 +238,6 @@ def test_a_missing_package_is_named(monkeypatch):
         make("test_resnet")
 
 
-def test_patches_must_divide_the_image():
-    with pytest.raises(ConfigError, match=r"image_size: test_vit .* multiple of 16"):
-        make("test_vit")(images(size=40))
-
-
-def test_a_network_of_one_size_says_so():
-    with pytest.raises(ConfigError, match=r"image_size: torchvision/vit_b_32 takes images of 224 pixels only, not"):
-        make("torchvision/vit_b_32")(images(size=64))
-
-
 def test_torchvision_by_the_same_road():
     model = make("torchvision/resnet18", num_experts=2)
     assert model.backbone.private == ["layer4"]
