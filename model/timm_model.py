@@ -103,6 +103,11 @@ class TimmModel(ExpertModel):
         """Weights of the network, as timm, torchvision or this project names them, under this model's names."""
         return timm_names(self, weights, origin, spread)
 
+    @property
+    def new_prefixes(self) -> tuple[str, ...]:
+        """Beginnings of the names of what no network has that weights to start from are of: the experts' own blocks."""
+        return () if self.num_experts == 1 or self.backbone.private else ("backbone.experts.",)
+
     def stage_prefixes(self) -> list[tuple[str, ...]]:
         modules = dict(self.backbone.named_modules())
         return [tuple(f"backbone.{name}" + ("." if name in modules else "") for name in names)

@@ -46,7 +46,8 @@ def input_of(model_name: str) -> dict[str, Any]:
         share, mean, std = size / wanted.resize_size[0], wanted.mean, wanted.std
     else:
         from timm.data import resolve_data_config
-        wanted = resolve_data_config(pretrained_cfg=package.get_pretrained_cfg(model_name).to_dict())
+        known = package.get_pretrained_cfg(model_name)      # none of a name that timm only keeps for old code's sake
+        wanted = resolve_data_config(pretrained_cfg=known.to_dict() if known else {"input_size": (3, 224, 224)})
         size, mode, mean, std = wanted["input_size"][-1], wanted["interpolation"], wanted["mean"], wanted["std"]
         share = wanted["crop_pct"] if wanted["crop_mode"] == "center" else None
     return {"image_size": int(size), "crop_share": share, "mean": list(mean), "std": list(std),
@@ -200,12 +201,17 @@ def _bare(model: Any, weights: Weights) -> Weights:
         heads = getattr(body, "default_cfg", {}).get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         weights = _respelt(body, weights)
+    # A classifier of more than a linear layer (LeViT's has a norm) went with its holder: no part of it fits.
+    holders = tuple({f"{head.rpartition('.')[0]}." for head in heads if "." in head})
+    own = body.state_dict()
+    beside = {key for key in weights
+              if key.startswith(holders) and key not in own and key.rpartition(".")[0] not in heads}
     named = {}
     for key, value in weights.items():
         layer, _, last = key.rpartition(".")
-        if layer in heads:
+        if layer in heads or key in beside:
             # A second classifier (of distillation) has no place here.
-            named[f"{PREFIX}linear.{last}" if layer == heads[0] else key] = value
+            named[f"{PREFIX}linear.{last}" if layer == heads[0] and not beside else key] = value
         else:
             named[f"{PREFIX}body.{key}"] = value
     return named

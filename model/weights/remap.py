@@ -265,7 +265,7 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
 def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
     """Take the parts that may start anew out of a report, and say so in the log."""
     heads = tuple(model.classifier_prefixes()) if hasattr(model, "classifier_prefixes") else ("backbone.linear",)
-    optional = (f"{PREFIX}scale_factor", BLOCK)
+    optional = (f"{PREFIX}scale_factor", BLOCK, *getattr(model, "new_prefixes", ()))
     fresh = [key for key in (*report.missing, *report.mismatched) if key.startswith(heads)]
     fresh += [key for key in report.missing if key.startswith(optional)]
     report.missing = [key for key in report.missing if not key.startswith(heads + optional)]
