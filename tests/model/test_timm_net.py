@@ -81,5 +81,6 @@ def test_blocks_and_classifiers_that_no_file_has_start_anew(name, experts, caplo
     assert torch.equal(model.backbone.body.state_dict()[key], own.state_dict()[key])
 
 
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name")
 def test_a_name_that_timm_keeps_for_old_code():
     assert make("xception").preprocess("xception")["image_size"] == 224
