@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from base.freezing import freeze_plan
+from logger.log import get_logger
 from utils.errors import ConfigError, closest
+
+log = get_logger()
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ class BaseModel(nn.Module):
 
     def freeze(self, what: str | Iterable[str] | float | dict) -> None:
         """`trainer.freeze`: "backbone" (everything but the classifier), "norms", beginnings of parameters' names, or a
-        share of the stages: 0.5 is the first half of `stage_prefixes`, the stem included, rounded down.
+        share of the stages: 0.5 is the first half of `stage_prefixes`, the stem included, rounded down; nothing of a
+        network of one stage.
 
         With {"until": "epoch 3", "what": ..., "then": ...} what it freezes is `waiting` for `thaw`, but for what "then"
         names. Raises ConfigError where a beginning fits no parameter, a share is less than a stage, and where there
@@ -140,6 +144,10 @@ class BaseModel(nn.Module):
             chosen = [name for name, p in self.named_parameters() if id(p) in frozen or name.endswith("scale_factor")]
         elif isinstance(what, float):
             stages = self.stage_prefixes()
+            if len(stages) == 1:
+                log.warning("trainer.freeze: this network is one stage, of which there is no share: %g freezes none of "
+                            "it (\"backbone\" freezes all of it)", what)
+                return
             starts = tuple(start for stage in stages[:int(what * len(stages))] for start in stage)
             if not starts:
                 raise ConfigError(f"trainer.freeze: that share of {len(stages)} stages is less than one; give at least "

@@ -70,7 +70,7 @@ class ImageDataLoader(PixelLoader):
     facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, groups follow its
         training counts, and what was training data stays training data.
     preprocess: what pretrained weights expect of images (`TimmModel.preprocess`): its `image_size` where the config has
-        none, and its crop, interpolation and statistics.
+        none, and its crop, interpolation and statistics; `takes`, if there, whether the network takes images of a size.
     transform: a function of a PIL image for the training images instead of the loader's own (Python only).
     distributed: as in old configs; ignored, `torchrun` decides.
     epochs: what ProgressivelyBalanced takes as its number of epochs.
@@ -134,7 +134,8 @@ class ImageDataLoader(PixelLoader):
             self.notes.append("images are mixed: the training accuracy counts the label that makes up more of each")
         if image_size == "auto" and splits.test.paths is not None:
             self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu",
-                                                preprocess and preprocess["image_size"])
+                                                preprocess and preprocess["image_size"],
+                                                preprocess and preprocess.get("takes"))
             self.notes.append(note)
         pixels = splits.test.pixels
         if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # used at the size they have

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -154,17 +154,22 @@ class PixelLoader(BaseDataLoader):
             yield images, labels
 
 
-def suited_size(paths: list[str], fast: bool, own: int | None = None) -> tuple[int, str]:
+def suited_size(paths: list[str], fast: bool, own: int | None = None,
+                takes: Callable[[int], bool] | None = None) -> tuple[int, str]:
     """(the `image_size` that "auto" stands for, a line about it), from the headers of a hundred images at most.
 
     fast: there is a GPU, so that large photos needn't be made small. own: what a pretrained network was trained at; it
-    knows things at that size, so that is taken, or half of it for photos of less than half as many pixels.
+    knows things at that size, so that is taken, or half of it for photos of less than half as many pixels. takes:
+    whether the network takes images of a size; None: of any.
     """
     sides = [side for path in paths[::-(-len(paths) // 100)] if (side := short_side(path))]
     middle = sorted(sides)[len(sides) // 2] if sides else 0
     if own is not None:
-        chosen = own if middle >= own // 2 else own // 2
-        return chosen, f"image size: {chosen} (the network's is {own}, half of the images have {middle} pixels or more)"
+        small = middle < own // 2
+        chosen = own // 2 if small and (takes is None or takes(own // 2)) else own
+        but = f"; it takes none of {own // 2}" if small and chosen == own else ""
+        return chosen, (f"image size: {chosen} (the network's is {own}, half of the images have {middle} pixels or "
+                        f"more{but})")
     wanted = next((size for size in (224, 128) if middle >= size), SMALLEST_AUTO)
     chosen = wanted if fast else SMALLEST_AUTO
     note = f"image size: {chosen} (half of the images have a short side of {middle} pixels or more)"

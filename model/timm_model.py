@@ -1,19 +1,19 @@
 """Any classification network of timm's or torchvision's, pretrained or not, as a backbone like every other."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from base.base_model import CostPart
 from model.depthwise import steady_depthwise
 from model.expert_model import ExpertModel, Gated, check_common, require
-from model.norm.facts import is_norm
+from model.norm.facts import is_batch_norm
 from model.routing import Routed
 from model.timm_net import TimmNet, check_name
+from model.timm_size import size_problem
 from model.tuning import install_tuning
 from model.weights.pretrained import input_of, load_pretrained, timm_names
-from utils.errors import ConfigError
 
 
 class RoutedTimmNet(Routed, TimmNet):
@@ -44,7 +44,7 @@ class TimmModel(ExpertModel):
             where `weights` is true and they can't be had.
     """
 
-    def __init__(self, model_name: str, weights: bool | str = True, num_classes: int | None = None,
+    def __init__(self, model_name: str, weights: Literal[True, False] | str = True, num_classes: int | None = None,
                  num_experts: int = 1, use_norm: bool = False, s: float = 30.0, use_experts: str | list | None = None,
                  dropout: float | None = None, returns_feat: bool = True, add_bt: int = 0, eval_bt: bool = False,
                  top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
@@ -85,33 +85,28 @@ class TimmModel(ExpertModel):
         crop), `interpolation`, `mean`, `std`. Needs no weights."""
         return input_of(model_name)
 
+    @staticmethod
+    def size_problem(model_name: str, size: int) -> str | None:
+        """Why images of `size` pixels can't be used, and what can; None where they can. Needs no weights."""
+        return size_problem(model_name, size)
+
     def _check_norm(self, norm: str | dict) -> None:
         kind = norm if isinstance(norm, str) else (norm or {}).get("type")
         layers = list(self.backbone.modules())
-        require(kind == "BatchNorm2d" or any(is_norm(layer) for layer in layers), "norm",
+        require(kind == "BatchNorm2d" or any(is_batch_norm(layer) for layer in layers), "norm",
                 f"{self.model_name} has no batch norm that could become {kind}; leave it out")
         padded = [layer for layer in layers if type(layer).__name__ == "Conv2dSame"]
         require(kind != "MABN" or not padded, "norm", f"MABN's centred convolutions don't pad as {self.model_name}'s "
                 "(TensorFlow's way) do; take a network without tf_ in its name")
 
-    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        self._check_size(x)
-        return super().forward(x, target)
-
-    def _check_size(self, x: torch.Tensor) -> None:
-        fixed = getattr(self.backbone.body, "image_size", None)   # of torchvision's transformers, which don't resample
-        if isinstance(fixed, int) and isinstance(x, torch.Tensor) and tuple(x.shape[2:]) != (fixed, fixed):
-            raise ConfigError(f"data_loader.args.image_size: {self.model_name} takes images of {fixed} pixels "
-                              f"only, not of {x.shape[-1]}; use {fixed}, or timm's vit_*, which take others")
-        patch = getattr(getattr(self.backbone.body, "patch_embed", None), "patch_size", None)
-        if isinstance(patch, tuple) and isinstance(x, torch.Tensor) and any(
-                side % own for side, own in zip(x.shape[2:], patch, strict=True)):
-            raise ConfigError(f"data_loader.args.image_size: {self.model_name} cuts images into patches of {patch[0]} "
-                              f"pixels, so {x.shape[-1]} doesn't do; use a multiple of {patch[0]}")
-
     def own_names(self, weights: dict[str, torch.Tensor], origin: str, spread: bool) -> dict[str, torch.Tensor]:
         """Weights of the network, as timm, torchvision or this project names them, under this model's names."""
         return timm_names(self, weights, origin, spread)
+
+    @property
+    def new_prefixes(self) -> tuple[str, ...]:
+        """Beginnings of the names of what no network has that weights to start from are of: the experts' own blocks."""
+        return () if self.num_experts == 1 or self.backbone.private else ("backbone.experts.",)
 
     def stage_prefixes(self) -> list[tuple[str, ...]]:
         modules = dict(self.backbone.named_modules())

@@ -1,7 +1,6 @@
 """Networks of timm and torchvision as a body with experts: which part of them each expert has for itself."""
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,14 +11,11 @@ from torch import nn
 
 from model.experts import ExpertNet
 from model.norm.facts import is_norm
+from model.timm_stages import find_stages, parents_of, tail_of
 from utils.errors import ConfigError, closest
 
 TORCHVISION = "torchvision/"
 PATH = "arch.args.model_name"
-#: Names that hold a network's stages, one child each; and of stages that stand beside one another.
-CONTAINERS = ("stages", "blocks", "layers", "features")
-NUMBERED = re.compile(r"(layer|stage|s)_?\d+")
-LEAST_SHARE = 0.02     # of the body's parameters that a stage has: a norm at the end of a container is none
 
 
 class Halves(NamedTuple):
@@ -34,6 +30,19 @@ def _resnet_features(body: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return body.layer4(body.layer3(body.layer2(body.layer1(x))))
 
 
+def _regnet_features(body: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return body.trunk_output(body.stem(x))
+
+
+def _shufflenet_features(body: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return body.conv5(body.stage4(body.stage3(body.stage2(body.maxpool(body.conv1(x))))))
+
+
+def _vit_features(body: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = body._process_input(x)
+    return body.encoder(torch.cat([body.class_token.expand(x.shape[0], -1, -1), x], 1))
+
+
 #: How each kind of body goes; torchvision's others have one half only.
 HALVES = {
     "timm": Halves(lambda body, x: body.forward_features(x), lambda body, x: body.forward_head(x, pre_logits=True)),
@@ -42,6 +51,13 @@ HALVES = {
                            lambda body, x: body.classifier(body.avgpool(x).flatten(1))),
     "ConvNeXt": Halves(lambda body, x: body.features(x), lambda body, x: body.classifier(body.avgpool(x))),
     "MobileNetV2": Halves(lambda body, x: body.features(x), lambda body, x: body.classifier(x.mean((2, 3)))),
+    "DenseNet": Halves(lambda body, x: body.features(x),
+                       lambda body, x: nn.functional.adaptive_avg_pool2d(nn.functional.relu(x), 1).flatten(1)),
+    "RegNet": Halves(_regnet_features, lambda body, x: body.avgpool(x).flatten(1)),
+    "ShuffleNetV2": Halves(_shufflenet_features, lambda body, x: x.mean((2, 3))),
+    "VisionTransformer": Halves(_vit_features, lambda body, x: body.heads(x[:, 0])),
+    "SwinTransformer": Halves(lambda body, x: body.features(x),
+                              lambda body, x: body.avgpool(body.permute(body.norm(x))).flatten(1)),
     "whole": Halves(lambda body, x: body(x), lambda body, x: x),
 }
 HALVES["MobileNetV3"] = HALVES["EfficientNet"]
@@ -164,47 +180,6 @@ class OwnBlock(nn.Module):
         return x + self.fc2(nn.functional.relu(self.fc1(self.norm(x))))
 
 
-def is_stage(body: nn.Module, name: str) -> bool:
-    """Whether a module of that name is a stage: a child of a container of stages, or one of a numbered row."""
-    parent, _, _ = name.rpartition(".")
-    if parent.rpartition(".")[2] not in CONTAINERS and not NUMBERED.fullmatch(name):
-        return False
-    total = sum(p.numel() for p in body.parameters())
-    return sum(p.numel() for p in body.get_submodule(name).parameters()) >= LEAST_SHARE * total
-
-
-def tail_of(body: nn.Module, kind: str, size: int) -> list[str]:
-    """The names of the modules from the last stage to the end of a body's first half, in the order of the pass.
-
-    Read off one pass without numbers (on torch's meta device): each must be called once, with one tensor, which is
-    what the one before it gave, and the last gives what the half gives. Empty where that isn't so.
-    """
-    trial = copy.deepcopy(body).to("meta").eval()
-    parents = {"", *(name for name, child in trial.named_children() if name in CONTAINERS)}
-    names = {name: module for name, module in trial.named_modules()
-             if name and name.rpartition(".")[0] in parents and name not in parents}
-    calls: list[tuple[str, Any, Any]] = []
-    for name, module in names.items():
-        module.register_forward_hook(
-            lambda _, args, kwargs, out, name=name: calls.append(
-                (name, args[0] if len(args) == 1 and not kwargs else None, out)), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            wanted = HALVES[kind].features(trial, torch.empty(2, 3, size, size, device="meta"))
-    except Exception:  # whatever a network of others' does with a tensor without numbers
-        return []
-    called = [name for name, _, _ in calls]
-    tail: list[str] = []
-    for name, given, out in reversed(calls):
-        if out is not wanted or given is None or called.count(name) > 1:
-            return []
-        tail.insert(0, name)
-        if is_stage(trial, name):
-            return tail if len(tail) < len(called) else []
-        wanted = given
-    return []
-
-
 class TimmNet(ExpertNet):
     """A network of timm's or torchvision's, `body`, with experts: see `ExpertNet`.
 
@@ -229,7 +204,8 @@ class TimmNet(ExpertNet):
         super().__init__(num_classes=num_classes, feat_dim=width, num_experts=num_experts, use_experts=use_experts,
                          add_bt=add_bt, eval_bt=eval_bt, shared_classifier=shared_classifier, bt_gather=bt_gather)
         self.kind = kind
-        self.private: list[str] = tail_of(body, kind, size) if num_experts > 1 else []
+        self.places = find_stages(body)
+        self.private: list[str] = tail_of(body, HALVES[kind].features, size, self.places) if num_experts > 1 else []
         self.body = body
         if num_experts > 1:
             # Each from a network of its own: copies of random weights would learn the same.
@@ -255,21 +231,29 @@ class TimmNet(ExpertNet):
         return HALVES[self.kind].pool(self.body, maps)
 
     def stages(self) -> list[tuple[str, ...]]:
-        """Names of modules and parameters of the backbone, stage by stage from the stem on; what follows a stage and
-        is none belongs to it. An expert's own are in `experts.{i}`."""
-        found: list[list[str]] = [[f"body.{name}" for name, _ in self.body.named_parameters(recurse=False)]]
-        for name, child in self.body.named_children():
-            inside = [f"{name}.{part}" for part, _ in child.named_children()] if name in CONTAINERS else [name]
-            for place in inside:
-                private = place in self.private
-                at = self.experts[0] if private else self.body
-                names = [f"experts.{i}.{place}" for i in range(self.num_experts)] if private else [f"body.{place}"]
-                if any(True for _ in at.get_submodule(place).parameters()):
-                    found += [names] if name in CONTAINERS or NUMBERED.fullmatch(place) else []
-                    found[-1] += names if names is not found[-1] else []
-        if self.num_experts > 1 and not self.private:
-            found.append(["experts"])
-        return [tuple(names) for names in found if names]
+        """Names of modules and parameters of the backbone, stage by stage from the stem on (`find_stages`); what came
+        into a body since it was made (prompts) belongs to what is before it. An expert's own are in `experts.{i}`."""
+        found: dict[int, list[str]] = {}
+        parents = parents_of(self.places)
+        number = 0
+
+        def visit(module: nn.Module, prefix: str) -> None:
+            nonlocal number
+            for name, _ in module.named_parameters(recurse=False):
+                found.setdefault(self.places.get(prefix + name, number), []).append(f"body.{prefix}{name}")
+            for name, child in module.named_children():
+                place = prefix + name
+                if place in parents:
+                    visit(child, f"{place}.")
+                    continue
+                number = self.places.get(place, number)
+                if place in self.private:
+                    found.setdefault(number, []).extend(f"experts.{i}.{place}" for i in range(self.num_experts))
+                elif any(True for _ in child.parameters()):
+                    found.setdefault(number, []).append(f"body.{place}")
+        visit(self.body, "")
+        stages = [tuple(found[number]) for number in sorted(found)]
+        return stages if self.num_experts == 1 or self.private else [*stages, ("experts",)]
 
     def nbn_scope(self, where: str | list[int] = "last") -> list[list[nn.Module]]:
         """Which norms NBN replaces, a list an expert: all those of the `where` stages ("last", a list of numbers from

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from utils.errors import ConfigError
+from utils.errors import ConfigError, brief
 
 #: What `preprocess` says, see data_loader.transforms.test_preprocess.
 _SIZES, _TRIPLES = ("image_size", "resize"), ("mean", "std")
@@ -43,9 +43,8 @@ def session_of(path: str | Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for every reason
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{path}: onnxruntime can't read it as a model ({reason}); give the file that tools.export "
-                          "wrote, or the checkpoint") from None
+        raise ConfigError(f"{path}: onnxruntime can't read it as a model ({brief(error)}); give the file that "
+                          "tools.export wrote, or the checkpoint") from None
 
 
 class OnnxModel(torch.nn.Module):

@@ -40,16 +40,20 @@ def gflops_of(config: dict[str, Any], ea: Sequence[float] | None = None) -> dict
         ea: of an expert-assignment model, the share of images that use 1, 2, ... E experts: percentages or fractions.
     Returns:
         `gflops` (a multiply-add is 2; all experts, or the mean under `ea`), `gmacs` (half of it), `parameters`,
-        `image_size`; `parts`: a dict of name, `gflops`, `parameters` for each stage, expert and head; `by_experts`:
-        GFLOPs of an image that uses 1, 2, ... E experts (gates included); `all_experts`: GFLOPs with every one;
+        `image_size`, `image_size_why` (None: the config says it); `parts`: a dict of name, `gflops`, `parameters` for
+        each stage, expert and head; `by_experts`: GFLOPs of an image that uses 1, 2, ... E experts (gates included);
+        `all_experts`: GFLOPs with every one;
         `plain`: `gflops`, `parameters` of the plain network with one expert and full widths, `ratio`: gflops to its.
     Raises:
-        ConfigError: a detector, an unknown number of classes, shares that don't fit the experts.
+        ConfigError: a detector, an unknown number of classes, a size that the network can't take, shares that don't
+            fit the experts.
     """
+    from tools.parts import check_size
     arch = config["arch"]
     if task_of(constructor(SECTIONS["arch"], arch["type"], "arch.type")) == "detection":
         raise ConfigError(f"arch.type: {arch['type']}: what a detector costs depends on what is in the picture")
-    size = image_size(config)
+    size, why = image_size(config)
+    check_size(config, size)
     classes = number_of_classes(config)
     model, counts = count(arch, classes, size)
     parts, by_experts = take_apart(model, counts)
@@ -65,25 +69,31 @@ def gflops_of(config: dict[str, Any], ea: Sequence[float] | None = None) -> dict
              "args": {key: value for key, value in arch["args"].items() if key not in EXTRAS}}
     plain_model, plain_counts = count(plain, classes, size)
     return {"gflops": gflops, "gmacs": gflops / 2, "parameters": model.num_parameters(), "image_size": size,
-            "num_classes": classes, "parts": parts, "by_experts": by_experts, "all_experts": counts[""] / 1e9,
+            "image_size_why": why, "num_classes": classes, "parts": parts, "by_experts": by_experts,
+            "all_experts": counts[""] / 1e9,
             "plain": {"gflops": plain_counts[""] / 1e9, "parameters": plain_model.num_parameters()},
             "ratio": gflops / (plain_counts[""] / 1e9)}
 
 
 def count(arch: dict[str, Any], num_classes: int, size: int) -> tuple[Any, dict[str, int]]:
-    """A model without weights (on torch's meta device), and the FLOPs of one image in each of its modules.
+    """A model without weights, and the FLOPs of one image in each of its modules.
 
-    The key "" is the whole. A module that is called several times counts each time.
+    On torch's meta device where it can be made there. The key "" is the whole. A module that is called several times
+    counts each time.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from model.model import build_model
-    with torch.device("meta"):
-        model = build_model(arch, num_classes, bare=True).eval()
+    device = "meta"
+    try:
+        with torch.device(device):
+            model = build_model(arch, num_classes, bare=True).eval()
+    except NotImplementedError:    # torchvision's RegNets compute while they are made
+        device, model = "cpu", build_model(arch, num_classes, bare=True).eval()
     model.route = False  # every expert, whatever the gates say: they can't say anything about an empty image
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, size, size, device="meta"))
+        model(torch.zeros(1, 3, size, size, device=device))
     found = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
     return model, {"": counter.get_total_flops(),
                    **{name.partition(".")[2]: flops for name, flops in found.items() if "." in name}}
@@ -120,17 +130,24 @@ def take_apart(model: Any, counts: dict[str, int]) -> tuple[list[dict[str, Any]]
     return parts, totals
 
 
-def image_size(config: dict[str, Any]) -> int:
-    """Side of the images a config's model gets: its own `image_size`, else its loader's default."""
+def image_size(config: dict[str, Any]) -> tuple[int, str | None]:
+    """(side of the images a config's model gets, why it is that where the config doesn't say): its `image_size`, else
+    its network's own, else its loader's default."""
     from data_loader import data_loaders
-    from tools.session import input_of
+    from tools.parts import input_of, size_problem
     spec = config["data_loader"]
     size = (spec.get("args") or {}).get("image_size")
-    if size == "auto":
+    if isinstance(size, int):
+        return size, None
+    wanted = input_of(config)
+    if size == "auto" and wanted is None:
         from data_loader.pixels import SMALLEST_AUTO
-        return SMALLEST_AUTO
-    wanted = input_of(config) or {"image_size": getattr(data_loaders, spec["type"]).default_size}
-    return wanted["image_size"] if size is None else size
+        return SMALLEST_AUTO, "what \"auto\" is on a CPU; on a GPU it is 224 or 128 where the photos have as many"
+    if wanted is None:
+        return getattr(data_loaders, spec["type"]).default_size, None
+    own = wanted["image_size"]
+    smaller = size == "auto" and size_problem(config, own // 2) is None
+    return own, "the network's own" + (f"; photos under {own // 2} pixels are taken at {own // 2}" if smaller else "")
 
 
 def number_of_classes(config: dict[str, Any]) -> int:
@@ -156,7 +173,8 @@ def shares(values: Sequence[float], num_experts: int) -> list[float]:
 
 def table(cost: dict[str, Any], ea: Sequence[float] | None = None) -> str:
     """The cost as lines of text."""
-    lines = [f"one image of {cost['image_size']} x {cost['image_size']}, {cost['num_classes']:,} classes", "",
+    why = [f"image size: {cost['image_size_why']}"] if cost["image_size_why"] else []
+    lines = [f"one image of {cost['image_size']} x {cost['image_size']}, {cost['num_classes']:,} classes", *why, "",
              f"{'':<26}{'GFLOPs':>10}{'GMACs':>10}{'parameters':>14}"]
 
     def line(name: str, gflops: float, parameters: int | None = None) -> None:

@@ -12,14 +12,46 @@ from model.loss import build_loss
 from model.model import ARCHS, ELSEWHERE, build_model
 from utils import dist
 from utils.config.build import lookup
+from utils.errors import ConfigError
 
 
 def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, training: bool = True,
                 **more: Any) -> BaseDataLoader:
-    """The loader of the config's training split, or of its test split (`training=False`)."""
-    return build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
-                        world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training,
-                        preprocess=input_of(config), **more)
+    """The loader of the config's training split, or of its test split (`training=False`).
+
+    Raises ConfigError, before anything is read, also for an `image_size` that the network can't take.
+    """
+    named = (config["data_loader"].get("args") or {}).get("image_size")
+    if isinstance(named, int):
+        check_size(config, named, training)
+    wanted = input_of(config)
+    if wanted is not None:
+        wanted["takes"] = lambda size: size_problem(config, size, training) is None
+    loader = build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
+                          world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training,
+                          preprocess=wanted, **more)
+    if hasattr(loader, "image_size"):    # what a data set has by itself
+        check_size(config, loader.image_size, training)
+    return loader
+
+
+def check_size(config: dict[str, Any], size: int, training: bool = False) -> None:
+    """Raises ConfigError where a network of the config's can't take images of `size` pixels."""
+    problem = size_problem(config, size, training)
+    if problem is not None:
+        raise ConfigError(f"data_loader.args.image_size: {problem}")
+
+
+def size_problem(config: dict[str, Any], size: int, training: bool = False) -> str | None:
+    """What the config's network, in training its teacher too, has against `size`: see `TimmModel.size_problem`."""
+    for section in ("arch", "distill_arch") if training and config.get("distill") else ("arch",):
+        spec = config.get(section) or {}
+        asks = "type" in spec and getattr(lookup(ARCHS | ELSEWHERE, spec["type"], f"{section}.type", "model"),
+                                          "size_problem", None)
+        problem = asks((spec.get("args") or {})["model_name"], size) if asks else None
+        if problem is not None:
+            return problem
+    return None
 
 
 def input_of(config: dict[str, Any]) -> dict[str, Any] | None:

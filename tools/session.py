@@ -20,7 +20,14 @@ from logger.log import get_logger
 from model.weights.files import load_file
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
-from tools.parts import input_of, make_criterion, make_loader, make_model, settled  # noqa: F401  names of this module too
+from tools.parts import (  # noqa: F401  names of this module too
+    check_size,
+    input_of,
+    make_criterion,
+    make_loader,
+    make_model,
+    settled,
+)
 from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, recover_config
 from utils.config.load import check_config, load_config
 from utils.errors import ConfigError
@@ -266,6 +273,9 @@ def open_run(path: str | Path, config: str | Path | None = None, overrides: list
     num_classes = effective["arch"].get("args", {}).get("num_classes") or (run.facts or {}).get("num_classes")
     if num_classes is None:
         num_classes = run.loader("test").num_classes
+    size = (effective["data_loader"].get("args") or {}).get("image_size")
+    if isinstance(size, int) and size != ((run.facts or {}).get("preprocess") or {}).get("image_size"):
+        check_size(effective, size)
     model = make_model(effective, num_classes, bare=True)
     load_weights(model, checkpoint, name=str(path), allow_partial=allow_partial)
     run.model = model.to(device, memory_format=torch.channels_last).eval()

@@ -25,7 +25,7 @@ from trainer.classifiers import features
 from trainer.feature_store import FeatureLoader
 from utils import dist
 from utils.config.build import build
-from utils.errors import ConfigError
+from utils.errors import ConfigError, brief
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -152,9 +152,8 @@ def text_features(clip: str, pretrained: str, texts: list[str],
             network = package.create_model(clip, pretrained=pretrained).float().eval()
             tokenize = package.get_tokenizer(clip)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{PATH}.args.pretrained: {pretrained!r} of {clip!r} can't be had ({said}); without a "
-                          "network give a file of the weights") from None
+        raise ConfigError(f"{PATH}.args.pretrained: {pretrained!r} of {clip!r} can't be had ({brief(error)}); "
+                          "without a network give a file of the weights") from None
     found = [F.normalize(network.encode_text(tokenize(texts[at:at + batch_size])), dim=1)
              for at in range(0, len(texts), batch_size)]
     projection = getattr(network.visual, "proj", None)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -39,6 +40,13 @@ def unknown(path: str, value: object, choices: Iterable[str], what: str = "name"
     near = closest(value, names)
     hint = f" did you mean {near!r}?" if near else ""
     return ConfigError(f"{path}: unknown {what} {str(value)[:80]!r};{hint} (one of {', '.join(names)})")
+
+
+def brief(error: object, limit: int = 160) -> str:
+    """What another package's error says, on one line of at most `limit` characters that ends with a whole word."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    cut = textwrap.shorten(text, limit, placeholder=" ...")
+    return cut if len(cut) > 4 else text[:limit - 3] + "..."      # one word alone: an address
 
 
 class RunError(OneLine):

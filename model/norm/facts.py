@@ -39,6 +39,11 @@ def is_norm(layer: nn.Module) -> bool:
     return (isinstance(layer, kinds) and not lazy) or is_frozen_batch_norm(layer)
 
 
+def is_batch_norm(layer: nn.Module) -> bool:
+    """True for those of them that normalise over the batch, so that another norm can take their knowledge over."""
+    return is_norm(layer) and not isinstance(layer, (nn.GroupNorm, nn.InstanceNorm2d))
+
+
 def read_facts(layer: nn.Module) -> Facts:
     """The facts of `layer`, one for which `is_norm` holds. Of NBN, the affine parameters in effect; of MABN, mean 0."""
     momentum = getattr(layer, "momentum", None)

@@ -18,7 +18,7 @@ from model.timm_net import TORCHVISION, check_name, check_package, classifier_of
 from model.weights.efficientnet import from_efficientnet
 from model.weights.files import load_file
 from model.weights.remap import load_weights
-from utils.errors import ConfigError
+from utils.errors import ConfigError, brief
 
 Weights = dict[str, torch.Tensor]
 PATIENCE = 4.0     # seconds that a server has to answer before weights count as out of reach
@@ -46,7 +46,8 @@ def input_of(model_name: str) -> dict[str, Any]:
         share, mean, std = size / wanted.resize_size[0], wanted.mean, wanted.std
     else:
         from timm.data import resolve_data_config
-        wanted = resolve_data_config(pretrained_cfg=package.get_pretrained_cfg(model_name).to_dict())
+        known = package.get_pretrained_cfg(model_name)      # none of a name that timm only keeps for old code's sake
+        wanted = resolve_data_config(pretrained_cfg=known.to_dict() if known else {"input_size": (3, 224, 224)})
         size, mode, mean, std = wanted["input_size"][-1], wanted["interpolation"], wanted["mean"], wanted["std"]
         share = wanted["crop_pct"] if wanted["crop_mode"] == "center" else None
     return {"image_size": int(size), "crop_share": share, "mean": list(mean), "std": list(std),
@@ -59,7 +60,9 @@ def load_pretrained(model: Any, weights: bool | str) -> None:
     """Load `weights`, a file or (true) the package's own, into a TimmModel. Raises ConfigError, MissingWeights."""
     if isinstance(weights, str):
         if not os.path.isfile(weights):
-            raise ConfigError(f"arch.args.weights: {weights}: no such file; use true, false or a file of weights")
+            what = "is a folder; name the file of weights in it" if os.path.isdir(weights) else \
+                "no such file; use true (the network's own weights), false (none) or a file of weights"
+            raise ConfigError(f"arch.args.weights: {weights}: {what}")
         checkpoint, name = load_file(weights), weights
     else:
         file = own_file(model.model_name)
@@ -108,7 +111,7 @@ def _from_hub(model_name: str, repository: str, file: str | None) -> Path:
             return Path(hub.hf_hub_download(repository, name, etag_timeout=PATIENCE))
         except Exception as error:  # the hub has a class for every reason, the network below it more
             problem = error
-    raise _missing(model_name, where, str(problem).split("\n")[0][:160] or type(problem).__name__)
+    raise _missing(model_name, where, brief(str(problem).split("\n")[0] or type(problem).__name__))
 
 
 def _from_url(model_name: str, url: str) -> Path:
@@ -121,7 +124,7 @@ def _from_url(model_name: str, url: str) -> Path:
         known = re.search(r"-([a-f0-9]{8,})\.", target.name)
         torch.hub.download_url_to_file(url, str(target), hash_prefix=known[1] if known else None)
     except (OSError, RuntimeError) as error:
-        raise _missing(model_name, url, str(error).split("\n")[0][:160]) from None
+        raise _missing(model_name, url, brief(str(error).split("\n")[0])) from None
     return target
 
 
@@ -198,12 +201,17 @@ def _bare(model: Any, weights: Weights) -> Weights:
         heads = getattr(body, "default_cfg", {}).get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         weights = _respelt(body, weights)
+    # A classifier of more than a linear layer (LeViT's has a norm) went with its holder: no part of it fits.
+    holders = tuple({f"{head.rpartition('.')[0]}." for head in heads if "." in head})
+    own = body.state_dict()
+    beside = {key for key in weights
+              if key.startswith(holders) and key not in own and key.rpartition(".")[0] not in heads}
     named = {}
     for key, value in weights.items():
         layer, _, last = key.rpartition(".")
-        if layer in heads:
+        if layer in heads or key in beside:
             # A second classifier (of distillation) has no place here.
-            named[f"{PREFIX}linear.{last}" if layer == heads[0] else key] = value
+            named[f"{PREFIX}linear.{last}" if layer == heads[0] and not beside else key] = value
         else:
             named[f"{PREFIX}body.{key}"] = value
     return named

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from model.norm import MABN2d
+from model.weights.adapt import tell_apart, without_statistics
 from model.weights.efficientnet import from_efficientnet
 from utils.checkpoint.store import find_weights, load_checkpoint, strip_module
 from utils.errors import ConfigError
@@ -219,7 +220,7 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
         skip_prefixes: keys of the model that begin so are neither loaded nor missed.
         allow_partial: keys that don't fit are left out and logged instead of refused.
         new_head: weights to start from: a classifier of another kind or number of classes stays new, as do NBN's scale
-            and BatchFormer's block where the file has none; one expert's weights fill all of several.
+            and BatchFormer's block where the file has none; one expert's weights fill all of several (`tell_apart`).
     Raises:
         ConfigError: unreadable file; keys that don't fit (missing, unexpected, of another shape), in one line.
     """
@@ -233,22 +234,21 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
         raise ConfigError(f"{name}: {error}") from None
     weights = to_ours(checkpoint, model, spread=new_head)
     skip = tuple(skip_prefixes)
-    weights = {key: value for key, value in weights.items() if not (skip and key.startswith(skip))}
+    weights = {key: value for key, value in weights.items() if not key.startswith(skip)}
     own = model.state_dict()
     if not any(key.startswith(BLOCK) for key in own) and any(key.startswith(BLOCK) for key in weights):
         log.info("%s: its BatchFormer block is left out (add_bt is off)", name)
         weights = {key: value for key, value in weights.items() if not key.startswith(BLOCK)}
     optional = _optional(model)
+    weights = without_statistics(weights, own, name) if new_head else weights
 
     report.mismatched = [f"{key} {_shape(value)} in the file, {_shape(own[key])} in the model"
                          for key, value in weights.items()
                          if key in own and value.shape != own[key].shape and key not in optional]
     wrong = {text.split(" ", 1)[0] for text in report.mismatched}
     report.unexpected = [key for key in weights if key not in own and key not in optional]
-    report.missing = [key for key in own if key not in weights and key not in optional
-                      and not (skip and key.startswith(skip))]
-    fitting = {key: value for key, value in weights.items()
-               if key not in wrong and (key in own or key in optional)}
+    report.missing = [key for key in own if key not in weights and key not in optional and not key.startswith(skip)]
+    fitting = {key: value for key, value in weights.items() if key not in wrong and (key in own or key in optional)}
     report.loaded = [key for key in fitting if key in own]
     if new_head:
         _leave_new(report, model, name)
@@ -258,14 +258,14 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
                           "arch that they were trained with")
     if not report.fits:
         log.warning("%s: loaded in part (%s)", name, report)
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(tell_apart(fitting, name) if new_head else fitting, strict=False)
     return report
 
 
 def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
     """Take the parts that may start anew out of a report, and say so in the log."""
     heads = tuple(model.classifier_prefixes()) if hasattr(model, "classifier_prefixes") else ("backbone.linear",)
-    optional = (f"{PREFIX}scale_factor", BLOCK)
+    optional = (f"{PREFIX}scale_factor", BLOCK, *getattr(model, "new_prefixes", ()))
     fresh = [key for key in (*report.missing, *report.mismatched) if key.startswith(heads)]
     fresh += [key for key in report.missing if key.startswith(optional)]
     report.missing = [key for key in report.missing if not key.startswith(heads + optional)]

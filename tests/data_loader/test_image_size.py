@@ -31,6 +31,14 @@ def test_suited_size(tmp_path, side, fast, size):
     assert ("times as long" in note) == (side >= 128 and not fast)
 
 
+@pytest.mark.parametrize("fits, size", [(True, 112), (False, 224)])
+def test_half_of_a_networks_size_only_where_it_takes_that(tmp_path, fits, size):
+    Image.new("L", (60, 60)).save(tmp_path / "0.png")
+    chosen, note = suited_size([str(tmp_path / "0.png")], True, 224, lambda tried: fits and tried == 112)
+    assert chosen == size and ("it takes none of 112" in note) == (not fits)
+    assert suited_size([str(tmp_path / "0.png")], True, 60, lambda tried: 1 / 0)[0] == 60      # not asked
+
+
 def test_no_readable_image_leaves_the_smallest(tmp_path):
     (tmp_path / "x.png").write_text("no image")
     assert suited_size([str(tmp_path / "x.png")], True)[0] == 64

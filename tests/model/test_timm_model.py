@@ -51,13 +51,13 @@ def test_one_expert_is_timms_own_network(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_experts_with_equal_stages_are_the_whole_network(name):
-    """The body cut in two, put together again, computes what it did."""
+def test_the_first_expert_is_the_whole_network(name):
+    """The body cut in two, put together again, computes what it did; the others differ from it a little."""
     whole, several = make(name).eval(), make(name, num_experts=2).eval()
     load_weights(several, {"state_dict": whole.state_dict()}, new_head=True)
     feats = several(images())["feat"]
-    assert torch.equal(feats[:, 0], feats[:, 1])
     assert torch.allclose(feats[:, 0], whole(images())["feat"][:, 0], atol=1e-6)
+    assert 0 < (feats[:, 1] - feats[:, 0]).norm() / feats[:, 0].norm() < 0.2
 
 
 @pytest.mark.parametrize(("name", "own"), (
@@ -217,9 +217,13 @@ def test_expert_assignment(name):
     ({"model_name": "resnet18.a7_in1k"}, "did you mean 'resnet18."),
     ({"model_name": "torchvision/resnet19"}, "torchvision has no network"),
     ({"model_name": "test_vit", "norm": "NBN"}, "arch.args.norm: test_vit has no batch norm"),
+    ({"model_name": "poolformer_s12", "norm": "NBN"}, "arch.args.norm: poolformer_s12 has no batch norm"),
     ({"model_name": "tf_efficientnet_lite0", "norm": "MABN"}, "don't pad as tf_efficientnet_lite0's"),
     ({"model_name": "test_resnet", "norm": {"type": "NBN", "args": {"where": [9]}}}, "'all' or a list of stages"),
     ({"model_name": "test_resnet", "num_experts": 0}, "arch.args.num_experts"),
+    ({"model_name": "test_resnet", "weights": "/"}, "arch.args.weights: /: is a folder; name the file"),
+    ({"model_name": "test_resnet", "weights": None}, "arch.args.weights: must be one of true, false or text, not null"),
+    ({"model_name": "test_resnet", "weights": 1}, "arch.args.weights: must be one of true, false or text, not 1"),
     ({"model_name": "test_resnet", "weights": "/no/file.pth"}, "arch.args.weights: /no/file.pth: no such file")))
 def test_wrong_arguments_are_named(args, says):
     with pytest.raises(ConfigError) as error:
@@ -234,16 +238,6 @@ def test_a_missing_package_is_named(monkeypatch):
         make("test_resnet")
 
 
-def test_patches_must_divide_the_image():
-    with pytest.raises(ConfigError, match=r"image_size: test_vit .* multiple of 16"):
-        make("test_vit")(images(size=40))
-
-
-def test_a_network_of_one_size_says_so():
-    with pytest.raises(ConfigError, match=r"image_size: torchvision/vit_b_32 takes images of 224 pixels only, not"):
-        make("torchvision/vit_b_32")(images(size=64))
-
-
 def test_torchvision_by_the_same_road():
     model = make("torchvision/resnet18", num_experts=2)
     assert model.backbone.private == ["layer4"]
@@ -252,4 +246,4 @@ def test_torchvision_by_the_same_road():
     load_weights(model, {"state_dict": own.state_dict()}, new_head=True)
     own.fc = torch.nn.Identity()
     feats = model.eval()(images())["feat"]
-    assert torch.allclose(feats[:, 1], own(images()), atol=1e-5) and torch.equal(feats[:, 0], feats[:, 1])
+    assert torch.allclose(feats[:, 0], own(images()), atol=1e-5) and not torch.equal(feats[:, 0], feats[:, 1])

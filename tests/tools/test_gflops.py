@@ -59,6 +59,30 @@ def test_what_isnt_known_is_asked_for(root):
         gflops_of(load_config(root / "configs" / "coco_maskrcnn_mabn_scratch_2x.json"))
 
 
+def test_the_size_is_the_networks_own(root):
+    """As training takes it; from scratch "auto" is what a CPU takes. Which, and why, is said."""
+    pytest.importorskip("timm")
+    own = load_config(root / "configs" / "image_folder.json")
+    own["arch"]["args"].update(num_classes=4, model_name="test_resnet")
+    cost = gflops_of(own)
+    assert cost["image_size"] == 160
+    assert "the network's own; photos under 80 pixels are taken at 80" in table(cost).splitlines()[1]
+    own["data_loader"]["args"]["image_size"] = 32
+    assert gflops_of(own)["image_size_why"] is None
+    scratch = load_config(root / "configs" / "image_folder_ride.json")
+    scratch["arch"]["args"]["num_classes"] = 4
+    cost = gflops_of(scratch)
+    assert cost["image_size"] == 64 and 'what "auto" is on a CPU' in table(cost)
+
+
+def test_a_network_that_cannot_be_made_without_numbers():
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    arch = {"type": "TimmModel", "args": {"model_name": "torchvision/regnet_y_400mf"}}
+    loader = {"type": "DigitsLTDataLoader", "args": {"image_size": 64}}
+    assert gflops_of({"arch": arch, "data_loader": loader})["gflops"] > 0
+
+
 def test_flags(tmp_path, root):
     name = str(root / "configs" / "digits_lt_ride_ea.json")
     for written in (["40.99,9.47,49.54"], ["40.99", "9.47", "49.54"]):

@@ -99,6 +99,8 @@ def test_names(monkeypatch, tmp_path, projected):
     ({"class_names": "TWO"}, stand_in(24), "2 names for 10 classes"),
     ({"class_names": "GAP"}, stand_in(24), "line 2: is empty"),
     ({}, stand_in(24, fails=OSError("offline\nall day")), "init_classifier.args.pretrained: 'openai' of"),
+    ({}, stand_in(24, fails=OSError("word " * 99)), "(word word word word word word word word word word word word word "
+     "word word word word word word word word word word word word word word word word word word ...)"),
     ({}, None, "init_classifier: text needs the package open_clip; pip install open_clip_torch"),
 ])
 def test_refusals(monkeypatch, tmp_path, args, package, said):

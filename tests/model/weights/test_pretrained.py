@@ -43,7 +43,7 @@ def test_files_of_every_kind_give_the_same(network, tmp_path):
         model = make(weights=str(tmp_path / file)).eval()
         assert torch.equal(model(images())["output"], wanted), file
         several = make(weights=str(tmp_path / file), num_experts=2).eval()
-        assert torch.allclose(several(images())["output"], wanted, atol=1e-6), file
+        assert torch.allclose(several(images())["logits"][:, 0], wanted, atol=1e-6), file
     grouped = make(norm={"type": "BatchNorm2d", "args": {"normalization_batch_size": 2}})
     save_checkpoint(tmp_path / "grouped.pth", {"state_dict": grouped.state_dict()})
     back = make(weights=str(tmp_path / "grouped.pth")).eval()      # a norm that was taken apart, in one that isn't
@@ -184,4 +184,6 @@ def test_efficientnet_lite0s_file_is_timms_network():
     assert torch.equal(model(images(96))["output"], network(images(96)))
     several = make("tf_efficientnet_lite0", 20, weights=str(lite0()), num_experts=3).eval()
     feats = network.forward_head(network.forward_features(images(96)), pre_logits=True)
-    assert torch.equal(several(images(96))["feat"], torch.stack([feats] * 3, 1))
+    found = several(images(96))["feat"]
+    assert torch.equal(found[:, 0], feats)
+    assert 0.01 < (found[:, 1] - feats).norm() / feats.norm() < 0.15      # told apart, and it knows what it knew
