@@ -167,4 +167,5 @@ def test_our_models(arch, args):
     assert set(ours) == set(theirs)
     for key, value in ours.items():
         if isinstance(value, torch.Tensor):
-            assert torch.allclose(value.float(), theirs[key].float(), atol=1e-5, rtol=1e-5), key
+            largest = max(1.0, theirs[key].abs().max().item())     # sums round otherwise on each processor
+            assert torch.allclose(value.float(), theirs[key].float(), atol=1e-5 * largest), key
