@@ -51,8 +51,10 @@ def make(config, run_id, checkpoint=None, dry=False):
     return trainer
 
 
-@pytest.mark.parametrize("norm", ["BatchNorm2d", {"type": "MABN", "args": {"B": 2, "real_B": 4, "warmup_iters": 1}}],
-                         ids=["BatchNorm2d", "MABN"])
+MABN = {"type": "MABN", "args": {"B": 2, "real_B": 4, "warmup_iters": 1}}
+
+
+@pytest.mark.parametrize("norm", ["BatchNorm2d", pytest.param(MABN, id="MABN", marks=pytest.mark.slow)])
 def test_a_run_stopped_inside_an_epoch_goes_on_exactly(scenes, tmp_path, norm):
     from utils.checkpoint.store import load_checkpoint
     config = config_for(scenes, tmp_path, norm=norm)
