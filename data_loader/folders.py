@@ -35,24 +35,14 @@ def read_folders(data_dir: str, division: Division, allow_outside: bool, whole: 
     if whole and "train" not in parts and parts:  # test/CLASS/* alone
         root, parts = parts.get("test", parts.get("val")), {}
     sets, names = read_parts(root, parts, allow_outside, notes, least=1 if whole else 2)
-    first = shown(str(parts.get("train", root)))
-    about = {"class_names": [shown(name) for name in names], "num_classes": len(names), "notes": notes}
-    if len(sets) > 1:
-        return Splits(sets["train"], sets.get("test", sets.get("val")),
-                      val=sets.get("val") if "test" in sets else None, **about)
-    train, = sets.values()
-    if whole and root == Path(data_dir) and division.test_share < 1:
-        raise ConfigError(f"{DATA_DIR}: {shown(data_dir)} has no test folder, and isn't where the model's training "
-                          f"photos are; to test all of it, put its class folders into {shown(data_dir)}/test/ or "
-                          "set data_loader.args.test_share to 1")
-    if whole:
-        return Splits(None, train, **about)
-    kept, taken = division.divide(train, "test")
-    if not len(taken):
-        raise ConfigError(f"{DATA_DIR}: {first}: every class has one image; none is left to test on")
-    notes.append(f"no test folder: {len(taken)} of {len(train)} images, about {division.test_share:.0%} of each "
-                 "class, are set aside for testing, chosen by their names: they stay the same when you add images")
-    return Splits(train.subset(kept), train.subset(taken), **about)
+    about = {"class_names": [shown(name) for name in names], "num_classes": len(names)}
+    if whole and len(sets) == 1:
+        if root == Path(data_dir) and division.test_share < 1:
+            raise ConfigError(f"{DATA_DIR}: {shown(data_dir)} has no test folder, and isn't where the model's training "
+                              f"photos are; to test all of it, put its class folders into {shown(data_dir)}/test/ or "
+                              "set data_loader.args.test_share to 1")
+        return Splits(None, sets["train"], notes=notes, **about)
+    return division.splits(sets, f"{DATA_DIR}: {shown(str(parts.get('train', root)))}", "folder", notes, **about)
 
 
 def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: list[str],

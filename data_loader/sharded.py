@@ -93,19 +93,10 @@ def read_shards(data_dir: str, found: dict[str, Index], division: Division, whol
     sets = {part: _image_set(*parts[part], names) for part in parts}
     if len(names) < (1 if whole else 2):
         raise ConfigError(f"{DATA_DIR}: the shards hold {len(names)} class, training needs two or more")
-    about = {"class_names": named, "num_classes": len(names), "notes": notes}
+    about = {"class_names": named, "num_classes": len(names)}
     if whole:
-        return Splits(sets.get("train"), sets.get("test", sets.get("val")), **about)
-    train = sets.get("train", sets.get(""))
-    if len(sets) == 1:
-        kept, taken = division.divide(train, "test")
-        if not len(taken):
-            raise ConfigError(f"{KEY}: every class has one image; none is left to test on")
-        notes.append(f"no test shards: {len(taken)} of {len(train)} images, about {division.test_share:.0%} of each "
-                     "class, are set aside for testing, chosen by their names: they stay the same when you add images")
-        return Splits(train.subset(kept), train.subset(taken), **about)
-    test = sets.get("test", sets.get("val"))
-    return Splits(train, test, val=sets.get("val") if "test" in sets else None, **about)
+        return Splits(sets.get("train"), sets.get("test", sets.get("val")), notes=notes, **about)
+    return division.splits(sets, KEY, "shards", notes, **about)
 
 
 def _by_folder(index: Index, split: str) -> dict[str, np.ndarray]:

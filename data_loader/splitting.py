@@ -84,6 +84,23 @@ class Division:
         self.kept |= {f"{what}:{names[i]}" for i in np.flatnonzero(~taken & ((values < share) | alone))}
         return np.flatnonzero(~taken), np.flatnonzero(taken)
 
+    def splits(self, sets: dict[str, Any], where: str, kind: str, notes: list[str], **about: Any) -> Splits:
+        """The splits of a data set that is parted ("train", "test", "val"), or whose one part is all there is: then
+        some are set aside for testing, and `notes` says so. where: what an error names; kind: what holds a split.
+
+        Raises ConfigError where that leaves nothing to test on.
+        """
+        if len(sets) > 1:
+            return Splits(sets["train"], sets.get("test", sets.get("val")),
+                          val=sets.get("val") if "test" in sets else None, notes=notes, **about)
+        images, = sets.values()
+        kept, taken = self.divide(images, "test")
+        if not len(taken):
+            raise ConfigError(f"{where}: every class has one image; none is left to test on")
+        notes.append(f"no test {kind}: {len(taken)} of {len(images)} images, about {self.test_share:.0%} of each "
+                     "class, are set aside for testing, chosen by their names: they stay the same when you add images")
+        return Splits(images.subset(kept), images.subset(taken), notes=notes, **about)
+
     def memory(self, images: Any) -> dict[str, Any]:
         """What a checkpoint must know of it, as plain data; images: the training split, of which some are remembered by
         name and size, so that the same photos are known again in another place; of images in shards, their shards."""
