@@ -154,6 +154,11 @@ class PixelLoader(BaseDataLoader):
             yield images, labels
 
 
+def half_size(own: int, takes: Callable[[int], bool] | None = None) -> int | None:
+    """The smaller size that a pretrained network is used at: half its own; None where it takes (`takes`) none of it."""
+    return own // 2 if takes is None or takes(own // 2) else None
+
+
 def suited_size(paths: list[str], fast: bool, own: int | None = None,
                 takes: Callable[[int], bool] | None = None) -> tuple[int, str]:
     """(the `image_size` that "auto" stands for, a line about it), from the headers of a hundred images at most.
@@ -166,7 +171,7 @@ def suited_size(paths: list[str], fast: bool, own: int | None = None,
     middle = sorted(sides)[len(sides) // 2] if sides else 0
     if own is not None:
         small = middle < own // 2
-        chosen = own // 2 if small and (takes is None or takes(own // 2)) else own
+        chosen = (half_size(own, takes) if small else None) or own
         but = f"; it takes none of {own // 2}" if small and chosen == own else ""
         return chosen, (f"image size: {chosen} (the network's is {own}, half of the images have {middle} pixels or "
                         f"more{but})")

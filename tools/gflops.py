@@ -134,6 +134,7 @@ def image_size(config: dict[str, Any]) -> tuple[int, str | None]:
     """(side of the images a config's model gets, why it is that where the config doesn't say): its `image_size`, else
     its network's own, else its loader's default."""
     from data_loader import data_loaders
+    from data_loader.pixels import SMALLEST_AUTO, half_size
     from tools.parts import input_of, size_problem
     spec = config["data_loader"]
     size = (spec.get("args") or {}).get("image_size")
@@ -141,13 +142,12 @@ def image_size(config: dict[str, Any]) -> tuple[int, str | None]:
         return size, None
     wanted = input_of(config)
     if size == "auto" and wanted is None:
-        from data_loader.pixels import SMALLEST_AUTO
         return SMALLEST_AUTO, "what \"auto\" is on a CPU; on a GPU it is 224 or 128 where the photos have as many"
     if wanted is None:
         return getattr(data_loaders, spec["type"]).default_size, None
     own = wanted["image_size"]
-    smaller = size == "auto" and size_problem(config, own // 2) is None
-    return own, "the network's own" + (f"; photos under {own // 2} pixels are taken at {own // 2}" if smaller else "")
+    smaller = size == "auto" and half_size(own, lambda half: size_problem(config, half) is None)
+    return own, "the network's own" + (f"; photos under {smaller} pixels are taken at {smaller}" if smaller else "")
 
 
 def number_of_classes(config: dict[str, Any]) -> int:

@@ -18,6 +18,9 @@ from utils.errors import ConfigError
 
 log = get_logger()
 
+#: Without a terminal and with `trainer.log_step` left to us: at least this long between two lines of steps.
+LINE_SECONDS = 5.0
+
 
 class Trainer(StepTrainer):
     """Trains one model with one criterion, epoch by epoch; see StepTrainer."""
@@ -34,6 +37,7 @@ class Trainer(StepTrainer):
                                             teacher=self.teacher)
         self.on_features = False
         self.accuracy_so_far: float | None = None
+        self.next_line = 0.0
 
     # ------------------------------------------------------------------ one epoch
 
@@ -128,7 +132,8 @@ class Trainer(StepTrainer):
         if bad >= 0:
             self._nonfinite(bad)
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:.0f} images/s", refresh=False)
-        if not bar.shown:
+        if not bar.shown and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + (0 if self.options["log_step"] else LINE_SECONDS)
             log.debug("epoch %d  step %d/%d  loss %.4f  %.0f images/s", epoch, done, total, losses[-1], speed)
         if self.is_main and self.writer:
             first = self.global_step - len(losses) + 1

@@ -192,7 +192,7 @@ def test_cost_is_told_by_stage_and_expert(name):
     assert {"stem", "stage 1"} <= {part["name"] for part in cost["parts"]}
 
 
-@pytest.mark.parametrize("name", ("test_resnet", "test_vit"))
+@pytest.mark.parametrize("name", NAMES)
 def test_expert_assignment(name):
     model = make(name, "TimmEAModel", num_experts=3)
     target = torch.arange(4) % CLASSES
