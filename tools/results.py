@@ -32,6 +32,11 @@ def is_ablation(name: str) -> bool:
     return "minus_" in name
 
 
+def _continues(run: RunRecord) -> bool:
+    """Whether a run began with a network that was trained before: a second stage, or pretrained weights."""
+    return bool(re.search(r" \+ (cRT|LWS|EA|frozen backbone|fine-tuning)\b", run.method))
+
+
 def _plain(method: str) -> str:
     return re.sub(r" \+ EA| \(teacher\)|, \d+ experts", "", method)
 
@@ -73,6 +78,8 @@ def readme_table(rows: Sequence[Row]) -> str:
             raise ConfigError(f"{row['config']}: that run has no test figures; run test.py on it first")
         folder, entry = Path(row["config"]).parent.name, published_for(row)
         name, seeds = stem(folder), row["seed"].split(", ")
+        if is_ablation(name):
+            entry = None
         command = f"python train.py -c {shlex.quote(row['config'])}{starts_from(row, rows)}"
         command = f"`{command} --seed {seeds[0]}`, then {', '.join(seeds[1:])}" if seeds[1:] else f"`{command}`"
         method = row["method"] + (f", without {name.split('minus_', 1)[1]}" if is_ablation(name) else "")
@@ -89,15 +96,16 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 
 def draw_curves(runs: Sequence[RunRecord], folder: str, path: str) -> None:
-    """The training curves of the runs that are no ablations as the PNG `path`. Raises ConfigError."""
+    """The training curves of the runs that are no ablations as the PNG `path`: of those that train a network from the
+    start where there are such. Raises ConfigError."""
     from logger.figures.style import to_png
     from logger.figures.training import compared
+    drawn = [run for run in runs if run.history and not is_ablation(run.paths.models.name)]
     together: dict[str, list] = {}
-    for run in runs:
-        if run.history and not is_ablation(run.paths.models.name):
-            # Runs of saved/ all have folders of the kind <name>/<run_id>; kept ones a folder each.
-            name = stem(run.paths.models.name) if run.paths.models == run.paths.log else run.name
-            together.setdefault(name, []).append(run.history)
+    for run in [run for run in drawn if not _continues(run)] or drawn:
+        # Runs of saved/ all have folders of the kind <name>/<run_id>; kept ones a folder each.
+        name = stem(run.paths.models.name) if run.paths.models == run.paths.log else run.name
+        together.setdefault(name, []).append(run.history)
     if not together:
         raise ConfigError(f"{folder}: holds no runs with a metrics.csv to draw")
     try:

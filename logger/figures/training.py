@@ -59,7 +59,7 @@ def curves(history: History) -> Any:
     return figure
 
 
-#: What runs are compared by: the first two of these that any run has.
+#: What runs are compared by: the first two of these that as many runs have as have any of them.
 _COMPARED = (("val_accuracy", "validation accuracy, %"), ("val_few_shot_acc", "validation, few-shot classes, %"),
              ("accuracy", "accuracy in training, %"))
 
@@ -79,6 +79,8 @@ def compared(runs: dict[str, Sequence[History]]) -> Any:
                               ("-", "--", ":")[number // len(names) % 3]))
         if lines:
             panels.append((title, lines))
+    most = max((len(lines) for _, lines in panels), default=0)
+    panels = [panel for panel in panels if len(panel[1]) == most]
     with styled():
         figure, axes = new_figure(FULL, 3.4, max(len(panels[:2]), 1))
         for place, (title, lines) in zip(axes, panels):

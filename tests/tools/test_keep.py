@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from tools.keep import halved, keep, without_places
-from tools.results import published_for, starts_from, stem
+from tools.results import draw_curves, published_for, starts_from, stem
 from utils.errors import ConfigError
 
 FIGURES = {"accuracy": 0.5, "many_shot_acc": 0.6, "medium_shot_acc": 0.4, "few_shot_acc": 0.0, "ece": 0.1,
@@ -112,6 +113,27 @@ def test_the_curves(kept, run_cli, tmp_path):
     run_cli(["-m", "tools.compare", kept.parent, "--curves", tmp_path / "new" / "curves.png"], check=True)
     with Image.open(tmp_path / "new" / "curves.png") as picture:
         assert picture.width > 900 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_the_curves_are_those_of_networks_trained_from_the_start(tmp_path, monkeypatch):
+    """Second stages and pretrained networks stay out where there are others, and a figure has every run or isn't shown.
+    """
+    drawn = []
+    monkeypatch.setattr("logger.figures.style.to_png", lambda figure, path: drawn.append(
+        {axes.get_title(loc="left"): sorted(text.get_text() for text in axes.texts) for axes in figure.axes}))
+
+    def run(name, method, **more):
+        paths = SimpleNamespace(models=tmp_path / name, log=tmp_path / name)
+        return SimpleNamespace(name=name, method=method, paths=paths, history=[
+            {"epoch": epoch, "accuracy": epoch / 10, **more} for epoch in (1, 2)])
+
+    scratch = [run("ce_s0", "CE"), run("ce_s1", "CE"), run("ride_s0", "RIDE, 3 experts", val_accuracy=0.5)]
+    later = [run("crt_s0", "CE + cRT", val_accuracy=0.6), run("ea_s0", "RIDE + EA, 3 experts", val_accuracy=0.6),
+             run("lite_s0", "balanced softmax + frozen backbone", val_accuracy=0.6)]
+    draw_curves([*scratch, *later, run("ce_minus_decay_s0", "CE")], "results", str(tmp_path / "a.png"))
+    draw_curves(later, "results", str(tmp_path / "b.png"))
+    assert drawn == [{"accuracy in training, %": ["ce", "ride"]},
+                     {title: ["crt", "ea", "lite"] for title in ("validation accuracy, %", "accuracy in training, %")}]
 
 
 def test_a_mistake_is_named(digits_run, kept, tmp_path):
