@@ -59,7 +59,9 @@ def test(args: Namespace) -> dict[str, Any]:
                           "is a detector")
     head, note = choose_classifier(args, run, loader)
     head, note = adapt(args, run, loader, head, note) if args.calibrate or args.prior else (head, note)
-    amp, _ = choose_precision(run.config["trainer"]["amp"], device)
+    # float32, whatever it was trained in, so that every processor gives the same figures; unless this command asks.
+    wanted = run.config["trainer"]["amp"] if any(path == "trainer.amp" for path, *_ in args.overrides) else "off"
+    amp, _ = choose_precision(wanted, device)
     more = {} if head is None else {"head": head}
     result = task.evaluate(run.model, loader, groups=run.config["groups"], amp=amp,
                            keep=bool(args.open_set) or task.keeps or args.report, **more)

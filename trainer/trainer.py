@@ -146,13 +146,14 @@ class Trainer(StepTrainer):
 
     def evaluate(self, loader: Any, *, validating: bool = False, **more: Any) -> dict[str, Any] | None:
         """The figures of the unwrapped model (the one that is saved) on a split, over all ranks; `validating`: with the
-        criterion's loss and the config's metrics. more: see `trainer.evaluate.evaluate`."""
+        criterion's loss and the config's metrics, and in the precision of training. more: see
+        `trainer.evaluate.evaluate`."""
         if validating:
             more.update(criterion=self.criterion, metrics=self.metrics)
         model = self.judged_model
         if validating and self.on_features and self.cached.valid is not None:
             model, loader = OnFeatures(model), self.cached.valid
-        return evaluate(model, loader, groups=self.config.get("groups"), amp=self.amp,
+        return evaluate(model, loader, groups=self.config.get("groups"), amp=self.amp if validating else "off",
                         memory_format=self.memory_format, **more)
 
     def validate(self, epoch: int) -> dict[str, float | None] | None:
@@ -170,7 +171,8 @@ class Trainer(StepTrainer):
                 if key in result}
 
     def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
-        """The figures of the weights as they are on another split; with `keep` also by image, as far as known."""
+        """The figures of the weights as they are on another split, in float32 like test.py's; with `keep` also by
+        image, as far as known."""
         return self.evaluate(loader, keep=keep)
 
     @property

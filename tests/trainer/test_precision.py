@@ -1,10 +1,15 @@
-"""What `trainer.amp` "auto" chooses on which hardware, that a run says so, and evaluation in half precision."""
+"""What `trainer.amp` "auto" chooses on which hardware, that a run says so, and in which precision it is judged."""
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+import test
 from data_loader.data_loaders import DigitsLTDataLoader
 from model.loss import build_loss
 from model.model import build_model
+from tools.session import open_run
 from trainer.evaluate import evaluate
 from trainer.precision import autocast, choose_precision
 
@@ -65,3 +70,17 @@ def test_losses_and_metrics_of_half_precision_are_computed_in_float32() -> None:
             sums["first"] += float(outputs["output"][:, 0].double().mean()) * len(labels) / 500
     assert seen == [torch.float32] * 2
     assert {name: found[name] for name in sums} == pytest.approx(sums, rel=1e-5)
+
+
+def test_test_figures_are_float32s_unless_test_py_is_told_otherwise(runs) -> None:
+    def loss(path: Path) -> float:
+        return json.loads(path.read_text())["loss"]
+    models = runs("half", "--set", "trainer.amp=bf16")
+    figures, checkpoint = models / "test_metrics.json", models / "checkpoint-epoch2.pth"
+    at_the_end = loss(figures)
+    run = open_run(checkpoint)
+    expected = {amp: evaluate(run.model, run.loader("test"), amp=amp)["loss"] for amp in ("off", "bf16")}
+    test.main(["-r", str(checkpoint), "-d", "cpu"])
+    assert at_the_end == loss(figures) == pytest.approx(expected["off"], rel=1e-6)
+    test.main(["-r", str(checkpoint), "-d", "cpu", "--set", "trainer.amp=bf16"])
+    assert loss(figures) == pytest.approx(expected["bf16"], rel=1e-6) != pytest.approx(expected["off"], rel=1e-6)

@@ -97,8 +97,9 @@ class DetectionTrainer(Trainer):
 
     def evaluate(self, loader: Any, *, validating: bool = False, **more: Any) -> dict[str, Any] | None:
         """Box and mask AP. There is no validation loss: detectors sample regions for it at random."""
-        return evaluate_detector(self.judged_model, loader, groups=self.config.get("groups"), amp=self.amp,
-                                 cls_num_list=self.train_loader.cls_num_list, **more)
+        return evaluate_detector(self.judged_model, loader, groups=self.config.get("groups"),
+                                 cls_num_list=self.train_loader.cls_num_list,
+                                 amp=self.amp if validating else "off", **more)
 
     def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
         names = [f"{kind}_{name}" for kind in KINDS for name in SHOWN]
