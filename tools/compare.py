@@ -55,7 +55,7 @@ def row_of(run: RunRecord, costs: bool = True) -> Row:
             "experts": experts_of(run.config), "epochs": run.epochs_done, "parameters": cost[0],
             "gflops": cost[1], "images_per_s": run.images_per_second, "seconds": run.seconds,
             "seed": str(run.config.get("seed", 0)), "note": ", ".join(filter(None, notes)), "kind": "run",
-            "same": _sameness(run), "config": str(run.paths.config),
+            "same": sameness(run), "config": str(run.paths.config),
             **{key: finite(run.figures.get(name)) for key, name in FIGURES.items()}}
 
 
@@ -65,13 +65,14 @@ def finite(value: Any) -> float | None:
     return float(value) if usable else None
 
 
-def _sameness(run: RunRecord) -> str:
+def sameness(run: RunRecord) -> str:
     """Equal for runs that differ only in their seed (and in names, places and what is logged)."""
     config = {key: value for key, value in run.config.items() if key not in ("seed", "name", "n_gpu")}
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
     for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has a stage 1 of its own
         config[start] = bool(config.get(start))
-    how = {key: run.figures.get(key) for key in ("classifier", "tau", "feat_type", "prior", "expert_weights")}
+    how = {key: run.figures.get(key) for key in ("tau", "feat_type", "prior", "expert_weights")}
+    how["classifier"] = run.figures.get("classifier", "joint")     # figures of a training's own end don't name it
     return json.dumps([config, how, run.split, run.epochs_done], sort_keys=True, default=str)
 
 
@@ -91,10 +92,12 @@ def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[in
 
 
 def mean_row(table: DataFrame) -> Row:
-    """The mean of runs that differ only in seed, with their standard deviations as `<key>_sd`."""
+    """The mean of runs that differ only in seed, with their standard deviations as `<key>_sd`, and the least and the
+    most `seconds` that one took."""
     numbers = table[[*FIGURES, "images_per_s", "seconds"]].astype(float)
     means, spreads = numbers.mean(skipna=False), numbers[list(FIGURES)].std(skipna=False)
     return {**table.iloc[0], **means, **{f"{key}_sd": value for key, value in spreads.items()}, "kind": "mean",
+            "seconds_least": numbers["seconds"].min(), "seconds_most": numbers["seconds"].max(),
             "run": f"mean of {len(table)} seeds", "seed": ", ".join(table["seed"]),
             "note": "± is the standard deviation"}
 

@@ -25,8 +25,8 @@ from utils.cli import run_main
 from utils.errors import ConfigError
 
 COPIED = ("metrics.csv", "timing.csv")
-#: Dotted keys of the config whose values are places on this machine -> what a reader of the folder has instead.
-PLACES = {"data_loader.args.data_dir": "data", "trainer.save_dir": "saved/"}
+#: Dotted keys of the config, and of the figures, whose values are places on this machine -> what a reader of the folder has instead.
+PLACES = {"data_loader.args.data_dir": "data", "data_dir": "data", "trainer.save_dir": "saved/"}
 
 
 def without_places(config: Any, path: str = "") -> Any:
@@ -57,6 +57,7 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
     """
     from tools.session import config_of
     from utils.checkpoint.store import load_checkpoint, save_checkpoint
+    from utils.config.read import read_json
     from utils.files import write_json
     paths = run_of(checkpoint)
     figures = paths.models / "test_metrics.json"
@@ -76,7 +77,7 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
         raise ConfigError(f"{top}: can't be written: {error.strerror}") from None
     try:
         write_json(unfinished / "config.json", config)
-        shutil.copyfile(figures, unfinished / figures.name)
+        write_json(unfinished / figures.name, without_places(read_json(figures, "figures")))
         for file in (paths.log / name for name in COPIED):
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)

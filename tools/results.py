@@ -14,7 +14,7 @@ from utils.errors import ConfigError
 
 COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "data"), Column("model", "backbone"),
            Column("parameters", "params M", lambda n: f"{n / 1e6:.2f}"), Column("epochs", "epochs", lambda n: f"{n:g}"),
-           Column("seconds", "minutes", lambda seconds: f"{seconds / 60:.3g}"),
+           Column("minutes", "minutes", lambda text: text),
            *(Column(key, head, percent, 1, True) for key, head in (
                ("all", "all %"), ("many", "many"), ("medium", "medium"), ("few", "few"), ("ece", "ECE %"))),
            Column("published", "published", lambda value: f"{value:.1f}"), Column("command", "command"))
@@ -65,6 +65,15 @@ def starts_from(row: Row, rows: Sequence[Row]) -> str:
     return f" {'-r' if ' + EA' in row['method'] else '--load_crt'} {weights}"
 
 
+def minutes(row: Row) -> str | None:
+    """How long a run took, or from the least to the most that a seed did, where they ran on unlike machines."""
+    if row["seconds"] is None:
+        return None
+    least, most = (row.get(key) or row["seconds"] for key in ("seconds_least", "seconds_most"))
+    text = [f"{seconds / 60:.3g}" for seconds in (least, row["seconds"], most)]
+    return f"{text[0]} to {text[2]}" if most > 1.2 * least else text[1]
+
+
 def readme_table(rows: Sequence[Row]) -> str:
     """Markdown: a row a method (seeds as mean ± standard deviation), ablations last, quoted figures explained below.
 
@@ -83,7 +92,7 @@ def readme_table(rows: Sequence[Row]) -> str:
         command = f"python train.py -c {shlex.quote(row['config'])}{starts_from(row, rows)}"
         command = f"`{command} --seed {seeds[0]}`, then {', '.join(seeds[1:])}" if seeds[1:] else f"`{command}`"
         method = row["method"] + (f", without {name.split('minus_', 1)[1]}" if is_ablation(name) else "")
-        table.append({**row, "run": name, "method": method, "command": command,
+        table.append({**row, "run": name, "method": method, "command": command, "minutes": minutes(row),
                       "published": entry and entry.all})
         if entry:
             notes[f"{entry.all:.1f}: {entry.method}" + (f", {entry.epochs} epochs" if entry.epochs else "")

@@ -57,10 +57,10 @@ FIGURES = {"all": "accuracy", "many": "many_shot_acc", "medium": "medium_shot_ac
            "class_mean": "class_mean_acc", "macro_f1": "macro_f1"}
 
 
-#: What only programs see of a row: in the CSV, and (the last two) nowhere.
+#: What only programs see of a row: in the CSV, and (HIDDEN) nowhere.
 MORE = ("class_mean", "macro_f1", "kind", "source")
 SPREADS = tuple(f"{key}_sd" for key in FIGURES)
-HIDDEN = ("same", "config")
+HIDDEN = ("seconds_least", "seconds_most", "same", "config")
 
 
 def frame(rows: Iterable[Row]) -> DataFrame:

@@ -3,14 +3,16 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from tools.compare import sameness
 from tools.keep import halved, keep, without_places
-from tools.results import draw_curves, published_for, starts_from, stem
+from tools.results import draw_curves, minutes, published_for, starts_from, stem
 from utils.errors import ConfigError
 
 FIGURES = {"accuracy": 0.5, "many_shot_acc": 0.6, "medium_shot_acc": 0.4, "few_shot_acc": 0.0, "ece": 0.1,
@@ -67,6 +69,13 @@ def test_no_path_of_this_machine_is_kept():
     assert without_places(config) == {
         "data_loader": {"args": {"data_dir": "data", "batch_size": 4}}, "load_crt": "c.pth",
         "trainer": {"save_dir": "saved/"}, "extra": ["y", "as/it/is"]}
+    assert without_places({"accuracy": 0.5, "data_dir": "/home/me/cifar"}) == {"accuracy": 0.5, "data_dir": "data"}
+
+
+def test_no_kept_run_names_a_place():
+    results = Path(__file__).resolve().parents[2] / "results"
+    for file in results.glob("**/*.json"):
+        assert not re.search(r'"/', file.read_text()), file
 
 
 def test_the_readmes_table(kept, run_cli):
@@ -77,6 +86,20 @@ def test_the_readmes_table(kept, run_cli):
     assert "| digits_ride | RIDE, 3 experts + square-root sampling |" in first and " ± " in first
     assert re.search(r"`python train.py -c \S+digits_ride_s0/config.json --seed 0`, then 1 \|", first)
     assert second.startswith("| digits_minus_router |") and ", without router" in second and "| 0.0 |" in second
+
+
+def test_minutes_are_a_range_where_seeds_ran_on_unlike_machines():
+    assert minutes({"seconds": 90.0}) == "1.5" and minutes({"seconds": None}) is None
+    assert minutes({"seconds": 2400.0, "seconds_least": 900.0, "seconds_most": 3840.0}) == "15 to 64"
+    assert minutes({"seconds": 62.0, "seconds_least": 60.0, "seconds_most": 66.0}) == "1.03"
+
+
+def test_seeds_tested_by_training_and_by_test_py_are_one_method():
+    config = {"name": "a", "arch": {}, "data_loader": {}, "trainer": {}}
+    by_end, by_test, by_tau = (
+        SimpleNamespace(config={**config, "seed": seed}, figures=figures, split="test", epochs_done=1)
+        for seed, figures in enumerate(({}, {"classifier": "joint"}, {"classifier": "tau"})))
+    assert sameness(by_end) == sameness(by_test) != sameness(by_tau)
 
 
 def test_each_kept_run_has_a_row(kept, run_cli):

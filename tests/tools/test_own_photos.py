@@ -4,27 +4,22 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-from data_loader.datasets import CIFAR100, read_cifar
-from data_loader.imbalance import img_num_per_cls, long_tail_indices
 
 CIFAR = Path(__file__).resolve().parents[2] / "data" / "cifar-100-python"
 
 
 @pytest.fixture
-def photos(tmp_path) -> Path:
-    """CIFAR-100-LT as folders of PNG files: 10,847 images for training, 20 a class for testing."""
+def photos(tmp_path, run_cli) -> Path:
+    """CIFAR-100-LT as folders of PNG files: 10,847 images for training, 10,000 for testing."""
     if not CIFAR.is_dir():
         pytest.skip(f"needs CIFAR-100 in {CIFAR}")
-    data = read_cifar(str(CIFAR.parent), CIFAR100, download=False)
-    for split, part, counts in (("train", data.train, img_num_per_cls(500, 100, "exp", 0.01)),
-                                ("test", data.test, [20] * 100)):
-        for i in long_tail_indices(part.targets, counts):
-            folder = tmp_path / "photos" / split / data.class_names[part.targets[i]]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(part.pixels[i]).save(folder / f"{i:05d}.png")
-    return tmp_path / "photos"
+    folder = tmp_path / "photos"
+    run_cli(["-m", "benchmarks.photos", "--data_dir", CIFAR.parent, "--write", folder], check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+    assert [len(list(folder.glob(f"{split}/*/*.png"))) for split in ("train", "test")] == [10847, 10000]
+    again = run_cli(["-m", "benchmarks.photos", "--data_dir", CIFAR.parent, "--write", folder])
+    assert again.returncode == 2 and "is there already" in again.stderr
+    return folder
 
 
 @pytest.mark.slow
@@ -40,7 +35,7 @@ def test_features_once_and_a_balanced_classifier(photos, tmp_path, run_cli):
     assert "more photos would help most for" in done.stdout and (models / "report.html").is_file()
     run_cli(["-m", "tools.predict", "-r", models / "checkpoint-epoch30.pth", photos / "test" / "apple", "--csv",
              tmp_path / "said.csv"], check=True)
-    assert len((tmp_path / "said.csv").read_text().splitlines()) == 21
+    assert len((tmp_path / "said.csv").read_text().splitlines()) == 101
     cost = run_cli(["-m", "tools.gflops", "-r", models / "checkpoint-epoch30.pth"], check=True).stdout
     assert "112 x 112" in cost
     pytest.importorskip("onnxruntime")
