@@ -8,8 +8,8 @@ as `trainer.cache_features` does; and a balanced classifier on them.
 CIFAR-100-LT's first images are written out as PNG files (--write: all of them and the test images, into that folder,
 for the rows `cifar100_lt_photos` of README; nothing is timed). Sides, in turns, by CPU time, in one process:
 torchvision's ImageFolder with timm's own transform and a DataLoader without workers, through timm's network; and our
-loader of `configs/image_folder.json` into a file of features. Printed too: how far the features are apart, and how long the
-classifier takes for an epoch of that config on them.
+loader of `configs/image_folder.json` into a file of features. Printed too: how far the features are apart, and how
+long the classifier takes for an epoch of that config on them.
 """
 from __future__ import annotations
 

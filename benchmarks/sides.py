@@ -93,9 +93,9 @@ def make_trainer(args: argparse.Namespace, amp: str, **options: Any) -> Trainer:
                    train_loader=loader, valid_loader=loader.split_validation())
 
 
-def ours(args: argparse.Namespace, amp: str) -> dict[str, Callable]:
+def ours(args: argparse.Namespace, amp: str, **options: Any) -> dict[str, Callable]:
     """The last `--steps` steps of an epoch, and their share of the validation, by the trainer that `train.py` uses."""
-    trainer = make_trainer(args, amp)
+    trainer = make_trainer(args, amp, **options)
     start = len(trainer.train_loader) - args.steps
     batches = valid_steps(args, trainer.train_loader, trainer.valid_loader)
     epochs = iter(range(1, 10**9))
@@ -175,6 +175,6 @@ def recipe_parts(args: argparse.Namespace) -> dict[str, Callable]:
 
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Callable]]] = {
     "original": original, "ours, float32": partial(ours, amp="off"), "ours, auto": partial(ours, amp="auto"),
-    "parts": recipe_parts,
+    "ours, compiled norms": partial(ours, amp="auto", compile="norms"), "parts": recipe_parts,
     **{f"{name}, {amp}": partial(steps_alone, amp=amp, compiled=compiled)
        for name, compiled in (("without", False), ("norms", "norms")) for amp in ("off", "auto")}}

@@ -6,8 +6,9 @@
 The loop: RIDE with 3 experts and BatchFormer on CIFAR-100-LT, ResNet-32, batch 128. Both sides train the same network
 on the same images with the same loss and validate it on the test images, each in a process of its own. They take turns
 of `--steps` training steps and the same share of the validation. Ours is the trainer as `train.py` runs it, in float32
-and with `trainer.amp` "auto"; the original is `benchmarks.original`. Without `--data_dir` the images are noise, as many
-as CIFAR-100-LT has: the pixels don't matter for the speed.
+and with `trainer.amp` "auto", that also with `trainer.compile` "norms" where there is a C++ compiler; the original is
+`benchmarks.original`. Without `--data_dir` the images are noise, as many as CIFAR-100-LT has: the pixels don't matter
+for the speed.
 
 The parts: what the average of the weights, Muon in place of SGD and a policy of augmentation in place of the rotation
 add to that training. Each is timed where it runs, inside training steps (a policy: over whole epochs of its loader),
@@ -34,6 +35,7 @@ import torch
 from benchmarks.sides import BATCH, COUNTS, SIDES
 from benchmarks.timing import Timing, begin, finish, interleave, parser, spread
 from data_loader.policies import DRAWS
+from model.norm.native import compiler
 from trainer.precision import choose_precision
 
 #: What we hold ourselves to, as ratios: whole epochs with bf16 and without, and what parts may cost.
@@ -78,21 +80,24 @@ class Side:
 
 def compare_loops(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Whole epochs of both sides in turns."""
-    names = ["original", "ours, float32", *(["ours, auto"] if precision != "off" else [])]
+    shown = {"original": "original", "ours, float32": "ours, float32"}
+    if precision != "off":
+        shown["ours, auto"] = f"ours, {precision}"
+    if compiler():
+        shown["ours, compiled norms"] = f"ours, {'float32' if precision == 'off' else precision}, compiled norms"
     with contextlib.ExitStack() as stack:
-        sides = {name: stack.enter_context(Side(name, args)) for name in names}
+        sides = {name: stack.enter_context(Side(name, args)) for name in shown}
         timing = interleave({name: partial(side.ask, "go") for name, side in sides.items()}, args.rounds or 5,
                             warmup=1, budget=240)
         results: dict[str, Any] = {"steps": args.steps, "batch": BATCH, "target": TARGETS[precision], "sides": {}}
-        for name in names:
+        for name, label in shown.items():
             rate = args.steps * BATCH / timing.median(name)
             results["sides"][name] = {"images_per_second": rate, "speed_up": timing.speed_up(name, "original")}
-            shown = f"ours, {precision}" if name == "ours, auto" else name
-            print(f"{shown:14} {rate:6.1f} images/s, validation included: {sum(COUNTS) / rate:.0f} s an epoch, "
+            print(f"{label:28} {rate:6.1f} images/s, validation included: {sum(COUNTS) / rate:.0f} s an epoch, "
                   f"{spread(timing.speed_up(name, 'original'))}")
         print(f"aim on this machine: {TARGETS[precision]}x")
         if args.profile:
-            results["profile"] = {name: sides[name].ask("profile") for name in names}
+            results["profile"] = {name: sides[name].ask("profile") for name in shown}
             for name, shares in results["profile"].items():
                 print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
     return results
