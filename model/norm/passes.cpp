@@ -10,10 +10,20 @@
 
 namespace {
 
-constexpr long W = 16;                  // values of a vector
-typedef float Vec __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Half __attribute__((vector_size(32)));
+// Values of a vector: as many as a register holds, since compilers keep wider ones in memory, at a sixth of the speed.
+#ifndef VECTOR
+#if defined(__AVX512F__)
+#define VECTOR 16
+#elif defined(__AVX__)
+#define VECTOR 8
+#else
+#define VECTOR 4
+#endif
+#endif
+constexpr long W = VECTOR;
+typedef float Vec __attribute__((vector_size(4 * VECTOR)));
+typedef uint32_t Bits __attribute__((vector_size(4 * VECTOR)));
+typedef uint16_t Half __attribute__((vector_size(2 * VECTOR)));
 
 struct Yes { static constexpr bool value = true; };
 struct No { static constexpr bool value = false; };
@@ -21,7 +31,7 @@ struct bf16 { uint16_t bits; };
 
 inline Vec load(const float* p) { Vec v; memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
-#ifdef __AVX512BF16__                                                // in one instruction; the intrinsics' header is slow
+#if defined(__AVX512BF16__) && VECTOR == 16        // in one instruction; the intrinsics' header is slow
 inline Vec load(const bf16* p) {
     Half h;
     Bits u;

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model.model import build_model
-from model.norm import MABN2d, NormalizedBatchNorm2d, compile_norms, convert_norm, norm_relu
+from model.norm import MABN2d, NormalizedBatchNorm2d, compile_norms, convert_norm, native, norm_relu
 from model.norm.native import compiled, compiler
 from utils.errors import ConfigError
 
@@ -102,6 +102,28 @@ def test_moments_far_from_zero():
         exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
         torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-7, atol=0)
         torch.testing.assert_close(var.double(), exact_var, rtol=1e-4, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [4, 8, 16])
+def test_vectors_of_any_width_give_the_same(width, monkeypatch):
+    """NEON's and SSE's, AVX's, AVX-512's: the compiler splits those that this processor hasn't."""
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, f"-DVECTOR={width}"))
+    here, there = compiled(), compiled.__wrapped__()
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((5, 3, 7, 5), (2, 24, 5, 6), (3, 70, 1, 1), (2, 200, 3, 3)):
+            for memory_format in FORMATS:
+                x, residual, dy = (torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+                                   for _ in range(3))
+                weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+                for added in (None, residual):
+                    results = []
+                    for passes in (here, there):
+                        y, known = passes.batch_forward(x, added, weight, bias, None, 0.1, 1e-5)
+                        gradients = passes.batch_backward(dy, x, None if added is None else y, known)
+                        results.append([y, known, *(value for value in gradients if value is not None)])
+                    for a, b in zip(*results, strict=True):
+                        torch.testing.assert_close(a, b, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
 
 
 @needs_compiler
