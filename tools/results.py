@@ -14,7 +14,7 @@ from utils.errors import ConfigError
 
 COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "data"), Column("model", "backbone"),
            Column("parameters", "params M", lambda n: f"{n / 1e6:.2f}"), Column("epochs", "epochs", lambda n: f"{n:g}"),
-           Column("minutes", "minutes", lambda text: text),
+           Column("minutes", "minutes", lambda text: text),     # written already, to the right like numbers
            *(Column(key, head, percent, 1, True) for key, head in (
                ("all", "all %"), ("many", "many"), ("medium", "medium"), ("few", "few"), ("ece", "ECE %"))),
            Column("published", "published", lambda value: f"{value:.1f}"), Column("command", "command"))
@@ -70,8 +70,8 @@ def minutes(row: Row) -> str | None:
     if row["seconds"] is None:
         return None
     least, most = (row.get(key) or row["seconds"] for key in ("seconds_least", "seconds_most"))
-    text = [f"{seconds / 60:.3g}" for seconds in (least, row["seconds"], most)]
-    return f"{text[0]} to {text[2]}" if most > 1.2 * least else text[1]
+    shown = (least, most) if most > 1.2 * least else (row["seconds"],)
+    return " to ".join(f"{seconds / 60:.3g}" for seconds in shown)
 
 
 def readme_table(rows: Sequence[Row]) -> str:

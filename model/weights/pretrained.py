@@ -78,7 +78,7 @@ def own_file(model_name: str) -> Path:
         return _from_url(model_name, found.DEFAULT.url)
     facts = check_package(model_name).get_pretrained_cfg(model_name)
     if facts is not None and facts.hf_hub_id:
-        packaged = _from_package(model_name)
+        packaged = packaged_file(model_name)
         return packaged or _from_hub(model_name, facts.hf_hub_id, facts.hf_hub_filename)
     if facts is not None and facts.url:
         return _from_url(model_name, facts.url)
@@ -86,8 +86,8 @@ def own_file(model_name: str) -> Path:
                       "another model_name")
 
 
-def _from_package(model_name: str) -> Path | None:
-    """The file in an installed package of weights, found without importing it."""
+def packaged_file(model_name: str) -> Path | None:
+    """The file in an installed package of weights (PACKAGED), found without importing it; None where there is none."""
     package, pattern = PACKAGED.get(model_name, ("", ""))
     found = find_spec(package.replace("-", "_")) if package else None
     places = (found.submodule_search_locations or ()) if found is not None else ()
