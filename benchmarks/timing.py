@@ -5,7 +5,6 @@ import argparse
 import os
 import platform
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -94,6 +93,10 @@ def cpu_seconds() -> float:
 
     What wall time can't tell on a machine that others use too.
     """
+    try:
+        import resource
+    except ImportError:    # Windows, where it's this process's alone
+        return time.process_time()
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 

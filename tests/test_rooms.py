@@ -1,6 +1,9 @@
 """Imports flow one way: utils <- logger <- base <- criteria <- model | data_loader <- trainer <- tools <- train.py."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +89,27 @@ def test_no_room_is_an_attic():
             if len(text.splitlines()) > 300:
                 reason = ast.get_docstring(ast.parse(text)) or ""
                 assert "one file" in reason.lower(), f"{file.relative_to(ROOT)}: {len(text.splitlines())} lines"
+
+
+WITHOUT_POSIX = """
+import importlib, os, signal, sys
+import PIL.Image, matplotlib.figure, pandas, sklearn.datasets, torch, torchvision, torch.utils.tensorboard
+for name in ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGKILL"):
+    delattr(signal, name)
+for name in ("pread", "sched_getaffinity", "fork", "getuid"):
+    delattr(os, name)
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="takes away what this system never had")
+def test_every_file_imports_where_there_is_no_posix():
+    """On Windows, that is: what it lacks is taken away here from Python, but not from the libraries."""
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+               for room in [*ALLOWED, "benchmarks"] for file in files(room)]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_POSIX, *modules, "train", "test"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

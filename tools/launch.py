@@ -16,7 +16,7 @@ from utils.stop import STOPS
 #: Seconds that workers have, after a SIGTERM or SIGINT, to finish their step and save.
 PATIENCE_S = 120
 #: What is caught, by torch's launcher or here, and left caught.
-CAUGHT = tuple({*STOPS, signal.SIGHUP, signal.SIGQUIT})
+CAUGHT = tuple({*STOPS, *(getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name))})
 
 
 def run_workers(workers: int, command: list[str]) -> int:
