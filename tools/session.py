@@ -229,7 +229,7 @@ class Run:
     @property
     def temperature(self) -> float:
         """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1."""
-        return kept_temperature(self.path, self.checkpoint.get("epoch"))
+        return kept_temperature(self.path, self.checkpoint.get("epoch"), self.model)
 
     def loader(self, split: str = "test") -> BaseDataLoader:
         """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
