@@ -85,6 +85,7 @@ class ImageDataLoader(PixelLoader):
     holdout_cap = 50             # validation images a class at most, where they cost no training image
     degrees = 15.0
     takes_shards = False
+    draws_tests = False          # of images in memory: whether split_seed decides which of them are for testing
     own_images = False           # somebody's photos rather than a benchmark: their figures are also put in words
 
     def __init__(self, data_dir: str, batch_size: int = 128, shuffle: bool = True, num_workers: int | None = None,
@@ -149,7 +150,8 @@ class ImageDataLoader(PixelLoader):
             np.bincount(train.targets, minlength=self.num_classes).tolist()
         if facts.get("cls_num_list") and not training and len(facts["cls_num_list"]) == self.num_classes:
             self.cls_num_list = list(facts["cls_num_list"])
-        self.split_memory = None if train is None or train.paths is None else self.division.memory(train)
+        self.split_memory = None if train is None or (train.paths is None and not self.draws_tests) \
+            else self.division.memory(train)
         self._test_counts = np.bincount(splits.test.targets[splits.test.targets >= 0], minlength=self.num_classes)
         images = train if training else splits.test
         order = self._sampler(sampler, balanced, retain_epoch_size, images.targets, seed, epochs) if training else None

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_loader.data_loaders import ImageFolderLTDataLoader, ListFileDataLoader
+from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
 from data_loader.datasets import ImageSet
 from data_loader.splitting import Division, is_same_place, match_classes
 from utils.errors import ConfigError
@@ -91,6 +91,16 @@ def test_the_same_photos_in_another_place_are_known_again(tmp_path: Path) -> Non
         ImageFolderLTDataLoader(str(tmp_path / "there"), training=False, facts=facts, split_seed=3, **SMALL)
     tests = ImageFolderLTDataLoader(str(tmp_path / "other"), training=False, facts=facts, test_share=1, **SMALL)
     assert tests.n_samples == 6 and tests.cls_num_list == [16, 16] and tests.num_classes == 2   # all of it, and no bee
+
+
+def test_digits_that_were_trained_on_are_never_tested() -> None:
+    """split_seed draws their test images too."""
+    loader = DigitsLTDataLoader(validation="none", **SMALL)
+    facts = {"class_names": loader.class_names, "cls_num_list": loader.cls_num_list, "split": loader.split_memory}
+    assert DigitsLTDataLoader(training=False, facts=facts, **SMALL).n_samples == 500
+    with pytest.raises(ConfigError, match=r"split_seed: 3, but the checkpoint's split was made with 0"):
+        DigitsLTDataLoader(training=False, facts=facts, split_seed=3, **SMALL)
+    assert DigitsLTDataLoader(training=False, facts={**facts, "split": {"rule": "names"}}, split_seed=3, **SMALL)
 
 
 @pytest.mark.parametrize(("own", "wanted", "some", "expected"), [
