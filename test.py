@@ -247,7 +247,8 @@ def open_set(args: Namespace, run: Any, head: Any, result: dict[str, Any]) -> di
     from logger.log import get_logger
     from model.metric import open_set_f_measure
     from tools.classify import classify_list
-    preds, probs = classify_list(run, args.open_set, head)
+    loader = run.loader(args.split)
+    preds, probs = classify_list(run, args.open_set, getattr(loader, "views", loader.preprocess), head)
     labels = np.concatenate([result["labels"], np.full(len(preds), -1)])
     value = open_set_f_measure(np.concatenate([result["predictions"], preds]), labels,
                                np.concatenate([result["confidences"], probs]), args.open_threshold)

@@ -68,7 +68,7 @@ class ImageDataLoader(PixelLoader):
     shards: "train-{000..999}.tar", or {"train": ..., "val": ..., "test": ...}: images are in tar files (in data_dir, or
         at URLs like s3://) instead of files of their own, see `data_loader.shards`; lists and folders only.
     facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, groups follow its
-        training counts, and what was training data stays training data.
+        training counts, what was training data stays training data, and images are normalised as they were.
     preprocess: what pretrained weights expect of images (`TimmModel.preprocess`): its `image_size` where the config has
         none, and its crop, interpolation and statistics; `takes`, if there, whether the network takes images of a size.
     transform: a function of a PIL image for the training images instead of the loader's own (Python only).
@@ -142,6 +142,12 @@ class ImageDataLoader(PixelLoader):
         if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # used at the size they have
             preprocess = {**preprocess, "crop_share": None}
         self.preprocess = test_preprocess(self.image_size, *self.statistics, preprocess)
+        known = facts.get("preprocess") or {}
+        if preprocess is None and not facts.get("optional") and {"mean", "std"} <= known.keys():
+            # The model learned from images with these; another loader's (CIFAR-100's for CIFAR-100-LT's) are others.
+            if any(self.preprocess[key] != list(known[key]) for key in ("mean", "std")):
+                self.notes.append("images are normalised as in the checkpoint: mean {mean}, std {std}".format(**known))
+            self.preprocess |= {key: list(known[key]) for key in ("mean", "std")}
         self.mean, self.std = tuple(self.preprocess["mean"]), tuple(self.preprocess["std"])
         self.views = with_crops(self.preprocess, crops, expand)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)

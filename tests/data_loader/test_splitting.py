@@ -93,6 +93,23 @@ def test_the_same_photos_in_another_place_are_known_again(tmp_path: Path) -> Non
     assert tests.n_samples == 6 and tests.cls_num_list == [16, 16] and tests.num_classes == 2   # all of it, and no bee
 
 
+def test_images_are_normalised_as_the_model_learned_them(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            photos(tmp_path / split / name, 3)
+    known = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    facts = {"class_names": ["ant", "bee"], "preprocess": known}
+    loader = ImageFolderLTDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
+    assert list(loader.mean) == loader.preprocess["mean"] == known["mean"] and loader.views["std"] == known["std"]
+    assert any("normalised as in the checkpoint" in note for note in loader.notes)
+    plain, (images, _) = ImageFolderLTDataLoader(str(tmp_path), training=False, **SMALL), next(iter(loader))
+    assert not any("normalised" in note for note in plain.notes)
+    pixels = next(iter(plain))[0][0, 0] * 0.229 + 0.485
+    assert np.allclose(images[0, 0], (pixels - 0.5) / 0.2, atol=1e-5)
+    new = ImageFolderLTDataLoader(str(tmp_path), facts={**facts, "optional": True}, **SMALL)
+    assert new.mean == plain.mean       # a new run that only begins from a file's weights
+
+
 def test_digits_that_were_trained_on_are_never_tested() -> None:
     """split_seed draws their test images too."""
     loader = DigitsLTDataLoader(validation="none", **SMALL)
