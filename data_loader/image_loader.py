@@ -130,6 +130,8 @@ class ImageDataLoader(PixelLoader):
         if facts.get("class_names") and splits.class_names and not (facts.get("optional") and match_classes(
                 splits.class_names, facts["class_names"], not training) is None):
             follow_classes(splits, facts["class_names"], str(data_dir), some=not training)
+        if splits.train is None and splits.class_names is None:     # a test list may lack the last classes
+            splits.num_classes = max(splits.num_classes, facts.get("num_classes") or 0)
         self.notes = list(splits.notes)
         if self.mixing is not None and training:
             self.notes.append("images are mixed: the training accuracy counts the label that makes up more of each")

@@ -110,6 +110,17 @@ def test_images_are_normalised_as_the_model_learned_them(tmp_path: Path) -> None
     assert new.mean == plain.mean       # a new run that only begins from a file's weights
 
 
+def test_a_test_list_may_lack_the_last_class(tmp_path: Path) -> None:
+    photos(tmp_path, 3)
+    (tmp_path / "test.txt").write_text("0000.png 0\n0001.png 1\n")
+    facts = {"num_classes": 3, "class_names": None, "cls_num_list": [9, 5, 2]}
+    loader = ListFileDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
+    assert loader.num_classes == 3 and loader.cls_num_list == [9, 5, 2]
+    (tmp_path / "test.txt").write_text("0000.png 0\n0001.png 1\n0002.png 2\n")
+    facts["num_classes"] = 2
+    assert ListFileDataLoader(str(tmp_path), training=False, facts=facts, **SMALL).num_classes == 3
+
+
 def test_digits_that_were_trained_on_are_never_tested() -> None:
     """split_seed draws their test images too."""
     loader = DigitsLTDataLoader(validation="none", **SMALL)
