@@ -171,6 +171,7 @@ def kept_features(run: Any, split: str) -> tuple[Path, str]:
 
 def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """`--calibrate` and `--prior` on top of a head; what they found joins the note."""
+    from data_loader.samplers import power_of
     from logger.log import get_logger
     from model.shift import frequencies
     from tools.calibration import keep_temperature
@@ -185,7 +186,7 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
         log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
                  found["after"], "; kept for predictions and export" if own and args.weights == "ema" else "")
         if own and args.weights == "ema" and dist.is_main():
-            keep_temperature(run.path, run.checkpoint.get("epoch"), found)
+            keep_temperature(run.path, run.checkpoint.get("epoch"), run.model, found)
         head = (lambda plain: lambda outputs: plain(outputs).float() / found["temperature"])(head)
     if args.prior:
         import torch
@@ -196,7 +197,8 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
             criterion = make_criterion(run.config, counts)
             if hasattr(criterion, "set_epoch"):
                 criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
-            learned = classifiers.learned_prior(criterion, run.loader("train"), run.model.num_experts)
+            power = power_of(run.config["data_loader"].get("args") or {})
+            learned = classifiers.learned_prior(criterion, counts, power, run.model.num_experts)
         if args.prior == "estimate":
             prior = classifiers.estimated_prior(run.model, loader, head, learned)
             log.info("estimated class distribution: from %.4f (class %d) to %.4f (class %d)", prior.min(),
@@ -245,7 +247,8 @@ def open_set(args: Namespace, run: Any, head: Any, result: dict[str, Any]) -> di
     from logger.log import get_logger
     from model.metric import open_set_f_measure
     from tools.classify import classify_list
-    preds, probs = classify_list(run, args.open_set, head)
+    loader = run.loader(args.split)
+    preds, probs = classify_list(run, args.open_set, getattr(loader, "views", loader.preprocess), head)
     labels = np.concatenate([result["labels"], np.full(len(preds), -1)])
     value = open_set_f_measure(np.concatenate([result["predictions"], preds]), labels,
                                np.concatenate([result["confidences"], probs]), args.open_threshold)

@@ -184,6 +184,8 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
         for item in args.overrides if args.resume != "auto" else ():
             if item.path in ("name", "trainer.save_dir"):
                 get_logger().warning("%s: a run that goes on stays in its own folder, %s", item.path, start.path.parent)
+        if args.run_id not in (None, start.path.absolute().parent.name):
+            get_logger().warning("--run_id: a run that goes on stays in its own folder, %s", start.path.parent)
         return run_of(start.path)
 
     def claim() -> RunPaths:

@@ -68,7 +68,7 @@ class ImageDataLoader(PixelLoader):
     shards: "train-{000..999}.tar", or {"train": ..., "val": ..., "test": ...}: images are in tar files (in data_dir, or
         at URLs like s3://) instead of files of their own, see `data_loader.shards`; lists and folders only.
     facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, groups follow its
-        training counts, and what was training data stays training data.
+        training counts, what was training data stays training data, and images are normalised as they were.
     preprocess: what pretrained weights expect of images (`TimmModel.preprocess`): its `image_size` where the config has
         none, and its crop, interpolation and statistics; `takes`, if there, whether the network takes images of a size.
     transform: a function of a PIL image for the training images instead of the loader's own (Python only).
@@ -85,6 +85,7 @@ class ImageDataLoader(PixelLoader):
     holdout_cap = 50             # validation images a class at most, where they cost no training image
     degrees = 15.0
     takes_shards = False
+    draws_tests = False          # of images in memory: whether split_seed decides which of them are for testing
     own_images = False           # somebody's photos rather than a benchmark: their figures are also put in words
 
     def __init__(self, data_dir: str, batch_size: int = 128, shuffle: bool = True, num_workers: int | None = None,
@@ -129,6 +130,8 @@ class ImageDataLoader(PixelLoader):
         if facts.get("class_names") and splits.class_names and not (facts.get("optional") and match_classes(
                 splits.class_names, facts["class_names"], not training) is None):
             follow_classes(splits, facts["class_names"], str(data_dir), some=not training)
+        if splits.train is None and splits.class_names is None:     # a test list may lack the last classes
+            splits.num_classes = max(splits.num_classes, facts.get("num_classes") or 0)
         self.notes = list(splits.notes)
         if self.mixing is not None and training:
             self.notes.append("images are mixed: the training accuracy counts the label that makes up more of each")
@@ -141,6 +144,12 @@ class ImageDataLoader(PixelLoader):
         if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # used at the size they have
             preprocess = {**preprocess, "crop_share": None}
         self.preprocess = test_preprocess(self.image_size, *self.statistics, preprocess)
+        known = facts.get("preprocess") or {}
+        if preprocess is None and not facts.get("optional") and {"mean", "std"} <= known.keys():
+            # The model learned from images with these; another loader's (CIFAR-100's for CIFAR-100-LT's) are others.
+            if any(self.preprocess[key] != list(known[key]) for key in ("mean", "std")):
+                self.notes.append("images are normalised as in the checkpoint: mean {mean}, std {std}".format(**known))
+            self.preprocess |= {key: list(known[key]) for key in ("mean", "std")}
         self.mean, self.std = tuple(self.preprocess["mean"]), tuple(self.preprocess["std"])
         self.views = with_crops(self.preprocess, crops, expand)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
@@ -149,7 +158,8 @@ class ImageDataLoader(PixelLoader):
             np.bincount(train.targets, minlength=self.num_classes).tolist()
         if facts.get("cls_num_list") and not training and len(facts["cls_num_list"]) == self.num_classes:
             self.cls_num_list = list(facts["cls_num_list"])
-        self.split_memory = None if train is None or train.paths is None else self.division.memory(train)
+        self.split_memory = None if train is None or (train.paths is None and not self.draws_tests) \
+            else self.division.memory(train)
         self._test_counts = np.bincount(splits.test.targets[splits.test.targets >= 0], minlength=self.num_classes)
         images = train if training else splits.test
         order = self._sampler(sampler, balanced, retain_epoch_size, images.targets, seed, epochs) if training else None

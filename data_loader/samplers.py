@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from utils.config.build import lookup
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
 
@@ -189,3 +190,11 @@ SAMPLERS: dict[str, type[EpochSampler]] = {
     "InstanceBalanced": InstanceBalancedSampler, "ClassBalanced": ClassBalancedSampler,
     "SquareRoot": SquareRootSampler, "ProgressivelyBalanced": ProgressivelyBalancedSampler,
     "ClassAware": ClassAwareSampler}
+
+
+def power_of(args: dict[str, Any]) -> float:
+    """q of the sampler that a loader's arguments name, `sampler` or `balanced`; 1 where each image is shown once."""
+    spec = args.get("sampler")
+    if spec is None:
+        return ClassBalancedSampler.power if args.get("balanced") else 1.0
+    return getattr(lookup(SAMPLERS, spec["type"], "data_loader.args.sampler.type", "sampler"), "power", 1.0)

@@ -103,7 +103,10 @@ class Division:
 
     def memory(self, images: Any) -> dict[str, Any]:
         """What a checkpoint must know of it, as plain data; images: the training split, of which some are remembered by
-        name and size, so that the same photos are known again in another place; of images in shards, their shards."""
+        name and size, so that the same photos are known again in another place; of images in shards, their shards.
+        Images in memory have no names: of them the seed is all there is to know."""
+        if images.paths is None:
+            return {"rule": self.rule, "seed": self.seed}
         step = max(1, len(images.paths) // 64)
         files = dict.fromkeys(file_of(path) for path in images.paths[::step][:64])
         sample = {relative_name(path, self.root): os.path.getsize(path) for path in files if "://" not in path}

@@ -8,6 +8,7 @@ import test as test_script
 from model.metric import EvalState
 from tools.flags import parse_test
 from tools.session import open_run
+from utils.checkpoint.store import load_checkpoint, save_checkpoint
 from utils.errors import ConfigError
 
 COUNTS = torch.tensor([120, 77, 50, 32, 21, 13, 8, 5, 3, 2], dtype=torch.float64)
@@ -95,6 +96,14 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained):
     other = checkpoint.parent / "other.pth"
     other.write_bytes(checkpoint.read_bytes())
     assert open_run(other).temperature == 1      # another file's isn't taken
+    kept = (checkpoint.parent / "calibration.json").read_text()
+    trained_again = load_checkpoint(checkpoint)
+    trained_again["state_dict"]["backbone.conv1.weight"] += 0.01
+    again = checkpoint.parent / "again" / checkpoint.name
+    again.parent.mkdir()
+    save_checkpoint(again, trained_again)
+    (again.parent / "calibration.json").write_text(kept)
+    assert open_run(again).temperature == 1      # nor that of other weights of the same epoch
 
 
 def test_open_set_on_several_processes_is_refused_before_anything_is_read(trained, monkeypatch, tmp_path):
@@ -123,6 +132,18 @@ def test_other_data_and_older_weights_have_files_of_their_own(runs_of_photos, ca
     assert "of 100 photos like the 8 it was tested on" in capsys.readouterr().out
     again = json.loads((models / "test_metrics.json").read_text())
     assert again["checkpoint"] == "checkpoint-epoch2.pth" and again["loss"] == pytest.approx(json.loads(own)["loss"])
+
+
+def test_the_distribution_that_was_trained_on_isnt_the_other_datas(runs_of_photos):
+    """There are no training images in `other`, and none are needed."""
+    models, other = runs_of_photos
+    found = []
+    for flags in ((), ("--prior", "train")):
+        test_script.main(["-r", str(models / "checkpoint-epoch2.pth"), "-d", "cpu", "-q", "--data_dir", str(other),
+                          *flags])
+        found.append(json.loads((models / "test_metrics.other.checkpoint-epoch2.json").read_text()))
+    assert found[1]["prior"] == "train" and found[1]["loss"] == pytest.approx(found[0]["loss"])
+    assert found[1]["class_distribution"] == [0.5, 0.5]
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import test as test_script
 import train
 from model.loss import RIDELossWithDistill
 from tools.session import open_run
 from trainer.distill_trainer import DistillTrainer
+from utils.errors import ConfigError
 
 # Digits as they are (8x8) and narrow stages: what is tested is who learns what, not how well.
 SMALL = ["-d", "cpu", "--seed", "0", "--set", "data_loader.args.image_size=8", "--set", "trainer.tensorboard=false",
@@ -223,6 +225,36 @@ def test_new_classifiers_for_ride_and_for_gated_models(bench):
         ours, theirs = bench.test(ea, *flags), bench.test(ride, *flags)
         assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=0.0021) and "expert_share" not in ours
     assert bench.test(ride, "--tau", "1")["accuracy"] == pytest.approx(bench.test(ride)["accuracy"], abs=0.0021)
+
+
+def test_a_classifier_that_is_kept_needs_its_classes(bench, photos_of):
+    """LWS learns scales of stage 1's classifier; cRT learns a new one."""
+    stage1 = bench.train("ce")
+    flags = ["-c", "configs/digits_lt_lws.json", "--load_crt", str(stage1), "--dry_run", *bench.flags(), "--set",
+             "data_loader={\"type\": \"ImageFolderLTDataLoader\", \"args\": {\"image_size\": 8}}", "--data_dir",
+             str(photos_of("abcdefghij"))]
+    with pytest.raises(ConfigError, match=r"load_crt: .*knows other classes \(0, 1, 2 \.\.\.\).*\(a, b, c"):
+        train.main(flags)
+    train.main([*flags, "--set", "arch.args.classifier=linear"])
+
+
+def test_a_run_begins_from_one_file(bench):
+    stage1 = bench.train("ce")
+    for more in (["-r", str(stage1)], ["-c", "configs/digits_lt_ce.json", "-r", str(stage1)]):
+        with pytest.raises(ConfigError, match="--pretrained: a run begins from one file"):
+            train.main([*more, "--pretrained", str(stage1), "--dry_run", "-d", "cpu"])
+
+
+@pytest.fixture
+def photos_of(tmp_path):
+    """A folder with two photos of each class."""
+    def make(classes):
+        for name in classes:
+            (tmp_path / "photos" / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8), (i, 9, 9)).save(tmp_path / "photos" / name / f"{i}.png")
+        return tmp_path / "photos"
+    return make
 
 
 def test_what_starts_anew_is_said(bench, capsys):

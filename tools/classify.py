@@ -199,13 +199,13 @@ def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, thre
     return done
 
 
-def classify_list(run: Any, file: str, head: Callable | None = None) -> tuple[Any, Any]:
+def classify_list(run: Any, file: str, preprocess: dict[str, Any], head: Callable | None = None) -> tuple[Any, Any]:
     """The images of an open-set list (see `read_open_set`) as test.py needs them: (predictions int64 [n], their
-    probabilities float [n]). Raises ConfigError for the first image that can't be read."""
+    probabilities float [n]). preprocess: the test images'. Raises ConfigError for the first that can't be read."""
     import numpy as np
     args = run.config["data_loader"].get("args") or {}
     paths = read_open_set(file, args.get("data_dir"), bool(args.get("allow_outside")))
-    done = classify(run.model, paths, facts_of(run)["preprocess"], head=head, topk=1)
+    done = classify(run.model, paths, preprocess, head=head, topk=1)
     if done.unreadable:
         raise ConfigError(done.unreadable[0][1])
     return (np.array([one.classes[0] for one in done.found], dtype=np.int64),
@@ -213,17 +213,24 @@ def classify_list(run: Any, file: str, head: Callable | None = None) -> tuple[An
 
 
 def facts_of(run: Any) -> dict[str, Any]:
-    """`preprocess` and `class_names` of a run: from its checkpoint, else (weights of others) as its loader has them."""
+    """`preprocess` and `class_names` of a run: from its checkpoint, else (weights of others) as its loader has them.
+    An `image_size` that -c or --set give goes before the checkpoint's, as it does in test.py."""
     from data_loader import data_loaders
     from data_loader.transforms import test_preprocess
     from tools.session import input_of
     known = run.checkpoint.get("data")
-    if isinstance(known, dict) and isinstance(known.get("preprocess"), dict):
-        return {"preprocess": known["preprocess"], "class_names": known.get("class_names")}
     spec = run.config["data_loader"]
-    kind, args = getattr(data_loaders, spec["type"]), spec.get("args") or {}
+    args = spec.get("args") or {}
+    size, wanted = args.get("image_size"), input_of(run.config)
+    if isinstance(known, dict) and isinstance(known.get("preprocess"), dict):
+        preprocess = known["preprocess"]
+        if isinstance(size, int) and size != preprocess.get("image_size", size):
+            if wanted and not preprocess["crop"]:
+                wanted = {**wanted, "crop_share": None}
+            preprocess = test_preprocess(size, preprocess["mean"], preprocess["std"], wanted)
+        return {"preprocess": preprocess, "class_names": known.get("class_names")}
+    kind = getattr(data_loaders, spec["type"])
     if not hasattr(kind, "default_size"):
         return {"preprocess": {"task": "detection"}, "class_names": None}
-    size, wanted = args.get("image_size"), input_of(run.config)
     size = size if isinstance(size, int) else (wanted or {"image_size": kind.default_size})["image_size"]
     return {"preprocess": test_preprocess(size, *kind.statistics, wanted), "class_names": None}

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from base.run_paths import run_of
+from base.run_paths import RunPaths, run_of
 from tools.cli import Parser
 from tools.report import choose_checkpoint
 from utils.cli import run_main
@@ -51,10 +51,24 @@ def halved(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: half(name, value) for name, value in weights.items()}
 
 
+def check_figures(file: Path, figures: dict[str, Any], checkpoint: Path) -> None:
+    """Figures must be those of the weights that are kept. Raises ConfigError.
+
+    test.py names the checkpoint in them; what names none is from a training's own end, of its last one.
+    """
+    epochs = RunPaths(checkpoint.parent, checkpoint.parent).checkpoints()
+    tested = figures.get("checkpoint") or (epochs[-1].name if epochs else checkpoint.name)
+    how = f"are of {tested}" if tested != checkpoint.name else (
+        "are older than the checkpoint" if file.stat().st_mtime < checkpoint.stat().st_mtime else "")
+    if how:
+        raise ConfigError(f"{file}: its figures {how}; first: python test.py -r {checkpoint}")
+
+
 def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True) -> Path:
     """Write the folder of `checkpoint`'s run under `top`, whole or not at all; returns it. half: see `halved`.
 
-    Raises ConfigError: no test figures, no config, a folder of that name is there, or it can't be written.
+    Raises ConfigError: no test figures, or those of other weights, no config, a folder of that name is there, or it
+    can't be written.
     """
     from tools.session import config_of
     from utils.checkpoint.store import load_checkpoint, save_checkpoint
@@ -64,6 +78,8 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
     figures = paths.models / "test_metrics.json"
     if not figures.is_file():
         raise ConfigError(f"{figures}: isn't there; first: python test.py -r {checkpoint}")
+    quoted = read_json(figures, "figures")
+    check_figures(figures, quoted, checkpoint)
     loaded = load_checkpoint(checkpoint)
     config = without_places(config_of(loaded, checkpoint))
     target = top / (name or f"{config['name']}_s{config.get('seed', 0)}")
@@ -78,7 +94,7 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
         raise ConfigError(f"{top}: can't be written: {error.strerror}") from None
     try:
         write_json(unfinished / "config.json", config)
-        write_json(unfinished / figures.name, without_places(read_json(figures, "figures")))
+        write_json(unfinished / figures.name, without_places(quoted))
         for file in (paths.log / name for name in COPIED):
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)

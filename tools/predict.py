@@ -106,9 +106,30 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
+def check_targets(args: Namespace, images: Sequence[str]) -> None:
+    """Raises ConfigError where a file to write is the checkpoint, one of the images, or to be written twice."""
+    taken: list[str] = []
+    for flag in ("csv", "json", "gallery"):
+        target = getattr(args, flag)
+        if target is None:
+            continue
+        name, what = os.path.basename(target), None
+        if os.path.isfile(target) and os.path.samefile(target, args.resume):
+            what = "the checkpoint itself"
+        elif os.path.isfile(target) and any(os.path.basename(path) == name and os.path.samefile(path, target)
+                                            for path in images):
+            what = "one of the images"
+        elif os.path.realpath(target) in taken:
+            what = "asked for twice"
+        if what:
+            raise ConfigError(f"--{flag}: {target} is {what}; give another name")
+        taken.append(os.path.realpath(target))
+
+
 def predict(args: Namespace) -> None:
     """The command, step by step."""
     paths = find_images(args.paths)  # before torch is imported: a mistyped path answers at once
+    check_targets(args, paths)
     import torch
     from tqdm import tqdm
 

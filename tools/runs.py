@@ -13,6 +13,7 @@ from typing import Any
 from base.freezing import freeze_plan
 from base.run_paths import RunPaths, run_of
 from logger.metrics_csv import read_table
+from utils.class_counts import group_limits
 from utils.config.read import read_json
 from utils.errors import ConfigError
 
@@ -143,6 +144,13 @@ class RunRecord:
         how = {"joint": "", "ncm": ", NCM", "tau": f", tau {tau:g}", "la": f", adjusted {tau:g}"}.get(classifier, "")
         return method_of(self.config) + how
 
+    def tell(self) -> None:
+        """Look at everything that tables say of a run: what was changed by hand may hold anything. Raises TypeError,
+        ValueError, AttributeError or KeyError."""
+        _ = self.method, data_of(self.config), model_of(self.config), experts_of(self.config)
+        _ = int(self.config.get("seed", 0)), self.epochs_done < (self.config["trainer"].get("epochs") or 1)
+        _ = group_limits(self.config.get("groups")), (self.figures.get("expert_share") or {}).get("all")
+
     @cached_property
     def history(self) -> list[dict[str, float | None]]:
         """metrics.csv: a dict an epoch; empty fields are None. [] where there is none or it can't be read."""
@@ -196,6 +204,11 @@ def read_run(models: Path) -> RunRecord:
     elif run.history:
         run.figures = {key[4:]: value for key, value in run.history[-1].items() if key.startswith("val_")}
         run.split = "val" if any(value is not None for value in run.figures.values()) else None
+    try:
+        run.tell()
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{config_path}: a value in it, or in test_metrics.json, isn't of a run's kind ({error})"
+                          ) from None
     return run
 
 

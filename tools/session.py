@@ -97,6 +97,10 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
         return Start(config) if found is None else Start(config, found[1], found[0], goes_on=True)
     path = Path(args.resume)
     checkpoint = load_checkpoint(path)
+    before = (recover_config(checkpoint) or {}).get("pretrained")
+    for item in args.overrides:
+        if item.path == "pretrained" and item.value not in (None, before):
+            raise ConfigError(f"{item.flag}: a run begins from one file, and -r {path} has its weights; leave one out")
     if config is None:
         return Start(config_of(checkpoint, path, args.overrides), checkpoint, path, goes_on=True)
     return Start(config, checkpoint, path, goes_on=not config["resume_state_dict_only"])
@@ -110,7 +114,7 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str) -> 
     if not config.get("distill"):
         return None
     teacher = make_model(config, num_classes, "distill_arch", bare=True)
-    load_weights(teacher, start.take(config["distill_checkpoint"]), name=config["distill_checkpoint"])
+    load_weights(teacher, start.take(config["distill_checkpoint"]), name=config["distill_checkpoint"], exact=True)
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -165,7 +169,8 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
     if start.checkpoint is not None:
         # Stage 1's file has no gates yet; any other must bring everything.
         stage1 = not start.goes_on and not any(GATES in key for key in start.checkpoint.get("state_dict") or {})
-        load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=(GATES,) if stage1 else ())
+        load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=(GATES,) if stage1 else (),
+                     exact=start.goes_on or model.routed)
     elif config.get("pretrained") and hasattr(model, "load_pretrained"):
         log.info(model.load_pretrained(start.take(config["pretrained"]), config["pretrained"]))
     elif config.get("pretrained"):
@@ -187,8 +192,20 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
     if config.get("load_crt"):
         learned = tuple(model.stage2_prefixes())
         if start.checkpoint is None:
-            load_weights(model, start.take(config["load_crt"]), name=config["load_crt"], skip_prefixes=learned)
+            file = start.take(config["load_crt"])
+            refuse_other_classes(model, file, config["load_crt"], learned, class_names)
+            load_weights(model, file, name=config["load_crt"], skip_prefixes=learned, exact=True)
         model.freeze_except(learned)
+
+
+def refuse_other_classes(model: nn.Module, file: dict[str, Any], name: str, learned: tuple[str, ...],
+                         class_names: list[str] | None) -> None:
+    """A second stage that keeps stage 1's classifier (LWS) needs its classes. Raises ConfigError."""
+    known = (facts_of_checkpoint(file) or {}).get("class_names")
+    keeps = not set(learned) >= set(model.classifier_prefixes())
+    if keeps and None not in (known, class_names) and list(known) != list(class_names):
+        raise ConfigError(f"load_crt: {name} knows other classes ({', '.join(map(str, known[:3]))} ...) than the data "
+                          f"({', '.join(class_names[:3])} ...), and lws keeps its classifier; give stage 1's data")
 
 
 # ---------------------------------------------------------------------- a finished run, for test.py and the tools
@@ -229,7 +246,7 @@ class Run:
     @property
     def temperature(self) -> float:
         """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1."""
-        return kept_temperature(self.path, self.checkpoint.get("epoch"))
+        return kept_temperature(self.path, self.checkpoint.get("epoch"), self.model)
 
     def loader(self, split: str = "test") -> BaseDataLoader:
         """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
@@ -277,6 +294,6 @@ def open_run(path: str | Path, config: str | Path | None = None, overrides: list
     if isinstance(size, int) and size != ((run.facts or {}).get("preprocess") or {}).get("image_size"):
         check_size(effective, size)
     model = make_model(effective, num_classes, bare=True)
-    load_weights(model, checkpoint, name=str(path), allow_partial=allow_partial)
+    load_weights(model, checkpoint, name=str(path), allow_partial=allow_partial, exact=True)
     run.model = model.to(device, memory_format=torch.channels_last).eval()
     return run

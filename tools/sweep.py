@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.cli import Parser, check_device
-from tools.sweep_grid import Job, check_unchanged, evaluation_command, read_sweep, train_command
+from tools.sweep_grid import Job, check_origins, check_unchanged, evaluation_command, read_sweep, train_command
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError
 from utils.stop import STOPS
@@ -177,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs, save_dir = read_sweep(args.sweep)
     for job in jobs:
         check_unchanged(job)
+    check_origins(jobs)
     devices = args.gpus.split(",") if args.gpus else [args.device]
     if args.dry_run:
         for job in jobs:

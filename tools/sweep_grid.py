@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from base.run_paths import RunPaths, new_run
+from logger.metrics_csv import read_table
 from tools.cli import value_of
 from tools.compare import COSMETIC
 from utils.config.load import Override, check_config, load_config
@@ -51,10 +52,19 @@ class Job:
         return found[-1] if found else None
 
     @property
+    def trained(self) -> bool:
+        """Trained to the end: to the last epoch, or stopped early."""
+        if self.last is None:
+            return False
+        options, rows = self.effective["trainer"], read_table(self.paths.log / "metrics.csv")
+        done = int(rows[-1].get("epoch") or 0) if rows else RunPaths.epoch_of(self.last)
+        return done >= options["epochs"] or bool(options.get("early_stop") or options.get("iterations"))
+
+    @property
     def finished(self) -> bool:
-        """Trained to the end and tested since."""
+        """Trained to the end and tested since. One that was stopped may have been tested too."""
         tested = self.paths.models / "test_metrics.json"
-        return self.last is not None and tested.is_file() and tested.stat().st_mtime >= self.last.stat().st_mtime
+        return self.trained and tested.is_file() and tested.stat().st_mtime >= self.last.stat().st_mtime
 
 
 # ---------------------------------------------------------------------- the file
@@ -150,6 +160,17 @@ def check_unchanged(job: Job) -> None:
         if key not in left_out and old.get(key) != new.get(key) != "auto":  # a run notes what "auto" found
             raise ConfigError(f"{job.paths.models}: was run with {key} {old.get(key)!r}, the sweep now says "
                               f"{new.get(key)!r}; delete the folder or give the sweep another name")
+
+
+def check_origins(jobs: Sequence[Job]) -> None:
+    """A run that is there came from runs that are there: one that has to be trained anew (its folder was deleted since
+    its config changed) makes those that began from it another method's. Raises ConfigError."""
+    by_name = {(job.method, job.seed): job for job in jobs}
+    for job in jobs:
+        for need in (by_name[name, job.seed] for name in job.needs if job.last):
+            if not need.trained:
+                raise ConfigError(f"{job.paths.models}: began from {need.title}, which has to be trained (again) now; "
+                                  "delete this folder too or give the sweep another name")
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

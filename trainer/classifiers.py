@@ -142,11 +142,14 @@ def calibrate(model: nn.Module, loader: Any, head: Head) -> dict[str, float]:
     return {"temperature": temperature, "before": eces[0], "after": eces[1]}
 
 
-def learned_prior(criterion: nn.Module, loader: Any, num_experts: int) -> torch.Tensor:
+def learned_prior(criterion: nn.Module, cls_num_list: list[int], power: float, num_experts: int) -> torch.Tensor:
     """The class distribution that a model's plain logits are right for, [C]: what its sampler drew, its loss's class
-    weights and what its loss added. loader: of the training split."""
-    seen = shift.frequencies(loader.cls_num_list)
-    seen = seen ** getattr(loader.index_sampler, "power", 1.0)
+    weights and what its loss added.
+
+    cls_num_list: training images a class, of the training itself, whatever data are there now. power: see
+    `data_loader.samplers.power_of`.
+    """
+    seen = shift.frequencies(cls_num_list) ** power
     seen = seen / seen.sum()
     return criterion.learned_prior(seen, num_experts) if hasattr(criterion, "learned_prior") else seen
 

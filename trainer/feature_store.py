@@ -31,8 +31,13 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 def feature_key(model: nn.Module, loader: Any, views: int, amp: object) -> str:
-    """A digest of what features depend on: the weights under the classifier, the images, how they are prepared."""
+    """A digest of what features depend on: the weights under the classifier, which experts are used, the images, how
+    they are prepared."""
     digest = hashlib.blake2b(f"2 {views} {amp}".encode(), digest_size=16)
+    heads = [id(head) for head in model.heads()]
+    experts = [heads.index(id(head)) for head in model.used_heads()]
+    if experts != list(range(len(heads))):      # "0" and "1" of two have one shape and one set of weights
+        digest.update(f"experts {experts}".encode())
     after = tuple(model.feature_prefixes())
     for name, value in model.state_dict().items():
         if not name.startswith(after):

@@ -211,7 +211,8 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name: str | None = None,
-                 skip_prefixes: Iterable[str] = (), allow_partial: bool = False, new_head: bool = False) -> LoadReport:
+                 skip_prefixes: Iterable[str] = (), allow_partial: bool = False, new_head: bool = False,
+                 exact: bool = False) -> LoadReport:
     """Copy a checkpoint's weights into `model`, whoever wrote it; nothing is copied unless they fit.
 
     Args:
@@ -221,6 +222,7 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
         allow_partial: keys that don't fit are left out and logged instead of refused.
         new_head: weights to start from: a classifier of another kind or number of classes stays new, as do NBN's scale
             and BatchFormer's block where the file has none; one expert's weights fill all of several (`tell_apart`).
+        exact: the model must compute what the file's did: no batch norm's statistics for MABN, which takes no mean off.
     Raises:
         ConfigError: unreadable file; keys that don't fit (missing, unexpected, of another shape), in one line.
     """
@@ -239,8 +241,8 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
     if not any(key.startswith(BLOCK) for key in own) and any(key.startswith(BLOCK) for key in weights):
         log.info("%s: its BatchFormer block is left out (add_bt is off)", name)
         weights = {key: value for key, value in weights.items() if not key.startswith(BLOCK)}
-    optional = _optional(model)
-    weights = without_statistics(weights, own, name) if new_head else weights
+    optional = _optional(model, exact)
+    weights = without_statistics(weights, own | dict.fromkeys(optional), name) if new_head else weights
 
     report.mismatched = [f"{key} {_shape(value)} in the file, {_shape(own[key])} in the model"
                          for key, value in weights.items()
@@ -283,16 +285,14 @@ def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
         log.info("%s: %s", name, "; ".join(said))
 
 
-def _optional(model: nn.Module) -> set[str]:
-    """Keys whose absence, presence or shape the model itself sorts out when it loads.
-
-    Old files have no `num_batches_tracked`. `MABN2d` fills its history and takes batch norm's statistics.
-    """
+def _optional(model: nn.Module, exact: bool) -> set[str]:
+    """Keys whose absence, presence or shape the model itself sorts out when it loads: old files have no
+    `num_batches_tracked`; `MABN2d` fills its history and, unless `exact`, takes batch norm's statistics."""
     keys = {key for key in model.state_dict() if key.endswith(".num_batches_tracked")}
     for prefix, module in model.named_modules():
         if isinstance(module, MABN2d):
-            buffers = ("running_var", "running_mean", "num_batches_tracked", *_MABN_HISTORY, *_MABN_DEMO)
-            keys |= {f"{prefix}.{name}" for name in buffers}
+            buffers = ("running_var", "num_batches_tracked", *_MABN_HISTORY, *_MABN_DEMO)
+            keys |= {f"{prefix}.{name}" for name in (buffers if exact else ("running_mean", *buffers))}
     return keys
 
 

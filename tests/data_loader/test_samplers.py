@@ -15,6 +15,7 @@ from data_loader.samplers import (
     InstanceBalancedSampler,
     ProgressivelyBalancedSampler,
     SquareRootSampler,
+    power_of,
 )
 from utils.errors import ConfigError
 
@@ -153,6 +154,13 @@ def test_epoch_sizes():
 def test_wrong_arguments_are_named(call):
     with pytest.raises(ConfigError, match=r"data_loader\.args\.sampler"):
         call()
+
+
+def test_the_power_of_a_loaders_sampler():
+    kinds = {"InstanceBalanced": 1.0, "SquareRoot": 0.5, "ClassBalanced": 0.0, "ClassAware": 0.0,
+             "ProgressivelyBalanced": 0.0}
+    assert {kind: power_of({"sampler": {"type": kind}}) for kind in SAMPLERS} == kinds
+    assert [power_of(args) for args in ({}, {"balanced": False}, {"balanced": True}, {"sampler": None})] == [1, 1, 0, 1]
 
 
 @pytest.fixture(scope="module")

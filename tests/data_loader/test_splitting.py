@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_loader.data_loaders import ImageFolderLTDataLoader, ListFileDataLoader
+from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
 from data_loader.datasets import ImageSet
 from data_loader.splitting import Division, is_same_place, match_classes
 from utils.errors import ConfigError
@@ -91,6 +91,44 @@ def test_the_same_photos_in_another_place_are_known_again(tmp_path: Path) -> Non
         ImageFolderLTDataLoader(str(tmp_path / "there"), training=False, facts=facts, split_seed=3, **SMALL)
     tests = ImageFolderLTDataLoader(str(tmp_path / "other"), training=False, facts=facts, test_share=1, **SMALL)
     assert tests.n_samples == 6 and tests.cls_num_list == [16, 16] and tests.num_classes == 2   # all of it, and no bee
+
+
+def test_images_are_normalised_as_the_model_learned_them(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            photos(tmp_path / split / name, 3)
+    known = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    facts = {"class_names": ["ant", "bee"], "preprocess": known}
+    loader = ImageFolderLTDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
+    assert list(loader.mean) == loader.preprocess["mean"] == known["mean"] and loader.views["std"] == known["std"]
+    assert any("normalised as in the checkpoint" in note for note in loader.notes)
+    plain, (images, _) = ImageFolderLTDataLoader(str(tmp_path), training=False, **SMALL), next(iter(loader))
+    assert not any("normalised" in note for note in plain.notes)
+    pixels = next(iter(plain))[0][0, 0] * 0.229 + 0.485
+    assert np.allclose(images[0, 0], (pixels - 0.5) / 0.2, atol=1e-5)
+    new = ImageFolderLTDataLoader(str(tmp_path), facts={**facts, "optional": True}, **SMALL)
+    assert new.mean == plain.mean       # a new run that only begins from a file's weights
+
+
+def test_a_test_list_may_lack_the_last_class(tmp_path: Path) -> None:
+    photos(tmp_path, 3)
+    (tmp_path / "test.txt").write_text("0000.png 0\n0001.png 1\n")
+    facts = {"num_classes": 3, "class_names": None, "cls_num_list": [9, 5, 2]}
+    loader = ListFileDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
+    assert loader.num_classes == 3 and loader.cls_num_list == [9, 5, 2]
+    (tmp_path / "test.txt").write_text("0000.png 0\n0001.png 1\n0002.png 2\n")
+    facts["num_classes"] = 2
+    assert ListFileDataLoader(str(tmp_path), training=False, facts=facts, **SMALL).num_classes == 3
+
+
+def test_digits_that_were_trained_on_are_never_tested() -> None:
+    """split_seed draws their test images too."""
+    loader = DigitsLTDataLoader(validation="none", **SMALL)
+    facts = {"class_names": loader.class_names, "cls_num_list": loader.cls_num_list, "split": loader.split_memory}
+    assert DigitsLTDataLoader(training=False, facts=facts, **SMALL).n_samples == 500
+    with pytest.raises(ConfigError, match=r"split_seed: 3, but the checkpoint's split was made with 0"):
+        DigitsLTDataLoader(training=False, facts=facts, split_seed=3, **SMALL)
+    assert DigitsLTDataLoader(training=False, facts={**facts, "split": {"rule": "names"}}, split_seed=3, **SMALL)
 
 
 @pytest.mark.parametrize(("own", "wanted", "some", "expected"), [

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tools.compare import arrange, mean_row, published_rows
+from tools.compare import arrange, compare, mean_row, published_rows
 from tools.run_table import COLUMNS, cell, clock, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import data_of, find_runs, method_of
 
@@ -80,6 +80,25 @@ def test_broken_runs_are_skipped_with_a_reason(compared):
     assert any("ce/cut" in line and "JSON" in line for line in skipped)
     assert any("ce/odd" in line and "test_metrics.json" in line for line in skipped)
     assert any("ce/bare" in line and "no config.json" in line for line in skipped)
+
+
+@pytest.mark.parametrize("change", [
+    {"arch": {"type": 5}}, {"arch": {"type": "ResNet32Model", "args": [1]}}, {"loss": [1]}, {"seed": "one"},
+    {"arch": {"type": "ResNet32Model", "args": {"num_experts": "three"}}}, {"trainer": {"epochs": "many"}},
+    {"groups": 5}, {"data_loader": {"type": "DigitsLTDataLoader", "args": "x"}}])
+def test_a_config_with_anything_in_it_is_skipped(tmp_path, change):
+    make_run(tmp_path, "odd", **change)
+    make_run(tmp_path, "good", accuracy=0.5)
+    runs, skipped = find_runs(tmp_path)
+    assert [run.name for run in runs] == ["ce/good"]
+    assert len(skipped) == 1 and "ce/odd/config.json: a value in it" in skipped[0]
+
+
+def test_figures_with_anything_in_them_are_skipped(tmp_path):
+    for number, figures in enumerate(({"classifier": "tau", "tau": "x"}, {"expert_share": [1]}, {"accuracy": {}})):
+        (make_run(tmp_path, f"odd{number}") / "test_metrics.json").write_text(json.dumps(figures))
+    table, skipped = compare(tmp_path, costs=False, published="none")
+    assert len(skipped) == 2 and table["run"].tolist() == ["ce/odd2"] and table["all"].isna().all()
 
 
 def test_files(compared):

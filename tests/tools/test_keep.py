@@ -1,6 +1,7 @@
 """Runs kept in results/: small folders that test.py evaluates, README's table and the curves drawn from them."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -53,6 +54,23 @@ def test_a_kept_run_is_what_it_was(kept, digits_run, run_cli):
     after = json.loads((again / "test_metrics.json").read_text())
     assert after["n_samples"] == before["n_samples"] and abs(after["accuracy"] - before["accuracy"]) <= 0.004
     assert after["loss"] == pytest.approx(before["loss"], rel=0.01) if before.get("loss") else True
+
+
+def test_figures_of_other_weights_arent_kept(digits_run, tmp_path):
+    """Those of a training's own end are of its last epoch; test.py's say which they are of."""
+    models = shutil.copytree(digits_run.models, tmp_path / "models" / "digits" / "run")
+    last, best, file = (models / name for name in ("checkpoint-epoch2.pth", "model_best.pth", "test_metrics.json"))
+    with pytest.raises(ConfigError, match=r"figures are of checkpoint-epoch2\.pth; first: python test\.py -r .*best"):
+        keep(best, tmp_path / "results")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": "model_best.pth"}))
+    assert keep(best, tmp_path / "results").is_dir()
+    with pytest.raises(ConfigError, match=r"figures are of model_best\.pth"):
+        keep(last, tmp_path / "results", "other")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": last.name}))
+    os.utime(file, (1, 1))
+    with pytest.raises(ConfigError, match="older than the checkpoint"):     # the run went on since
+        keep(last, tmp_path / "results", "other")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["digits_s0"]
 
 
 def test_half_is_kept_only_where_it_holds_the_weights():

@@ -8,8 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tools.classify import Prediction, Predictions, classify, detect, find_images, read_open_set
-from tools.predict import as_csv, as_line, parse, rows
+from tools.classify import (
+    Prediction,
+    Predictions,
+    classify,
+    classify_list,
+    detect,
+    facts_of,
+    find_images,
+    read_open_set,
+)
+from tools.predict import as_csv, as_line, parse, predict, rows
 from utils.errors import ConfigError
 
 
@@ -26,6 +35,36 @@ def photos(digits_run, tmp_path_factory):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not much of a photo")
     (folder / "notes.txt").write_text("no image")
     return folder, loader, chosen
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path):
+    for name in ("a.png", "model.pth"):
+        (tmp_path / name).write_bytes(b"as it was")
+    for flags, said in ((("--csv", "model.pth"), "--csv: .*model.pth is the checkpoint itself"),
+                        (("--gallery", "a.png"), "--gallery: .*a.png is one of the images"),
+                        (("--csv", "x", "--json", "x"), "--json: .*x is asked for twice")):
+        flags = [str(tmp_path / flag) if not flag.startswith("--") else flag for flag in flags]
+        with pytest.raises(ConfigError, match=said):
+            predict(parse(["-r", str(tmp_path / "model.pth"), str(tmp_path), *flags]))
+    assert {file.read_bytes() for file in tmp_path.iterdir()} == {b"as it was"}
+
+
+def test_another_size_is_taken_everywhere(digits_run, photos, tmp_path):
+    """By predictions and open-set lists as by the test loader, and with it its crops."""
+    from tools.cli import tool_parser
+    from tools.session import open_run
+    folder, _, _ = photos
+    overrides = tool_parser("x", "").parse_args(["--set", "data_loader.args.image_size=16", "--set",
+                                                 "data_loader.args.crops=5"]).overrides
+    run = open_run(digits_run.checkpoint, overrides=overrides)
+    loader = run.loader("test")
+    assert facts_of(run)["preprocess"] == loader.preprocess and loader.preprocess["image_size"] == 16
+    (tmp_path / "list.txt").write_text(f"{folder}/0.png\n")
+    run.config["data_loader"]["args"]["allow_outside"] = True
+    seen = []
+    run.model.register_forward_hook(lambda module, inputs, outputs: seen.append(tuple(inputs[0].shape)))
+    classify_list(run, tmp_path / "list.txt", loader.views)
+    assert seen == [(1, 3, 16, 16)] * 5
 
 
 def test_folder_to_csv_json_and_gallery(digits_run, photos, tmp_path, run_cli):

@@ -10,7 +10,7 @@ import pytest
 
 from tools import sweep
 from tools.sweep import Runner
-from tools.sweep_grid import check_unchanged, read_sweep, train_command, written
+from tools.sweep_grid import check_origins, check_unchanged, read_sweep, train_command, written
 from utils.errors import ConfigError
 
 SMALL = {"arch.args.layer2_output_dim": 8, "arch.args.layer3_output_dim": 8, "trainer.epochs": 1,
@@ -75,7 +75,8 @@ def test_text_is_written_so_that_it_is_read_as_text():
 TRAIN = """import json, pathlib, sys
 run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True, exist_ok=True)
 if sys.argv[2] == 'fail': print('no luck'); sys.exit(3)
-(run / 'config.json').write_text(sys.argv[3]); (run / 'checkpoint-epoch1.pth').touch()
+(run / 'config.json').write_text(sys.argv[3])
+(run / f"checkpoint-epoch{json.loads(sys.argv[3])['trainer']['epochs']}.pth").touch()
 """
 TEST = "import pathlib, sys; pathlib.Path(sys.argv[1], 'test_metrics.json').write_text('{\"accuracy\": 0.5}')"
 
@@ -111,6 +112,31 @@ def test_finished_runs_are_skipped(tmp_path, stand_ins, capsys):
     jobs, _ = run(path)
     assert [title for title, _ in stand_ins] == ["ce seed 0", "ce seed 1", "ce seed 1"]
     assert "was finished before" in capsys.readouterr().out
+
+
+def test_a_stopped_run_that_was_tested_isnt_finished(tmp_path, stand_ins):
+    path = write(tmp_path, methods={"ce": {}}, set={"trainer.epochs": 3})
+    job, = run(path)[0]
+    half = job.paths.checkpoint(2)
+    job.last.rename(half)
+    assert job.paths.models.joinpath("test_metrics.json").stat().st_mtime >= half.stat().st_mtime
+    assert not read_sweep(path)[0][0].finished
+    job.paths.log.mkdir(parents=True)
+    (job.paths.log / "metrics.csv").write_text("epoch,loss\n1,1\n2,1\n")
+    half.rename(job.paths.checkpoint(3))        # stopped inside the last epoch
+    assert not read_sweep(path)[0][0].finished
+    (job.paths.log / "metrics.csv").write_text("epoch,loss\n1,1\n2,1\n3,1\n")
+    assert read_sweep(path)[0][0].finished
+
+
+def test_what_began_from_a_run_that_is_trained_anew_is_named(tmp_path, stand_ins):
+    path = write(tmp_path, methods={"ce": {}, "crt": {"config": "configs/digits_lt_crt.json",
+                                                      "set": {"load_crt": "{ce}"}}})
+    jobs, _ = run(path)
+    check_origins(read_sweep(path)[0])
+    jobs[0].last.unlink()
+    with pytest.raises(ConfigError, match=r"grid_crt/seed0: began from ce seed 0, .* delete this folder too"):
+        check_origins(read_sweep(path)[0])
 
 
 def test_a_failure_stops_only_what_needs_it(tmp_path, stand_ins, capsys):

@@ -358,6 +358,16 @@ def test_class_means_take_one_pass_and_none_where_features_are_kept(runs, stage1
     assert len(seen) == 11
 
 
+def test_features_of_one_expert_arent_taken_for_anothers(stage1):
+    """They have the same shape and come from the same weights."""
+    run = session.open_run(stage1[2])
+    loader, keys = run.loader("train_eval"), {}
+    for chosen in ([0, 1], [0], [1], [1, 0]):
+        run.model.backbone.use_experts = chosen
+        keys[str(chosen)] = feature_store.feature_key(run.model, loader, 1, "off")
+    assert len(set(keys.values())) == 4
+
+
 def test_a_start_from_class_means_is_of_the_features_that_are_kept(runs, stage1, monkeypatch, same_state):
     """One pass over the training images, one over the validation images; averages begin there too."""
     passes = []

@@ -211,6 +211,20 @@ def test_the_last_epochs_mean_has_statistics_of_its_own(runs):
     assert torch.allclose(mean[statistics], torch.stack(means).mean(0), atol=1e-5)
 
 
+def test_the_mean_of_a_shorter_run_isnt_part_of_a_longer_ones(runs, capsys):
+    models = runs("longer", trainer={"swa": {"epochs": 1}})
+    runs(None, "-r", models / "checkpoint-epoch2.pth", "--epochs", 4)
+    assert "begins with epoch 2, which isn't one of the last 1 of 4" in capsys.readouterr().out
+    mean, last = (torch.load(models / name, weights_only=True)["state_dict"]["backbone.linear.weight"]
+                  for name in ("model_swa.pth", "checkpoint-epoch4.pth"))
+    assert torch.equal(mean, last)
+    again = runs("again", "--epochs", 3, trainer={"swa": {"epochs": 2}})
+    runs(None, "-r", again / "checkpoint-epoch2.pth")       # inside the last epochs: epoch 2 stays in the mean
+    mean, *ends = (torch.load(again / name, weights_only=True)["state_dict"]["backbone.linear.weight"]
+                   for name in ("model_swa.pth", "checkpoint-epoch2.pth", "checkpoint-epoch3.pth"))
+    assert torch.allclose(mean, sum(ends) / 2, atol=1e-6)
+
+
 def test_the_average_is_what_is_tested_and_the_raw_weights_can_be(runs, capsys):
     import json
 

@@ -100,6 +100,7 @@ class EpochAverage(Hook):
             raise ConfigError(f"trainer.swa: makes the statistics of batch norm anew, not those of {odd[0]}; use "
                               "trainer.ema, which averages them")
         self.average = torch.optim.swa_utils.AveragedModel(run.model)
+        self.first: int | None = None      # the first epoch that is in the average
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
@@ -107,6 +108,7 @@ class EpochAverage(Hook):
 
     def epoch_trained(self, epoch: int) -> None:
         if epoch > self.run.epochs - self.count:
+            self.first = epoch if self.first is None else self.first
             self.average.update_parameters(self.run.model)
 
     def run_ended(self, result: dict[str, Any]) -> None:
@@ -139,11 +141,19 @@ class EpochAverage(Hook):
         model.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average.state_dict()} if int(self.average.n_averaged) else {}
+        return {"average": self.average.state_dict(), "first": self.first} if int(self.average.n_averaged) else {}
 
     def load_state_dict(self, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:
-        if "average" in state:
-            self.average.load_state_dict(state["average"])
+        if "average" not in state:
+            return
+        done = checkpoint["epoch"] - (checkpoint.get("batch") is not None)
+        first = state.get("first") or done + 1 - int(state["average"]["n_averaged"])
+        if first <= self.run.epochs - self.count:   # those epochs were the last ones of a shorter run
+            log.info("trainer.swa: the checkpoint's mean begins with epoch %d, which isn't one of the last %d of %d: "
+                     "it is left out", first, self.count, self.run.epochs)
+            return
+        self.first = first
+        self.average.load_state_dict(state["average"])
 
 
 def swa_epochs(epochs: int) -> int:

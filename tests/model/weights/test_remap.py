@@ -193,7 +193,15 @@ def test_batch_norm_into_mabn_and_other_history_lengths():
     target = build(norm="MABN")
     assert load_weights(target, as_mabn(source)).fits
     assert torch.equal(target.backbone.bn1.running_var, source.backbone.bn1.running_var)
-    assert load_weights(build(norm="MABN"), build().state_dict()).fits
+    weights = filled(build()).state_dict()
+    moment = weights["backbone.bn1.running_var"] + weights["backbone.bn1.running_mean"] ** 2
+    for start in (False, True):     # to start from, too
+        norm = build(norm="MABN")
+        assert load_weights(norm, weights, new_head=start).fits
+        torch.testing.assert_close(norm.backbone.bn1.running_var.flatten(), moment)
+    with pytest.raises(ConfigError, match=r"unexpected: backbone\.bn1\.running_mean"):     # to test, or under cRT
+        load_weights(build(norm="MABN"), weights, exact=True)
+    assert load_weights(target, as_mabn(source), exact=True).fits and load_weights(build(), weights, exact=True).fits
 
 
 # ---- what doesn't fit -----------------------------------------------------------------------------------------------
