@@ -17,12 +17,12 @@ from logger.figures.style import (
     HALF,
     LIGHT,
     bare,
-    count_of,
     new_figure,
     short,
     stacked_bars,
     styled,
 )
+from logger.text import count_of
 from utils.class_counts import FEW, GROUPS, MANY
 
 RELIABILITY_BINS = 15
