@@ -1,7 +1,7 @@
 """Finding image files that lists of `path label` lines name. Nothing is decoded here.
 
-All files are looked for before training begins. A path that leaves `data_dir` (`..`, absolute, a link that points out)
-is refused unless `allow_outside` is set.
+All files are looked for before training begins. A path that leaves `data_dir` (by `..`, from the root, by a link that
+points out) is refused unless `allow_outside` is set.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
     except ValueError:
         pass
     what = "is a file, not a folder" if os.path.exists(data_dir) else "no such folder"
-    raise ConfigError(f"{DATA_DIR}: {shown(str(data_dir))}: {what}")
+    raise ConfigError(f"{DATA_DIR}: {shown(str(data_dir))}: {what}; --data_dir names the one to read")
 
 
 def read_text_bytes(file: Path, flag: str = "") -> bytes:
@@ -204,6 +204,8 @@ def find_files(root: Path, data_dir: Path, allow_outside: bool) -> Find:
         if not allow_outside:
             names = [name.replace("\\", "/") if "\\" in name and not os.path.lexists(data_dir / name) else name
                      for name in names]
+            if names[0].startswith("/") and not os.path.lexists(names[0]):
+                names = [name.lstrip("/") for name in names]
         # Images are relative to data_dir; official lists may lie, with their images, in a folder of it.
         base = root if not os.path.lexists(data_dir / names[0]) and os.path.lexists(root / names[0]) else data_dir
         return check_paths(base, names, allow_outside, source, lines)
@@ -227,11 +229,10 @@ def check_paths(root: Path, names: list[str], allow_outside: bool, source: str, 
     missing: list[int] = []
     for at, name in enumerate(names):
         folder, base = os.path.split(name)
-        if not allow_outside and (os.path.isabs(name) or ".." in Path(name).parts):
-            raise _outside(f"{source}, line {lines[at]}", name, root)
         if folder not in folders:
             folders[folder] = _entries(os.path.join(root, folder))
-            if not allow_outside and folders[folder] is not None:
+            far = os.path.isabs(name) or ".." in Path(name).parts  # refused unseen: what is there is nobody's business
+            if not allow_outside and (far or folders[folder] is not None):
                 check_inside(os.path.join(root, folder), real_root, f"{source}, line {lines[at]}", name, root)
         entries = folders[folder]
         if entries is None or base not in entries:

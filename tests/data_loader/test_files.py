@@ -356,6 +356,14 @@ def test_missing_or_empty_lists(tmp_path: Path) -> None:
         ListFileDataLoader(data, **SMALL)
 
 
+def test_paths_from_the_root_that_stay_inside(tmp_path: Path) -> None:
+    data = lists(tmp_path / "data")
+    lines = (tmp_path / "data" / "train.txt").read_text().splitlines()
+    for before in (f"{data}/", f"{data}/train/../", "/"):    # the last is how Places365's own lists write them
+        (tmp_path / "data" / "train.txt").write_text("\n".join(before + line for line in lines))
+        assert ListFileDataLoader(data, **SMALL).cls_num_list == [6, 3, 2]
+
+
 def test_allow_outside_lets_lists_point_anywhere(tmp_path: Path) -> None:
     data = lists(tmp_path / "data")
     outside = picture(tmp_path / "secret.png")
