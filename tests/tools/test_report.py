@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_loader.data_loaders import DigitsLTDataLoader
+from logger.figures.classes import group_bars
 from logger.figures.drawings import drawings, figures_to_tensorboard
 from logger.figures.facts import RunFacts
 from logger.figures.style import LIGHT, to_array, to_svg
@@ -152,6 +153,11 @@ def test_each_experts_accuracy_is_the_metrics():
             assert values[expert] == pytest.approx(expected[key])
     differ = facts.disagreement()
     assert (differ == differ.T).all() and (np.diag(differ) == 0).all()
+
+
+def test_a_group_without_test_images_is_not_without_classes():
+    bars = group_bars({"accuracy": 0.5, "many_shot_acc": 0.5, "many_class_num": 2, "medium_class_num": 3})
+    assert [text.get_text() for text in bars.axes[0].texts] == ["50.0 %", "50.0 %", "untested", "no classes"]
 
 
 def test_one_network_is_not_compared_with_itself():
