@@ -11,7 +11,7 @@ import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import DATA_DIR, about_tars, check_inside
-from data_loader.images import EXTENSIONS, HEIC, is_system, shown
+from data_loader.images import EXTENSIONS, HEIC, is_system, refuse_folder, shown
 from data_loader.splitting import Division, match_classes, stranger
 from logger.text import count_of
 from utils.errors import ConfigError
@@ -84,9 +84,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     """`train`, `val`, `test` -> its folder in `root`, as far as it is there. Raises ConfigError where two could be one.
     """
     found: dict[str, Path] = {}
-    with os.scandir(root) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir())
-    for name in folders:
+    for name in folders_in(root):
         for part, names in SPLIT_NAMES.items():
             if name.lower() in names:
                 if part in found:
@@ -96,11 +94,20 @@ def split_folders(root: Path) -> dict[str, Path]:
     return found
 
 
+def folders_in(root: Path) -> list[str]:
+    """The names of the folders in `root`, sorted. Raises ConfigError where it can't be read."""
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError as error:
+        refuse_folder(error)
+
+
 def class_folders(root: Path) -> dict[str, list[str]]:
     """Class -> the folders in `root` that are named so, in any Unicode form; classes in alphabetical order."""
     found: dict[str, list[str]] = {}
-    with os.scandir(root) as entries:
-        for name in sorted(entry.name for entry in entries if entry.is_dir() and not is_system(entry.name)):
+    for name in folders_in(root):
+        if not is_system(name):
             found.setdefault(class_key(name), []).append(name)
     return {name: found[name] for name in sorted(found)}
 
@@ -148,7 +155,7 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
             top = os.path.join(folder, place)
             seen = True
             walked: set[str] = set()  # a link may lead back up
-            for where, folders, files in os.walk(top, followlinks=True):
+            for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
                 real = os.path.realpath(where)
                 folders[:] = sorted(inner for inner in folders if not is_system(inner)) if real not in walked else []
                 if real in walked:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
@@ -81,7 +81,14 @@ def read_rgb(path: str | np.ndarray, plan: Callable[[int, int], int] | None = No
         reason = str(error).replace(str(path), "").strip(": ") or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = _unknown(path)
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise ConfigError(f"{shown(path)}: can't be read as an image ({reason}); replace or remove it") from None
+
+
+def refuse_folder(error: OSError) -> NoReturn:
+    """For `os.walk`, which would pass over a folder that it may not read, photos and all. Raises ConfigError."""
+    raise ConfigError(f"{shown(str(error.filename))}: can't be read ({error.strerror})") from None
 
 
 def _unknown(path: str) -> str:

@@ -25,11 +25,11 @@ def find_images(paths: Iterable[str]) -> list[str]:
     In folders only names that end like an image's count, and nothing hidden or left there by a system does (see
     data_loader.images.is_system). Raises ConfigError for a path that isn't there, and where there is no image.
     """
-    from data_loader.images import EXTENSIONS, is_system, shown
+    from data_loader.images import EXTENSIONS, is_system, refuse_folder, shown
     found: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
-            for folder, below, names in os.walk(path):
+            for folder, below, names in os.walk(path, onerror=refuse_folder):
                 below[:] = sorted(name for name in below if not is_system(name))
                 found.update((os.path.join(folder, name), None) for name in sorted(names)
                              if os.path.splitext(name)[1].lower() in EXTENSIONS and not is_system(name))

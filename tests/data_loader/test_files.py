@@ -18,6 +18,7 @@ from data_loader.data_loaders import (
 )
 from data_loader.files import read_list
 from data_loader.transforms import test_transform
+from tools.classify import find_images
 from utils.errors import ConfigError
 
 SMALL = dict(batch_size=4, image_size=16)
@@ -159,6 +160,24 @@ def test_a_link_to_nothing_is_said_as_such(tmp_path: Path) -> None:
     (tmp_path / "train" / "class_0" / "gone.png").symlink_to("/nowhere/gone.png")
     with pytest.raises(ConfigError, match=r"gone.png: a link to /nowhere/gone.png, which isn't there"):
         ImageFolderLTDataLoader(data, **SMALL)
+
+
+@pytest.mark.parametrize("where", [".", "train", "train/class_1", "train/class_1/more"])
+def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Its photos would be missed in silence. Simulated, as permissions don't stop root."""
+    data = folders(tmp_path, train=[3, 3], test=[1, 1])
+    picture(tmp_path / "train" / "class_1" / "more" / "9.png")
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if os.path.normpath(path) == os.path.normpath(tmp_path / where):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=r"can't be read \(Permission denied\)$"):
+        ImageFolderLTDataLoader(data, **SMALL)
+    with pytest.raises(ConfigError, match=r"can't be read \(Permission denied\)$"):
+        find_images([data])
 
 
 def test_folder_mistakes(tmp_path: Path) -> None:

@@ -116,6 +116,14 @@ def test_what_is_no_image_is_said(tmp_path: Path, content: bytes, said: str) -> 
         read_rgb(str(tmp_path / "photo.jpg"))
 
 
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr("data_loader.images.open_image", refuse)
+    with pytest.raises(ConfigError, match=r"\(Permission denied\); replace"):
+        read_rgb(str(tmp_path / "photo.jpg"))
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     path = os.fsdecode(name)
