@@ -12,6 +12,7 @@ import contextlib
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config, args.overrides) if args.config else None
     if config and not args.dry_run:
         check_second_stage(config)
+    if config:
+        check_own_images(config["data_loader"])
     workers = workers_wanted(args, config)
     if workers > 1:
         from tools.launch import run_workers
@@ -41,6 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.nullcontext() if args.dry_run else stop:
         train(args, config, stop)
     return 0
+
+
+def check_own_images(loader: dict[str, Any]) -> None:
+    """A folder of somebody's images that isn't there is said before a network and its weights are looked for."""
+    folder = (loader.get("args") or {}).get("data_dir")
+    if loader.get("type") in ("ImageFolderLTDataLoader", "ListFileDataLoader") and folder is not None:
+        from data_loader.files import check_data_dir
+        check_data_dir(folder)
 
 
 def workers_wanted(args: Namespace, config: dict[str, Any] | None) -> int:
@@ -142,9 +153,10 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         return
     if not stop.agreed(device, True):
         # What the run is worth, on images that no choice was made on.
-        test_loader = session.make_loader(config, device, training=False, facts=trainer.data_facts)
-        task = task_of(test_loader)
-        result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images or options["report"])
+        with saved_in(checkpoint, outside_flags(config)):
+            test_loader = session.make_loader(config, device, training=False, facts=trainer.data_facts)
+            task = task_of(test_loader)
+            result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images or options["report"])
         log.info("\n%s", task.format_result(result, f"test, epoch {trainer.last_epoch}"))
         for line in words_for(config, result, test_loader):
             log.info(line)
@@ -159,6 +171,17 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies, outside_flags(config),
                                 options["report"]))
     dist.cleanup()
+
+
+@contextlib.contextmanager
+def saved_in(checkpoint: Path, more: str = "") -> Iterator[None]:
+    """A mistake in the test images alone is told with what is left to do: the training isn't lost."""
+    try:
+        yield
+    except ConfigError as error:
+        error.args = (f"{error}; the training is done: when that is mended, test it with python test.py -r "
+                      f"{shlex.quote(str(checkpoint))}{more}",)
+        raise
 
 
 def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool, more: str = "",

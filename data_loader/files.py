@@ -1,7 +1,7 @@
 """Finding image files that lists of `path label` lines name. Nothing is decoded here.
 
-All files are looked for before training begins. A path that leaves `data_dir` (`..`, absolute, a link that points out)
-is refused unless `allow_outside` is set.
+All files are looked for before training begins. A path that leaves `data_dir` (by `..`, from the root, by a link that
+points out) is refused unless `allow_outside` is set.
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 from data_loader.datasets import ImageSet, Splits
 from data_loader.images import shown
 from data_loader.places import KEY
+from logger.text import count_of
 from utils.errors import ConfigError
 
 DATA_DIR = "data_loader.args.data_dir"
@@ -34,7 +35,21 @@ def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
     except ValueError:
         pass
     what = "is a file, not a folder" if os.path.exists(data_dir) else "no such folder"
-    raise ConfigError(f"{DATA_DIR}: {shown(str(data_dir))}: {what}")
+    raise ConfigError(f"{DATA_DIR}: {shown(str(data_dir))}: {what}; --data_dir names the one to read")
+
+
+def read_text_bytes(file: Path, flag: str = "") -> bytes:
+    """A text file's content without its byte-order mark; UTF-16, which Windows' shell writes, as UTF-8. flag: what
+    named it, for the error. Raises ConfigError."""
+    try:
+        content = file.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return content.decode("utf-16").encode("utf-8", "surrogateescape")
+        return content.removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ConfigError(f"{flag}{shown(str(file))}: can't be read ({error.strerror or error})") from None
+    except UnicodeError:
+        raise ConfigError(f"{flag}{shown(str(file))}: begins as UTF-16 and isn't; save it as UTF-8") from None
 
 
 # -- lists -----------------------------------------------------------------------------------------------------------
@@ -44,10 +59,7 @@ def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int, dict[i
     `path label` a line, the label after the last blank, or `path label name`; Windows line ends, blank lines and a
     byte-order mark are fine, and so are names that aren't UTF-8. Raises ConfigError with file and line.
     """
-    try:
-        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ConfigError(f"{shown(str(file))}: can't be read ({error.strerror or error})") from None
+    content = read_text_bytes(file)
     names: dict[str, tuple[int, int]] = {}
     repeated = 0
     classes: dict[int, str] = {}
@@ -65,10 +77,11 @@ def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int, dict[i
                                   f"and {shown(called)} before")
         if not name:
             raise ConfigError(f"{shown(str(file))}, line {number}: {shown(label)[:80]!r} has no label; "
-                              "a line is `path label`")
+                              f"a line is `path label`{_no_table(label)}")
         if not label.isascii() or not label.removeprefix("-").isdigit() or len(label) > 18:
             raise ConfigError(f"{shown(str(file))}, line {number}: the label {shown(label)[:40]!r} is not a whole "
-                              "number; a line is `path label`")
+                              "number; a line is `path label`, labels are 0, 1, 2, ... and their names stand in "
+                              "classes.txt")
         name, value = name.strip(), int(label)
         if "\0" in name:
             raise ConfigError(f"{shown(str(file))}, line {number}: a path can't hold a zero byte")
@@ -84,15 +97,18 @@ def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int, dict[i
     return list(names), np.array(labels, dtype=np.int64), list(lines), repeated, classes
 
 
+def _no_table(line: str) -> str:
+    """What is said of a line of a table, whose label no blank parts from its path."""
+    mark = next((mark for mark in ",;" if re.search(rf"\{mark}\s*\"?\w+\"?$", line)), None)
+    return "" if mark is None else f", a blank between them, no {'comma' if mark == ',' else 'semicolon'}"
+
+
 def read_class_names(file: Path, num_classes: int) -> list[str]:
     """classes.txt: a name a line, in the order of the labels; `name label` as Places365 writes it will do too.
 
     Raises ConfigError where there are fewer names than classes.
     """
-    try:
-        text = file.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise ConfigError(f"{shown(str(file))}: can't be read ({error.strerror or error})") from None
+    text = read_text_bytes(file).decode("utf-8", "surrogateescape")
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if all(name.rpartition(" ")[2] == str(number) and " " in name for number, name in enumerate(names)):
         bare = [name.rpartition(" ")[0].strip() for name in names]
@@ -128,8 +144,10 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
         test_name, val_name = val_name, None
     for name in ([train_name] if training else []) + [test_name]:
         if not has[name]:
+            needed = " and ".join(filter(None, (train_name, lists[2] or lists[1])))
+            spare = f" (or {lists[1]} in its place)" if lists[1] and lists[2] else ""
             raise ConfigError(f"{shown(str(root / name))}: no such file; {DATA_DIR} must hold the list files "
-                              f"{', '.join(n for n in lists if n)}{'' if find else about_tars(root)}")
+                              f"{needed}{spare}{'' if find else about_tars(root)}")
     notes: list[str] = []
     named: dict[int, str] = {}
     more = (notes, named, find or find_files(root, Path(data_dir), allow_outside))
@@ -138,9 +156,9 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
     val = _read_split(root / val_name, "val", train, *more) if has.get(val_name) else None
     if train is not None:
         for name, split in ((test_name, test), (val_name, val)):
-            both = len(set(train.paths) & set(split.paths)) if split is not None else 0
+            both = 0 if split is None else len(same_files(train.paths, split.paths))
             if both:
-                notes.append(f"warning: {both} images are in {train_name} and in {name}")
+                notes.append(f"warning: {count_of(both, 'image is', 'images are')} in {train_name} and in {name}")
     classes = int((train or test).targets.max()) + 1
     class_names = None
     if (root / "classes.txt").exists():
@@ -149,6 +167,13 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
     elif set(named) >= set(range(classes)):
         class_names = [shown(named[label]) for label in range(classes)]
     return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes)
+
+
+def same_files(one: Sequence[str], other: Sequence[str]) -> set[str]:
+    """The images that are in both, however their lists write them (`a.jpg`, `./a.jpg`)."""
+    def plain(paths: Sequence[str]) -> set[str]:  # of an image in a shard a zero byte is part; Python 3.11 cuts there
+        return {path if "\0" in path else os.path.normpath(path) for path in paths}
+    return plain(one) & plain(other)
 
 
 def _read_split(file: Path, split: str, train: ImageSet | None, notes: list[str], named: dict[int, str],
@@ -160,7 +185,7 @@ def _read_split(file: Path, split: str, train: ImageSet | None, notes: list[str]
             raise ConfigError(f"{shown(str(file))}: class {label} is {shown(text)} here and {shown(named[label])} in "
                               "another list")
     if repeated:
-        notes.append(f"warning: {file.name}: {repeated} repeated lines are left out")
+        notes.append(f"warning: {file.name}: {count_of(repeated, 'repeated line is', 'repeated lines are')} left out")
     classes = len(names) if train is None else int(train.targets.max()) + 1
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
@@ -179,6 +204,8 @@ def find_files(root: Path, data_dir: Path, allow_outside: bool) -> Find:
         if not allow_outside:
             names = [name.replace("\\", "/") if "\\" in name and not os.path.lexists(data_dir / name) else name
                      for name in names]
+            if names[0].startswith("/") and not os.path.lexists(names[0]):
+                names = [name.lstrip("/") for name in names]
         # Images are relative to data_dir; official lists may lie, with their images, in a folder of it.
         base = root if not os.path.lexists(data_dir / names[0]) and os.path.lexists(root / names[0]) else data_dir
         return check_paths(base, names, allow_outside, source, lines)
@@ -202,11 +229,10 @@ def check_paths(root: Path, names: list[str], allow_outside: bool, source: str, 
     missing: list[int] = []
     for at, name in enumerate(names):
         folder, base = os.path.split(name)
-        if not allow_outside and (os.path.isabs(name) or ".." in Path(name).parts):
-            raise _outside(f"{source}, line {lines[at]}", name, root)
         if folder not in folders:
             folders[folder] = _entries(os.path.join(root, folder))
-            if not allow_outside and folders[folder] is not None:
+            far = os.path.isabs(name) or ".." in Path(name).parts  # refused unseen: what is there is nobody's business
+            if not allow_outside and (far or folders[folder] is not None):
                 check_inside(os.path.join(root, folder), real_root, f"{source}, line {lines[at]}", name, root)
         entries = folders[folder]
         if entries is None or base not in entries:

@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import DATA_DIR, about_tars, check_inside
-from data_loader.images import EXTENSIONS, is_system, shown
+from data_loader.images import EXTENSIONS, HEIC, is_system, refuse_folder, shown
 from data_loader.splitting import Division, match_classes, stranger
+from logger.text import count_of
 from utils.errors import ConfigError
 
 #: What people call the folder of a split, in any case of letters.
@@ -56,8 +59,8 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
     first = parts.get("train", root)
     names = class_folders(first)
     if len(names) < least:
-        raise ConfigError(f"{DATA_DIR}: {shown(str(first))} has {len(names)} class folders, training needs two or "
-                          f"more; images belong into {LAYOUT}{about_tars(root)}")
+        raise ConfigError(f"{DATA_DIR}: {shown(str(first))} has {count_of(len(names), 'class folder', 'class folders')}"
+                          f", training needs two or more; images belong into {LAYOUT}{about_tars(root)}")
     if "train" in parts:
         note_rest(root, set(parts.values()), notes)
     read = {"train": read_classes(first, names, root, allow_outside, notes, needed=True)}
@@ -67,7 +70,7 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
             numbers = match_classes(list(own), list(names), some=True)
             if numbers is None:
                 raise ConfigError(f"{shown(str(parts[part] / stranger(list(own), list(names))))}: no such class in "
-                                  f"{shown(str(first))}")
+                                  f"{shown(str(first))}; add training photos of it or take the folder out")
             places = dict(zip(numbers, own.values()))
             read[part] = read_classes(parts[part], {name: places.get(k, []) for k, name in enumerate(names)},
                                       root, allow_outside, notes, needed=False)
@@ -81,9 +84,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     """`train`, `val`, `test` -> its folder in `root`, as far as it is there. Raises ConfigError where two could be one.
     """
     found: dict[str, Path] = {}
-    with os.scandir(root) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir())
-    for name in folders:
+    for name in folders_in(root):
         for part, names in SPLIT_NAMES.items():
             if name.lower() in names:
                 if part in found:
@@ -93,11 +94,20 @@ def split_folders(root: Path) -> dict[str, Path]:
     return found
 
 
+def folders_in(root: Path) -> list[str]:
+    """The names of the folders in `root`, sorted. Raises ConfigError where it can't be read."""
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError as error:
+        refuse_folder(error)
+
+
 def class_folders(root: Path) -> dict[str, list[str]]:
     """Class -> the folders in `root` that are named so, in any Unicode form; classes in alphabetical order."""
     found: dict[str, list[str]] = {}
-    with os.scandir(root) as entries:
-        for name in sorted(entry.name for entry in entries if entry.is_dir() and not is_system(entry.name)):
+    for name in folders_in(root):
+        if not is_system(name):
             found.setdefault(class_key(name), []).append(name)
     return {name: found[name] for name in sorted(found)}
 
@@ -106,32 +116,46 @@ def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
     """Say what is left out beside the splits' folders: other folders, with how many images they hold, and images."""
     loose = sum(is_image(name) and (root / name).is_file() for name in os.listdir(root))
     if loose:
-        notes.append(f"warning: {shown(str(root))}: {loose} images lie beside the folders of splits and are left out")
+        notes.append(left_out(root, f"{count_of(loose, 'image', 'images')} beside the folders of splits"))
     with os.scandir(root) as entries:
         others = sorted(entry.name for entry in entries if entry.is_dir() and root / entry.name not in known
                         and not is_system(entry.name))
     for name in others:
         count = sum(is_image(file) for _, _, files in os.walk(root / name) for file in files)
         if count:
-            notes.append(f"warning: {shown(str(root / name))}: {count} images are in no split and are left out")
+            notes.append(left_out(root / name, f"{count_of(count, 'image', 'images')} in no split"))
+
+
+def left_out(folder: Path, what: str) -> str:
+    return f"warning: {shown(str(folder))}: left out: {what}"
 
 
 def is_image(name: str) -> bool:
     return not is_system(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
+def not_images(names: Iterable[str]) -> str:
+    """Files that aren't read, by their endings: phones write photos as HEIC, and nobody would miss them before the
+    model is trained."""
+    endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    listed = ", ".join(f"{shown(ending)} {count:,}" for ending, count in endings.most_common(5))
+    more = ", ..." if len(endings) > 5 else ""
+    heic = "; convert HEIC to JPEG or PNG" if endings.keys() & HEIC else ""
+    return f"{count_of(endings.total(), 'file', 'files')} not named as images are ({listed}{more}){heic}"
+
+
 def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_outside: bool, notes: list[str],
                  needed: bool) -> ImageSet:
     """Every image below each class's folders, and notes on what is left out."""
-    paths, labels, other, seen = [], [], 0, False
+    paths, labels, other, seen = [], [], [], False
     real_root = os.path.realpath(root)
     for label, places in enumerate(names.values()):
-        own = []
+        own, rest = [], []
         for place in places:
             top = os.path.join(folder, place)
             seen = True
             walked: set[str] = set()  # a link may lead back up
-            for where, folders, files in os.walk(top, followlinks=True):
+            for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
                 real = os.path.realpath(where)
                 folders[:] = sorted(inner for inner in folders if not is_system(inner)) if real not in walked else []
                 if real in walked:
@@ -144,21 +168,26 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
                     if is_system(file):
                         continue
                     if not is_image(file):
-                        other += 1
+                        rest.append(file)
                         continue
                     if not allow_outside and os.path.islink(path):
+                        if not os.path.exists(path):
+                            raise ConfigError(f"{shown(path)}: a link to {shown(os.readlink(path))}, which isn't "
+                                              "there; remove it")
                         check_inside(path, real_root, DATA_DIR, path, root)
                     own.append(path)
         if needed and not own:
+            there = f", only {not_images(rest)}" if rest else ""
             raise ConfigError(f"{shown(os.path.join(folder, places[0]))}: holds no image "
-                              f"({', '.join(sorted(EXTENSIONS))}); add some or remove the folder")
+                              f"({', '.join(sorted(EXTENSIONS))}){there}; add some or remove the folder")
+        other += rest
         paths += own
         labels += [label] * len(own)
     if other:
-        notes.append(f"warning: {shown(str(folder))}: {other} files are no images by their names and are left out")
+        notes.append(left_out(folder, not_images(other)))
     if seen:
         with os.scandir(folder) as entries:
             loose = sum(entry.is_file() and is_image(entry.name) for entry in entries)
         if loose:
-            notes.append(f"warning: {shown(str(folder))}: {loose} images lie beside the class folders and are left out")
+            notes.append(left_out(folder, f"{count_of(loose, 'image', 'images')} beside the class folders"))
     return ImageSet(np.array(labels, dtype=np.int64), paths=paths)

@@ -33,6 +33,7 @@ from data_loader.transforms import (
     IMAGENET_STATISTICS,
     test_preprocess,
 )
+from logger.text import count_of
 from utils.config.build import build
 from utils.errors import ConfigError, unknown
 
@@ -235,7 +236,7 @@ class ImageDataLoader(PixelLoader):
         if not len(held):
             return train, None, "validation: \"holdout\": no class has enough images to spare one; there is none"
         return train.subset(kept), train.subset(held), (
-            f"validation: \"holdout\": {len(held)} of the training images are held out")
+            f"validation: \"holdout\": {count_of(len(held), 'further image', 'further images')}, held out of training")
 
     def _imbalanced(self, splits: Splits) -> tuple[ImageSet, ImageSet | None]:
         """The long-tailed training subset, and the images outside it."""

@@ -12,7 +12,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
@@ -22,6 +22,8 @@ from utils.errors import ConfigError
 
 MOST_PIXELS = 178_956_970
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
+#: What phones write and Pillow doesn't read.
+HEIC = {".heic", ".heif"}
 #: Folders and files that systems and programs leave in other people's folders, in lower case.
 _SYSTEM = {"__macosx", "@eadir", "@tmp", "#recycle", "lost+found", "$recycle.bin", "system volume information",
            "thumbs.db", "desktop.ini", "__pycache__"}
@@ -78,8 +80,29 @@ def read_rgb(path: str | np.ndarray, plan: Callable[[int, int], int] | None = No
     except Exception as error:  # decoders raise nearly anything on damaged files
         reason = str(error).replace(str(path), "").strip(": ") or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image in a known format, or empty"
+            reason = _unknown(path)
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise ConfigError(f"{shown(path)}: can't be read as an image ({reason}); replace or remove it") from None
+
+
+def refuse_folder(error: OSError) -> NoReturn:
+    """For `os.walk`, which would pass over a folder that it may not read, photos and all. Raises ConfigError."""
+    raise ConfigError(f"{shown(str(error.filename))}: can't be read ({error.strerror})") from None
+
+
+def _unknown(path: str) -> str:
+    """Why Pillow knows no image in a file."""
+    try:
+        with open_image(path) as handle:
+            start = handle.read(12)
+    except OSError:
+        start = b"?"
+    if not start:
+        return "the file is empty"
+    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"hevc", b"mif1", b"msf1"):
+        return "HEIC, as phones write it: convert it to JPEG or PNG"
+    return "not an image in a known format"
 
 
 def stored_as(path: str) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ from data_loader.places import KEY, key_of, name_in_shard
 from data_loader.shards import Index, open_index, patterns
 from data_loader.splitting import Division, match_classes, stranger
 from data_loader.tars import BESIDE, JSON_KEYS, UNCLEAR
+from logger.text import count_of
 from utils.errors import ConfigError
 
 
@@ -60,8 +61,8 @@ def _refuse_several(found: dict[str, Index], paths: set[str], source: str) -> No
 def _links(found: dict[str, Index]) -> str:
     """What to say of images that are links to others; "" where none is."""
     count = sum(index.links for index in found.values())
-    return f"{count} images in the shards are links and left out; write them with tar's --dereference and " \
-           "--hard-dereference" if count else ""
+    return f"{count_of(count, 'image in the shards is a link', 'images in the shards are links')} and left out; " \
+           "tar's --dereference --hard-dereference writes the images instead" if count else ""
 
 
 def read_shards(data_dir: str, found: dict[str, Index], division: Division, whole: bool = False) -> Splits:

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_loader.datasets import Splits
 from data_loader.places import file_of, name_below
+from logger.text import count_of
 from utils.class_counts import FEW, MANY
 from utils.errors import ConfigError
 
@@ -98,7 +99,7 @@ class Division:
         if not len(taken):
             raise ConfigError(f"{where}: every class has one image; none is left to test on")
         notes.append(f"no test {kind}: {len(taken)} of {len(images)} images, about {self.test_share:.0%} of each "
-                     "class, are set aside for testing, chosen by their names: they stay the same when you add images")
+                     "class, set aside for testing, chosen by their names: they stay the same when you add images")
         return Splits(images.subset(kept), images.subset(taken), notes=notes, **about)
 
     def memory(self, images: Any) -> dict[str, Any]:
@@ -223,7 +224,8 @@ def summary(train: list[int], test: np.ndarray, names: list[str] | None, notes: 
         big, small = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max() + 1).argmin())
         lines = [f"classes: {len(counts)}, training images: {counts.sum():,}, test images: {int(test.sum()):,}",
                  f"training images a class: {filled.max():,} ({named[big]}) to {filled.min():,} ({named[small]}), "
-                 f"imbalance {filled.max() / filled.min():.4g} : 1",
+                 f"imbalance {filled.max() / filled.min():.4g} : 1" if filled.max() > filled.min() else
+                 f"training images a class: {filled.max():,} in each",
                  f"groups: {(counts > many).sum()} many-shot (over {many:g}), "
                  f"{((counts <= many) & (counts >= few)).sum()} medium-shot, "
                  f"{(counts < few).sum()} few-shot (under {few:g})"]
@@ -235,11 +237,14 @@ def summary(train: list[int], test: np.ndarray, names: list[str] | None, notes: 
     untrained, untested = np.flatnonzero(counts == 0), np.flatnonzero(test == 0)
     small = np.flatnonzero((test > 0) & (test < TOO_FEW_TO_TELL))
     if len(filled) and len(untrained):
-        lines.append(f"warning: {len(untrained)} classes have no training image: {listed(untrained)}")
+        lines.append(f"warning: {count_of(len(untrained), 'class has', 'classes have')} no training image: "
+                     f"{listed(untrained)}")
     if len(untested):
-        lines.append(f"warning: {len(untested)} classes have no test image, their accuracy isn't measured: "
-                     f"{listed(untested)}")
+        whose = "its" if len(untested) == 1 else "their"
+        lines.append(f"warning: {count_of(len(untested), 'class has', 'classes have')} no test image, {whose} accuracy "
+                     f"isn't measured: {listed(untested)}")
     if len(small):
-        lines.append(f"warning: the test split is small: {len(small)} classes have under {TOO_FEW_TO_TELL} test "
-                     f"images, {listed(small)}; their accuracy is a rough guess")
+        whose = "its" if len(small) == 1 else "their"
+        lines.append(f"warning: the test split is small: {count_of(len(small), 'class has', 'classes have')} under "
+                     f"{TOO_FEW_TO_TELL} test images, {listed(small)}; {whose} accuracy is a rough guess")
     return lines + notes

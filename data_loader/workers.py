@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from base.base_data_loader import AUGMENT
-from data_loader.images import read_rgb
+from data_loader.images import read_rgb, shown
 from data_loader.memory import MemoryImages
 from data_loader.transforms import (
     alternate_flips,
@@ -29,9 +30,13 @@ from data_loader.transforms import (
     test_pixels,
     torchvision_policy,
 )
+from logger.text import count_of
 from utils.errors import ConfigError, RunError
 from utils.seed import mix, numpy_rng
 from utils.stop import STOPS
+
+NAMED = 10              # images that can't be read and are named
+LOOK_ON = 60            # seconds in which others are looked for
 
 Key = tuple[int, int, int]   # epoch, position in the epoch, index of the image
 
@@ -151,11 +156,32 @@ class FileBatches:
         try:
             for batch in self._loaded():
                 if isinstance(batch, Failure):
-                    raise ConfigError(batch.message)
+                    raise ConfigError(batch.message + self.others_like(batch))
                 pixels, indices, positions = batch
                 yield pixels, self.targets[indices], positions
         finally:
             self.keys.batches = ()  # they refer to the loader, which would live on where an epoch is left early
+
+    def others_like(self, failure: Failure) -> str:
+        """What is said of the other images that can't be read either, so that one restart does for all of them.
+
+        They are looked for in threads here, for LOOK_ON seconds at most.
+        """
+        paths = self.loader.dataset.paths
+        if paths is None or paths.dtype.kind != "S":
+            return ""
+        until = time.monotonic() + LOOK_ON
+
+        def unreadable(path: bytes) -> str | None:
+            try:
+                if time.monotonic() < until:
+                    read_rgb(os.fsdecode(path), lambda *size: 8)
+            except ConfigError:
+                return shown(os.fsdecode(path))
+            return None
+        with ThreadPoolExecutor(worker_count(None, 1)) as pool:
+            return name_others([name for name in pool.map(unreadable, paths)
+                                if name is not None and not failure.message.startswith(f"{name}: ")])
 
     def _loaded(self) -> Iterator[Any]:
         batches = iter(self.loader)
@@ -203,14 +229,28 @@ def _collate(items: list) -> Any:
 
 
 def decode_all(paths: list[str] | np.ndarray, preprocess: dict[str, Any]) -> torch.Tensor:
-    """All images as `base_pixels` gives them, uint8 [N, R, R, 3]. Raises ConfigError naming the first bad file."""
+    """All images as `base_pixels` gives them, uint8 [N, R, R, 3]. Raises ConfigError naming the bad files."""
     side = preprocess["resize"]
     pixels = torch.empty(len(paths), side, side, 3, dtype=torch.uint8)
 
-    def decode(index: int) -> None:
-        pixels[index] = base_pixels(read_for_test(paths[index], preprocess), preprocess)
+    def decode(index: int) -> str | None:
+        try:
+            pixels[index] = base_pixels(read_for_test(paths[index], preprocess), preprocess)
+        except ConfigError as error:
+            return str(error)
+        return None
 
     with ThreadPoolExecutor(worker_count(None, 1)) as pool:
-        for _ in pool.map(decode, range(len(paths))):
-            pass
+        bad = [(index, message) for index, message in enumerate(pool.map(decode, range(len(paths)))) if message]
+    if bad:
+        raise ConfigError(bad[0][1] + name_others([shown(paths[index]) for index, _ in bad[1:]]))
     return pixels
+
+
+def name_others(names: list[str]) -> str:
+    """The end of an error about one image that can't be read, where there are more."""
+    if not names:
+        return ""
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return (f"; {count_of(len(names), 'other image', 'other images')} of the split can't be read either: "
+            f"{', '.join(names[:NAMED])}{more}")

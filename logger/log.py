@@ -41,11 +41,21 @@ class _Stdout(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = sys.modules.get("tqdm")
-        if tqdm is not None and getattr(tqdm.tqdm, "_instances", None):
-            tqdm.tqdm.write(self.format(record), file=sys.stdout)
+        if tqdm is None or not getattr(tqdm.tqdm, "_instances", None):
+            self.stream = sys.stdout
+            super().emit(record)
             return
-        self.stream = sys.stdout
-        super().emit(record)
+        try:
+            tqdm.tqdm.write(self.format(record), file=sys.stdout)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A reader that went away (`| head`) has read enough: the run goes on, and info.log has the rest."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            self.setLevel(logging.CRITICAL + 1)  # taken out of the list here, the next handler would miss this record
+        else:
+            super().handleError(record)
 
 
 class _InfoLog(logging.FileHandler):

@@ -81,7 +81,7 @@ def test_learned_weights_of_experts(trained):
     assert figures(checkpoint, "--expert_weights", "learn")["expert_weights"] == first["expert_weights"]
 
 
-def test_a_temperature_is_fitted_on_validation_images_and_kept(trained):
+def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):
     checkpoint, found = trained
     val, val_labels = found["val"]
     got = figures(checkpoint, "--calibrate")
@@ -93,6 +93,9 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained):
     assert got["accuracy"] == right(z, labels) and got["ece"] == pytest.approx(
         ece(z / kept["temperature"], labels), abs=1e-3)
     assert open_run(checkpoint).temperature == kept["temperature"] != 1
+    capsys.readouterr()
+    test_script.main(["-r", str(checkpoint), "-d", "cpu"])
+    assert f"divide its logits by {kept['temperature']:.3f}" in capsys.readouterr().out
     other = checkpoint.parent / "other.pth"
     other.write_bytes(checkpoint.read_bytes())
     assert open_run(other).temperature == 1      # another file's isn't taken

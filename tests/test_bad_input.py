@@ -29,6 +29,15 @@ def config(tmp_path, text=None, **changes):
     return file
 
 
+@pytest.mark.parametrize("loader", ["ImageFolderLTDataLoader", "ListFileDataLoader"])
+def test_a_folder_that_isnt_there_is_said_before_a_network_is_looked_for(tmp_path, run_cli, loader):
+    (tmp_path / "timm.py").write_text("raise SystemExit('timm was imported, which takes seconds')")
+    done = run_cli(["train.py", "-c", "configs/image_folder.json", "--set", f"data_loader.type={loader}",
+                    "--data_dir", "nowhere"], env={"PYTHONPATH": tmp_path})
+    assert (done.returncode, done.stderr) == (2, "data_loader.args.data_dir: nowhere: no such folder; --data_dir names "
+                                                 "the one to read\n")
+
+
 # name, config changes or text, flags, what the line must contain
 CASES = [
     ("unknown_top_key", {"lerning": 1}, [], ["lerning"]),

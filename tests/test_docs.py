@@ -208,7 +208,7 @@ def new_user(tmp_path_factory):
 @pytest.mark.parametrize("command", TRAININGS, ids=" ".join)
 def test_trainings_of_own_data(command, new_user, monkeypatch, capsys):
     monkeypatch.chdir(new_user)
-    if command[2] == "configs/list_file_ride.json":
+    if command[2] == "configs/list_file.json":
         command = [*command, "--set", "data_loader.args.allow_outside=true"]
     if "--dry_run" not in command:
         command = [*command, "--epochs", "1", "--run_id", "first"]

@@ -4,7 +4,6 @@ Shared by `tools.predict` and by test.py's open-set testing.
 """
 from __future__ import annotations
 
-import codecs
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,11 +25,11 @@ def find_images(paths: Iterable[str]) -> list[str]:
     In folders only names that end like an image's count, and nothing hidden or left there by a system does (see
     data_loader.images.is_system). Raises ConfigError for a path that isn't there, and where there is no image.
     """
-    from data_loader.images import EXTENSIONS, is_system, shown
+    from data_loader.images import EXTENSIONS, is_system, refuse_folder, shown
     found: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
-            for folder, below, names in os.walk(path):
+            for folder, below, names in os.walk(path, onerror=refuse_folder):
                 below[:] = sorted(name for name in below if not is_system(name))
                 found.update((os.path.join(folder, name), None) for name in sorted(names)
                              if os.path.splitext(name)[1].lower() in EXTENSIONS and not is_system(name))
@@ -49,13 +48,10 @@ def read_open_set(file: str | Path, data_dir: str | None = None, allow_outside: 
     Paths are relative to the list's folder or, if they aren't there, to `data_dir`. Raises ConfigError with file and
     line: another label, no such image, one outside those folders unless `allow_outside`.
     """
-    from data_loader.files import check_paths
+    from data_loader.files import check_paths, read_text_bytes
     from data_loader.images import shown
     file = Path(file)
-    try:
-        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ConfigError(f"--open_set: {shown(str(file))}: can't be read ({error.strerror})") from None
+    content = read_text_bytes(file, "--open_set: ")
     names: dict[str, int] = {}
     for number, line in enumerate(content.splitlines(), 1):
         name = os.fsdecode(line.strip().replace(b"\t", b" "))

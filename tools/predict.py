@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from logger.metrics_csv import csv_text
+from logger.text import count_of
 from tools.classify import Prediction, Predictions, classify, detect, facts_of, find_images
 from tools.cli import check_file, parse_tool, tool_parser
 from utils.cli import run_main
@@ -195,15 +196,17 @@ def report(args: Namespace, done: Predictions, table: list[dict[str, Any]], name
                         (args.gallery, lambda: write_gallery(args.gallery, done, names))):
         if path:
             try:
-                write()
+                written = write() or len(done.found)
             except OSError as error:
                 raise ConfigError(f"{path}: can't be written: {error.strerror or error}") from None
-            print(f"{len(done.found)} images, written to {path}")
+            print(("" if written == len(done.found) else f"the first {written:,} of ")
+                  + f"{count_of(len(done.found), 'image', 'images')}, written to {path}")
 
 
-def write_gallery(path: str, done: Predictions, names: Sequence[str] | None) -> None:
+def write_gallery(path: str, done: Predictions, names: Sequence[str] | None) -> int:
+    """How many are on it: a sheet has room for the first ones only."""
     from tools.gallery import gallery
-    gallery(done.found, names, path)
+    return gallery(done.found, names, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,7 +18,8 @@ from PIL import Image
 from base.run_paths import RunPaths
 from logger.figures.drawings import Drawing, points
 from logger.figures.facts import BY_IMAGE, RunFacts
-from logger.figures.style import count_of, to_svg
+from logger.figures.style import to_svg
+from logger.text import count_of
 from tools.page import render
 from tools.run_table import clock
 from tools.runs import RunRecord, data_of, experts_of, model_of

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from logger.figures.facts import RunFacts
-from logger.figures.style import count_of
+from logger.text import count_of
 
 MOST = 5            # classes that are named
 CLEARLY = 0.10      # how far under the accuracy of all photos a class must lie to be named

@@ -39,7 +39,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         head: other logits [N, C] from the model's dict (NCM, tau-normalised), in place of `output`.
         max_batches: stop early (a dry run).
         keep: also return `predictions`, `confidences`, `labels` by image (this rank's, on the CPU) and, where the
-            experts' logits are known, `expert_predictions` [N, E].
+            logits of several experts are known, `expert_predictions` [N, E].
         confusion: also return `confusion` [C, C], images by (label, prediction).
         stop: asked before each batch, on every rank; where it answers True, evaluation ends and returns None.
     Returns:
@@ -88,7 +88,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         state.update(logits, labels, **own)
         if keep:
             confidence, prediction = logits.softmax(-1).max(-1)
-            experts = own.get("expert_logits")
+            experts = own.get("expert_logits") if num_experts > 1 else None  # one alone is the model
             kept.append((prediction.cpu(), confidence.cpu(), labels.cpu(),
                          torch.empty(n, 0) if experts is None else experts.argmax(2).cpu()))
     for tensor in state.tensors():

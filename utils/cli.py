@@ -34,7 +34,9 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
+        if error.errno == errno.EPIPE and not _flush("\n"):
+            status = 0
+        elif error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
             traceback.print_exc()
             status = 1
         else:
@@ -77,9 +79,11 @@ def _quiet_disk_error(what: Any) -> None:
         threading.__excepthook__(what)
 
 
-def _flush() -> None:
-    """Write out what is buffered; a reader that went away (`| head`) is no error."""
+def _flush(last: str = "") -> bool:
+    """Write out what is buffered, and `last`; False where its reader went away (`| head`), which is no error."""
     try:
-        sys.stdout.flush()
+        print(last, end="", flush=True)
+        return True
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False

@@ -22,6 +22,7 @@ from data_loader.detection.digit_scenes import make_scenes
 from data_loader.detection.masks import mask_tools
 from data_loader.workers import leave_stops_to_parent
 from logger.log import get_logger
+from logger.text import count_of
 from utils.class_counts import FEW
 from utils.errors import ConfigError, unknown
 from utils.seed import generator, numpy_rng
@@ -170,11 +171,11 @@ class CocoDataLoader(BaseDataLoader):
             most, least = max(counts), min(n for n in counts if n)
             lines.append(f"training instances a class: {most:,} ({self.class_names[counts.index(most)]}) to {least:,} "
                          f"({self.class_names[counts.index(least)]}), imbalance {most / least:.4g} : 1; few-shot "
-                         f"(under {few:g}): {sum(n < few for n in counts)} classes")
+                         f"(under {few:g}): {count_of(sum(n < few for n in counts), 'class', 'classes')}")
         untrained = [name for name, n in zip(self.class_names, counts) if not n]
         if untrained:
-            lines.append(f"warning: {len(untrained)} classes have no training instance: {', '.join(untrained[:5])}"
-                         + (", ..." if len(untrained) > 5 else ""))
+            lines.append(f"warning: {count_of(len(untrained), 'class has', 'classes have')} no training instance: "
+                         + ', '.join(untrained[:5]) + (", ..." if len(untrained) > 5 else ""))
         return lines + self.notes
 
     def ground_truth(self) -> dict[str, Any]:

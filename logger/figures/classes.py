@@ -17,12 +17,12 @@ from logger.figures.style import (
     HALF,
     LIGHT,
     bare,
-    count_of,
     new_figure,
     short,
     stacked_bars,
     styled,
 )
+from logger.text import count_of
 from utils.class_counts import FEW, GROUPS, MANY
 
 RELIABILITY_BINS = 15
@@ -109,18 +109,20 @@ def _trend(xs: np.ndarray, ys: np.ndarray, points: int = 60) -> tuple[np.ndarray
 
 def group_bars(result: dict[str, Any]) -> Any:
     """All images, and the class means of the three groups. result: test_metrics.json's figures."""
-    bars = [("all images", result.get("accuracy"), LIGHT["accent"], "")]
-    bars += [(GROUP_LABELS[g], result.get(f"{g}_shot_acc"), GROUP_COLOURS[g],
-              count_of(result.get(f"{g}_class_num", 0), "class", "classes")) for g in GROUPS]
+    bars = [("all images", result.get("accuracy"), LIGHT["accent"], 0)]
+    bars += [(GROUP_LABELS[g], result.get(f"{g}_shot_acc"), GROUP_COLOURS[g], result.get(f"{g}_class_num", 0))
+             for g in GROUPS]
     with styled():
         figure, (axes,) = new_figure(HALF, 2.7)
-        for place, (_, value, colour, _) in enumerate(bars):
+        for place, (_, value, colour, number) in enumerate(bars):
             y = len(bars) - 1 - place
             axes.barh(y, 100, color=LIGHT["grid"], height=0.56, alpha=0.6)
             axes.barh(y, 100 * (value or 0), color=colour, height=0.56)
-            axes.text(103, y, "no classes" if value is None else f"{100 * value:.1f} %", va="center",
+            none = "untested" if number else "no classes"
+            axes.text(103, y, none if value is None else f"{100 * value:.1f} %", va="center",
                       fontweight="bold" if value is not None else "normal", fontsize=9.5)
-        axes.set_yticks(range(len(bars) - 1, -1, -1), [f"{n}\n{s}" if s else n for n, _, _, s in bars])
+        axes.set_yticks(range(len(bars) - 1, -1, -1), ["all images", *(
+            f"{name}\n{count_of(number, 'class', 'classes')}" for name, _, _, number in bars[1:])])
         axes.set(xlim=(0, 122), xticks=[])
         bare(axes)
     return figure

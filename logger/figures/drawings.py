@@ -12,8 +12,9 @@ from logger.figures import experts as expert_figures
 from logger.figures import matrices, training
 from logger.figures import norms as norm_figures
 from logger.figures.facts import RunFacts
-from logger.figures.style import GROUP_LABELS, count_of, to_array
+from logger.figures.style import GROUP_LABELS, to_array
 from logger.metrics_csv import read_table
+from logger.text import count_of
 from utils.class_counts import GROUPS
 
 MATRIX_CLASSES = 100  # a full confusion matrix is drawn up to here

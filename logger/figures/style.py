@@ -78,11 +78,6 @@ def bare(axes: Any) -> None:
         spine.set_visible(False)
 
 
-def count_of(number: int, one: str, several: str) -> str:
-    """1 class, 5 classes."""
-    return f"{number:,} {one if number == 1 else several}"
-
-
 def short(name: str, most: int = 22) -> str:
     """A class's name, cut where it would take the room of the figure."""
     return name if len(name) <= most else f"{name[:most - 1]}…"

@@ -18,6 +18,7 @@ from data_loader.data_loaders import (
 )
 from data_loader.files import read_list
 from data_loader.transforms import test_transform
+from tools.classify import find_images
 from utils.errors import ConfigError
 
 SMALL = dict(batch_size=4, image_size=16)
@@ -142,7 +143,41 @@ def test_other_files_are_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "train" / "class_0" / "notes.txt").write_text("x")
     (tmp_path / "train" / "class_0" / ".DS_Store").write_text("x")
     loader = ImageFolderLTDataLoader(data, **SMALL)
-    assert loader.cls_num_list == [3, 3] and any("1 files are no images" in line for line in loader.summary())
+    assert loader.cls_num_list == [3, 3] and any("1 file not named as images are" in line for line in loader.summary())
+
+
+def test_a_class_of_nothing_but_heic(tmp_path: Path) -> None:
+    data = folders(tmp_path, train=[3, 3], test=[1, 1])
+    for number in range(3):
+        (tmp_path / "train" / "class_2").mkdir(exist_ok=True)
+        (tmp_path / "train" / "class_2" / f"IMG_{number}.HEIC").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"class_2: holds no image .*only 3 files not .* \(.heic 3\); convert HEIC"):
+        ImageFolderLTDataLoader(data, **SMALL)
+
+
+def test_a_link_to_nothing_is_said_as_such(tmp_path: Path) -> None:
+    data = folders(tmp_path, train=[3, 3], test=[1, 1])
+    (tmp_path / "train" / "class_0" / "gone.png").symlink_to("/nowhere/gone.png")
+    with pytest.raises(ConfigError, match=r"gone.png: a link to /nowhere/gone.png, which isn't there"):
+        ImageFolderLTDataLoader(data, **SMALL)
+
+
+@pytest.mark.parametrize("where", [".", "train", "train/class_1", "train/class_1/more"])
+def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Its photos would be missed in silence. Simulated, as permissions don't stop root."""
+    data = folders(tmp_path, train=[3, 3], test=[1, 1])
+    picture(tmp_path / "train" / "class_1" / "more" / "9.png")
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if os.path.normpath(path) == os.path.normpath(tmp_path / where):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=r"can't be read \(Permission denied\)$"):
+        ImageFolderLTDataLoader(data, **SMALL)
+    with pytest.raises(ConfigError, match=r"can't be read \(Permission denied\)$"):
+        find_images([data])
 
 
 def test_folder_mistakes(tmp_path: Path) -> None:
@@ -196,6 +231,22 @@ def test_an_unreadable_image_is_named_wherever_it_is_read(tmp_path: Path, size: 
     assert str(bad) in str(caught.value) and "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("size", "workers"), [(16, 0), (80, 0), (80, 2)])
+def test_all_unreadable_images_are_named_at_once(tmp_path: Path, size: int, workers: int) -> None:
+    data = folders(tmp_path, train=[4, 14], test=[1, 1])
+    for number in range(1, 13):
+        (tmp_path / "train" / "class_1" / f"{number}.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"11 other images .* can't be read either: .* and 1 more$") as caught:
+        for _ in ImageFolderLTDataLoader(data, 4, image_size=size, num_workers=workers):
+            pass
+    assert str(caught.value).count(".png") == 11
+    for number in range(2, 13):
+        picture(tmp_path / "train" / "class_1" / f"{number}.png")
+    with pytest.raises(ConfigError, match=r"1.png: can't be read .*; replace or remove it$"):
+        for _ in ImageFolderLTDataLoader(data, 4, image_size=size, num_workers=workers):
+            pass
+
+
 # -- lists -----------------------------------------------------------------------------------------------------------
 def test_own_lists(tmp_path: Path) -> None:
     loader = ListFileDataLoader(lists(tmp_path), **SMALL)
@@ -236,6 +287,28 @@ def test_lists_written_by_other_systems(tmp_path: Path) -> None:
     assert loader.cls_num_list == [6, 4, 2]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_lists_that_windows_shell_wrote(tmp_path: Path, encoding: str) -> None:
+    lists(tmp_path)
+    picture(tmp_path / "train" / "größe.png")
+    for name, more in (("train.txt", "train/größe.png 1\n"), ("test.txt", "")):
+        text = (tmp_path / name).read_text() + more
+        mark = "\ufeff" if encoding == "utf-16-be" else ""
+        (tmp_path / name).write_bytes((mark + text).replace("\n", "\r\n").encode(encoding))
+    (tmp_path / "classes.txt").write_text("Ameise\nBär\nKatze\n", encoding="utf-16")
+    loader = ListFileDataLoader(str(tmp_path), **SMALL)
+    assert loader.cls_num_list == [6, 4, 2] and loader.class_names == ["Ameise", "Bär", "Katze"]
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"train.txt: begins as UTF-16"):
+        ListFileDataLoader(str(tmp_path), **SMALL)
+
+
+def test_which_lists_are_needed(tmp_path: Path) -> None:
+    lists(tmp_path, names=("train.txt",))
+    with pytest.raises(ConfigError, match=r"test.txt: no such file; .* train.txt and test.txt \(or val.txt"):
+        ListFileDataLoader(str(tmp_path), **SMALL)
+
+
 def test_repeated_lines_count_once_and_are_said(tmp_path: Path) -> None:
     lists(tmp_path)
     content = (tmp_path / "train.txt").read_text()
@@ -244,11 +317,12 @@ def test_repeated_lines_count_once_and_are_said(tmp_path: Path) -> None:
     assert loader.cls_num_list == [6, 3, 2] and any("1 repeated" in line for line in loader.summary())
 
 
-def test_train_images_in_the_test_list_are_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", ["train/0_0.jpg", "./train/0_0.jpg", "train//0_0.jpg"])
+def test_train_images_in_the_test_list_are_said(tmp_path: Path, written: str) -> None:
     lists(tmp_path)
     with open(tmp_path / "test.txt", "a") as handle:
-        handle.write("train/0_0.jpg 0\n")
-    assert any("1 images are in train.txt and in test.txt" in line
+        handle.write(f"{written} 0\n")
+    assert any("1 image is in train.txt and in test.txt" in line
                for line in ListFileDataLoader(str(tmp_path), **SMALL).summary())
 
 
@@ -260,7 +334,8 @@ def test_classes_without_training_images_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("train/0_0.jpg", "has no label"), ("train/0_0.jpg cat", "not a whole number"),
+    ("train/0_0.jpg", "has no label; a line is `path label`$"), ("train/0_0.jpg cat", "a whole number.*classes.txt"),
+    ("train/0_0.jpg,1", "a blank between them, no comma"), ('"train/0_0.jpg";"1"', "no semicolon"),
     ("train/0_0.jpg 1.5", "whole number"), ("train/0_0.jpg -1", "has label -1 here and 0 in"),
     ("new.jpg -1", "out of range"), ("train/0_0.jpg 1", "has label 1 here and 0 in line 1"),
     ("new.jpg 99999999999", "out of range"), ("new.jpg " + "9" * 30, "whole number"), ("new.jpg 1", "no such image"),
@@ -291,13 +366,21 @@ def test_missing_or_empty_lists(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.txt: lists no image"):
         ListFileDataLoader(data, **SMALL)
     (tmp_path / "train.txt").unlink()
-    with pytest.raises(ConfigError, match=r"train\.txt: no such file.*train\.txt, val\.txt, test\.txt"):
+    with pytest.raises(ConfigError, match=r"train\.txt: no such file.*train\.txt and test\.txt"):
         ListFileDataLoader(data, **SMALL)
     with pytest.raises(ConfigError, match=r"ImageNet_LT_train\.txt: no such file"):
         ImageNetLTDataLoader(data)
     (tmp_path / "train.txt").mkdir()
     with pytest.raises(ConfigError, match=r"train\.txt: can't be read"):
         ListFileDataLoader(data, **SMALL)
+
+
+def test_paths_from_the_root_that_stay_inside(tmp_path: Path) -> None:
+    data = lists(tmp_path / "data")
+    lines = (tmp_path / "data" / "train.txt").read_text().splitlines()
+    for before in (f"{data}/", f"{data}/train/../", "/"):    # the last is how Places365's own lists write them
+        (tmp_path / "data" / "train.txt").write_text("\n".join(before + line for line in lines))
+        assert ListFileDataLoader(data, **SMALL).cls_num_list == [6, 3, 2]
 
 
 def test_allow_outside_lets_lists_point_anywhere(tmp_path: Path) -> None:
@@ -337,7 +420,7 @@ def test_one_image_a_class(tmp_path: Path) -> None:
 def test_images_beside_the_splits_are_counted(tmp_path: Path) -> None:
     data = folders(tmp_path, train=[2, 2], test=[1, 1])
     picture(tmp_path / "loose.png")
-    assert any("1 images lie beside the folders of splits" in line for line in
+    assert any("1 image beside the folders of splits" in line for line in
                ImageFolderLTDataLoader(data, validation="none", **SMALL).notes)
 
 

@@ -107,6 +107,23 @@ def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("content", "said"), [
+    (b"", "the file is empty"), (b"hello", "not an image in a known format"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, .* convert it to JPEG")])
+def test_what_is_no_image_is_said(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        read_rgb(str(tmp_path / "photo.jpg"))
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr("data_loader.images.open_image", refuse)
+    with pytest.raises(ConfigError, match=r"\(Permission denied\); replace"):
+        read_rgb(str(tmp_path / "photo.jpg"))
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     path = os.fsdecode(name)

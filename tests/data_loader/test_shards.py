@@ -157,7 +157,7 @@ def test_tars_of_others(tmp_path):
             packed.addfile(link("train/a/link.png"))
         loader = ImageFolderLTDataLoader(str(path.parent), shards="all.tar", **SMALL)
         assert loader.class_names == ["a", "b"] and loader.cls_num_list == [2, 2]
-        assert any("1 images in the shards are links and left out" in note for note in loader.notes)
+        assert any("1 image in the shards is a link and left out" in note for note in loader.notes)
         assert np.array_equal(np.asarray(read_rgb(loader.paths[1])), np.asarray(Image.open(io.BytesIO(png(1)))))
 
 

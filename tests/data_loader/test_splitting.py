@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
 from data_loader.datasets import ImageSet
-from data_loader.splitting import Division, is_same_place, match_classes
+from data_loader.splitting import Division, is_same_place, match_classes, summary
 from utils.errors import ConfigError
 
 SMALL = dict(batch_size=4, image_size=8, num_workers=0)
@@ -194,8 +194,8 @@ def test_photos_below_a_class_count_and_what_is_left_out_is_said(tmp_path: Path)
     loader = ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL)
     said = "\n".join(loader.summary())
     assert loader.class_names == ["ant", "bee"] and loader.cls_num_list == [5, 4]
-    assert "5 images are in no split" in said and "2 images lie beside the class folders" in said
-    assert "1 files are no images" in said
+    assert "5 images in no split" in said and "2 images beside the class folders" in said
+    assert "1 file not named as images are (.txt 1)" in said
 
 
 def test_one_class_in_two_unicode_forms(tmp_path: Path) -> None:
@@ -240,3 +240,13 @@ def test_the_summary_takes_the_configs_groups(tmp_path: Path) -> None:
     photos(tmp_path / "test" / "bee", 1)
     loader = ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL)
     assert "groups: 1 many-shot (over 8), 0 medium-shot, 1 few-shot (under 4)" in loader.summary({"many": 8, "few": 4})
+
+
+def test_the_summary_counts_as_people_do() -> None:
+    one = summary([5, 3, 0], np.array([12, 2, 0]), ["ant", "bee", "crab"], [])
+    assert "warning: 1 class has no training image: crab" in one
+    assert "warning: 1 class has no test image, its accuracy isn't measured: crab" in one
+    assert any("1 class has under 10 test images, bee; its accuracy is" in line for line in one)
+    two = "\n".join(summary([5, 0, 0], np.array([2, 2, 0]), None, []))
+    assert "2 classes have no training image: 1, 2" in two and "2 classes have under 10 test images, 0, 1; their" in two
+    assert "training images a class: 4 in each" in summary([4, 4], np.array([20, 20]), None, [])

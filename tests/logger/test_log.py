@@ -1,10 +1,14 @@
 """stdout and info.log: every module of the project is heard in both, each line once."""
 
+import io
 import logging
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from logger.log import get_logger, log_to_file, set_verbosity, setup_logging
 
@@ -67,3 +71,17 @@ def test_warnings_are_coloured_on_a_terminal_only(monkeypatch, capsys, terminal,
     get_logger().warning("odd")
     plain, odd = capsys.readouterr().out.splitlines()
     assert plain == "plain" and "warning: odd" in odd and ("\033[" in odd) is coloured
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_reader_that_goes_away_stops_no_run(tmp_path, monkeypatch, capsys, bar):
+    """`python train.py ... | head`: no tracebacks, and info.log has the rest; beside a progress bar too."""
+    def gone(text):
+        raise BrokenPipeError
+    log = setup_logging()
+    log_to_file(tmp_path)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=gone, flush=lambda: None))
+    with tqdm(total=2, file=io.StringIO(), disable=not bar):
+        log.info("one")
+        log.info("two")
+    assert capsys.readouterr().err == "" and (tmp_path / "info.log").read_text().count("INFO") == 2

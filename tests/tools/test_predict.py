@@ -2,6 +2,7 @@
 import csv
 import json
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tools.classify import (
     find_images,
     read_open_set,
 )
-from tools.predict import as_csv, as_line, parse, predict, rows
+from tools.predict import as_csv, as_line, parse, predict, report, rows
 from utils.errors import ConfigError
 
 
@@ -173,6 +174,14 @@ def test_detections_become_rows_and_pictures(photos, tmp_path):
     assert gallery(done.found, ["cat", "dog"], str(tmp_path / "sheet.png")) == 10
     nothing = detect(Finder(), [str(photos[0] / "0.png")], threshold=0.95)
     assert rows(nothing, None) == [{"path": str(photos[0] / "0.png"), "class": None, "probability": None}]
+
+
+def test_a_full_gallery_says_how_many_are_on_it(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    done = Predictions([Prediction(str(tmp_path / "0.png"), [0], [1.0])] * 125)
+    sheet = str(tmp_path / "sheet.png")
+    report(Namespace(csv=None, json=None, gallery=sheet), done, rows(done, None), None, 1)
+    assert capsys.readouterr().out == f"the first 120 of 125 images, written to {sheet}\n"
 
 
 def test_csv_of_different_rows():

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from data_loader.data_loaders import DigitsLTDataLoader
+from logger.figures.classes import group_bars
 from logger.figures.drawings import drawings, figures_to_tensorboard
 from logger.figures.facts import RunFacts
 from logger.figures.style import LIGHT, to_array, to_svg
+from model.model import build_model
+from trainer.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +153,20 @@ def test_each_experts_accuracy_is_the_metrics():
             assert values[expert] == pytest.approx(expected[key])
     differ = facts.disagreement()
     assert (differ == differ.T).all() and (np.diag(differ) == 0).all()
+
+
+def test_a_group_without_test_images_is_not_without_classes():
+    bars = group_bars({"accuracy": 0.5, "many_shot_acc": 0.5, "many_class_num": 2, "medium_class_num": 3})
+    assert [text.get_text() for text in bars.axes[0].texts] == ["50.0 %", "50.0 %", "untested", "no classes"]
+
+
+def test_one_network_is_not_compared_with_itself():
+    """A model of one expert may return that expert's logits too: they are the model's."""
+    loader = DigitsLTDataLoader(batch_size=50, training=False, image_size=16)
+    model = build_model({"type": "ResNet32Model", "args": {"num_classes": 10, "num_experts": 1}})
+    assert "logits" in model(next(iter(loader))[0])
+    result = evaluate(model, loader, keep=True, max_batches=1)
+    assert "experts" not in [drawing.key for drawing in drawings(RunFacts({}, result, list(loader.cls_num_list)))]
 
 
 def test_tensorboard_gets_the_same_figures():

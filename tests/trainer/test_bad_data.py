@@ -53,6 +53,14 @@ def test_an_image_that_cant_be_read_is_named(runs, data, content, workers):
         runs("bad", "--epochs", 1, **settings(data, num_workers=workers))
 
 
+def test_a_test_image_that_cant_be_read_loses_no_training(runs, data):
+    write_images(data / "test", (1, 1, 1))
+    (data / "test" / "class1" / "00.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"class1/00\.png: .* the training is done: .*test\.py -r .*epoch1\.pth$"):
+        runs("late", "--epochs", 1, **settings(data))
+    assert (runs.models("late") / "checkpoint-epoch1.pth").is_file()
+
+
 def test_an_image_that_goes_away_is_named(runs, data, monkeypatch):
     from trainer.trainer import Trainer
 

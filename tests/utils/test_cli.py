@@ -1,5 +1,9 @@
 """What an entry point does with a mistake: one line, and the exit codes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from utils import cli, dist
@@ -31,6 +35,15 @@ def test_run_main_other_outcomes(capsys):
             cli.run_main(main)
         assert done.value.code == status
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_went_away_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    code = "from utils.cli import run_main; run_main(lambda: [print('x' * 10000) for _ in range(9)] and None)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_other_ranks_fail_silently_before_they_have_joined(capsys, monkeypatch):
