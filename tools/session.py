@@ -1,6 +1,6 @@
-"""Building the pieces of a run from its config: shared by train.py, test.py and the tools, all of them entry points.
+"""Where a run begins and what a finished one is: shared by train.py, test.py and the tools, all of them entry points.
 
-This file alone brings models and data together; nothing in the other rooms imports it.
+The pieces that a config names are made in `tools.parts`.
 """
 from __future__ import annotations
 
