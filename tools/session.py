@@ -17,6 +17,7 @@ from base.base_data_loader import BaseDataLoader
 from base.run_paths import new_run
 from data_loader.splitting import is_same_place
 from logger.log import get_logger
+from model import routing
 from model.weights.files import load_file
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
@@ -33,7 +34,7 @@ from utils.config.load import check_config, load_config
 from utils.errors import ConfigError
 
 log = get_logger()
-GATES = "backbone.expert_help_pred"
+GATES = f"backbone.{routing.GATES}"
 
 
 # ---------------------------------------------------------------------- configs of checkpoints
