@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from base.run_paths import RunPaths, run_of
 from tools.flags import parse_test
 from utils.cli import run_main
 from utils.config.load import load_config
@@ -98,9 +99,9 @@ def figures_file(args: Namespace, run: Any) -> Path:
     folder, parts = run.path.parent, [f"{args.split}_metrics"]
     if not run.is_own_data:
         parts.append(Path(run.config["data_loader"]["args"]["data_dir"]).resolve().name)
-    newest = [path for path in folder.glob("checkpoint-epoch*.pth")
-              if (run.checkpoint.get("epoch") or 0) < int(path.stem.removeprefix("checkpoint-epoch") or 0)]
-    if not run.is_own_data or (newest and run.path.name.startswith("checkpoint-epoch")):
+    newest = max(map(RunPaths.epoch_of, run_of(run.path).checkpoints()), default=0)
+    older = run.path.name.startswith("checkpoint-epoch") and (run.checkpoint.get("epoch") or 0) < newest
+    if older or not run.is_own_data:
         parts.append(run.path.stem)
     return folder / f"{'.'.join(parts)}.json"
 

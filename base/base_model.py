@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from base.freezing import freeze_plan
+from base.freezing import Freeze, freeze_plan
 from logger.log import get_logger
 from utils.errors import ConfigError, closest
 
@@ -119,55 +119,67 @@ class BaseModel(nn.Module):
         would be nothing to train or nothing to thaw.
         """
         if isinstance(what, dict):
-            plan = freeze_plan(what)
-            if plan.then is not None:
-                self.freeze(plan.then)
-            before = self.frozen
-            self.freeze(plan.what)
-            self._set_trained(before, False)
-            self.waiting = tuple(name for name in self.frozen if name not in set(before))
-            if not self.waiting:
-                raise ConfigError("trainer.freeze.until: leaves nothing to thaw: what it names is frozen for the whole "
-                                  "run (by load_crt, the arch or \"then\"); leave one of them out (`pretrained` takes "
-                                  "weights and freezes nothing)")
-            if not self.num_parameters(trainable_only=True):
-                raise ConfigError("trainer.freeze.what: leaves nothing to train until then")
-            return
-        if what == "backbone":
+            self._freeze_for_a_while(freeze_plan(what))
+        elif what == "backbone":
             self.freeze_except(self.classifier_prefixes())
-            return
-        if what == "norms":
-            # By name or by what they keep (MABN); NBN's scales stand beside its layers.
-            frozen = {id(p) for layer in self.modules()
-                      if "norm" in type(layer).__name__.lower() or hasattr(layer, "running_var")
-                      for p in layer.parameters(recurse=False)}
-            chosen = [name for name, p in self.named_parameters() if id(p) in frozen or name.endswith("scale_factor")]
+        elif what == "norms":
+            self._set_trained(self._norm_parameters(), False)
         elif isinstance(what, float):
-            stages = self.stage_prefixes()
-            if len(stages) == 1:
-                log.warning("trainer.freeze: this network is one stage, of which there is no share: %g freezes none of "
-                            "it (\"backbone\" freezes all of it)", what)
-                return
-            starts = tuple(start for stage in stages[:int(what * len(stages))] for start in stage)
-            if not starts:
-                raise ConfigError(f"trainer.freeze: that share of {len(stages)} stages is less than one; give at least "
-                                  f"{math.ceil(100 / len(stages)) / 100}")
-            chosen = [name for name, _ in self.named_parameters() if name.startswith(starts)]
+            self._set_trained(self._first_stages(what), False)
         else:
-            chosen = []
-            for start in [what] if isinstance(what, str) else what:
-                # A number ends where its digits do: "blocks.1" isn't the beginning of "blocks.10".
-                begins = re.compile(re.escape(start) + (r"(?!\d)" if start[-1:].isdigit() else ""))
-                found = [name for name, _ in self.named_parameters() if begins.match(name)]
-                if not found:
-                    near = closest(start, [name for name, _ in self.named_parameters()])
-                    raise ConfigError(f"trainer.freeze: no parameter's name begins with {start!r}; give \"backbone\", "
-                                      f"\"norms\" or a list of beginnings like {near or next(iter(self.state_dict()))}")
-                chosen += found
-            if {name for name, p in self.named_parameters() if p.requires_grad} <= set(chosen):
-                raise ConfigError(f"trainer.freeze: {what!r} leaves nothing to train; \"backbone\", not in a list, is "
-                                  "everything but the classifier")
-        self._set_trained(chosen, False)
+            self._set_trained(self._starting_with(what), False)
+
+    def _freeze_for_a_while(self, plan: Freeze) -> None:
+        if plan.then is not None:
+            self.freeze(plan.then)
+        before = self.frozen
+        self.freeze(plan.what)
+        self._set_trained(before, False)
+        self.waiting = tuple(name for name in self.frozen if name not in set(before))
+        if not self.waiting:
+            raise ConfigError("trainer.freeze.until: leaves nothing to thaw: what it names is frozen for the whole "
+                              "run (by load_crt, the arch or \"then\"); leave one of them out (`pretrained` takes "
+                              "weights and freezes nothing)")
+        if not self.num_parameters(trainable_only=True):
+            raise ConfigError("trainer.freeze.what: leaves nothing to train until then")
+
+    def _norm_parameters(self) -> list[str]:
+        """Norms by their name or by what they keep (MABN); NBN's scales stand beside its layers."""
+        found = {id(p) for layer in self.modules()
+                 if "norm" in type(layer).__name__.lower() or hasattr(layer, "running_var")
+                 for p in layer.parameters(recurse=False)}
+        return [name for name, p in self.named_parameters() if id(p) in found or name.endswith("scale_factor")]
+
+    def _first_stages(self, share: float) -> list[str]:
+        """The parameters of that share of the stages, from the stem on; none, with a warning, where there is but one
+        stage."""
+        stages = self.stage_prefixes()
+        if len(stages) == 1:
+            log.warning("trainer.freeze: this network is one stage, of which there is no share: %g freezes none of "
+                        "it (\"backbone\" freezes all of it)", share)
+            return []
+        starts = tuple(start for stage in stages[:int(share * len(stages))] for start in stage)
+        if not starts:
+            raise ConfigError(f"trainer.freeze: that share of {len(stages)} stages is less than one; give at least "
+                              f"{math.ceil(100 / len(stages)) / 100}")
+        return [name for name, _ in self.named_parameters() if name.startswith(starts)]
+
+    def _starting_with(self, what: str | Iterable[str]) -> list[str]:
+        """The parameters whose names begin so."""
+        chosen = []
+        for start in [what] if isinstance(what, str) else what:
+            # A number ends where its digits do: "blocks.1" isn't the beginning of "blocks.10".
+            begins = re.compile(re.escape(start) + (r"(?!\d)" if start[-1:].isdigit() else ""))
+            found = [name for name, _ in self.named_parameters() if begins.match(name)]
+            if not found:
+                near = closest(start, [name for name, _ in self.named_parameters()])
+                raise ConfigError(f"trainer.freeze: no parameter's name begins with {start!r}; give \"backbone\", "
+                                  f"\"norms\" or a list of beginnings like {near or next(iter(self.state_dict()))}")
+            chosen += found
+        if {name for name, p in self.named_parameters() if p.requires_grad} <= set(chosen):
+            raise ConfigError(f"trainer.freeze: {what!r} leaves nothing to train; \"backbone\", not in a list, is "
+                              "everything but the classifier")
+        return chosen
 
     def thaw(self) -> None:
         """Train what was `waiting`."""

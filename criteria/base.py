@@ -70,7 +70,7 @@ class LongTailLoss(nn.Module):
         if cls_num_list is not None:
             self.counts = torch.tensor(class_counts(cls_num_list, COUNTS_PATH), dtype=torch.float64)
         self.epoch = 0
-        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._tables: dict[tuple[str, tuple, torch.device, torch.dtype], Tensor] = {}
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss which epoch (1, 2, ...) begins. Before any call nothing deferred is in force."""
@@ -150,20 +150,23 @@ class LongTailLoss(nn.Module):
             loss = losses.mean()
         return loss if factor is None else loss * factor
 
-    def table(self, name: str, like: Tensor) -> Tensor:
-        """The per-class values [C] that the method `name` gives, on the device and in the dtype of `like`.
+    def table(self, name: str, like: Tensor, *args: Any) -> Tensor:
+        """The per-class values [..., C] that the method `name` gives for `args`, on the device and in the dtype of
+        `like`.
 
         Worked out in float64 once and kept per device and dtype, so no loss need be moved to its inputs.
         """
-        key = (name, like.device, like.dtype)
+        key = (name, args, like.device, like.dtype)
         if key not in self._tables:
-            self._tables[key] = getattr(self, name)().to(like.device, like.dtype)
+            self._tables[key] = getattr(self, name)(*args).to(like.device, like.dtype)
         return self._tables[key]
 
     def class_weights(self) -> Tensor:
+        """What a sample of each class counts while `weighted`: by the effective number of images, float64 [C]."""
         return effective_number_weights(self.counts)
 
     def log_frequencies(self) -> Tensor:
+        """log(n_j / n), float64 [C]."""
         return (self.counts / self.counts.sum()).log()
 
     def added(self, num_experts: int = 1) -> Tensor | float:
@@ -190,18 +193,21 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def finite(value: float, name: str) -> float:
+    """The argument `name` of a loss as a float. Raises ConfigError for infinity and NaN."""
     if not math.isfinite(value):
         raise ConfigError(f"loss.args.{name}: must be a finite number, not {value}")
     return float(value)
 
 
 def not_negative(value: float, name: str) -> float:
+    """The argument `name` of a loss as a float. Raises ConfigError for infinity, NaN and what is below 0."""
     if not (value >= 0 and math.isfinite(value)):
         raise ConfigError(f"loss.args.{name}: must be 0 or more, not {value}")
     return float(value)
 
 
 def epoch_or_never(epoch: int) -> int:
+    """`reweight_epoch`: an epoch, or -1 for never. Raises ConfigError for what is less."""
     if epoch < -1:
         raise ConfigError(f"loss.args.reweight_epoch: must be an epoch, or -1 for never, not {epoch}")
     return int(epoch)

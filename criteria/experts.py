@@ -166,10 +166,7 @@ class ShiftedExperts(LongTailLoss):
         if self.evaluates(stream):
             return F.cross_entropy(stream["output"], target)
         experts = stream["logits"]
-        key = (f"offsets of {experts.shape[1]}", experts.device, experts.dtype)
-        if key not in self._tables:
-            self._tables[key] = self.offsets(experts.shape[1]).to(experts.device, experts.dtype)
-        loss = self.mean_loss(experts + self._tables[key], target, whole)
+        loss = self.mean_loss(experts + self.table("offsets", experts, experts.shape[1]), target, whole)
         return loss * experts.shape[1] if self.sums else loss
 
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:

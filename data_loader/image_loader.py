@@ -87,6 +87,7 @@ class ImageDataLoader(PixelLoader):
     degrees = 15.0
     takes_shards = False
     draws_tests = False          # of images in memory: whether split_seed decides which of them are for testing
+    may_download = False         # whether `data_dir` may be absent, as the data set can be fetched
     own_images = False           # somebody's photos rather than a benchmark: their figures are also put in words
 
     def __init__(self, data_dir: str, batch_size: int = 128, shuffle: bool = True, num_workers: int | None = None,
@@ -167,8 +168,6 @@ class ImageDataLoader(PixelLoader):
         super().__init__(images.targets, batch_size, shuffle=shuffle, training=training, seed=seed, device=device,
                          rank=rank, world_size=world_size, sampler=order)
         self._attach(images, augment=training)
-
-    may_download = False
 
     def read(self, training: bool) -> Splits:
         """The data set's splits; `train` may be None where `training` is false."""

@@ -17,6 +17,7 @@ import torch
 from data_loader import policies
 from data_loader.erasing import draw_boxes, erase
 from data_loader.policies import rotation, sources
+from data_loader.transforms import Normalise
 from utils.seed import generator
 
 _ON_HOST = ("operation", "strength")  # they decide what is launched, so they stay where that is decided
@@ -100,8 +101,8 @@ class MemoryImages:
         store[1:].view(n, side, side, 4)[:, border:border + inner, border:border + inner, :3] = pixels
         self.words = store.view(torch.int32).view(-1).to(self.device)
         self.index_dtype = torch.int32 if len(self.words) < 2**31 else torch.int64
-        mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (recipe.mean, recipe.std))
-        self.scale, self.shift = ((v).float().to(self.device) for v in (1 / (255 * std), -mean / std))
+        normalise = Normalise(recipe.mean, recipe.std, self.device)
+        self.scale, self.shift = normalise.scale, normalise.shift
         self.ramp = torch.arange(recipe.size, dtype=self.index_dtype, device=self.device)
 
     def __len__(self) -> int:

@@ -174,6 +174,11 @@ def stranger(own: Sequence[str], wanted: Sequence[str]) -> str:
     raise AssertionError("every class has its number")
 
 
+def _first(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool) -> None:
     """Number the splits' classes as `wanted` does, by name, in place. some: the data may lack classes.
 
@@ -181,10 +186,8 @@ def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool)
     """
     numbers = match_classes(splits.class_names, wanted, some)
     if numbers is None:
-        def listed(names: list[str]) -> str:
-            return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise ConfigError(f"data_loader.args.data_dir: {data_dir} has the classes {listed(splits.class_names)}, and "
-                          f"the checkpoint's model knows {listed(wanted)}; give the data it was trained for, or start "
+        raise ConfigError(f"data_loader.args.data_dir: {data_dir} has the classes {_first(splits.class_names)}, and "
+                          f"the checkpoint's model knows {_first(wanted)}; give the data it was trained for, or start "
                           "a new classifier with --pretrained")
     if splits.class_names != list(wanted):
         if numbers != list(range(len(wanted))):
@@ -231,8 +234,7 @@ def summary(train: list[int], test: np.ndarray, names: list[str] | None, notes: 
                  f"{(counts < few).sum()} few-shot (under {few:g})"]
 
     def listed(labels: np.ndarray) -> str:
-        some = ", ".join(named[label] for label in labels[:5])
-        return some + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+        return _first([named[label] for label in labels])
 
     untrained, untested = np.flatnonzero(counts == 0), np.flatnonzero(test == 0)
     small = np.flatnonzero((test > 0) & (test < TOO_FEW_TO_TELL))

@@ -5,12 +5,13 @@ optimizer steps.
 """
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
+from logger.log import get_logger
+
 STEP_PREFIX = "step/"
-log = logging.getLogger("ltr")
+log = get_logger()
 
 
 class NoWriter:

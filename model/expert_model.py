@@ -10,6 +10,7 @@ from base.base_model import CostPart
 from model import batchformer
 from model.classifier import HEADS
 from model.experts import ExpertNet
+from model.norm import convert_norm, norm_spec
 from model.routing import GATES
 from utils.config.build import lookup
 from utils.errors import ConfigError
@@ -85,14 +86,9 @@ class ExpertModel(BaseModel):
         self.num_classes, self.num_experts, self.feat_dim = net.num_classes, net.num_experts, net.feat_dim
 
     def _convert_norms(self, norm: str | dict) -> None:
-        spec = {"type": norm} if isinstance(norm, str) else norm
-        require(isinstance(spec, dict) and set(spec) <= {"type", "args"} and isinstance(spec.get("type"), str)
-                and isinstance(spec.get("args", {}), dict), "norm",
-                'should be a type name or {"type": name, "args": {...}}')
-        if spec["type"] == "BatchNorm2d" and not spec.get("args"):
-            return
-        from model.norm import convert_norm
-        convert_norm(self.backbone, spec["type"], path="arch.args.norm", **spec.get("args", {}))
+        kind, args = norm_spec(norm, "arch.args.norm")
+        if kind != "BatchNorm2d" or args:
+            convert_norm(self.backbone, kind, path="arch.args.norm", **args)
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return self.backbone(x, target) if self.routed else self.backbone(x)

@@ -6,6 +6,17 @@ from torch import nn
 
 from model import batchformer
 from model.classifier import make_head
+from utils.errors import ConfigError
+
+
+def nbn_stages(where: str | list[int], stages: list[int]) -> list[int]:
+    """The stages whose norms NBN replaces, out of `stages`, the network's from the stem on: the "last", "all" or those
+    listed. Raises ConfigError for any other `where`."""
+    chosen = {"last": stages[-1:], "all": stages}.get(where) if isinstance(where, str) else where
+    if not isinstance(chosen, list | tuple) or not chosen or not set(chosen) <= set(stages):
+        raise ConfigError(f"arch.args.norm.args.where: {where!r} should be 'last', 'all' or a list of stages "
+                          f"out of {stages}")
+    return sorted(set(chosen))
 
 
 class ExpertNet(nn.Module):

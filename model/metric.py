@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.class_counts import FEW, GROUPS, MANY, shot_group
+from utils.dist import all_reduce_sum
 
 ECE_BINS = 15
 
@@ -122,7 +123,7 @@ class EvalState:
     """Counters of one evaluation, on the device: `update` per batch without waiting for it, `compute` at the end.
 
     Memory is proportional to C (times E for `used`), not C², unless `confusion` is asked for. Over several ranks each
-    keeps its own; `utils.dist.all_reduce_sum` on each of `tensors()` merges them (all are plain sums).
+    keeps its own; `merge` adds them up (all are plain sums).
 
     num_experts: with it, `update` also takes each expert's logits, and the number of experts an image used.
     """
@@ -146,6 +147,11 @@ class EvalState:
         """Every counter; the sum over ranks of each is the counter of the whole set."""
         return [self.right, self.predicted, self.labelled, self.bin_right, self.bin_confidence, self.loss_sum,
                 self.expert_right, self.disagreement, self.expert_images, self.used, self.matrix]
+
+    def merge(self) -> None:
+        """Make every rank's counters those of the whole set. All ranks call it, once, before `compute`."""
+        for tensor in self.tensors():
+            all_reduce_sum(tensor)
 
     @torch.no_grad()
     def update(self, output: Tensor, labels: Tensor, mask: Tensor | None = None, expert_logits: Tensor | None = None,

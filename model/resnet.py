@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from model.blocks import PadShortcut, projection
-from model.experts import ExpertNet
+from model.experts import ExpertNet, nbn_stages
 from model.norm.act import norm_relu
 from model.norm.facts import is_norm
 from utils.errors import ConfigError
@@ -143,16 +143,12 @@ class ResNet(ExpertNet):
         except for "all". Norms of shared stages use expert 0's scale, as there is one set of them.
         Raises ConfigError for any other `where`.
         """
-        stages = list(range(1, self.num_stages + 1))
-        chosen = {"last": stages[-1:], "all": stages}.get(where) if isinstance(where, str) else where
-        if not isinstance(chosen, list | tuple) or not chosen or not set(chosen) <= set(stages):
-            raise ConfigError(f"arch.args.norm.args.where: {where!r} should be 'last', 'all' or a list of stages "
-                              f"out of {stages}")
+        chosen = nbn_stages(where, list(range(1, self.num_stages + 1)))
         inner = where == "all" or self.num_experts > 1
         scope: list[list[nn.Module]] = [[] for _ in range(self.num_experts)]
         if where == "all":
             scope[0].append(self.bn1)
-        for n in sorted(set(chosen)):
+        for n in chosen:
             for expert in range(self.num_experts if n >= self.first_private else 1):
                 for block in self.stage(n, expert):
                     outer = [getattr(block, block.last_norm), *(block.downsample or nn.Identity()).modules()]

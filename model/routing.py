@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.experts import ExpertNet
+from model.norm.kernels import wide_type
 from model.resnet import ResNet
 from utils.errors import ConfigError
 
@@ -174,7 +175,7 @@ class RoutedResNet(Routed, ResNet):
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """At least float32: sums and sigmoids of half-precision logits lose the digits that decide."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_type(x.dtype))
 
 
 def _any_later(right: torch.Tensor) -> torch.Tensor:

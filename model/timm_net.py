@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from model.experts import ExpertNet
+from model.experts import ExpertNet, nbn_stages
 from model.norm.facts import is_norm
 from model.timm_stages import find_stages, parents_of, tail_of
 from utils.errors import ConfigError, closest
@@ -259,16 +259,12 @@ class TimmNet(ExpertNet):
         """Which norms NBN replaces, a list an expert: all those of the `where` stages ("last", a list of numbers from
         1, or "all", the stem's too). Raises ConfigError for any other `where`."""
         stages = self.stages()[1:] or self.stages()
-        numbers = list(range(1, len(stages) + 1))
-        chosen = {"last": numbers[-1:], "all": numbers}.get(where) if isinstance(where, str) else where
-        if not isinstance(chosen, list | tuple) or not chosen or not set(chosen) <= set(numbers):
-            raise ConfigError(f"arch.args.norm.args.where: {where!r} should be 'last', 'all' or a list of stages "
-                              f"out of {numbers}")
-        names = [name for n in sorted(set(chosen)) for name in stages[n - 1]]
-        names = [*(self.stages()[0] if where == "all" else ()), *(name for name in names)]
+        chosen = nbn_stages(where, list(range(1, len(stages) + 1)))
+        names = [*(self.stages()[0] if where == "all" else ()), *(name for n in chosen for name in stages[n - 1])]
+        modules = dict(self.named_modules())
         scope: list[list[nn.Module]] = [[] for _ in range(self.num_experts)]
         for name in dict.fromkeys(names):
-            if name in dict(self.named_modules()):
+            if name in modules:
                 found = re.match(r"experts\.(\d+)\.", name)
-                scope[int(found[1]) if found else 0] += [m for m in self.get_submodule(name).modules() if is_norm(m)]
+                scope[int(found[1]) if found else 0] += [m for m in modules[name].modules() if is_norm(m)]
         return scope

@@ -1,5 +1,8 @@
-"""What every test shares: one thread, the command line as a subprocess, and one short run to look at."""
+"""What every test shares: one thread, the command line with and without a process, and one short run to look at."""
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -29,7 +32,7 @@ def sources() -> list[Path]:
     return sorted([*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))])
 
 
-def run_python(args, *, cwd=ROOT, env=None, timeout=300, check=False) -> subprocess.CompletedProcess:
+def run_python(args, *, cwd=ROOT, env=None, timeout=900, check=False) -> subprocess.CompletedProcess:
     """Run `python *args` and capture its text output.
 
     `check` fails the test with both streams shown; without it, look at `returncode`, `stdout` and `stderr`.
@@ -44,6 +47,26 @@ def run_python(args, *, cwd=ROOT, env=None, timeout=300, check=False) -> subproc
     return done
 
 
+def call_python(args, *, cwd=ROOT, check=False) -> subprocess.CompletedProcess:
+    """What `run_python(["train.py" or "test.py" or "-m", "tools.X", ...])` gives, by that command's `main` in this
+    process: some seconds sooner, as nothing is imported anew. What is about a process itself needs `run_python`."""
+    from utils.cli import run_main
+    words = list(map(str, args))
+    name, words = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+    main, out, err, before = importlib.import_module(name).main, io.StringIO(), io.StringIO(), os.getcwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            run_main(lambda: main(words))
+    finally:
+        os.chdir(before)
+    done = subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), err.getvalue())
+    if check and done.returncode:
+        command = " ".join([name, *words])
+        pytest.fail(f"{command}\nexit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""
@@ -54,6 +77,12 @@ def root() -> Path:
 def run_cli():
     """`run_cli(["train.py", "-c", ...], check=True)`, `run_cli(["-m", "tools.report", ...])`: see `run_python`."""
     return run_python
+
+
+@pytest.fixture(scope="session")
+def call_cli():
+    """The same of `call_python`: for what isn't about a process of its own."""
+    return call_python
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ def test_other_data_and_older_weights_have_files_of_their_own(runs_of_photos, ca
     """test_metrics.json stays the run's own; the others name data and checkpoint."""
     models, other = runs_of_photos
     own = (models / "test_metrics.json").read_text()
+    (models / "checkpoint-epoch2 (1).pth").touch()  # a copy that somebody left there
     test_script.main(["-r", str(models / "checkpoint-epoch2.pth"), "-d", "cpu", "-q", "--data_dir", str(other)])
     test_script.main(["-r", str(models / "checkpoint-epoch1.pth"), "-d", "cpu", "-q"])
     assert (models / "test_metrics.json").read_text() == own

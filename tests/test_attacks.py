@@ -42,7 +42,7 @@ def write(path, kind, marker):
     ([*DISTILL, "--distill_checkpoint", "FILE"], "zip, beside the weights"),
     (["test.py", "-r", "FILE"], "pickle")],
     ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else value)
-def test_is_refused_and_not_run(run_cli, tmp_path, command, kind):
+def test_is_refused_and_not_run(call_cli, tmp_path, command, kind):
     folder, marker = tmp_path / "files", tmp_path / "ran"
     folder.mkdir()
     file = folder / "innocent.pth"
@@ -53,7 +53,7 @@ def test_is_refused_and_not_run(run_cli, tmp_path, command, kind):
     marker.unlink()
 
     place = [] if command[0] == "test.py" else ["--save_dir", tmp_path / "saved"]
-    done = run_cli([file if word == "FILE" else word for word in command] + ["-d", "cpu", *place])
+    done = call_cli([file if word == "FILE" else word for word in command] + ["-d", "cpu", *place])
     assert not marker.exists(), "the file's code ran"
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1 and "innocent.pth: refused" in done.stderr, done.stderr

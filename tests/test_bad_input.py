@@ -1,12 +1,9 @@
 """What a caller can get wrong: exit status 2, one line on stderr that names it, no traceback, nothing written."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
-import train
-from utils.cli import run_main
 from utils.config.read import read_config
 
 DIGITS = "configs/digits_lt_ride.json"
@@ -98,14 +95,6 @@ CASES = [
 ]
 
 
-def in_process(argv, capsys):
-    """train.py's exit status and what it writes, without a process of its own."""
-    with pytest.raises(SystemExit) as ended:
-        run_main(lambda: train.main([str(word) for word in argv]))
-    said = capsys.readouterr()
-    return SimpleNamespace(returncode=ended.value.code, stdout=said.out, stderr=said.err)
-
-
 def check_refused(done, folder, words):
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     lines = done.stderr.splitlines()
@@ -117,18 +106,18 @@ def check_refused(done, folder, words):
 
 
 @pytest.mark.parametrize(("changes", "flags", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_config_and_flags(capsys, tmp_path, changes, flags, words):
+def test_config_and_flags(call_cli, tmp_path, changes, flags, words):
     file = config(tmp_path, changes) if isinstance(changes, str) else config(tmp_path, **changes)
     saved = tmp_path / "saved"
     # A text case may not even be an object to put save_dir into: the flag would hide the first mistake.
     place = [] if isinstance(changes, str) else ["--save_dir", saved]
-    check_refused(in_process(["-c", file, "-d", "cpu", *place, *flags], capsys), saved, words)
+    check_refused(call_cli(["train.py", "-c", file, "-d", "cpu", *place, *flags]), saved, words)
 
 
-def test_detectors_have_no_mixing(capsys, tmp_path):
-    argv = ["-c", "configs/digit_scenes_maskrcnn_bn.json", "-d", "cpu", "--save_dir", tmp_path / "saved",
+def test_detectors_have_no_mixing(call_cli, tmp_path):
+    argv = ["train.py", "-c", "configs/digit_scenes_maskrcnn_bn.json", "-d", "cpu", "--save_dir", tmp_path / "saved",
             "--set", 'data_loader.args.mix={"type": "mixup"}']
-    check_refused(in_process(argv, capsys), tmp_path / "saved", ["data_loader.args", "mix"])
+    check_refused(call_cli(argv), tmp_path / "saved", ["data_loader.args", "mix"])
 
 
 @pytest.mark.parametrize("name", ["unknown_loss_arg", "unknown_metric", "epochs_zero", "unknown_flag"])
@@ -140,7 +129,7 @@ def test_as_a_command(run_cli, tmp_path, name):
     check_refused(run_cli(argv), saved, words)
 
 
-# Seen only once data, models or files are read, so each of these starts PyTorch.
+# Seen only once data, models or files are read.
 LATE_CASES = [
     ("no_such_data", {"data_loader__type": "ImbalanceCIFAR100DataLoader",
                       "data_loader__args__data_dir": "/nowhere/cifar", "data_loader__args__download": False}, [],
@@ -155,33 +144,33 @@ LATE_CASES = [
 
 @pytest.mark.parametrize(("changes", "flags", "words"), [case[1:] for case in LATE_CASES],
                          ids=[case[0] for case in LATE_CASES])
-def test_data_and_models(run_cli, tmp_path, changes, flags, words):
+def test_data_and_models(call_cli, tmp_path, changes, flags, words):
     saved = tmp_path / "saved"
     file = config(tmp_path, **changes)
-    check_refused(run_cli(["train.py", "-c", file, "-d", "cpu", "--save_dir", saved, *flags]), saved, words)
+    check_refused(call_cli(["train.py", "-c", file, "-d", "cpu", "--save_dir", saved, *flags]), saved, words)
 
 
-def test_checkpoints_that_are_none(run_cli, tmp_path):
+def test_checkpoints_that_are_none(call_cli, tmp_path):
     """A text file as checkpoint, for test.py and train.py."""
     text = tmp_path / "notes.pth"
     text.write_text("not a checkpoint")
     for script in ("test.py", "train.py"):
-        check_refused(run_cli([script, "-r", text, "-d", "cpu"]), tmp_path / "saved", ["notes.pth"])
+        check_refused(call_cli([script, "-r", text, "-d", "cpu"]), tmp_path / "saved", ["notes.pth"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.pth"]
 
 
 @pytest.mark.parametrize("flags", [[], ["-r", "x.pth", "--tau", "a:b"], ["-r", "x.pth", "--classifier", "knn"]])
-def test_flags_of_test_py(run_cli, flags):
-    done = run_cli(["test.py", *flags])
+def test_flags_of_test_py(call_cli, flags):
+    done = call_cli(["test.py", *flags])
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_needs_a_config(run_cli, tmp_path):
-    done = run_cli(["train.py"])
+def test_needs_a_config(call_cli, tmp_path):
+    done = call_cli(["train.py"])
     assert done.returncode == 2
     assert "-c" in done.stderr
-    done = run_cli(["train.py", "-c", tmp_path / "none.json"])
+    done = call_cli(["train.py", "-c", tmp_path / "none.json"])
     assert done.returncode == 2
     assert "none.json" in done.stderr
     assert len(done.stderr.splitlines()) == 1

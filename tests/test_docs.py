@@ -3,6 +3,7 @@
 The pages' tools are run on a folder of photos, with a model that was trained on it as docs/own-data.md says.
 """
 
+import json
 import re
 import runpy
 import shlex
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
          if page.exists()]
 EXAMPLE = re.compile(r"<!-- example: (append|new|edit) (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
-SCRIPT = re.compile(r"python (train|test)\.py|python -m (utils|benchmarks)\.|python -c |torchrun .*train\.py")
+SCRIPT = re.compile(r"python (train|test)\.py|python -m (tools|benchmarks)\.|python -c |torchrun .*train\.py")
 NOT_OURS = shutil.ignore_patterns(".git", "saved", "data", ".venv", "venv", "__pycache__", ".*_cache", ".hypothesis")
 
 
@@ -35,6 +36,30 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
+#: CONTRIBUTING's commands, and last one that misspells an argument of the loss that the page adds.
+EXAMPLES = [*commands(ROOT / "CONTRIBUTING.md"),
+            ["train.py", "-c", "configs/digits_lt_ce.json", "--set", "loss.type=VSLoss", "--set", "loss.args.gama=1"]]
+ONE_AFTER_THE_OTHER = """
+import contextlib, io, json, runpy, sys
+found = []
+for command in json.loads(sys.argv[1]):
+    wrote, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(wrote), contextlib.redirect_stderr(wrote):
+        try:
+            if command[0] == "-c":
+                sys.argv = command
+                exec(command[1], {"__name__": "__main__"})
+            elif command[0] == "-m":
+                sys.argv = command[1:]
+                runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = command
+                runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code or 0
+    found.append([status, wrote.getvalue()])
+print(json.dumps(found))
+"""
 SHOWN = [(page.name, command) for page in PAGES for command in commands(page) if "--help" not in command]
 
 
@@ -68,18 +93,24 @@ def with_examples(tmp_path_factory) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("command", commands(ROOT / "CONTRIBUTING.md"), ids=lambda command: " ".join(command)[:70])
-def test_examples_of_contributing_run(command, with_examples, run_cli):
-    done = run_cli(command, cwd=with_examples)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def examples_said(with_examples, run_cli) -> list[list]:
+    """`[exit status, what it wrote]` of each of `EXAMPLES`, run one after the other by one process in that copy."""
+    done = run_cli(["-c", ONE_AFTER_THE_OTHER, json.dumps(EXAMPLES)], cwd=with_examples, check=True, timeout=900)
+    return json.loads(done.stdout)
 
 
-def test_an_example_is_really_checked(with_examples, run_cli):
+@pytest.mark.parametrize("number", range(len(EXAMPLES) - 1), ids=lambda number: " ".join(EXAMPLES[number])[:70])
+def test_examples_of_contributing_run(number, examples_said):
+    status, wrote = examples_said[number]
+    assert status == 0, wrote
+
+
+def test_an_example_is_really_checked(examples_said):
     """The new loss is known by name and by argument, as the page says."""
-    command = ["train.py", "-c", "configs/digits_lt_ce.json", "--set", "loss.type=VSLoss", "--set", "loss.args.gama=1"]
-    done = run_cli(command, cwd=with_examples)
-    assert done.returncode == 2
-    assert "gama" in done.stderr and "gamma" in done.stderr
+    status, wrote = examples_said[-1]
+    assert status == 2
+    assert "gama" in wrote and "gamma" in wrote
 
 
 @pytest.mark.parametrize("page, command", SHOWN, ids=[f"{page}: {' '.join(c)}" for page, c in SHOWN])
@@ -119,6 +150,14 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_tests_that_pages_name_are_there():
+    """By path, or by name alone where the page has said the folder."""
+    ours = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
+    for page in PAGES:
+        for name in re.findall(r"(?:tests/[\w/]*)?\btest_\w+\.py\b", page.read_text()):
+            assert any(f"/{path}".endswith(f"/{name}") for path in ours), f"{page.name} names {name}"
+
+
 def test_our_figures_are_the_same_on_both_pages():
     """What docs/reproduce.md has as ours is a row of README's results."""
     readme = (ROOT / "README.md").read_text()
@@ -129,11 +168,11 @@ def test_our_figures_are_the_same_on_both_pages():
         assert "| " + " | ".join(row) + " |" in readme, row
 
 
-def test_readmes_table_is_that_of_the_kept_runs(run_cli):
+def test_readmes_table_is_that_of_the_kept_runs(call_cli):
     """Written by the command that stands above it."""
     text = (ROOT / "README.md").read_text()
     shown = text.split("<!-- results: python -m tools.compare results/ --readme -->")[1].split("<!-- end -->")[0]
-    assert shown.strip() == run_cli(["-m", "tools.compare", "results/", "--readme"], check=True).stdout.strip()
+    assert shown.strip() == call_cli(["-m", "tools.compare", "results/", "--readme"], check=True).stdout.strip()
 
 
 @pytest.mark.slow
@@ -151,17 +190,22 @@ def test_commands_of_methods_run(tmp_path, run_cli):
 # ---------------------------------------------------------------------- the tools, on a new user's photos
 
 RUN = "saved/models/image_folder/first"
+#: A run of a small ResNet: the one of ours that an older version's checkpoint can hold, and soon exported.
+LISTS_RUN = "saved/models/list_file_ride/first"
 #: What a page's reader fills in.
 STANDS_FOR = {"CHECKPOINT": f"{RUN}/model_best.pth", "RUN_FOLDER": RUN, "photos/": "holiday", "LIST": "unknown.txt",
-              "IN": f"{RUN}/model_best.pth", "OUT": "converted.pth"}
+              "saved/models/cifar100_lt_ride/s0": RUN, "IN": f"{LISTS_RUN}/checkpoint-epoch1.pth",
+              "OUT": "converted.pth", "model.onnx": f"{LISTS_RUN}/model.onnx", "PATH...": "holiday"}
 OWN_DATA = commands(ROOT / "docs" / "own-data.md")
 TRAININGS = [command for command in OWN_DATA if command[0] == "train.py"]
 AFTERWARDS = [command for command in OWN_DATA if command not in TRAININGS] + \
     [command for page in PAGES for command in commands(page)
-     if command[0] == "-m" and command[1].startswith(("tools.", "utils."))]
-#: Each once, what the reader fills in filled in.
-AFTERWARDS = list(dict.fromkeys(tuple(STANDS_FOR.get(word, word).rstrip("/") for word in command)
-                                for command in AFTERWARDS))
+     if (command[0] == "-m" and command[1].startswith("tools.") and command[2:]) or command == ["-m", "tools.keys"]]
+#: Each once, what the reader fills in filled in; runs are kept before those that are kept are compared.
+AFTERWARDS = sorted(dict.fromkeys(tuple(STANDS_FOR.get(word, word).rstrip("/") for word in command)
+                                  for command in AFTERWARDS), key=lambda command: "tools.keep" not in command)
+#: Tools that need no device.
+ON_NONE = ("tools.keys", "tools.compare", "tools.gflops", "tools.convert_checkpoint", "tools.keep", "tools.shard")
 
 
 def say(words: list[str], capsys) -> str:
@@ -218,6 +262,7 @@ def test_trainings_of_own_data(command, new_user, monkeypatch, capsys):
     assert "--dry_run" in command or "python test.py -r" in said.splitlines()[-5]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # run again, as if by itself
 @pytest.mark.parametrize("command", AFTERWARDS, ids=" ".join)
 def test_what_comes_after(command, new_user, monkeypatch, capsys):
     if "onnx" in command:
@@ -226,10 +271,11 @@ def test_what_comes_after(command, new_user, monkeypatch, capsys):
     monkeypatch.chdir(new_user)
     assert (new_user / RUN / "model_best.pth").is_file(), "test_trainings_of_own_data makes it"
     command = list(command)
+    if command[1] == "tools.export":
+        command[command.index("-r") + 1] = f"{LISTS_RUN}/checkpoint-epoch1.pth"
     if command[1] == "tools.sweep" and "--dry_run" not in command:
-        command.append("--dry_run")  # a real one is in tests/utils/test_sweep.py
-    if command[1] != "tools.keys" and {"-d", "--gpus"}.isdisjoint(command) and \
-            command[1] not in ("tools.compare", "tools.gflops", "tools.convert_checkpoint"):
+        command.append("--dry_run")  # a real one is in tests/tools/test_sweep.py
+    if command[1] not in ON_NONE and {"-d", "--gpus"}.isdisjoint(command):
         command += ["-d", "cpu"]
     said = say(command, capsys)
     assert said.strip()

@@ -111,9 +111,9 @@ def test_test_py_writes_the_metrics(run_cli, digits_run, tmp_path):
     assert shown in digits_run.stdout.split("test, epoch 2")[1]  # what the training said of itself
 
 
-def test_dry_run_writes_nothing(run_cli, tmp_path):
-    done = run_cli(["train.py", "-c", "configs/digits_lt_ce.json", "--dry_run", "--save_dir", tmp_path / "saved",
-                    "-d", "cpu"], check=True)
+def test_dry_run_writes_nothing(call_cli, tmp_path):
+    done = call_cli(["train.py", "-c", "configs/digits_lt_ce.json", "--dry_run", "--save_dir", tmp_path / "saved",
+                     "-d", "cpu"], check=True)
     assert "dry run" in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -125,12 +125,12 @@ def test_a_config_for_eight_gpus_warns_once_and_goes_on(run_cli, tmp_path):
     assert done.stdout.count("warning: n_gpu is 8") == 1
 
 
-def test_num_classes_may_be_left_out(run_cli, tmp_path):
+def test_num_classes_may_be_left_out(call_cli, tmp_path):
     config, _ = read_config("configs/digits_lt_ce.json")
     config["arch"]["args"].pop("num_classes")
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
-    done = run_cli(["train.py", "-c", file, "--dry_run"], check=True)
+    done = call_cli(["train.py", "-c", file, "--dry_run"], check=True)
     assert "everything builds" in done.stdout
 
 

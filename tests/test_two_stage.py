@@ -123,7 +123,7 @@ def check_tau_and_ncm(bench, checkpoint, heads):
         assert figures["feat_type"] == kind and figures["accuracy"] == pytest.approx(expected, **close)
 
 
-def test_the_whole_chain(bench, run_cli, monkeypatch):
+def test_the_whole_chain(bench, call_cli, monkeypatch):
     # ---- stage 1: one expert with cross-entropy, RIDE with three, a teacher with six
     ce, ride = bench.train("ce"), bench.train("ride")
     teacher = bench.train("ride_teacher")
@@ -164,7 +164,7 @@ def test_the_whole_chain(bench, run_cli, monkeypatch):
     assert stage1.keys() == {key for key in gated if not key.startswith(GATES)}
     assert changed(stage1, gated) == {key for key in gated if key.startswith(GATES)}
     assert any("running_mean" in key for key in stage1)
-    done = run_cli(["test.py", "-r", ea, "-d", "cpu"], check=True)
+    done = call_cli(["test.py", "-r", ea, "-d", "cpu"], check=True)
     figures = json.loads((ea.parent / "test_metrics.json").read_text())
     assert set(figures["expert_share"]) == {"all", "many", "medium", "few"}
     for shares in figures["expert_share"].values():
@@ -182,11 +182,11 @@ def test_the_whole_chain(bench, run_cli, monkeypatch):
     assert json.loads((ea.parent / "test_metrics.json").read_text()) == figures  # validation's are kept apart
 
     # ---- decoupling, on cross-entropy: new classifier, scales, and two that need no training
-    tried = run_cli(["train.py", "-c", "configs/digits_lt_crt.json", "--dry_run", "-d", "cpu"], check=True)
+    tried = call_cli(["train.py", "-c", "configs/digits_lt_crt.json", "--dry_run", "-d", "cpu"], check=True)
     assert "warning: load_crt: missing" in tried.stdout  # what trains is refused: tests/test_bad_input.py
     plain = weights(ce)
-    learned = run_cli(["train.py", "-c", "configs/digits_lt_crt.json", "--load_crt", ce, "--run_id", "crt",
-                       *[flag for flag in bench.flags() if flag != "-q"]], check=True)
+    learned = call_cli(["train.py", "-c", "configs/digits_lt_crt.json", "--load_crt", ce, "--run_id", "crt",
+                        *[flag for flag in bench.flags() if flag != "-q"]], check=True)
     assert "170 of them trained" in learned.stdout  # 16 x 10 and a bias
     crt = bench.folder / "models" / "digits_lt_crt" / "crt" / "checkpoint-epoch1.pth"
     assert changed(plain, weights(crt)) == {"backbone.linear.weight", "backbone.linear.bias"}

@@ -167,7 +167,7 @@ class RunRecord:
         if self.history:
             return int(self.history[-1].get("epoch") or 0)
         last = self.paths.checkpoints()
-        return int(last[-1].stem.removeprefix("checkpoint-epoch")) if last else 0
+        return self.paths.epoch_of(last[-1]) if last else 0
 
     @property
     def seconds(self) -> float | None:

@@ -1,6 +1,6 @@
-"""Building the pieces of a run from its config: shared by train.py, test.py and the tools, all of them entry points.
+"""Where a run begins and what a finished one is: shared by train.py, test.py and the tools, all of them entry points.
 
-This file alone brings models and data together; nothing in the other rooms imports it.
+The pieces that a config names are made in `tools.parts`.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from base.base_data_loader import BaseDataLoader
 from base.run_paths import new_run
 from data_loader.splitting import is_same_place
 from logger.log import get_logger
+from model import routing
 from model.weights.files import load_file
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
@@ -33,7 +34,7 @@ from utils.config.load import check_config, load_config
 from utils.errors import ConfigError
 
 log = get_logger()
-GATES = "backbone.expert_help_pred"
+GATES = f"backbone.{routing.GATES}"
 
 
 # ---------------------------------------------------------------------- configs of checkpoints

@@ -157,7 +157,7 @@ def _accuracy(job: Job) -> str:
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = Parser(prog="python -m tools.sweep", allow_abbrev=False,
                     description="Run a grid of methods and seeds, and compare them.")
-    parser.add_argument("sweep", metavar="SWEEP.json", help="the grid: see the top of utils/sweep.py")
+    parser.add_argument("sweep", metavar="SWEEP.json", help="the grid: see the top of tools/sweep.py")
     parser.add_argument("--gpus", metavar="N,N", help="run on these GPUs, one run each at a time")
     parser.add_argument("-d", "--device", metavar="D", help="run one after another on this device: cpu, or GPU numbers")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and their commands, start nothing")

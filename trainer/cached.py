@@ -109,7 +109,7 @@ class CachedFeatures:
         for name, loader in self.sources.items():
             if loader is None or getattr(self, name) is not None or "crops" in getattr(loader, "views", {}):
                 continue    # several crops' logits are averaged, not their features
-            plain, views = name == "valid" or self.views == 0, 1
+            plain = name == "valid" or self.views == 0
             source = loader.feature_loader(augment=not plain)
             views = 1 if plain else self.views
             store = store_of(model, source, folder / f"{name}.f16", views, amp)

@@ -15,10 +15,9 @@ from model import posthoc, shift
 from model.crops import forward_crops
 from model.metric import EvalState
 from trainer.cached import store_of
+from trainer.evaluate import Head
 from trainer.feature_store import FeatureLoader
 from utils import dist
-
-Head = Callable[[dict[str, Any]], torch.Tensor]
 
 
 @torch.no_grad()
@@ -94,8 +93,7 @@ def sweep_la(logits: torch.Tensor, labels: torch.Tensor, cls_num_list: list[int]
 
 def _best(taus: list[float], states: list[EvalState], metric: str) -> tuple[float, list[float]]:
     for state in states:
-        for counter in state.tensors():
-            dist.all_reduce_sum(counter)
+        state.merge()
     values = [state.compute()[metric] for state in states]
     return posthoc.best_tau(taus, values), values
 
@@ -136,8 +134,7 @@ def calibrate(model: nn.Module, loader: Any, head: Head) -> dict[str, float]:
     for factor in (1.0, temperature):
         state = EvalState(logits.shape[1], logits.device)
         state.update(logits / factor, labels)
-        for counter in state.tensors():
-            dist.all_reduce_sum(counter)
+        state.merge()
         eces.append(state.compute()["ece"])
     return {"temperature": temperature, "before": eces[0], "after": eces[1]}
 

@@ -91,8 +91,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
             experts = own.get("expert_logits") if num_experts > 1 else None  # one alone is the model
             kept.append((prediction.cpu(), confidence.cpu(), labels.cpu(),
                          torch.empty(n, 0) if experts is None else experts.argmax(2).cpu()))
-    for tensor in state.tensors():
-        dist.all_reduce_sum(tensor)
+    state.merge()
     result = state.compute(loader.cls_num_list, **group_limits(groups))
     result.update(means.read(reduce=True))
     if whole_split:

@@ -17,7 +17,6 @@ class Means:
     """
 
     def __init__(self, device: torch.device | str):
-        # MPS has no float64.
         self.dtype = torch.float64
         self.device = device
         self.reset()

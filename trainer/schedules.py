@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
 from logger.log import get_logger
-from trainer.optim.groups import is_hidden_matrix, nothing_left, param_groups
+from trainer.optim.groups import check_some_trained, is_hidden_matrix, param_groups
 from trainer.optim.muon import Muon
 from trainer.optim.sam import SAM
 from trainer.rates import SCHEDULES, iteration_lr
@@ -52,7 +52,7 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
         args, unit = _by_step(kind, args, epochs, steps_per_epoch, path)
         args = _in_proportion(args, optimizer)
     elif kind in BY_FIGURE:
-        args, unit = _by_figure(kind, args, monitor, path), "figure"
+        args, unit = _by_figure(args, monitor, path), "figure"
         for group in optimizer.param_groups:   # torch's plateau doesn't keep what it began with; going on asks for it
             group.setdefault("initial_lr", group["lr"])
     else:
@@ -133,7 +133,7 @@ def _in_proportion(args: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
                                                          for key, value in numbers.items()}}
 
 
-def _by_figure(kind: str, args: dict[str, Any], monitor: str, path: str) -> dict[str, Any]:
+def _by_figure(args: dict[str, Any], monitor: str, path: str) -> dict[str, Any]:
     """A plateau is one of the monitored figure, in the monitor's direction; of the loss where nothing is monitored."""
     mode = "min" if monitor == "off" else monitor.split()[0]
     if args.get("mode", mode) != mode:
@@ -190,7 +190,7 @@ def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, options: dict[
     if spec.get("type") == "Muon":
         return _build_muon(args, model, options, path)
     groups = param_groups(model, options, args.get("lr"))
-    nothing_left(groups)
+    check_some_trained(groups)
     return _build_torch(spec.get("type"), args, groups, options, path)
 
 
@@ -204,7 +204,7 @@ def _build_muon(args: dict[str, Any], model: torch.nn.Module, options: dict[str,
     groups = param_groups(model, options, lr, hidden)
     inner = dict(others.get("args") or {})
     rest = param_groups(model, options, inner.get("lr"), lambda name, p: not hidden(name, p))
-    nothing_left(groups or rest)
+    check_some_trained(groups or rest)
     if not groups:
         raise ConfigError(f"{path}.type: Muon finds no filter or matrix to train (everything but the classifier is "
                           f"frozen); use {others['type']}")

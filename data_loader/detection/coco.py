@@ -89,7 +89,7 @@ def read_coco(file: str | os.PathLike, folder: str | os.PathLike, *, categories:
     skipped = 0
     seen: set[int] = set()
     for n, entry in enumerate(data["annotations"]):
-        where = f"{file}: annotation {entry.get('id', f'number {n}') if isinstance(entry, dict) else f'number {n}'}"
+        where = _where(file, "annotation", n, entry)
         if not isinstance(entry, dict):
             raise ConfigError(f"{where}: {str(entry)[:40]!r} is no annotation")
         _new_id(where, entry, seen, "annotation")
@@ -141,10 +141,16 @@ def _new_id(where: str, entry: dict, seen: set[int], what: str) -> None:
     seen.add(entry["id"])
 
 
+def _where(file: Path, what: str, n: int, entry: Any) -> str:
+    """Where a message says that a mistake is: the entry's id, or its place (from 0) in the list."""
+    place = f"number {n}"
+    return f"{file}: {what} {entry.get('id', place) if isinstance(entry, dict) else place}"
+
+
 def _categories(file: Path, entries: list, reference: list[dict] | None) -> list[dict[str, Any]]:
     seen: set[int] = set()
     for n, entry in enumerate(entries):
-        where = f"{file}: category {entry.get('id', f'number {n}') if isinstance(entry, dict) else f'number {n}'}"
+        where = _where(file, "category", n, entry)
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise ConfigError(f"{where}: needs an id and a name")
         _new_id(where, entry, seen, "category")
@@ -167,7 +173,7 @@ def _images(file: Path, folder: Path, entries: list) -> list[dict[str, Any]]:
     there = {entry.name for entry in os.scandir(folder)}
     images, seen = [], set()
     for n, entry in enumerate(entries):
-        where = f"{file}: image {entry.get('id', f'number {n}') if isinstance(entry, dict) else f'number {n}'}"
+        where = _where(file, "image", n, entry)
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
             raise ConfigError(f"{where}: needs id, file_name, width and height")
         _new_id(where, entry, seen, "image")

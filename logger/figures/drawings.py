@@ -13,7 +13,6 @@ from logger.figures import matrices, training
 from logger.figures import norms as norm_figures
 from logger.figures.facts import RunFacts
 from logger.figures.style import GROUP_LABELS, to_array
-from logger.metrics_csv import read_table
 from logger.text import count_of
 from utils.class_counts import GROUPS
 
@@ -85,14 +84,6 @@ def _matrix(facts: RunFacts) -> Any:
         order = np.argsort(-np.array(facts.counts), kind="stable")
     return matrices.confusion_matrix(facts.confusion()[np.ix_(order, order)], [facts.names[i] for i in order],
                                     [facts.groups[i] for i in order])
-
-
-def facts_of_training(trainer: Any, result: dict[str, Any]) -> RunFacts:
-    """The facts of a training that has just ended. result: what `evaluate` gave, with keep=True for all figures."""
-    data = trainer.data_facts
-    history = read_table(trainer.paths.log / "metrics.csv") if trainer.paths else []
-    return RunFacts(trainer.config, result, list(data["cls_num_list"]), data.get("class_names"), history,
-                    norm_figures.norm_facts(trainer.model))
 
 
 def figures_to_tensorboard(writer: Any, facts: RunFacts, epoch: int) -> None:

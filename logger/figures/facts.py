@@ -1,4 +1,4 @@
-"""Everything a report shows of a run, gathered once; what draws it (tools.report) only looks here."""
+"""Everything a report shows of a run, gathered once; what draws it (logger.figures.drawings) only looks here."""
 from __future__ import annotations
 
 from collections import Counter

@@ -20,6 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from base import BaseModel
 from model.detection.weights import fit_weights
+from model.norm import convert_norm, norm_spec
 from utils.errors import ConfigError, unknown
 
 #: The ResNet's parts from the last to the first, as `trainable_layers` counts them.
@@ -81,8 +82,6 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
     """
 
     task = "detection"
-    num_experts = 1
-    uses_all_parameters = True
 
     def __init__(self, num_classes: int | None = None, norm: str | dict = "BatchNorm2d",
                  trainable_layers: int = 5, min_size: int = 800, max_size: int = 1333, box_head: str = "4conv1fc",
@@ -94,7 +93,7 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
                  box_score_thresh: float = 0.05, box_nms_thresh: float = 0.5, box_detections_per_img: int = 100,
                  image_mean: list[float] = (0.485, 0.456, 0.406), image_std: list[float] = (0.229, 0.224, 0.225)):
         _check(locals())
-        kind, norm_args = _norm_spec(norm)
+        kind, norm_args = norm_spec(norm, "arch.args.norm")
         frozen = kind == "Frozen"
         norm_layer = None if frozen else nn.BatchNorm2d
         body = resnet50(weights=None, norm_layer=nn.BatchNorm2d)
@@ -126,7 +125,6 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
     def _convert_norms(self, kind: str, args: dict[str, Any]) -> None:
         if kind == "BatchNorm2d" and not args:
             return
-        from model.norm import convert_norm
         # Not the whole model: the RPN and the predictors have no norms, so their filters stay as they are.
         for part in (self.backbone, self.roi_heads.box_head, self.roi_heads.mask_head):
             convert_norm(part, kind, path="arch.args.norm", **args)
@@ -157,17 +155,6 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
     def classifier_prefixes(self) -> list[str]:
         """Beginnings of the names of what depends on the classes."""
         return ["roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits."]
-
-    def stage2_prefixes(self) -> list[str]:
-        """What a decoupled second stage trains."""
-        return self.classifier_prefixes()
-
-
-def _norm_spec(norm: str | dict) -> tuple[str, dict[str, Any]]:
-    spec = {"type": norm} if isinstance(norm, str) else norm
-    if not isinstance(spec, dict) or not set(spec) <= {"type", "args"} or "type" not in spec:
-        raise ConfigError('arch.args.norm: should be a type name or {"type": name, "args": {...}}')
-    return spec["type"], dict(spec.get("args") or {})
 
 
 def _check(given: dict[str, Any]) -> None:

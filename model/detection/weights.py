@@ -7,20 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.checkpoint.store import find_weights, strip_module
 from utils.errors import ConfigError
 
 #: What MABN's norms gather in training. A new run gathers its own: old ones need not fit its batch size.
 GATHERED = re.compile(r"\.(iters|buffer_x2|buffer_gz|num_batches_tracked|sta_matrix|pre_x2|pre_gz)$")
 RESNET = re.compile(r"^(conv1|bn1|layer[1-4])\.")
-WEIGHT_KEYS = ("state_dict", "model_state_dict", "model")
 
 
 def tensors_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state_dict inside a checkpoint, without a leading `module.` on its keys."""
-    for key in WEIGHT_KEYS:
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-    return {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    """The state_dict inside a checkpoint, without the prefixes that wrappers put before its keys."""
+    found = find_weights(checkpoint)
+    weights = found[1] if found and isinstance(found[1], dict) else {}
+    return {strip_module(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
 
 
 def is_detector(tensors: dict[str, torch.Tensor]) -> bool:

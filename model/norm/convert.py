@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from logger.log import get_logger
 from model.norm.cenconv import CenConv2d
 from model.norm.facts import is_norm, read_facts, write_facts
 from model.norm.grouped import GroupedBatchNorm2d
@@ -20,7 +20,7 @@ from model.norm.renorm import BatchRenorm2d
 from utils.config.build import lookup
 from utils.errors import ConfigError, unknown
 
-_log = logging.getLogger("ltr.norm")  # a child of the project's logger, which shows and keeps what is said
+log = get_logger("norm")
 
 
 def _batch_norm(channels, eps: float = 1e-5, momentum: float | None = 0.1, affine=True,
@@ -74,7 +74,6 @@ def _row(type: str, path: str) -> _Norm:
     return _Norm(found, (lambda m: m) if "momentum" in inspect.signature(found).parameters else None)
 
 
-
 NORMS: dict[str, _Norm] = {
     "BatchNorm2d": _Norm(_batch_norm, lambda m: m),
     "NBN": _Norm(_nbn, lambda m: m, own_args=("where",)),
@@ -86,6 +85,17 @@ NORMS: dict[str, _Norm] = {
     "SyncBatchNorm": _Norm(_sync, lambda m: m),
     "Frozen": _Norm(_frozen),
 }
+
+
+def norm_spec(norm: str | dict, path: str = "norm") -> tuple[str, dict[str, Any]]:
+    """A norm as a config writes it, a name or {"type": name, "args": {...}} -> (name, arguments). Raises ConfigError
+    for anything else."""
+    spec = {"type": norm} if isinstance(norm, str) else norm
+    if isinstance(spec, dict) and set(spec) <= {"type", "args"} and isinstance(spec.get("type"), str):
+        args = {} if spec.get("args") is None else spec["args"]
+        if isinstance(args, dict):
+            return spec["type"], dict(args)
+    raise ConfigError(f'{path}: should be a type name or {{"type": name, "args": {{...}}}}')
 
 
 def norm_args(type: str, path: str = "norm") -> list[str]:
@@ -284,5 +294,5 @@ def _report_shift(module: nn.Module, type: str, before: list[torch.Tensor], afte
         module.norm_shift = {"relative": (change.norm() / size).item(), "max": change.abs().max().item()}
     else:
         module.norm_shift = {"relative": float("nan"), "max": float("nan")}
-    _log.info("norm converted to %s: outputs moved by %.3g of their size, %.3g at most", type,
+    log.info("norm converted to %s: outputs moved by %.3g of their size, %.3g at most", type,
               module.norm_shift["relative"], module.norm_shift["max"])

@@ -74,7 +74,7 @@ def write_facts(facts: Facts, layer: nn.Module) -> None:
             place.copy_(known)
             if isinstance(place, nn.Parameter):
                 # A frozen norm's buffers become parameters to be trained; anything else stays as trainable as it was.
-                place.requires_grad_(known.requires_grad or not known.is_leaf or not _is_parameter(known))
+                place.requires_grad_(known.requires_grad or not known.is_leaf or not isinstance(known, nn.Parameter))
     if facts.var is None or getattr(layer, "running_var", None) is None:
         return
     if isinstance(layer, MABN2d):
@@ -84,7 +84,3 @@ def write_facts(facts: Facts, layer: nn.Module) -> None:
     layer.running_var.copy_(facts.var)
     if facts.steps is not None and getattr(layer, "num_batches_tracked", None) is not None:
         layer.num_batches_tracked.copy_(facts.steps)
-
-
-def _is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)

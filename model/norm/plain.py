@@ -105,6 +105,3 @@ class _SumOverRanks(torch.autograd.Function):
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         return total
-
-
-__all__ = ["GroupNorm2d", "InstanceNorm2d", "LayerNorm2d", "SyncBatchNorm"]

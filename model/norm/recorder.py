@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from model.norm.facts import is_norm, read_facts
-from model.norm.kernels import dot_and_sum, same_format
+from model.norm.kernels import dot_and_sum, same_format, wide_type
 from model.norm.mabn import MABN2d
 from utils.errors import unknown
 
@@ -45,7 +45,7 @@ class StatisticsRecorder:
         x = inputs[0].detach()
         if not norm.training or not x.numel():
             return
-        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x.to(wide_type(x.dtype)), dim=(0, 2, 3), correction=0)
         self._latest.update(mean=mean, var=var)
         if not output.requires_grad:
             return

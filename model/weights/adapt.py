@@ -1,14 +1,14 @@
 """Weights to start from, for a model that isn't quite theirs: several experts, norms without running statistics."""
 from __future__ import annotations
 
-import logging
 import re
 
 import torch
 
+from logger.log import get_logger
 from utils.seed import generator
 
-log = logging.getLogger("ltr.remap")
+log = get_logger("remap")
 
 OWN_PARTS = re.compile(r"backbone\.(?:experts|layer\ds|linears)\.([1-9]\d*)\.")
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")

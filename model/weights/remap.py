@@ -8,7 +8,6 @@ SupCon, Lightning modules, mmpretrain) puts one prefix before its ResNet's keys 
 """
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -19,13 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from logger.log import get_logger
 from model.norm import MABN2d
 from model.weights.adapt import tell_apart, without_statistics
 from model.weights.efficientnet import from_efficientnet
 from utils.checkpoint.store import find_weights, load_checkpoint, strip_module
 from utils.errors import ConfigError
 
-log = logging.getLogger("ltr.remap")  # a child of the project's logger, which shows and keeps what is said
+log = get_logger("remap")
 
 Weights = dict[str, torch.Tensor]
 PREFIX = "backbone."

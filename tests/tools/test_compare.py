@@ -112,9 +112,9 @@ def test_files(compared):
     assert "ride/fast" in html and '<td class="num best">90.0</td>' in html and "<script" not in html
 
 
-def test_markdown_to_stdout_sorted(saved, run_cli):
-    done = run_cli(["-m", "tools.compare", saved, "--markdown", "-", "--sort", "seconds", "--no_costs", "--only_means"],
-                   check=True)
+def test_markdown_to_stdout_sorted(saved, call_cli):
+    done = call_cli(["-m", "tools.compare", saved, "--markdown", "-", "--sort", "seconds", "--no_costs",
+                     "--only_means"], check=True)
     assert "| ride/fast |" in done.stdout and "ce/seed0" not in done.stdout
 
 
@@ -122,9 +122,9 @@ def test_markdown_to_stdout_sorted(saved, run_cli):
     (["nowhere"], "nowhere: no such folder"), (["{empty}"], "holds no runs"),
     (["{saved}", "--sort", "fwe"], "did you mean 'few'?"), (["{saved}", "--cvs", "x"], "--cvs"),
 ])
-def test_a_mistake_is_one_line(args, said, saved, run_cli, tmp_path):
+def test_a_mistake_is_one_line(args, said, saved, call_cli, tmp_path):
     names = {"{saved}": str(saved), "{empty}": str(tmp_path)}
-    done = run_cli(["-m", "tools.compare", *(names.get(arg, arg) for arg in args)])
+    done = call_cli(["-m", "tools.compare", *(names.get(arg, arg) for arg in args)])
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -176,10 +176,10 @@ def test_help(script, run_cli):
         assert "--classifier" in done.stdout
 
 
-def test_mistakes_write_nothing(run_cli, tmp_path, root):
+def test_mistakes_write_nothing(call_cli, tmp_path, root):
     for argv in (["--epochs", "0"], ["--set", "arch.args.num_expert=3"], ["--epoch", "1"], ["--lr", "inf"],
                  ["--add_bt_teacher", "1"], ["-d", "gpu"]):
-        done = run_cli([root / "train.py", "-c", root / CONFIG, "--save_dir", tmp_path / "saved", *argv], cwd=tmp_path)
+        done = call_cli(["train.py", "-c", root / CONFIG, "--save_dir", tmp_path / "saved", *argv], cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", done
     assert list(tmp_path.iterdir()) == []
 

@@ -96,10 +96,10 @@ def test_flags(tmp_path, root):
     assert measured_shares(tmp_path / "x.pth") == [0.4, 0.6]
 
 
-def test_commands(run_cli, digits_run, tmp_path):
-    done = run_cli(["-m", "tools.gflops", "-c", "configs/cifar100_lt_ride_ea.json", "--ea", "40.99,9.47,49.54",
-                    "--num_experts", "3", "--json", tmp_path / "cost.json"], check=True)
+def test_commands(call_cli, digits_run, tmp_path):
+    done = call_cli(["-m", "tools.gflops", "-c", "configs/cifar100_lt_ride_ea.json", "--ea", "40.99,9.47,49.54",
+                     "--num_experts", "3", "--json", tmp_path / "cost.json"], check=True)
     assert "mean of 41.0 / 9.5 / 49.5 %" in done.stdout and "expert 3, stage 3" in done.stdout
     assert 0.07 < json.loads((tmp_path / "cost.json").read_text())["gmacs"] < 0.08
-    done = run_cli(["-m", "tools.gflops", "-r", digits_run.checkpoint], check=True)
+    done = call_cli(["-m", "tools.gflops", "-r", digits_run.checkpoint], check=True)
     assert "32 x 32, 10 classes" in done.stdout

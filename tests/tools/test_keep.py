@@ -39,7 +39,7 @@ def kept(digits_run, tmp_path_factory):
     return folder
 
 
-def test_a_kept_run_is_what_it_was(kept, digits_run, run_cli):
+def test_a_kept_run_is_what_it_was(kept, digits_run, call_cli):
     assert sorted(path.name for path in kept.iterdir()) == [
         "config.json", "metrics.csv", "test_metrics.json", "timing.csv", "weights.pth"]
     before = json.loads((digits_run.models / "test_metrics.json").read_text())
@@ -50,7 +50,7 @@ def test_a_kept_run_is_what_it_was(kept, digits_run, run_cli):
     assert str(digits_run.models.parent.parent.parent) not in json.dumps(loaded["config"])
     again = kept.parent.parent / "again"
     shutil.copytree(kept, again)
-    run_cli(["test.py", "-r", again / "weights.pth", "--data_dir", again, "-d", "cpu"], check=True)
+    call_cli(["test.py", "-r", again / "weights.pth", "--data_dir", again, "-d", "cpu"], check=True)
     after = json.loads((again / "test_metrics.json").read_text())
     assert after["n_samples"] == before["n_samples"] and abs(after["accuracy"] - before["accuracy"]) <= 0.004
     assert after["loss"] == pytest.approx(before["loss"], rel=0.01) if before.get("loss") else True
@@ -96,8 +96,8 @@ def test_no_kept_run_names_a_place():
         assert not re.search(r'"/', file.read_text()), file
 
 
-def test_the_readmes_table(kept, run_cli):
-    text = run_cli(["-m", "tools.compare", kept.parent, "--readme"], check=True).stdout
+def test_the_readmes_table(kept, call_cli):
+    text = call_cli(["-m", "tools.compare", kept.parent, "--readme"], check=True).stdout
     head, _, first, second = text.strip().splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == [
         "run", "method", "params M", "epochs", "minutes", "all %", "many", "medium", "few", "ECE %", "command"]
@@ -120,8 +120,8 @@ def test_seeds_tested_by_training_and_by_test_py_are_one_method():
     assert sameness(by_end) == sameness(by_test) != sameness(by_tau)
 
 
-def test_each_kept_run_has_a_row(kept, run_cli):
-    text = run_cli(["-m", "tools.compare", kept.parent, "--no_costs"], check=True).stdout
+def test_each_kept_run_has_a_row(kept, call_cli):
+    text = call_cli(["-m", "tools.compare", kept.parent, "--no_costs"], check=True).stdout
     assert "results/digits_ride_s0" in text and "results/digits_minus_router_s0" in text and "mean of 2 seeds" in text
 
 
@@ -150,8 +150,8 @@ def test_a_second_stage_begins_from_the_kept_first(method, first, named, flag, t
     assert starts_from(rows[1], rows) == flag
 
 
-def test_the_curves(kept, run_cli, tmp_path):
-    run_cli(["-m", "tools.compare", kept.parent, "--curves", tmp_path / "new" / "curves.png"], check=True)
+def test_the_curves(kept, call_cli, tmp_path):
+    call_cli(["-m", "tools.compare", kept.parent, "--curves", tmp_path / "new" / "curves.png"], check=True)
     with Image.open(tmp_path / "new" / "curves.png") as picture:
         assert picture.width > 900 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
 

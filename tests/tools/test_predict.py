@@ -104,10 +104,10 @@ def test_folder_to_csv_json_and_gallery(digits_run, photos, tmp_path, run_cli):
 
 @pytest.mark.parametrize("name, status, said", [("broken.jpg", 1, "broken.jpg"), ("gone.png", 2, "no such file"),
                                                 ("empty", 2, "no image")])
-def test_exit_status(digits_run, photos, run_cli, name, status, said):
+def test_exit_status(digits_run, photos, call_cli, name, status, said):
     folder = photos[0]
     (folder / "empty").mkdir(exist_ok=True)
-    done = run_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, folder / name, "-d", "cpu"])
+    done = call_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, folder / name, "-d", "cpu"])
     assert done.returncode == status
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -208,11 +208,11 @@ def test_open_set_list(photos, tmp_path):
             read_open_set(file)
 
 
-def test_open_set_through_test_py(digits_run, photos, tmp_path, run_cli):
+def test_open_set_through_test_py(digits_run, photos, tmp_path, call_cli):
     shutil.copy(digits_run.checkpoint, tmp_path / "model.pth")
     file = photos[0] / "others.txt"
     file.write_text("".join(f"{n}.png -1\n" for n in range(5)))
-    run_cli(["test.py", "-r", tmp_path / "model.pth", "-d", "cpu", "--open_set", file, "--open_threshold", "0.3"],
-            check=True)
+    call_cli(["test.py", "-r", tmp_path / "model.pth", "-d", "cpu", "--open_set", file, "--open_threshold", "0.3"],
+             check=True)
     found = json.loads((tmp_path / "test_metrics.json").read_text())["open_set"]
     assert found["unknown_images"] == 5 and found["threshold"] == 0.3 and 0 <= found["f_measure"] <= 1

@@ -203,7 +203,7 @@ def test_from_the_command_line(tmp_path, run_cli):
     (["nowhere.json"], "nowhere.json: no such file"), (["{path}", "--gpus", "0", "-d", "cpu"], "leave out -d"),
     (["{path}", "--gpus", "x"], "GPU numbers"),
 ])
-def test_a_mistake_is_one_line(args, said, tmp_path, run_cli):
+def test_a_mistake_is_one_line(args, said, tmp_path, call_cli):
     path = write(tmp_path, methods={"ce": {}})
-    done = run_cli(["-m", "tools.sweep", *(arg.replace("{path}", path) for arg in args)])
+    done = call_cli(["-m", "tools.sweep", *(arg.replace("{path}", path) for arg in args)])
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

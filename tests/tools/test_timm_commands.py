@@ -13,24 +13,24 @@ pytest.importorskip("timm")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, run_cli):
+def trained(tmp_path_factory, call_cli):
     saved = tmp_path_factory.mktemp("timm")
-    done = run_cli(["train.py", "-c", "configs/digits_lt_timm.json", "--epochs", "1", "--num_experts", "2", "--add_bt",
-                    "1", "--save_dir", saved, "--run_id", "run", "-d", "cpu", "--set",
-                    "arch.args.model_name=test_efficientnet", "--set", "arch.args.norm=NBN"], check=True)
+    done = call_cli(["train.py", "-c", "configs/digits_lt_timm.json", "--epochs", "1", "--num_experts", "2", "--add_bt",
+                     "1", "--save_dir", saved, "--run_id", "run", "-d", "cpu", "--set",
+                     "arch.args.model_name=test_efficientnet", "--set", "arch.args.norm=NBN"], check=True)
     assert "each expert has its own blocks.4, conv_head, bn2" in done.stdout
     return saved / "models" / "digits_lt_timm" / "run" / "checkpoint-epoch1.pth"
 
 
-def test_a_checkpoint_needs_no_weights_and_no_network(trained, run_cli):
+def test_a_checkpoint_needs_no_weights_and_no_network(trained, call_cli):
     """`weights: true` said to a checkpoint isn't followed: there is nothing to fetch."""
     before = json.loads((trained.parent / "test_metrics.json").read_text())
-    done = run_cli(["test.py", "-r", trained, "-d", "cpu", "--set", "arch.args.weights=true"], check=True)
+    done = call_cli(["test.py", "-r", trained, "-d", "cpu", "--set", "arch.args.weights=true"], check=True)
     after = json.loads((trained.parent / "test_metrics.json").read_text())
     assert done.stderr == "" and after["accuracy"] == before["accuracy"]
 
 
-def test_facts_predictions_and_export(trained, tmp_path, run_cli):
+def test_facts_predictions_and_export(trained, tmp_path):
     from tools import export, predict
     from tools.session import open_run
     run = open_run(trained)

@@ -91,9 +91,10 @@ class BatchAttention(Hook):
     def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:
         from logger.figures.matrices import attention
         from logger.figures.style import to_array
-        writer, shares = self.run.writer, self.attention.shares()
+        writer = self.run.writer
         if not writer:
             return
+        shares = self.attention.shares()
         for i, row in enumerate(GROUPS):
             for j, column in enumerate(GROUPS):
                 writer.add_scalar(f"attention_{row}_to_{column}/train", float(shares[i, j]), epoch)

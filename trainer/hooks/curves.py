@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from logger.figures.facts import BY_IMAGE
+from logger.figures.facts import BY_IMAGE, RunFacts
 from logger.log import get_logger
+from logger.metrics_csv import read_table
 from trainer.hooks.base import Hook, Run
 from utils import dist
 
@@ -91,10 +92,18 @@ class Figures(Hook):
         if not self.run.writer:
             return
         try:
-            from logger.figures.drawings import facts_of_training, figures_to_tensorboard
-            figures_to_tensorboard(self.run.writer, facts_of_training(self.run, result), self.run.last_epoch)
+            from logger.figures.drawings import figures_to_tensorboard
+            figures_to_tensorboard(self.run.writer, self._facts(result), self.run.last_epoch)
         except Exception as error:  # nothing that goes wrong here may end the run
             log.warning("no figures in TensorBoard (trainer.figures): %s", " ".join(f"{error}".split()) or repr(error))
+
+    def _facts(self, result: dict[str, Any]) -> RunFacts:
+        """What is known of the training that has just ended; result: what `evaluate(keep=True)` gave."""
+        from logger.figures.norms import norm_facts
+        run, data = self.run, self.run.data_facts
+        history = read_table(run.paths.log / "metrics.csv") if run.paths else []
+        return RunFacts(run.config, result, list(data["cls_num_list"]), data.get("class_names"), history,
+                        norm_facts(run.model))
 
 
 def gather_images(result: dict[str, Any]) -> dict[str, Any]:

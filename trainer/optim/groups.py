@@ -67,7 +67,7 @@ def is_hidden_matrix(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     return hidden
 
 
-def nothing_left(groups: list[dict[str, Any]]) -> None:
+def check_some_trained(groups: list[dict[str, Any]]) -> None:
     """Raises ConfigError where there is nothing to train."""
     if not groups:
         raise ConfigError("optimizer: nothing to train, every parameter is frozen")

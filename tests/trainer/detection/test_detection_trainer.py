@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from base.run_paths import new_run
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, call_python
 from tests.scenes import SCENES, SMALL, coco_content
 from trainer.detection.evaluate import KINDS
 from trainer.detection.trainer import DetectionTrainer
@@ -144,35 +144,35 @@ def flags(**more):
 
 
 def test_a_coco_config_passes_its_dry_run_on_three_pictures(coco_folder):
-    done = run_python(["train.py", "-c", f"configs/{CONFIGS[0]}.json", "--data_dir", coco_folder(), "--dry_run", "-d",
-                       "cpu", *flags()], check=True)
+    done = call_python(["train.py", "-c", f"configs/{CONFIGS[0]}.json", "--data_dir", coco_folder(), "--dry_run", "-d",
+                        "cpu", *flags()], check=True)
     assert "a training step on 2 images" in done.stdout and "nothing was written" in done.stdout
 
 
 def test_a_wrong_annotation_ends_the_command_with_one_line(coco_folder):
     content = coco_content()
     content["annotations"][0]["category_id"] = 5
-    done = run_python(["train.py", "-c", f"configs/{CONFIGS[2]}.json", "--data_dir", coco_folder(content), "-d", "cpu",
-                       *flags()])
+    done = call_python(["train.py", "-c", f"configs/{CONFIGS[2]}.json", "--data_dir", coco_folder(content), "-d", "cpu",
+                        *flags()])
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "annotation 1: unknown category 5" in done.stderr
 
 
 def test_train_and_test_from_the_command_line(scenes, tmp_path):
     scene = {f"data_loader.args.{key}": value for key, value in SCENES.items()}
-    run_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_mabn.json", "--data_dir", scenes, "--save_dir",
-                tmp_path, "--run_id", "a", "--epochs", 1, "-d", "cpu", *flags(**scene)], check=True)
+    call_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_mabn.json", "--data_dir", scenes, "--save_dir",
+                 tmp_path, "--run_id", "a", "--epochs", 1, "-d", "cpu", *flags(**scene)], check=True)
     models = tmp_path / "models/digit_scenes_maskrcnn_mabn/a"
-    done = run_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu"], check=True)
+    done = call_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu"], check=True)
     assert "AP50" in done.stdout
     figures = json.loads((models / "test_metrics.json").read_text())
     for kind in KINDS:
         assert 0 <= figures[f"{kind}_AP"] <= 1 and len(figures[f"{kind}_per_class_AP"]) == 10
         assert f"{kind}_AP_few" in figures
         assert isinstance(json.loads((models / f"detections_{kind}.json").read_text()), list)
-    run_python(["-m", "tools.report", models, "-d", "cpu"], check=True)
+    call_python(["-m", "tools.report", models, "-d", "cpu"], check=True)
     assert "bbox AP50" in (models / "report.html").read_text()
-    refused = run_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu", "--classifier", "ncm"])
+    refused = call_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu", "--classifier", "ncm"])
     assert refused.returncode == 2 and "--classifier" in refused.stderr
 
 
