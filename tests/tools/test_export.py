@@ -37,7 +37,7 @@ def small_run(kind="ResNet10Model", **args):
                            checkpoint={"data": {"preprocess": PREPROCESS, "class_names": list("abcde")}})
 
 
-def test_onnx_of_a_run(digits_run, tmp_path, run_cli):
+def test_onnx_of_a_run(digits_run, tmp_path, run_cli, call_cli):
     """The command, the file, and the program that the page on own data shows for it."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -65,8 +65,8 @@ def test_onnx_of_a_run(digits_run, tmp_path, run_cli):
     found = classify(run.model, [str(tmp_path / "photo.jpg")], run.data["preprocess"]).found[0]
     assert said == str(found.classes[0])
 
-    run_cli(["-m", "tools.predict", "-r", tmp_path / "model.onnx", tmp_path / "photo.jpg", "--csv", tmp_path / "x.csv"],
-            check=True)
+    call_cli(["-m", "tools.predict", "-r", tmp_path / "model.onnx", tmp_path / "photo.jpg", "--csv",
+              tmp_path / "x.csv"], check=True)
     (row,) = csv.DictReader((tmp_path / "x.csv").open())
     assert row["class"] == said and float(row["probability"]) == pytest.approx(found.probabilities[0], abs=1e-4)
     assert row["experts"] == "" == row["agreement"], "the file doesn't say how many there were"

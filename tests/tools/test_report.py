@@ -43,10 +43,10 @@ def test_one_page_that_needs_no_network(page, run_copy):
     assert {"groups", "classes", "training", "confusion", "reliability", "experts", "group_confusion"} <= pictures
 
 
-def test_its_numbers_are_test_pys(page, run_copy, run_cli):
+def test_its_numbers_are_test_pys(page, run_copy, call_cli):
     """test.py --report writes the same page, from the evaluation that test.py made anyway."""
     checkpoint = sorted(run_copy.glob("checkpoint-*.pth"))[-1]
-    done = run_cli(["test.py", "-r", checkpoint, "-d", "cpu", "--report"], check=True)
+    done = call_cli(["test.py", "-r", checkpoint, "-d", "cpu", "--report"], check=True)
     assert str(run_copy / "report.html") in done.stdout
     figures = json.loads((run_copy / "test_metrics.json").read_text())
     assert "predictions" not in figures
@@ -70,8 +70,8 @@ def test_how_to_do_it_again(page, run_copy):
     ([], "the following arguments are required: RUN"),
     (["{run}", "--checkpoint", "checkpoint-epoch99.pth"], "checkpoint-epoch2.pth"),
 ])
-def test_a_mistake_is_one_line(args, said, run_copy, run_cli, tmp_path):
-    done = run_cli(["-m", "tools.report", *(arg.replace("{run}", str(run_copy)) for arg in args)])
+def test_a_mistake_is_one_line(args, said, run_copy, call_cli, tmp_path):
+    done = call_cli(["-m", "tools.report", *(arg.replace("{run}", str(run_copy)) for arg in args)])
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
 
