@@ -175,7 +175,7 @@ def test_two_processes():
     workers = [context.Process(target=_two_ranks, args=(rank, port, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    results = sorted((queue.get(timeout=60) for _ in workers), key=lambda item: item[0])
+    results = sorted((queue.get(timeout=240) for _ in workers), key=lambda item: item[0])
     for worker in workers:
         worker.join(30)
     assert all(len(result) == 6 for result in results), results
