@@ -166,7 +166,8 @@ def _reconstructed(cls: Any, base: Any, state: Any = None) -> Inert:
 
 def _storage(data: bytes) -> torch.TypedStorage:
     """`torch.storage._load_from_bytes`: how a plain pickle holds a tensor's data, as a whole file in bytes."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         storage = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(storage, torch.TypedStorage):
         raise Refused("its tensors aren't stored as tensors")

@@ -104,6 +104,7 @@ def _by_torch(path: Path, names: set[str]) -> Any:
     if system := sorted(name for name in names if name.partition(".")[0] in ("os", "posix", "nt", "sys")):
         raise Refused(f"it would run code: {system[0][:100]}")  # torch's reader takes no stand-in for these
     made = [(kind, kind.__name__) for kind in STATEFUL]  # objects that may be given their state
-    with _READING, warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(
+    with _READING, warnings.catch_warnings(), torch.serialization.safe_globals(
             [*made, *((KNOWN.get(name) or stand_in(name), name) for name in names)]):
+        warnings.simplefilter("ignore")
         return settled(torch.load(path, map_location="cpu", weights_only=True))
