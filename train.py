@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.stop import StopRequest
 from tools.flags import parse_train
 from utils.cli import run_main
 from utils.config.load import check_second_stage, load_config
 from utils.config.outside import outside_flags
 from utils.errors import ConfigError
-from utils.stop import StopRequest
 
 if TYPE_CHECKING:
     from base.run_paths import RunPaths

@@ -18,6 +18,7 @@ from torch import nn
 
 from base.resumable import Resumable
 from base.run_paths import RunPaths
+from base.stop import StopRequest
 from logger.log import get_logger, log_to_file
 from logger.metrics_csv import MetricsCSV
 from logger.tensorboard import make_writer
@@ -27,7 +28,6 @@ from utils.config.schema import TRAINER, defaults
 from utils.device import peak_memory
 from utils.errors import ConfigError, RunError
 from utils.files import write_json
-from utils.stop import StopRequest
 
 log = get_logger()
 

@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from base.base_data_loader import AUGMENT
+from base.stop import STOPS
 from data_loader.images import read_rgb, shown
 from data_loader.memory import MemoryImages
 from data_loader.transforms import (
@@ -33,7 +34,6 @@ from data_loader.transforms import (
 from logger.text import count_of
 from utils.errors import ConfigError, RunError
 from utils.seed import mix, numpy_rng
-from utils.stop import STOPS
 
 NAMED = 10              # images that can't be read and are named
 LOOK_ON = 60            # seconds in which others are looked for

@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from base.stop import STOPS
 from utils.dist import LAUNCHED_HERE
 from utils.errors import RunError
-from utils.stop import STOPS
 
 #: Seconds that workers have, after a SIGTERM or SIGINT, to finish their step and save.
 PATIENCE_S = 120

@@ -30,11 +30,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from base.stop import STOPS
 from tools.cli import Parser, check_device
 from tools.sweep_grid import Job, check_origins, check_unchanged, evaluation_command, read_sweep, train_command
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError
-from utils.stop import STOPS
 
 
 class Runner:

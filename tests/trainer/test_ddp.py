@@ -215,7 +215,7 @@ def test_the_launcher_passes_a_sigusr1_on(root, tmp_path):
     """To the launcher alone, as `scancel --signal=USR1 --batch` sends it: its workers are told."""
     (tmp_path / "worker.py").write_text(
         f"import sys; sys.path.insert(0, {str(root)!r})\n"
-        "import time\nfrom tools.launch import note_stop\nfrom utils.stop import StopRequest\n"
+        "import time\nfrom tools.launch import note_stop\nfrom base.stop import StopRequest\n"
         "with StopRequest() as stop:\n    print('ready', flush=True)\n"
         "    while stop.signal is None:\n        time.sleep(0.05)\nnote_stop()\n")
     code = f"from tools.launch import run_workers; raise SystemExit(run_workers(1, [{str(tmp_path / 'worker.py')!r}]))"

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
+from base.stop import StopRequest
 from tools import session
 from trainer.trainer import Trainer
-from utils.stop import StopRequest
 
 
 @pytest.fixture(scope="module")

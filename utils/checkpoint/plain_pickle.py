@@ -225,16 +225,20 @@ def full_name(module: str, name: str) -> str:
     return ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
 
 
+def check_memo(program: bytes) -> None:
+    """Refuse what would have Python's unpickler use tables of its own, or memory without end."""
+    for operation, argument, _ in pickletools.genops(program):
+        if operation.name.startswith("EXT"):
+            raise Refused(f"it uses the pickle operation {operation.name}, which plain data never needs")
+        if operation.name in ("PUT", "LONG_BINPUT") and argument > len(program):
+            raise Refused("it unpacks to far more data than it holds")
+
+
 def loads(program: bytes, storage: Callable[[Any], Any] | None = None, objects: bool = True) -> Any:
-    """The object in a pickle's bytes. `storage` gives the tensors' memory that it refers to; without `objects` only
-    containers, numbers, text, arrays and tensors are read. Raises Refused.
-    """
+    """The object in a pickle's bytes; Refused where it isn't plain. `storage` gives the memory that tensors refer to;
+    without `objects` only containers, numbers, text, arrays and tensors are read."""
     try:
-        for operation, argument, _ in pickletools.genops(program):
-            if operation.name.startswith("EXT"):
-                raise Refused(f"it uses the pickle operation {operation.name}, which plain data never needs")
-            if operation.name in ("PUT", "LONG_BINPUT") and argument > len(program):
-                raise Refused("it unpacks to far more data than it holds")
+        check_memo(program)
         return settled(_Pickle(program, storage, objects).load())
     except Refused:
         raise
@@ -243,10 +247,8 @@ def loads(program: bytes, storage: Callable[[Any], Any] | None = None, objects: 
 
 
 def read_arrays(path: str | PathLike) -> Any:
-    """The containers, numbers, text and numpy arrays pickled in `path`; text of Python 2 is read as latin-1.
-
-    Raises ConfigError, naming the file, where it is missing or damaged, or holds anything else.
-    """
+    """The containers, numbers, text and numpy arrays pickled in `path`; text of Python 2 is read as latin-1. Raises
+    ConfigError, naming the file, where it is missing or damaged, or holds anything else."""
     try:
         return loads(Path(path).read_bytes(), objects=False)
     except OSError as error:

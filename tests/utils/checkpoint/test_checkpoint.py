@@ -303,7 +303,8 @@ def test_forged_archive_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    dict(numel=3), dict(size=b"K\x03\x85"), dict(offset=b"K\x01"), dict(stride=b"K\x02\x85"), dict(key=b"1"),
+    dict(numel=3), dict(numel=200, size=b"K\xc8\x85"), dict(size=b"K\x03\x85"),
+    dict(offset=b"K\x01"), dict(stride=b"K\x02\x85"), dict(key=b"1"),
     dict(size=b"J\xff\xff\xff\xff\x85"), dict(offset=b"J\xff\xff\xff\xff"), dict(stride=b"K\x01K\x01\x86"),
     dict(size=b"\x8a\x08\0\0\0\0\0\0\0\x40\x85", stride=b"K\x00\x85"), dict(size=b"X\x01\0\0\0a\x85"),
     dict(offset=b"N"),
