@@ -215,7 +215,7 @@ def facts_of(run: Any) -> dict[str, Any]:
     from data_loader.transforms import test_preprocess
     from tools.session import input_of
     known = run.checkpoint.get("data")
-    spec = run.config["data_loader"]
+    spec = run.config.get("data_loader") or {}
     args = spec.get("args") or {}
     size, wanted = args.get("image_size"), input_of(run.config)
     if isinstance(known, dict) and isinstance(known.get("preprocess"), dict):

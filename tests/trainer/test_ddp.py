@@ -199,15 +199,16 @@ def test_a_rank_that_dies_ends_the_job_with_its_error_first(runs, root, tmp_path
     assert "gloo" not in err  # the other rank's broken connection isn't what to look at
 
 
-def test_a_mistake_under_the_launcher_is_one_line(runs, monkeypatch, capfd):
+def test_a_mistake_under_the_launcher_is_one_line(runs, tmp_path, monkeypatch, capfd):
     """`n_gpu: 2` on a machine with two GPUs, as the launcher sees it; its workers find none and train on the CPU."""
     monkeypatch.setattr(device, "gpu_count", lambda: 2)
     argv = ["-c", str(runs.config(n_gpu=2, loss={"type": "LDAMLoss", "args": {"max_m": -1.0}},
-                                  data_loader={"args": {"data_dir": "/nowhere/at/all"}})), "--run_id", "x"]
+                                  data_loader={"args": {"data_dir": str(tmp_path / "empty")}})), "--run_id", "x"]
+    (tmp_path / "empty").mkdir()
     monkeypatch.delenv("RANK", raising=False)
     assert train.main(argv) == 2
     said = capfd.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "/nowhere/at/all" in said[0]
+    assert len(said) == 1 and str(tmp_path / "empty") in said[0]
     assert not (runs.save_dir / "models").exists()
 
 
