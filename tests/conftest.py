@@ -115,3 +115,14 @@ def digits_trainer():
 def digits_run(tmp_path_factory) -> Run:
     """Two epochs of RIDE with 3 experts on digits-LT, trained once for all tests. Read from it; don't write to it."""
     return train_digits(tmp_path_factory.mktemp("digits_run"), "run", figures=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """What needs an optional package is skipped where it isn't installed."""
+    try:
+        return (yield)
+    except Exception as error:
+        if type(error).__name__ != "MissingPackage":
+            raise
+        pytest.skip(str(error))
