@@ -117,10 +117,9 @@ def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
     loose = sum(is_image(name) and (root / name).is_file() for name in os.listdir(root))
     if loose:
         notes.append(left_out(root, f"{count_of(loose, 'image', 'images')} beside the folders of splits"))
-    with os.scandir(root) as entries:
-        others = sorted(entry.name for entry in entries if entry.is_dir() and root / entry.name not in known
-                        and not is_system(entry.name))
-    for name in others:
+    for name in folders_in(root):
+        if root / name in known or is_system(name):
+            continue
         count = sum(is_image(file) for _, _, files in os.walk(root / name) for file in files)
         if count:
             notes.append(left_out(root / name, f"{count_of(count, 'image', 'images')} in no split"))

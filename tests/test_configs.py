@@ -208,8 +208,6 @@ def test_model_and_loss_build(path):
     from model.model import build_model
 
     config = read(path.stem)
-    if config["arch"]["type"] == "TimmModel":
-        pytest.importorskip("timm")
     num_classes = config["arch"]["args"].get("num_classes", 7)
     with torch.device("meta"):  # shapes and names only: 8,142-class teachers would fill a small machine's memory
         model = build_model(config["arch"], num_classes, bare=True)

@@ -295,4 +295,4 @@ def _report_shift(module: nn.Module, type: str, before: list[torch.Tensor], afte
     else:
         module.norm_shift = {"relative": float("nan"), "max": float("nan")}
     log.info("norm converted to %s: outputs moved by %.3g of their size, %.3g at most", type,
-              module.norm_shift["relative"], module.norm_shift["max"])
+             module.norm_shift["relative"], module.norm_shift["max"])

@@ -77,16 +77,15 @@ def _read_archive(path: Path) -> Any:
             program = archive.read(outlines[0])
             storages: dict[str, torch.TypedStorage] = {}
 
-            def check(identifier: Any) -> None:
-                _, kind, key, _, numel = identifier
-                if entries[f"{root}/data/{key}"].file_size < numel * kind.dtype.itemsize:
+            def check(key: str, dtype: torch.dtype, numel: int) -> None:
+                if entries[f"{root}/data/{key}"].file_size < numel * dtype.itemsize:
                     raise Refused(f"it is damaged: tensor data {key} is too short")
 
             def storage(identifier: Any) -> torch.TypedStorage:
                 _, kind, key, _, numel = identifier
-                raw, dtype = archive.read(f"{root}/data/{key}"), _STORAGES[kind.name]
-                if len(raw) < numel * dtype.itemsize:
-                    raise Refused(f"it is damaged: tensor data {key} is too short")
+                dtype = _STORAGES[kind.name]
+                check(key, dtype, numel)
+                raw = archive.read(f"{root}/data/{key}")
                 memory = torch.frombuffer(bytearray(raw or b"0"), dtype=torch.uint8).untyped_storage()
                 return storages.setdefault(key, torch.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True))
             try:
@@ -113,10 +112,14 @@ class _Part:
 class _Storages(Unpickler):
     """Walks through an outline for nothing but the storages that it refers to."""
 
-    def __init__(self, program: bytes, check: Callable[[Any], None]):
+    def __init__(self, program: bytes, check: Callable[[str, torch.dtype, int], None]):
         check_memo(program)
         super().__init__(BytesIO(program), encoding="latin1")
-        self.persistent_load = check
+        self.check = check
+
+    def persistent_load(self, identifier: Any) -> None:
+        _, kind, key, _, numel = identifier
+        self.check(key, kind.dtype, numel)
 
     def find_class(self, module: str, name: str) -> type[_Part]:
         return type(name, (_Part,), {"dtype": _STORAGES.get(f"torch.{name}", torch.uint8)})
