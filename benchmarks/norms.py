@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from benchmarks.timing import begin, finish, interleave, parser, spread, timed
+from model.native.build import compiler
 from model.norm import BatchRenorm2d, MABN2d, NormalizedBatchNorm2d, compile_norms, convert_norm, fold_norm
 from model.norm.grouped import GroupedBatchNorm2d
-from model.norm.native import compiler
 from tools.allocator import keep_freed_memory
 from trainer.precision import autocast, choose_precision
 

@@ -1,20 +1,21 @@
 """A training epoch, data and validation included, against RIDE's own loop; and what the parts of a recipe cost.
 
-    python -m benchmarks.train_step [--data_dir DIR] [--threads N] [--steps N] [--rounds N] [--only loop|parts|norms]
+    python -m benchmarks.train_step [--data_dir DIR] [--threads N] [--steps N] [--rounds N] [--only loop|parts|layers]
                                     [--profile] [--cpu-time] [--json FILE]
 
 The loop: RIDE with 3 experts and BatchFormer on CIFAR-100-LT, ResNet-32, batch 128. Both sides train the same network
 on the same images with the same loss and validate it on the test images, each in a process of its own. They take turns
 of `--steps` training steps and the same share of the validation. Ours is the trainer as `train.py` runs it, in float32
-and with `trainer.amp` "auto", that also with `trainer.compile` "norms" where there is a C++ compiler; the original is
-`benchmarks.original`. Without `--data_dir` the images are noise, as many as CIFAR-100-LT has: the pixels don't matter
-for the speed.
+and with `trainer.amp` "auto", where there is a C++ compiler that also with `trainer.compile` "norms", and in float32
+with "layers"; the original is `benchmarks.original`. Without `--data_dir` the images are noise, as many as CIFAR-100-LT
+has: the pixels don't matter for the speed.
 
 The parts: what the average of the weights, Muon in place of SGD and a policy of augmentation in place of the rotation
 add to that training. Each is timed where it runs, inside training steps (a policy: over whole epochs of its loader),
 since a hundredth of a step is less than one step differs from the next.
 
-The norms (`--only norms`): training steps with `trainer.compile: "norms"` and without, each in a process of its own.
+The layers (`--only layers`): training steps with `trainer.compile` "norms", in float32 "layers", and without, each in a
+process of its own.
 
 `--cpu-time` counts CPU seconds instead of wall time, all in one thread and one process a side, for machines that are
 busy with something else.
@@ -35,7 +36,7 @@ import torch
 from benchmarks.sides import BATCH, COUNTS, SIDES
 from benchmarks.timing import Timing, begin, finish, interleave, parser, spread
 from data_loader.policies import DRAWS
-from model.norm.native import compiler
+from model.native.build import compiler
 from trainer.precision import choose_precision
 
 #: What we hold ourselves to, as ratios: whole epochs with bf16 and without, and what parts may cost.
@@ -85,6 +86,7 @@ def compare_loops(args: argparse.Namespace, precision: str) -> dict[str, Any]:
         shown["ours, auto"] = f"ours, {precision}"
     if compiler():
         shown["ours, compiled norms"] = f"ours, {'float32' if precision == 'off' else precision}, compiled norms"
+        shown["ours, compiled layers"] = "ours, float32, compiled layers"
     with contextlib.ExitStack() as stack:
         sides = {name: stack.enter_context(Side(name, args)) for name in shown}
         timing = interleave({name: partial(side.ask, "go") for name, side in sides.items()}, args.rounds or 5,
@@ -120,19 +122,21 @@ def compare_parts(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def compare_norms(args: argparse.Namespace, precision: str) -> dict[str, Any]:
-    """Training steps with norms in C++ and without."""
+def compare_layers(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Training steps with norms, or norms and convolutions, in C++ and without."""
     results: dict[str, Any] = {}
     for amp in ("off", *(["auto"] if precision != "off" else [])):
+        names = ("without", "norms", *(["layers"] if amp == "off" else []))
         with contextlib.ExitStack() as stack:
-            sides = {name: stack.enter_context(Side(f"{name}, {amp}", args)) for name in ("without", "norms")}
+            sides = {name: stack.enter_context(Side(f"{name}, {amp}", args)) for name in names}
             timing = interleave({name: partial(side.ask, "go") for name, side in sides.items()}, args.rounds or 7,
                                 warmup=1, budget=120)
         shown = "float32" if amp == "off" else precision
-        results[shown] = {"speed_up": timing.speed_up("norms", "without"),
-                          "step_s": {name: timing.median(name) / args.steps for name in sides}}
-        print(f"trainer.compile \"norms\", {shown}: {spread(results[shown]['speed_up'])} as fast as without, "
-              f"{results[shown]['step_s']['without']:.3f} s a step there")
+        results[shown] = {"speed_up": {name: timing.speed_up(name, "without") for name in names[1:]},
+                          "step_s": {name: timing.median(name) / args.steps for name in names}}
+        for name in names[1:]:
+            print(f"trainer.compile \"{name}\", {shown}: {spread(results[shown]['speed_up'][name])} as fast as "
+                  f"without, {results[shown]['step_s']['without']:.3f} s a step there")
     return results
 
 
@@ -140,7 +144,7 @@ def main() -> int:
     flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--data_dir", help="where CIFAR-100 is (default: noise)")
     flags.add_argument("--steps", type=int, default=12, help="steps of a turn (default: %(default)s; 85 are an epoch)")
-    flags.add_argument("--only", choices=("loop", "parts", "norms"), help="just these (default: loop and parts)")
+    flags.add_argument("--only", choices=("loop", "parts", "layers"), help="just these (default: loop and parts)")
     flags.add_argument("--profile", action="store_true", help="say where the time goes")
     flags.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = flags.parse_args()
@@ -156,8 +160,8 @@ def main() -> int:
         results["loop"] = compare_loops(args, precision)
     if args.only in (None, "parts"):
         results["parts"] = compare_parts(args)
-    if args.only == "norms":
-        results["norms"] = compare_norms(args, precision)
+    if args.only == "layers":
+        results["layers"] = compare_layers(args, precision)
     finish("train_step", results, args)
     return 0
 

@@ -11,6 +11,7 @@ from torch import nn
 from base.base_trainer import BaseTrainer
 from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
+from model.native.winograd import compile_convolutions
 from model.norm.act import compile_norms
 from trainer.hooks import HOOKS, make_hooks
 from trainer.meters import Means
@@ -107,8 +108,11 @@ class StepTrainer(BaseTrainer):
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: compiled, data parallel, or itself."""
-        if self.options["compile"] == "norms":
+        if self.options["compile"] in ("norms", "layers"):
             log.info("norms compiled: %d (used on a CPU, where an addition or ReLU follows)", compile_norms(model))
+            if self.options["compile"] == "layers":
+                log.info("3x3 convolutions compiled: %d (used on a CPU, in float32 and channels_last)",
+                         compile_convolutions(model))
         elif self.options["compile"]:
             model = torch.compile(model)
         if dist.world_size() > 1:

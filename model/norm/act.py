@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from model.native.passes import Passes, compiled
 from model.norm.kernels import same_format
 from model.norm.mabn import MABN2d
-from model.norm.native import Passes, compiled
 from model.norm.nbn import NormalizedBatchNorm2d
 from model.norm.running import next_average_factor
 

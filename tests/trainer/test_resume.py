@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from model.norm.native import compiler
+from model.native.build import compiler
 from tests.trainer.ranks import SHARDS
 from utils.checkpoint.store import load_checkpoint
 
@@ -109,7 +109,9 @@ def test_second_stages_and_distillation_resume(kind, runs, stage1, same_state, s
     {"trainer": {"amp": "fp16"}},  # its scaler's factor and how long it has held
     pytest.param({"trainer": {"compile": "norms", "amp": "bf16"}},
                  marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler")),
-], ids=["mabn", "renorm, adamw", "bf16, progressive sampler, plateau", "fp16", "norms compiled"])
+    pytest.param({"trainer": {"compile": "layers", "amp": "off"}},
+                 marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler")),
+], ids=["mabn", "renorm, adamw", "bf16, progressive sampler, plateau", "fp16", "norms compiled", "layers compiled"])
 def test_other_state_resumes(sections, runs, same_state, signal_at):
     sections = {name: {key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
                        for key, value in section.items()} for name, section in sections.items()}

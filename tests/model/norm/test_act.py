@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from model.model import build_model
-from model.norm import MABN2d, NormalizedBatchNorm2d, compile_norms, convert_norm, native, norm_relu
-from model.norm.native import compiled, compiler
+from model.native import build
+from model.native.build import compiler
+from model.native.passes import compiled
+from model.norm import MABN2d, NormalizedBatchNorm2d, compile_norms, convert_norm, norm_relu
 from utils.errors import ConfigError
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -108,7 +110,7 @@ def test_moments_far_from_zero():
 @pytest.mark.parametrize("width", [4, 8, 16])
 def test_vectors_of_any_width_give_the_same(width, monkeypatch):
     """NEON's and SSE's, AVX's, AVX-512's: the compiler splits those that this processor hasn't."""
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, f"-DVECTOR={width}"))
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, f"-DVECTOR={width}"))
     here, there = compiled(), compiled.__wrapped__()
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((5, 3, 7, 5), (2, 24, 5, 6), (3, 70, 1, 1), (2, 200, 3, 3)):

@@ -1,23 +1,13 @@
-"""The passes of `passes.cpp`, compiled by this machine's own C++ compiler when they are asked for.
-
-Nothing compiled is kept on disk: what runs comes out of the source beside this file, each time.
-"""
+"""The passes of `passes.cpp`, which norms take together with what follows them."""
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 
-from utils.errors import ConfigError
+from model.native.build import Library
 
-_SOURCE = Path(__file__).with_name("passes.cpp")
-_FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w")
 _GRAIN = 1 << 15      # values from which on another thread is worth waking, torch's own measure
 _TYPES = (torch.float32, torch.bfloat16)
 _HEAD = [ctypes.c_int, *[ctypes.c_long] * 3, ctypes.c_void_p, ctypes.c_long]
@@ -30,13 +20,10 @@ class Passes:
     """The compiled passes over maps [N, C, H, W] in float32 or bfloat16, dense in either memory format; vectors are
     [C], contiguous, float32, None for zeros. ReLU follows what goes forward."""
 
-    def __init__(self, library: ctypes.CDLL, parallel: int | None):
-        self.parallel = parallel
-        self.functions = {name: getattr(library, name) for name in _POINTERS}
-        for name, function in self.functions.items():
-            function.restype = None
-            function.argtypes = [*_HEAD, *[ctypes.c_void_p] * _POINTERS[name],
-                                 *[ctypes.c_double] * _NUMBERS.get(name, 0)]
+    def __init__(self, library: Library):
+        self.library = library
+        for name, pointers in _POINTERS.items():
+            library.declare(name, [*_HEAD, *[ctypes.c_void_p] * pointers, *[ctypes.c_double] * _NUMBERS.get(name, 0)])
 
     @staticmethod
     def take(x: torch.Tensor) -> bool:
@@ -93,45 +80,12 @@ class Passes:
 
     def _call(self, name: str, x: torch.Tensor, *tensors: torch.Tensor | None, numbers: tuple = ()) -> None:
         plane = x.shape[2] * x.shape[3] if x.is_contiguous() else 0
-        threads = min(torch.get_num_threads(), 1 + x.numel() // _GRAIN) if self.parallel else 1
-        self.functions[name](x.dtype == torch.bfloat16, x.numel(), x.shape[1], plane, self.parallel, threads,
-                             *(None if t is None else t.data_ptr() for t in tensors), *numbers)
-
-
-def compiler() -> str | None:
-    """The C++ compiler's path: `CXX`'s, or the system's."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+        threads = self.library.threads(1 + x.numel() // _GRAIN)
+        self.library.functions[name](x.dtype == torch.bfloat16, x.numel(), x.shape[1], plane, self.library.parallel,
+                                     threads, *(None if t is None else t.data_ptr() for t in tensors), *numbers)
 
 
 @functools.cache
 def compiled() -> Passes:
     """The passes, compiled once a process (a few seconds). Raises ConfigError without a compiler."""
-    program = compiler()
-    if program is None:
-        raise ConfigError("trainer.compile: no C++ compiler found for the norms; install g++ or clang++ (or name one "
-                          "in CXX), or leave the key at false")
-    with tempfile.TemporaryDirectory() as folder:
-        target = str(Path(folder) / "passes.so")
-        for native in (["-march=native"], []):       # which not every compiler knows for every processor
-            result = subprocess.run([program, *_FLAGS, *native, "-o", target, str(_SOURCE)], capture_output=True,
-                                    text=True)
-            if result.returncode == 0:
-                return Passes(ctypes.CDLL(target), _parallel())
-    raise ConfigError(f"trainer.compile: {program} can't compile the norms "
-                      f"({(result.stderr.strip().splitlines() or ['no message'])[-1]}); leave the key at false")
-
-
-def _parallel() -> int | None:
-    """The address of `GOMP_parallel` in the OpenMP library that torch has loaded, so that no second set of threads is
-    made; None where there is no such library."""
-    try:
-        with open("/proc/self/maps") as maps:
-            loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
-    except OSError:
-        return None
-    for path in sorted(loaded):
-        try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None
+    return Passes(Library("passes.cpp", "-O2"))

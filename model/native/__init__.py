@@ -1,0 +1,1 @@
+"""Layers in C++ for training on a CPU: `trainer.compile`."""

@@ -1,0 +1,121 @@
+"""3x3 convolutions with a quarter of the multiplications (Lavin & Gray, CVPR 2016), for training on a CPU."""
+from __future__ import annotations
+
+import ctypes
+import functools
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from model.native.build import Library
+from model.norm.cenconv import CenConv2d
+
+Tensor = torch.Tensor
+
+_TYPES = (nn.Conv2d, CenConv2d)
+_SHAPE = [*[ctypes.c_long] * 5, ctypes.c_void_p, ctypes.c_long]
+_TILE = 4
+_MOST_CHANNELS = 512   # beyond, filters no longer stay in the caches and torch's own kernels are as fast
+_GRAIN = 1 << 20       # multiplications of the plain sum from which on another thread is worth waking
+
+
+class Winograd:
+    """The compiled convolutions of `winograd.cpp`: stride 1, padding 1, maps [N, C, H, W] channels_last in float32,
+    filters [K, C, 3, 3]."""
+
+    def __init__(self, library: Library):
+        self.library = library
+        library.declare("winograd_forward", [*_SHAPE, *[ctypes.c_void_p] * 3])
+        library.declare("winograd_filter_gradient", [*_SHAPE, *[ctypes.c_void_p] * 3])
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [N, C, H, W] -> [N, K, H, W]."""
+        return self._convolve(x, weight.permute(2, 3, 1, 0))
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy [N, K, H, W] -> [N, C, H, W]: dy convolved with the filters turned round."""
+        return self._convolve(dy, weight.flip(2, 3).permute(2, 3, 0, 1))
+
+    def filter_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        """[K, C, 3, 3], from x [N, C, H, W] and dy [N, K, H, W]."""
+        gradient = x.new_empty((3, 3, x.shape[1], dy.shape[1]))
+        self._call("winograd_filter_gradient", x, dy.shape[1], x, dy, gradient)
+        return gradient.permute(3, 2, 0, 1)
+
+    def _convolve(self, x: Tensor, filters: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        y = torch.empty((n, filters.shape[3], height, width), memory_format=torch.channels_last)
+        self._call("winograd_forward", x, filters.shape[3], x, filters.contiguous(), y)
+        return y
+
+    def _call(self, name: str, x: Tensor, k: int, *tensors: Tensor) -> None:
+        n, c, height, width = x.shape
+        threads = self.library.threads(1 + x.numel() * k * 9 // _GRAIN)
+        self.library.functions[name](n, height, width, c, k, self.library.parallel, threads,
+                                     *(t.data_ptr() for t in tensors))
+
+
+@functools.cache
+def compiled() -> Winograd:
+    """The convolutions, compiled once a process (a few seconds). Raises ConfigError without a compiler."""
+    return Winograd(Library("winograd.cpp", "-O3"))
+
+
+def compile_convolutions(model: nn.Module) -> int:
+    """Have the 3x3 convolutions of `model` train by Winograd's algorithm on a CPU, in float32 and channels_last; how
+    many there are. In evaluation, or on other input, they are torch's.
+
+    Outputs and gradients differ from torch's by some 1e-5 of their size. They have no second derivative.
+    Compiles first, a few seconds once a process. Raises ConfigError where there is no C++ compiler.
+    """
+    compiled()
+    layers = [layer for layer in model.modules() if _suits(layer)]
+    for layer in layers:
+        # The class stays: folding and exchanging norms ask for it. A method of its own: `CenConv2d` calls it as well.
+        layer._conv_forward = MethodType(_conv_forward, layer)
+    return len(layers)
+
+
+def _suits(layer: nn.Module) -> bool:
+    return (type(layer) in _TYPES and layer.kernel_size == (3, 3) and layer.stride == layer.dilation == (1, 1)
+            and layer.padding in ((1, 1), "same") and layer.groups == 1 and layer.padding_mode == "zeros"
+            and min(layer.in_channels, layer.out_channels) >= 8
+            and max(layer.in_channels, layer.out_channels) <= _MOST_CHANNELS)
+
+
+def _conv_forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not (layer.training and _fits(x, weight)):
+        return type(layer)._conv_forward(layer, x, weight, bias)
+    y = _Convolution.apply(x, weight, compiled())
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether x and the filters are of a kind that is known and large enough to gain."""
+    if not (type(x) is Tensor and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.dim() == 4
+            and x.is_contiguous(memory_format=torch.channels_last)):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    n, _, height, width = x.shape
+    down, across = -(-height // _TILE), -(-width // _TILE)
+    enough = n * down * across >= 32 and down * across * _TILE * _TILE <= 1.8 * height * width
+    return enough and torch._C._functorch.peek_interpreter_stack() is None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, winograd):
+        ctx.winograd = winograd
+        ctx.save_for_backward(x, weight)
+        return winograd.forward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = ctx.winograd.input_gradient(dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, ctx.winograd.filter_gradient(x, dy) if ctx.needs_input_grad[1] else None, None
