@@ -11,7 +11,8 @@ from torch import nn
 from base.base_trainer import BaseTrainer
 from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
-from model.native.winograd import compile_convolutions
+from model.native.build import compiler
+from model.native.winograd import compile_convolutions, suitable
 from model.norm.act import compile_norms
 from trainer.hooks import HOOKS, make_hooks
 from trainer.meters import Means
@@ -25,6 +26,7 @@ from utils.config.schema import TOP, defaults
 from utils.errors import RunError
 
 log = get_logger()
+_MANY_CONVOLUTIONS = 10    # from which on compiling them is worth a hint
 
 
 class DataParallel(nn.parallel.DistributedDataParallel):
@@ -70,6 +72,7 @@ class StepTrainer(BaseTrainer):
         self.amp, reason = choose_precision(options["amp"], self.device)
         if options["amp"] not in ("off", None, False):
             log.info("precision: %s (%s)", "float32" if self.amp == "off" else self.amp, reason)
+        self._hint()
         self.memory_format = torch.channels_last if options["channels_last"] else torch.contiguous_format
         self.clip: float | None = options["clip_grad_norm"]
         self.log_step: int = options["log_step"] or max(1, int(len(self.train_loader) ** 0.5))
@@ -105,6 +108,15 @@ class StepTrainer(BaseTrainer):
         del before
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.step_model = self._wrap(model)
+
+    def _hint(self) -> None:
+        """Say that compiled layers would be faster, where they would."""
+        slow = self.device.type == "cpu" and self.amp == "off" and not self.options["compile"]
+        if slow and self.options["channels_last"] and compiler():
+            count = sum(layer.weight.requires_grad for layer in suitable(self.model))
+            if count >= _MANY_CONVOLUTIONS:
+                log.info("faster: --set trainer.compile=layers has %d of the convolutions and the norms in C++ "
+                         "(docs/speed.md)", count)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: compiled, data parallel, or itself."""

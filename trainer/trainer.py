@@ -10,6 +10,7 @@ from torch import nn
 
 from base.freezing import freeze_plan
 from logger.log import get_logger
+from model.native import winograd
 from trainer.cached import CachedFeatures, OnFeatures
 from trainer.evaluate import evaluate
 from trainer.schedules import bring_to
@@ -153,8 +154,9 @@ class Trainer(StepTrainer):
         model = self.judged_model
         if validating and self.on_features and self.cached.valid is not None:
             model, loader = OnFeatures(model), self.cached.valid
-        return evaluate(model, loader, groups=self.config.get("groups"), amp=self.amp if validating else "off",
-                        memory_format=self.memory_format, **more)
+        with winograd.validating(validating):
+            return evaluate(model, loader, groups=self.config.get("groups"), amp=self.amp if validating else "off",
+                            memory_format=self.memory_format, **more)
 
     def validate(self, epoch: int) -> dict[str, float | None] | None:
         """See BaseTrainer."""

@@ -1,8 +1,10 @@
 """3x3 convolutions with a quarter of the multiplications (Lavin & Gray, CVPR 2016), for training on a CPU."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from types import MethodType
 
 import torch
@@ -19,6 +21,7 @@ _SHAPE = [*[ctypes.c_long] * 5, ctypes.c_void_p, ctypes.c_long]
 _TILE = 4
 _MOST_CHANNELS = 512   # beyond, filters no longer stay in the caches and torch's own kernels are as fast
 _GRAIN = 1 << 20       # multiplications of the plain sum from which on another thread is worth waking
+_validating = False
 
 
 class Winograd:
@@ -65,17 +68,34 @@ def compiled() -> Winograd:
 
 def compile_convolutions(model: nn.Module) -> int:
     """Have the 3x3 convolutions of `model` train by Winograd's algorithm on a CPU, in float32 and channels_last; how
-    many there are. In evaluation, or on other input, they are torch's.
+    many there are. On other input, and in evaluation but within `validating`, they are torch's: a test's figures are
+    the same on every machine.
 
     Outputs and gradients differ from torch's by some 1e-5 of their size. They have no second derivative.
     Compiles first, a few seconds once a process. Raises ConfigError where there is no C++ compiler.
     """
     compiled()
-    layers = [layer for layer in model.modules() if _suits(layer)]
+    layers = suitable(model)
     for layer in layers:
         # The class stays: folding and exchanging norms ask for it. A method of its own: `CenConv2d` calls it as well.
         layer._conv_forward = MethodType(_conv_forward, layer)
     return len(layers)
+
+
+def suitable(model: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions that `compile_convolutions` takes up."""
+    return [layer for layer in model.modules() if _suits(layer)]
+
+
+@contextlib.contextmanager
+def validating(on: bool = True) -> Iterator[None]:
+    """Within, the convolutions that `compile_convolutions` has taken up evaluate as they train, if `on`."""
+    global _validating
+    before, _validating = _validating, on
+    try:
+        yield
+    finally:
+        _validating = before
 
 
 def _suits(layer: nn.Module) -> bool:
@@ -86,7 +106,7 @@ def _suits(layer: nn.Module) -> bool:
 
 
 def _conv_forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not (layer.training and _fits(x, weight)):
+    if not ((layer.training or _validating) and _fits(x, weight)):
         return type(layer)._conv_forward(layer, x, weight, bias)
     y = _Convolution.apply(x, weight, compiled())
     return y if bias is None else y + bias[:, None, None]

@@ -11,7 +11,7 @@ from torch import nn
 from model.model import build_model
 from model.native import build, winograd
 from model.native.build import Library, compiler
-from model.native.winograd import Winograd, compile_convolutions, compiled
+from model.native.winograd import Winograd, compile_convolutions, compiled, validating
 from model.norm import CenConv2d, fold_norm
 from utils.errors import ConfigError
 
@@ -131,7 +131,11 @@ def test_what_does_not_fit_goes_torchs_way(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(plain(x), marked(x))
     assert torch.equal(plain.double()(x.double()), marked.double()(x.double()))
-    assert torch.equal(plain.float().eval()(x), marked.float().eval()(x))
+    assert torch.equal(plain.float().eval()(x), marked.float().eval()(x)) and calls == []
+    with validating(), torch.no_grad():
+        assert close(marked(x), plain(x).double()) and calls == ["winograd_forward"]
+    assert torch.equal(plain(x), marked(x))
+    calls.clear()
     marked.train()
     gradient = torch.func.grad(lambda x: marked(x).sum())(x)
     assert gradient.shape == x.shape and calls == []

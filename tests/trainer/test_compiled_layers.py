@@ -1,0 +1,41 @@
+"""`trainer.compile: "layers"`: a run with its norms and convolutions in C++ beside one without."""
+import csv
+
+import pytest
+
+from model.native.build import compiler
+from model.native.winograd import Winograd
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+HINT = "faster: --set trainer.compile=layers has 28 of the convolutions"
+
+
+def figures(runs, run_id):
+    with open(runs.log(run_id) / "metrics.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items() if name in ("loss", "val_loss")}
+                for row in csv.DictReader(file)]
+
+
+def test_a_run_goes_as_without(runs, capsys, monkeypatch):
+    calls = []
+    inner = Winograd.forward
+    monkeypatch.setattr(Winograd, "forward", lambda self, x, weight: calls.append(x.shape)
+                        or inner(self, x, weight))
+    runs("plain", "--epochs", 1, "--set", "trainer.amp=off")
+    assert HINT in capsys.readouterr().out and not calls
+    runs("compiled", "--epochs", 1, "--set", "trainer.amp=off", "--set", "trainer.compile=layers")
+    said = capsys.readouterr().out
+    assert "3x3 convolutions compiled: 28" in said and HINT not in said
+    assert calls
+    plain, compiled = figures(runs, "plain"), figures(runs, "compiled")
+    assert len(plain) == len(compiled) == 1
+    for name, value in plain[0].items():
+        assert compiled[0][name] == pytest.approx(value, rel=2e-2), name
+
+
+@pytest.mark.parametrize("flags", [["--set", "trainer.amp=bf16"], ["--set", "trainer.channels_last=false"],
+                                   ["--set", "trainer.freeze=backbone"]])
+def test_no_hint_where_it_would_not_help(runs, capsys, flags):
+    runs("none", "--epochs", 1, "--dry_run", *flags)
+    said = capsys.readouterr().out
+    assert "faster:" not in said and "dry run: everything builds" in said
