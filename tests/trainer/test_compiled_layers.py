@@ -21,16 +21,17 @@ def test_a_run_goes_as_without(runs, capsys, monkeypatch):
     inner = Winograd.forward
     monkeypatch.setattr(Winograd, "forward", lambda self, x, weight: calls.append(x.shape)
                         or inner(self, x, weight))
-    runs("plain", "--epochs", 1, "--set", "trainer.amp=off")
+    flags = ["--epochs", 1, "--lr", 1e-4, "--set", "trainer.amp=off"]       # slow, so that rounding stays small
+    runs("plain", *flags)
     assert HINT in capsys.readouterr().out and not calls
-    runs("compiled", "--epochs", 1, "--set", "trainer.amp=off", "--set", "trainer.compile=layers")
+    runs("compiled", *flags, "--set", "trainer.compile=layers")
     said = capsys.readouterr().out
     assert "3x3 convolutions compiled: 28" in said and HINT not in said
     assert calls
     plain, compiled = figures(runs, "plain"), figures(runs, "compiled")
     assert len(plain) == len(compiled) == 1
     for name, value in plain[0].items():
-        assert compiled[0][name] == pytest.approx(value, rel=2e-2), name
+        assert compiled[0][name] == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.parametrize("flags", [["--set", "trainer.amp=bf16"], ["--set", "trainer.channels_last=false"],
