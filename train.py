@@ -73,6 +73,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from tools.allocator import keep_freed_memory
     from tools.fallback import settle_weights
     from tools.launch import note_stop
+    from tools.opened import Run
     from tools.report import write_report
     from tools.words import words_for
     from trainer import trainer_class
@@ -164,7 +165,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         if dist.is_main():
             if options["report"]:
                 about = {"epoch": trainer.last_epoch, "data": trainer.data_facts}
-                run = session.Run(checkpoint, config, about, trainer.judged_model, device)
+                run = Run(checkpoint, config, about, trainer.judged_model, device)
                 write_report(run, dict(result), test_loader)
             write_figures(task, checkpoint.parent / "test_metrics.json", result)
     trainer.close()

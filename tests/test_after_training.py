@@ -7,7 +7,7 @@ import torch
 import test as test_script
 from model.metric import EvalState
 from tools.flags import parse_test
-from tools.session import open_run
+from tools.opened import open_run
 from utils.checkpoint.store import load_checkpoint, save_checkpoint
 from utils.errors import ConfigError
 
@@ -109,12 +109,22 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):
     assert open_run(again).temperature == 1      # nor that of other weights of the same epoch
 
 
+@pytest.mark.parametrize(("changed", "says"), [
+    ("split_seed=5", "split_seed: 5, but the checkpoint's split was made with 0"),
+    ("imb_factor=0.5", "imb_factor: 0.5, but the model was trained with 0.02; validation images drawn with another")])
+def test_validation_images_of_another_subset_are_refused(trained, changed, says):
+    with pytest.raises(ConfigError, match=says):
+        figures(trained[0], "--split", "val", "--set", "data_loader.args.validation=holdout", "--set",
+                f"data_loader.args.{changed}")
+    assert not (trained[0].parent / "val_metrics.json").exists()
+
+
 def test_open_set_on_several_processes_is_refused_before_anything_is_read(trained, monkeypatch, tmp_path):
     """Without joining them either: nobody else is there in this test."""
     (tmp_path / "unknown.txt").write_text("a.png\n")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("tools.session.load_checkpoint", lambda *args: pytest.fail("read a checkpoint"))
+    monkeypatch.setattr("tools.opened.load_checkpoint", lambda *args: pytest.fail("read a checkpoint"))
     with pytest.raises(ConfigError, match="--open_set: needs all test images in one process"):
         figures(trained[0], "--open_set", tmp_path / "unknown.txt")
 

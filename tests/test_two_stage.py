@@ -11,7 +11,7 @@ from PIL import Image
 import test as test_script
 import train
 from model.loss import RIDELossWithDistill
-from tools.session import open_run
+from tools.opened import open_run
 from trainer.distill_trainer import DistillTrainer
 from utils.errors import ConfigError
 

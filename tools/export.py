@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import logging
 
     from logger.log import setup_logging
-    from tools.session import open_run
+    from tools.opened import open_run
     from utils.device import pick_device
     setup_logging(0)
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):

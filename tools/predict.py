@@ -162,7 +162,7 @@ def predict(args: Namespace) -> None:
 
 def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
     """(the checkpoint's model, its facts: `preprocess` and `class_names`)."""
-    from tools.session import open_run
+    from tools.opened import open_run
     from utils.device import pick_device
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
     return run.model, {**facts_of(run), "temperature": run.temperature}

@@ -23,7 +23,7 @@ def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = N
     """Write a run's report.html and the PNGs beside its checkpoint; returns the page's path.
 
     Args:
-        run: see tools.session.open_run.
+        run: see tools.opened.open_run.
         result: what `trainer.evaluate.evaluate` returned on `loader` with keep=True. Without it, or without single
             predictions of the model's own classifier in it, the test split is evaluated here.
         loader: the split that is shown, the test split without it.
@@ -116,7 +116,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from logger.log import setup_logging
-    from tools.session import open_run
+    from tools.opened import open_run
     from utils.device import pick_device, set_determinism
     from utils.seed import seed_everything
     setup_logging(1)

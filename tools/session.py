@@ -4,7 +4,6 @@ The pieces that a config names are made in `tools.parts`.
 """
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,11 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.run_paths import new_run
-from data_loader.splitting import is_same_place
 from logger.log import get_logger
 from model import routing
 from model.weights.files import load_file
 from model.weights.remap import load_weights
-from tools.calibration import kept_temperature
 from tools.parts import (  # noqa: F401  names of this module too
-    check_size,
     input_of,
     make_criterion,
     make_loader,
@@ -207,94 +203,3 @@ def refuse_other_classes(model: nn.Module, file: dict[str, Any], name: str, lear
     if keeps and None not in (known, class_names) and list(known) != list(class_names):
         raise ConfigError(f"load_crt: {name} knows other classes ({', '.join(map(str, known[:3]))} ...) than the data "
                           f"({', '.join(class_names[:3])} ...), and lws keeps its classifier; give stage 1's data")
-
-
-# ---------------------------------------------------------------------- a finished run, for test.py and the tools
-
-@dataclass
-class Run:
-    """A checkpoint with its config and its model, ready to evaluate."""
-
-    path: Path
-    config: dict[str, Any]
-    checkpoint: dict[str, Any]
-    model: nn.Module
-    device: torch.device
-    _loaders: dict[str, BaseDataLoader] = field(default_factory=dict)
-
-    @property
-    def facts(self) -> dict[str, Any] | None:
-        """What the checkpoint knows of its data."""
-        return facts_of_checkpoint(self.checkpoint)
-
-    @property
-    def is_own_data(self) -> bool:
-        """Whether the config's data are those that the model was trained for, there or elsewhere."""
-        saved = recover_config(self.checkpoint) or {}
-        before, now = (config.get("data_loader") or {} for config in (saved, self.config))
-        places = [(part.get("args") or {}).get("data_dir") for part in (before, now)]
-        if before.get("type", now.get("type")) != now.get("type"):
-            return False
-        if None in places or os.path.realpath(places[0]) == os.path.realpath(places[1]):
-            return True
-        return is_same_place(places[1], (self.facts or {}).get("split"))
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """num_classes, cls_num_list, class_names, preprocess: from the checkpoint, else from the data."""
-        return self.facts or data_facts(self.loader("test"))
-
-    @property
-    def temperature(self) -> float:
-        """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1."""
-        return kept_temperature(self.path, self.checkpoint.get("epoch"), self.model)
-
-    def loader(self, split: str = "test") -> BaseDataLoader:
-        """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
-        if split not in self._loaders:
-            if split in ("test", "train"):
-                self._loaders[split] = make_loader(self.config, self.device, training=split == "train",
-                                                   facts=self.facts)
-                self.config = settled(self.config, self._loaders[split])
-            elif split == "train_eval":
-                self._loaders[split] = self.loader("train").train_eval_loader()
-            else:
-                found = self.loader("train").split_validation()
-                if found is None:
-                    raise ConfigError("data_loader.args.validation: this run has no validation split; use \"holdout\"")
-                self._loaders[split] = found
-        return self._loaders[split]
-
-
-def open_run(path: str | Path, config: str | Path | None = None, overrides: list[tuple] = (),
-             device: torch.device | str = "cpu", *, allow_partial: bool = False, weights: str = "ema") -> Run:
-    """Read a checkpoint (ours or another project's), build its model and load the weights.
-
-    Args:
-        path: a checkpoint file.
-        config: a config that goes before the checkpoint's own.
-        overrides: (dotted path, value, flag) as the command line gives them.
-        weights: "ema", what the file is for (the average, where one was kept), or "raw", what training went on with.
-    Raises:
-        ConfigError: unreadable or refused file, no config, weights that don't fit.
-    """
-    path = Path(path)
-    checkpoint = load_checkpoint(path)
-    if weights == "raw":
-        if "raw_state_dict" not in checkpoint:
-            raise ConfigError(f"--weights raw: {path} holds one set of weights only, as trainer.ema was off; leave it "
-                              "out")
-        checkpoint["state_dict"] = checkpoint["raw_state_dict"]
-    effective = load_config(config, overrides) if config else config_of(checkpoint, path, overrides)
-    device = torch.device(device)
-    run = Run(path, effective, checkpoint, nn.Identity(), device)
-    num_classes = effective["arch"].get("args", {}).get("num_classes") or (run.facts or {}).get("num_classes")
-    if num_classes is None:
-        num_classes = run.loader("test").num_classes
-    size = (effective["data_loader"].get("args") or {}).get("image_size")
-    if isinstance(size, int) and size != ((run.facts or {}).get("preprocess") or {}).get("image_size"):
-        check_size(effective, size)
-    model = make_model(effective, num_classes, bare=True)
-    load_weights(model, checkpoint, name=str(path), allow_partial=allow_partial, exact=True)
-    run.model = model.to(device, memory_format=torch.channels_last).eval()
-    return run

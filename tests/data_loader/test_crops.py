@@ -14,7 +14,7 @@ from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader
 from data_loader.transforms import resize, test_preprocess, test_transform
 from model.crops import forward_crops
 from tools import predict
-from tools.session import open_run
+from tools.opened import open_run
 from utils.errors import ConfigError
 
 STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

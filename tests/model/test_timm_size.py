@@ -5,8 +5,8 @@ from PIL import Image
 
 import train
 from model.timm_size import size_problem, takes
+from tools.opened import open_run
 from tools.parts import make_loader
-from tools.session import open_run
 from utils.checkpoint.store import save_checkpoint
 from utils.errors import ConfigError
 

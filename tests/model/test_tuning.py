@@ -12,7 +12,7 @@ from model.model import build_model
 from model.tuning import TUNINGS, default_width, install_tuning
 from model.tuning_parts import merge_lora
 from tools import export, gflops
-from tools.session import open_run
+from tools.opened import open_run
 from utils.errors import ConfigError
 
 timm = pytest.importorskip("timm")

@@ -57,7 +57,7 @@ def test_onnx_of_a_run(digits_run, tmp_path, run_cli, call_cli):
     assert json.loads(about["class_names"]) == [str(n) for n in range(10)]
     assert json.loads(about["preprocess"])["image_size"] == 32 and about["arch"] == "ResNet32Model"
 
-    from tools.session import open_run
+    from tools.opened import open_run
     run = open_run(digits_run.checkpoint)
     Image.fromarray(run.loader("test").raw_image(3)).save(tmp_path / "photo.jpg")
     shown = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "own-data.md").read_text(), re.DOTALL)[1]

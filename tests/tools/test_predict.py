@@ -26,7 +26,7 @@ from utils.errors import ConfigError
 @pytest.fixture(scope="module")
 def photos(digits_run, tmp_path_factory):
     """Ten test digits as files, an unreadable one and one that is no image; (folder, test loader, the ten indices)."""
-    from tools.session import open_run
+    from tools.opened import open_run
     loader = open_run(digits_run.checkpoint).loader("test")
     folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
@@ -53,7 +53,7 @@ def test_nothing_that_is_read_is_written_over(tmp_path):
 def test_another_size_is_taken_everywhere(digits_run, photos, tmp_path):
     """By predictions and open-set lists as by the test loader, and with it its crops."""
     from tools.cli import tool_parser
-    from tools.session import open_run
+    from tools.opened import open_run
     folder, _, _ = photos
     overrides = tool_parser("x", "").parse_args(["--set", "data_loader.args.image_size=16", "--set",
                                                  "data_loader.args.crops=5"]).overrides
@@ -82,7 +82,7 @@ def test_folder_to_csv_json_and_gallery(digits_run, photos, tmp_path, run_cli):
     assert [row["path"] for row in table] == [str(folder / f"{n}.png") for n in range(8)] + \
         [str(folder / "more" / f"{n}.png") for n in (8, 9)]
 
-    from tools.session import open_run
+    from tools.opened import open_run
     run = open_run(digits_run.checkpoint)
     images = torch.cat([images for images, _ in loader])[chosen]
     with torch.no_grad():

@@ -32,7 +32,7 @@ def test_a_checkpoint_needs_no_weights_and_no_network(trained, call_cli):
 
 def test_facts_predictions_and_export(trained, tmp_path):
     from tools import export, predict
-    from tools.session import open_run
+    from tools.opened import open_run
     run = open_run(trained)
     assert run.facts["preprocess"] == {"image_size": 32, "resize": 32, "crop": False, "interpolation": "bicubic",
                                        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

@@ -11,7 +11,7 @@ from base.freezing import freeze_plan
 from model.model import build_model
 from tests.trainer.conftest import load
 from tests.trainer.ranks import run_ranks, train_and_record
-from tools import session
+from tools import opened, session
 from trainer import feature_store
 from trainer.cached import OnFeatures, store_of
 from trainer.feature_store import FeatureLoader
@@ -338,7 +338,7 @@ def test_class_means_take_one_pass_and_none_where_features_are_kept(runs, stage1
     """cl2n means look at the features twice."""
     from trainer import classifiers
     folder = runs("kept", "--load_crt", stage1[1], "--epochs", 1, trainer=CACHED)
-    run = session.open_run(folder / "checkpoint-epoch1.pth")
+    run = opened.open_run(folder / "checkpoint-epoch1.pth")
     images, seen = torch.randn(4, 3, 16, 16), []
     run.model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(inputs[0])))
     loader = run.loader("train_eval")
@@ -360,7 +360,7 @@ def test_class_means_take_one_pass_and_none_where_features_are_kept(runs, stage1
 
 def test_features_of_one_expert_arent_taken_for_anothers(stage1):
     """They have the same shape and come from the same weights."""
-    run = session.open_run(stage1[2])
+    run = opened.open_run(stage1[2])
     loader, keys = run.loader("train_eval"), {}
     for chosen in ([0, 1], [0], [1], [1, 0]):
         run.model.backbone.use_experts = chosen

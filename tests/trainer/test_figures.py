@@ -78,7 +78,7 @@ def test_figures_of_the_whole_split_are_reported_and_monitored(runs):
     from sklearn.metrics import f1_score, roc_auc_score
 
     from logger.metrics_csv import read_table
-    from tools.session import open_run
+    from tools.opened import open_run
     models = runs("split", metrics=["accuracy", "auc"], trainer={"monitor": "max val_macro_f1"})
     rows = read_table(runs.log("split") / "metrics.csv")
     best = max(rows, key=lambda row: row["val_macro_f1"])

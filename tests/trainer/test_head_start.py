@@ -9,7 +9,7 @@ import torch
 import train
 from data_loader.data_loaders import DigitsLTDataLoader
 from model.model import build_model
-from tools.session import open_run
+from tools.opened import open_run
 from trainer.head_start import start_classifier
 from utils.config.load import load_config
 from utils.errors import ConfigError

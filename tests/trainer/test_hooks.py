@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from logger.metrics_csv import read_table
 from model.model import build_model
-from tools.session import open_run
+from tools.opened import open_run
 from trainer.hooks import attention
 from trainer.hooks.attention import AttentionByClass
 from trainer.hooks.averages import WeightAverage

@@ -9,7 +9,7 @@ import test
 from data_loader.data_loaders import DigitsLTDataLoader
 from model.loss import build_loss
 from model.model import build_model
-from tools.session import open_run
+from tools.opened import open_run
 from trainer.evaluate import evaluate
 from trainer.precision import autocast, choose_precision
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import train
-from tools.session import config_of, find_start, make_criterion, make_loader, make_model, open_run
+from tools.opened import open_run
+from tools.session import config_of, find_start, make_criterion, make_loader, make_model
 from trainer import trainer_class
 from trainer.schedules import build_optimizer, build_scheduler
 from utils.config.build import lookup

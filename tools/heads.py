@@ -1,0 +1,125 @@
+"""What test.py puts in place of a checkpoint's classifier, or on top of it."""
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_loader.samplers import power_of
+from logger.log import get_logger
+from model.shift import frequencies
+from tools.calibration import keep_temperature
+from tools.session import make_criterion
+from trainer import classifiers
+from trainer.precision import choose_precision
+from utils import dist
+from utils.errors import ConfigError
+
+log = get_logger()
+
+
+def crops_of(loader: Any) -> int | None:
+    """How many crops of each image the loader gives; None for one."""
+    return getattr(loader, "views", {}).get("crops")
+
+
+def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict[str, Any]]:
+    """The head that `--classifier` asks for (None: the model's own) and what to note of it in the metrics."""
+    if args.expert_weights == "learn":
+        if crops_of(loader):
+            raise ConfigError("--expert_weights: learn moves whole images; leave out --crops")
+        if run.model.routed or run.model.num_experts < 2:
+            raise ConfigError(f"--expert_weights: learn needs several experts that every image uses; {args.resume} "
+                              + ("chooses them by gates" if run.model.routed else "has one"))
+        weights = classifiers.learned_expert_weights(run.model, loader, run.config["seed"])
+        log.info("weights of the experts: %s", "  ".join(f"{w:.3f}" for w in weights.tolist()))
+        joint, note = classifiers.weighted_head(weights), {"expert_weights": weights.tolist()}
+    else:
+        joint, note = None, {}
+    if args.classifier in ("ncm", "tau"):
+        run.model.route = False  # these heads need every expert's features
+    if args.classifier == "ncm":
+        head = classifiers.ncm_head(run.model, run.loader("train_eval"), run.model.num_classes, args.feat_type,
+                                    kept_features(run, "train"))
+        return head, {"classifier": "ncm", "feat_type": args.feat_type}
+    if args.classifier in ("tau", "la"):
+        counts, base = run.data["cls_num_list"], joint or trained
+        make = (lambda tau: classifiers.tau_head(run.model, tau)) if args.classifier == "tau" else \
+            (lambda tau: classifiers.la_head(counts, tau, base))
+        taus = args.tau
+        if len(taus) == 1:
+            return make(taus[0]), {"classifier": args.classifier, "tau": taus[0], **note}
+        # Chosen on validation images, reported on test images.
+        if args.classifier == "tau":
+            best, values = classifiers.sweep_tau(run.model, run.loader("val"), taus, args.tau_metric,
+                                                 kept_features(run, "valid"))
+        else:
+            found = classifiers.outputs_of(run.model, run.loader("val"), base)
+            best, values = classifiers.sweep_la(*found, counts, taus, args.tau_metric)
+        for tau, value in zip(taus, values):
+            log.info("tau %.2f  validation %s %.4f%s", tau, args.tau_metric, value, "  <- best" if tau == best else "")
+        return make(best), {"classifier": args.classifier, "tau": best, "tau_sweep": {
+            "metric": args.tau_metric, "tau": taus, f"val_{args.tau_metric}": values}, **note}
+    return joint, {"classifier": "joint", **note}
+
+
+def trained(outputs: dict[str, Any]) -> Any:
+    """The model's own logits [N, C]."""
+    return outputs["output"]
+
+
+def kept_features(run: Any, split: str) -> tuple[Path, str]:
+    """Where a run that trained on its features has them, and their precision."""
+    amp, _ = choose_precision(run.config["trainer"]["amp"], run.device)
+    return run.path.parent / "features" / f"{split}.f16", amp
+
+
+def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`--calibrate` and `--prior` on top of a head; what they found joins the note."""
+    own = head is None
+    head = head or trained
+    if args.calibrate:
+        found = classifiers.calibrate(run.model, run.loader("val"), head)
+        note = {**note, "calibration": found}
+        log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
+                 found["after"], "; kept for predictions and export" if own and args.weights == "ema" else "")
+        if own and args.weights == "ema" and dist.is_main():
+            keep_temperature(run.path, run.checkpoint.get("epoch"), run.model, found)
+        head = (lambda plain: lambda outputs: plain(outputs).float() / found["temperature"])(head)
+    if args.prior:
+        counts = run.data["cls_num_list"]
+        uniform = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
+        learned = uniform   # tau-normalised and adjusted logits are for classes of equal size
+        if args.classifier == "joint":
+            criterion = make_criterion(run.config, counts)
+            if hasattr(criterion, "set_epoch"):
+                criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
+            power = power_of(run.config["data_loader"].get("args") or {})
+            learned = classifiers.learned_prior(criterion, counts, power, run.model.num_experts)
+        if args.prior == "estimate":
+            prior = classifiers.estimated_prior(run.model, loader, head, learned)
+            log.info("estimated class distribution: from %.4f (class %d) to %.4f (class %d)", prior.min(),
+                     int(prior.argmin()), prior.max(), int(prior.argmax()))
+        else:
+            prior = {"uniform": uniform, "train": frequencies(counts)}.get(args.prior)
+            prior = read_prior(args.prior, len(counts)) if prior is None else prior
+        head = classifiers.prior_head(head, learned, prior)
+        note = {**note, "prior": args.prior, "class_distribution": prior.tolist()}
+    return head, note
+
+
+def read_prior(path: str, num_classes: int) -> Any:
+    """A file of one number a class (0 or more; counts or shares) as shares, float64 [C]. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = torch.tensor([float(word) for word in text.strip().strip("[]").replace(",", " ").split()],
+                              dtype=torch.float64)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prior: {path}: should hold a number a class: {str(error)[:100]}") from None
+    usable = len(values) == num_classes and values.isfinite().all() and (values >= 0).all() and values.sum() > 0
+    if not usable:
+        raise ConfigError(f"--prior: {path}: should hold {num_classes} numbers, one a class, 0 or more and not all 0; "
+                          f"it has {len(values)}")
+    return values / values.sum()
