@@ -31,10 +31,10 @@ from utils.files import write_text
 if TYPE_CHECKING:  # a second to import: only where a table is made
     from pandas import DataFrame
 
-#: Config values that change what is written or shown, not what is learned.
+#: Config values that change what is written or shown, or how fast it goes, not what is learned.
 COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "figures",
             "image_grid", "histograms", "profile", "record_statistics", "statistics_layer", "log_batch_attention",
-            "monitor")
+            "monitor", "compile")
 
 
 # ---------------------------------------------------------------------- rows
@@ -66,7 +66,7 @@ def finite(value: Any) -> float | None:
 
 
 def sameness(run: RunRecord) -> str:
-    """Equal for runs that differ only in their seed (and in names, places and what is logged)."""
+    """Equal for runs that differ only in their seed (and in names, places, what is logged and compiled layers)."""
     config = {key: value for key, value in run.config.items() if key not in ("seed", "name", "n_gpu")}
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
     for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has a stage 1 of its own

@@ -176,6 +176,15 @@ def test_only_the_seed_may_differ(tmp_path):
     assert len(table) == 3 and (table["kind"] == "run").all(), "another rate, and the same seed twice"
 
 
+def test_how_fast_it_went_does_not_matter(tmp_path):
+    make_run(tmp_path, "a", 0, 0.5)
+    make_run(tmp_path, "b", 1, 0.7, trainer={**CONFIG["trainer"], "compile": "layers"})
+    from tools.compare import row_of
+    runs, _ = find_runs(tmp_path)
+    table = arrange([row_of(run, costs=False) for run in runs])
+    assert list(table["kind"]) == ["run", "run", "mean"] and table["all"].iloc[-1] == pytest.approx(0.6)
+
+
 def test_a_mean_needs_every_run_to_have_the_figure():
     rows = [{"run": str(seed), "seed": str(seed), **{c.key: 0.5 for c in COLUMNS if c.spread}, "class_mean": None,
              "macro_f1": 0.1, "images_per_s": None, "seconds": 5.0} for seed in (0, 1)]
