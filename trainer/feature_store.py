@@ -31,14 +31,17 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 def feature_key(model: nn.Module, loader: Any, views: int, amp: object) -> str:
-    """A digest of what features depend on: the weights under the classifier, which experts are used, the images, how
-    they are prepared."""
-    digest = hashlib.blake2b(f"2 {views} {amp}".encode(), digest_size=16)
+    """A digest of what features depend on: the layers under the classifier and their weights, which experts are used,
+    the images, how they are prepared."""
+    digest = hashlib.blake2b(f"3 {views} {amp}".encode(), digest_size=16)
     heads = [id(head) for head in model.heads()]
     experts = [heads.index(id(head)) for head in model.used_heads()]
     if experts != list(range(len(heads))):      # "0" and "1" of two have one shape and one set of weights
         digest.update(f"experts {experts}".encode())
     after = tuple(model.feature_prefixes())
+    for name, module in model.named_modules():                  # what isn't in weights: strides, a norm's eps
+        if not f"{name}.".startswith(after):
+            digest.update(f"{name} {type(module).__name__} {module.extra_repr()}".encode())
     for name, value in model.state_dict().items():
         if not name.startswith(after):
             digest.update(name.encode())

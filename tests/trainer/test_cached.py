@@ -368,6 +368,17 @@ def test_features_of_one_expert_arent_taken_for_anothers(stage1):
     assert len(set(keys.values())) == 4
 
 
+def test_features_of_other_layers_arent_taken(stage1):
+    """What no weight tells, such as a norm's eps."""
+    run = opened.open_run(stage1[2])
+    loader = run.loader("train_eval")
+    before = feature_store.feature_key(run.model, loader, 1, "off")
+    run.model.backbone.linears[0].s = 7.0                        # the classifier's own
+    assert feature_store.feature_key(run.model, loader, 1, "off") == before
+    run.model.backbone.bn1.eps = 1e-3
+    assert feature_store.feature_key(run.model, loader, 1, "off") != before
+
+
 def test_a_start_from_class_means_is_of_the_features_that_are_kept(runs, stage1, monkeypatch, same_state):
     """One pass over the training images, one over the validation images; averages begin there too."""
     passes = []
