@@ -55,6 +55,11 @@ class Library:
         """How many threads a call takes: torch's, but `most` at most."""
         return min(torch.get_num_threads(), most) if self.parallel else 1
 
+    @property
+    def keeps_up(self) -> bool:
+        """Whether it has as many threads as torch: one thread loses against several, however fast it is."""
+        return self.parallel is not None or torch.get_num_threads() == 1
+
 
 def compiler() -> str | None:
     """The C++ compiler's path: `CXX`'s, or the system's."""
@@ -67,12 +72,12 @@ def _parallel() -> int | None:
     made; None where there is no such library."""
     try:
         with open("/proc/self/maps") as maps:
-            loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
+            loaded = sorted({line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line})
     except OSError:
-        return None
-    for path in sorted(loaded):
+        loaded = [None]       # not Linux: among what is loaded already, if its names are found at all
+    for path in loaded:
         try:
             return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
+        except (OSError, AttributeError, TypeError):
             continue
     return None

@@ -50,6 +50,8 @@ def compile_norms(model: nn.Module) -> int:
 def _fits(norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
     if not (norm.training and type(norm) in _TRAIN and Passes.take(x)) or torch.compiler.is_compiling():
         return False
+    if not compiled().library.keeps_up:
+        return False
     if x.numel() <= x.shape[1]:          # nothing, or one value a channel: torch says what it thinks of that
         return False
     if norm.weight is None or norm.weight.dtype != torch.float32 or getattr(norm, "normalization_batch_size", None):

@@ -137,6 +137,10 @@ def test_what_does_not_fit_goes_torchs_way(monkeypatch):
     assert torch.equal(plain(x), marked(x))
     calls.clear()
     marked.train()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled().library, "parallel", None)                 # no threads of ours beside torch's four
+        assert torch.equal(plain.train()(x), marked(x))
     gradient = torch.func.grad(lambda x: marked(x).sum())(x)
     assert gradient.shape == x.shape and calls == []
     marked(x)

@@ -9,7 +9,7 @@ from torch import nn
 from model.model import build_model
 from model.native import build
 from model.native.build import compiler
-from model.native.passes import compiled
+from model.native.passes import Passes, compiled
 from model.norm import MABN2d, NormalizedBatchNorm2d, compile_norms, convert_norm, norm_relu
 from utils.errors import ConfigError
 
@@ -141,7 +141,7 @@ def test_what_is_not_a_number_stays_so():
 
 
 @needs_compiler
-def test_what_does_not_fit_goes_torchs_way():
+def test_what_does_not_fit_goes_torchs_way(monkeypatch):
     x = torch.randn(4, 6, 5, 5)
     plain, marked = make("BN", 6), make("BN", 6)
     compile_norms(marked)
@@ -153,11 +153,15 @@ def test_what_does_not_fit_goes_torchs_way():
     with pytest.raises(ValueError, match="more than 1 value"):
         norm_relu(make_marked(), torch.randn(1, 6, 1, 1))
     gradient = torch.func.grad(lambda x: norm_relu(make_marked(), x).sum())(x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(compiled().library, "parallel", None)               # no threads of ours beside torch's four
+    monkeypatch.setattr(Passes, "_call", lambda *_, **__: pytest.fail("one thread against four"))
+    assert torch.equal(norm_relu(make("BN", 6), x), norm_relu(make_marked("BN"), x))
     assert gradient.shape == x.shape
 
 
-def make_marked():
-    norm = make("untracked", 6)
+def make_marked(kind="untracked"):
+    norm = make(kind, 6)
     compile_norms(norm)
     return norm
 
