@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.timing import finish, interleave, machine, parser, spread
+from benchmarks.timing import finish, interleave, machine, parser, spread, timed
 from data_loader.data_loaders import ListFileDataLoader
 from data_loader.imbalance import img_num_per_cls
 from data_loader.places import stamp
@@ -69,29 +69,34 @@ def sharded(folder: Path, names: list[str], labels: np.ndarray) -> None:
           ).save(index_file(SPEC, every, folder))
 
 
-def time_opening(folder: Path) -> dict[str, Any]:
-    """Seconds and memory of a loader, from lists of files and from shards; seconds of the index alone."""
+def time_opening(folder: Path, rounds: int) -> dict[str, Any]:
+    """CPU seconds and memory of a loader, from lists of files and from shards, in turns; seconds of the index alone."""
     files, shards = folder / "files", folder / "shards"
     files.mkdir()
     shards.mkdir()
     names, labels = listed(files)
     sharded(shards, names, labels)
-    found = {}
     del names, labels
     both = {"train": SPEC, "test": "test.tar"}
-    for name, args in (("files", {"data_dir": str(files)}), ("shards", {"data_dir": str(shards), "shards": both})):
+    kinds = {"files": {"data_dir": str(files)}, "shards": {"data_dir": str(shards), "shards": both}}
+
+    def load(name: str) -> ListFileDataLoader:
+        return ListFileDataLoader(**kinds[name], batch_size=128, validation="none", num_workers=1)
+    memory, counts = {}, {}
+    for name in kinds:
         gc.collect()
-        before, start = (own_memory() or 0), time.perf_counter()
-        loader = ListFileDataLoader(**args, batch_size=128, validation="none", num_workers=1)
-        found[name] = {"seconds": time.perf_counter() - start, "bytes": (own_memory() or 0) - before}
-        print(f"{loader.n_samples:,} images of {loader.num_classes:,} classes in {name}: open in "
-              f"{found[name]['seconds']:.1f} s, {found[name]['bytes'] / 2**20:.0f} MiB")
+        before, loader = (own_memory() or 0), load(name)
+        memory[name], counts[name] = (own_memory() or 0) - before, (loader.n_samples, loader.num_classes)
         del loader
-    start = time.perf_counter()
-    open_index(SPEC, str(shards))
-    found["index_seconds"] = time.perf_counter() - start
-    print(f"the shards' index alone: {found['index_seconds']:.2f} s")
-    return found
+    timing = interleave({**{name: timed(partial(load, name)) for name in kinds},
+                         "index": timed(partial(open_index, SPEC, str(shards)))}, rounds, warmup=0, budget=90)
+    for name in kinds:
+        print(f"{counts[name][0]:,} images of {counts[name][1]:,} classes in {name}: open in "
+              f"{timing.median(name):.1f} s of CPU, {memory[name] / 2**20:.0f} MiB")
+    speed_up = timing.speed_up("shards", "files")
+    print(f"shards {spread(speed_up)} as fast as files; the shards' index alone: {timing.median('index'):.2f} s")
+    return {**{name: {"seconds": timing.median(name), "bytes": memory[name]} for name in kinds},
+            "index_seconds": timing.median("index"), "speed_up": speed_up}
 
 
 def time_indexing(folder: Path) -> dict[str, float]:
@@ -138,7 +143,7 @@ def time_reading(folder: Path, rounds: int) -> dict[str, Any]:
 def run(rounds: int) -> dict[str, Any]:
     """All of it, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        return {"opening": time_opening(Path(folder)), "indexing": time_indexing(Path(folder)),
+        return {"opening": time_opening(Path(folder), rounds), "indexing": time_indexing(Path(folder)),
                 "reading": time_reading(Path(folder), rounds)}
 
 
