@@ -2,12 +2,19 @@
 import csv
 
 import pytest
+import torch
 
 from model.native.build import compiler
 from model.native.winograd import Winograd
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 HINT = "faster: --set trainer.compile=layers has 28 of the convolutions"
+
+
+@pytest.fixture(autouse=True)
+def avx2(monkeypatch):
+    """The hint is for what was measured."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
 def figures(runs, run_id):
@@ -40,3 +47,9 @@ def test_no_hint_where_it_would_not_help(runs, capsys, flags):
     runs("none", "--epochs", 1, "--dry_run", *flags)
     said = capsys.readouterr().out
     assert "faster:" not in said and "dry run: everything builds" in said
+
+
+def test_no_hint_on_an_unmeasured_processor(runs, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    runs("none", "--epochs", 1, "--dry_run", "--set", "trainer.amp=off")
+    assert "faster:" not in capsys.readouterr().out
