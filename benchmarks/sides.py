@@ -29,6 +29,8 @@ CONFIG, MUON, BATCH = "configs/cifar100_lt_ride_bt.json", "configs/cifar100_lt_m
 COUNTS = img_num_per_cls(500, 100, "exp", 0.01)     # CIFAR-100-LT's, 10,847 images
 KINDS = {"convolution": ("conv",), "norm": ("batch_norm",), "ReLU": ("relu", "threshold", "clamp_min"),
          "addition": ("add",), "matrix product": ("mm", "linear", "attention")}
+#: Compiled layers by the names that the profiler has for them: a norm's with the addition and the ReLU after it.
+COMPILED = {"_Convolution": "conv", "_BatchNorm": "batch_norm", "_MovingAverage": "batch_norm"}
 
 
 class NoiseLoader(ImbalanceCIFAR100DataLoader):
@@ -74,9 +76,10 @@ def profile(turn: Callable[[], None]) -> dict[str, float]:
     for event in profiler.key_averages():
         name = event.key.removeprefix("aten::")
         own = name if event.key.startswith("aten::") else ""
+        own = COMPILED.get(name.removesuffix("Backward"), own)
         kind = next((kind for kind, words in KINDS.items() if any(word in own for word in words)), "the rest")
         if kind == "convolution":
-            kind += ", backward" if "backward" in name else ", forward"
+            kind += ", backward" if "backward" in name.lower() else ", forward"
         shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total
     total = sum(shares.values())
     return {kind: value / total for kind, value in sorted(shares.items(), key=lambda item: -item[1])}
@@ -178,4 +181,5 @@ SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Callable]]] = {
     "ours, compiled norms": partial(ours, amp="auto", compile="norms"),
     "ours, compiled layers": partial(ours, amp="off", compile="layers"), "parts": recipe_parts,
     **{f"{name}, {amp}": partial(steps_alone, amp=amp, compiled=compiled)
-       for name, compiled in (("without", False), ("norms", "norms"), ("layers", "layers")) for amp in ("off", "auto")}}
+       for name, compiled in (("without", False), ("norms", "norms")) for amp in ("off", "auto")},
+    "layers, off": partial(steps_alone, amp="off", compiled="layers")}

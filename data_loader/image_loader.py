@@ -215,6 +215,8 @@ class ImageDataLoader(PixelLoader):
     # -- splits ------------------------------------------------------------------------------------------------------
     def _divide(self, splits: Splits) -> tuple[ImageSet | None, ImageSet | None, str | None]:
         """(training images, validation images, what to say about them)."""
+        #: Whether validation images are drawn here, and whether out of what would be trained on.
+        self.draws_validation = self.holds_out = False
         if splits.train is None:
             return None, None, None
         train, spare = self._imbalanced(splits)
@@ -225,12 +227,14 @@ class ImageDataLoader(PixelLoader):
         if self.validation == "test":
             return train, splits.test, ("validation: \"test\": the best epoch is picked on the test images, as the "
                                         "published code does; the last epoch's figures are the honest ones")
+        self.draws_validation = True
         if spare is not None and len(spare):
             chosen, missing = holdout_of_spare(spare.targets, self.num_classes, self.holdout_cap, self.split_seed)
             note = f"validation: \"holdout\": {len(chosen)} images that neither training nor test uses"
             if missing:
                 note += f"; {missing} of {self.num_classes} classes have none left over"
             return train, spare.subset(chosen), note
+        self.holds_out = True
         kept, held = self.division.divide(train, "val")
         if not len(held):
             return train, None, "validation: \"holdout\": no class has enough images to spare one; there is none"

@@ -1,9 +1,7 @@
 """Long-tailed subsets of a balanced set, image for image those of LDAM-DRW (Cao et al., NeurIPS 2019)."""
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -59,21 +57,3 @@ def long_tail_indices(targets: Sequence[int] | np.ndarray, counts: Sequence[int]
         rng.shuffle(indices)
         chosen.append(indices[:count])
     return np.concatenate(chosen).astype(np.int64)
-
-
-def check_same_subset(trained: Mapping[str, Any], loader: Any) -> None:
-    """trained: `data_loader.args` of a model's training; loader: of the same kind, to draw validation images from.
-
-    Raises ConfigError where it draws another subset: images outside of it may be images that were trained on.
-    """
-    for key in ("split_seed", "imb_type", "imb_factor"):
-        before, now = trained.get(key, _default(type(loader), key)), getattr(loader, key)
-        if before != now:
-            raise ConfigError(f"data_loader.args.{key}: {now}, but the model was trained with {before}; validation "
-                              "images drawn with another one may be images that it was trained on: leave it as it was")
-
-
-def _default(kind: type, argument: str) -> Any:
-    """What a class's constructor takes for an argument that isn't given; its own word goes before its bases'."""
-    signatures = (inspect.signature(base.__init__).parameters for base in kind.__mro__ if "__init__" in vars(base))
-    return next(known[argument].default for known in signatures if argument in known)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from base.base_data_loader import BaseDataLoader
-from data_loader.imbalance import check_same_subset
+from data_loader.held_out import check_held_out
 from data_loader.splitting import is_same_place
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
@@ -73,9 +73,10 @@ class Run:
             elif split == "train_eval":
                 self._loaders[split] = self.loader("train").train_eval_loader()
             else:
-                before, loader = self._loader_args()[0], self.loader("train")
-                if before and self.is_own_data and hasattr(loader, "split_seed"):
-                    check_same_subset(before, loader)
+                loader = self.loader("train")
+                if self.facts is not None and recover_config(self.checkpoint) is not None:
+                    before, now = self._loader_args()
+                    check_held_out(loader, self.facts, before if self.is_own_data else None, now)
                 found = loader.split_validation()
                 if found is None:
                     raise ConfigError("data_loader.args.validation: this run has no validation split; use \"holdout\"")

@@ -11,7 +11,7 @@ from torch import nn
 from base.base_trainer import BaseTrainer
 from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
-from model.native.build import compiler
+from model.native.build import compiler, keeps_up
 from model.native.winograd import compile_convolutions, suitable
 from model.norm.act import compile_norms
 from trainer.hooks import HOOKS, make_hooks
@@ -112,7 +112,7 @@ class StepTrainer(BaseTrainer):
     def _hint(self) -> None:
         """Say that compiled layers would be faster, where it has been measured that they are."""
         slow = self.device.type == "cpu" and self.amp == "off" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        if slow and not self.options["compile"] and self.options["channels_last"] and compiler():
+        if slow and not self.options["compile"] and self.options["channels_last"] and compiler() and keeps_up():
             count = sum(layer.weight.requires_grad for layer in suitable(self.model))
             if count >= _MANY_CONVOLUTIONS:
                 log.info("faster: --set trainer.compile=layers has %d of the convolutions and the norms in C++ "
@@ -121,10 +121,11 @@ class StepTrainer(BaseTrainer):
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: compiled, data parallel, or itself."""
         if self.options["compile"] in ("norms", "layers"):
-            log.info("norms compiled: %d (used on a CPU, where an addition or ReLU follows)", compile_norms(model))
+            norms = compile_norms(model)
+            log.info("norms compiled: %d (used on a CPU, where an addition or ReLU follows)", norms)
             if self.options["compile"] == "layers":
-                log.info("3x3 convolutions compiled: %d (used on a CPU, in float32 and channels_last)",
-                         compile_convolutions(model))
+                convolutions = compile_convolutions(model)
+                log.info("3x3 convolutions compiled: %d (used on a CPU, in float32 and channels_last)", convolutions)
         elif self.options["compile"]:
             model = torch.compile(model)
         if dist.world_size() > 1:

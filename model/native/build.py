@@ -41,7 +41,12 @@ class Library:
                 result = subprocess.run([program, *_FLAGS, optimise, *native, "-o", target, str(_FOLDER / source)],
                                         capture_output=True, text=True)
                 if result.returncode == 0:
-                    self._library = ctypes.CDLL(target)
+                    try:
+                        self._library = ctypes.CDLL(target)
+                    except OSError as error:     # such as temporary files that mustn't be run
+                        raise ConfigError(f"trainer.compile: what {program} made can't be loaded ({error}); name a "
+                                          "folder in TMPDIR that programs may run from, or leave the key at false"
+                                          ) from None
                     return
         raise ConfigError(f"trainer.compile: {program} can't compile the layers "
                           f"({(result.stderr.strip().splitlines() or ['no message'])[-1]}); leave the key at false")
@@ -55,10 +60,10 @@ class Library:
         """How many threads a call takes: torch's, but `most` at most."""
         return min(torch.get_num_threads(), most) if self.parallel else 1
 
-    @property
-    def keeps_up(self) -> bool:
-        """Whether it has as many threads as torch: one thread loses against several, however fast it is."""
-        return self.parallel is not None or torch.get_num_threads() == 1
+
+def keeps_up() -> bool:
+    """Whether compiled layers have as many threads as torch: one loses against several, however fast it is."""
+    return torch.get_num_threads() == 1 or _parallel() is not None
 
 
 def compiler() -> str | None:
@@ -70,12 +75,13 @@ def compiler() -> str | None:
 def _parallel() -> int | None:
     """The address of `GOMP_parallel` in the OpenMP library that torch has loaded, so that no second set of threads is
     made; None where there is no such library."""
+    home = str(Path(torch.__file__).parent)      # scikit-learn brings a copy of its own
     try:
         with open("/proc/self/maps") as maps:
-            loaded = sorted({line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line})
+            loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
     except OSError:
-        loaded = [None]       # not Linux: among what is loaded already, if its names are found at all
-    for path in loaded:
+        loaded = {None}       # not Linux: among what is loaded already, if its names are found at all
+    for path in sorted(loaded, key=lambda path: (not str(path).startswith((f"{home}/", f"{home}.libs/")), str(path))):
         try:
             return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError, TypeError):

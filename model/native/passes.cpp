@@ -93,7 +93,8 @@ INLINE inline void walk(const Maps& m, long first, long last, const Begin& begin
 
 // y = relu(x * scale + shift + residual).
 template <class T, bool PLANES, bool ADD>
-void apply(const Maps& m, const T* x, const T* residual, T* y, const float* scale, const float* shift, Threads threads) {
+void apply(const Maps& m, const T* x, const T* residual, T* y, const float* scale, const float* shift,
+           Threads threads) {
     share(threads, m.shares(), [=](long, long first, long last) {
         walk<PLANES>(m, first, last, [=](Channels& k, auto read) INLINE {
             k.scale = read(scale);
@@ -200,7 +201,8 @@ namespace {
 void take_moments(MAPS, const void* x, float* mean, float* var, Threads threads) {
     Maps m(total, channels, plane);
     AS_TYPED(half, guess(m, (const T*)x, mean); Repeated centre(m, mean);
-             PLANED(sums, MOMENTS)(m, nullptr, (const T*)x, nullptr, nullptr, centre, centre, centre, var, mean, threads))
+             PLANED(sums, MOMENTS)(m, nullptr, (const T*)x, nullptr, nullptr, centre, centre, centre, var, mean,
+                                   threads))
 }
 
 void take_apply(MAPS, const void* x, const void* residual, void* y, const float* scale, const float* shift,

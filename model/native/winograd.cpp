@@ -7,7 +7,8 @@
 // element of the 6x6. The gradient of w follows from the same identity: G' [(A dY A') * (B' d B)] G, summed over tiles;
 // that of the input is a convolution of dY with w turned round.
 //
-// Maps are channels_last, filters [3, 3, C, K], all float32. Tiles go by in blocks that stay in the second cache.
+// Maps are channels_last, filters [3, 3, C, K], all float32. Tiles go by in blocks, which stay in the second cache
+// where channels are few.
 #include "vectors.h"
 
 namespace {
@@ -99,11 +100,12 @@ constexpr long ROWS = 6, LEFT = 2;                        // of a matrix product
 
 struct Shape {
     long n, h, w, c, k, down, across, tiles, padded_c, padded_k, block;
-    Shape(long n, long h, long w, long c, long k)
+    Shape(long n, long h, long w, long c, long k, long threads)
         : n(n), h(h), w(w), c(c), k(k), down(up(h, TILE) / TILE), across(up(w, TILE) / TILE), tiles(n * down * across),
           padded_c(up(c, W)), padded_k(up(k, W)) {
         long both = padded_c + padded_k;                  // few channels: a block's maps fit; many: filters are reused
-        block = up(2048 / both > both / 4 ? 2048 / both : both / 4, ROWS);
+        long most = 2048 / both > both / 4 ? 2048 / both : both / 4, share = (tiles + threads - 1) / threads;
+        block = up(most < share ? most : share, ROWS);
     }
     long blocks() const { return (tiles + block - 1) / block; }
 };
@@ -175,7 +177,7 @@ void outputs(const Shape& s, const float* products, long first, long count, floa
 
 // ---- the matrix products -------------------------------------------------------------------------------------------
 
-// out[R, V * W] = a[R, depth] b[depth, V * W], or with ADD that more; ROW and STEP: a's strides, the others have theirs.
+// out[R, V * W] = a[R, depth] b[depth, V * W], or with ADD that more; row, step: a's strides.
 template <int R, int V, bool ADD>
 INLINE inline void product(const float* a, long row, long step, const float* b, long b_row, long depth, float* out,
                            long out_row) {
@@ -211,20 +213,22 @@ void multiply(const float* a, long rows, long row, long step, const float* b, lo
 // ---- forward and backward ------------------------------------------------------------------------------------------
 
 // w [3, 3, c, k] -> [36, c, padded_k].
-void filters(const Shape& s, const float* w, float* out) {
-    for (long row = 0; row < s.c; ++row)
-        for (long q = 0; q < s.k; q += W) {
-            const float* from = w + row * s.k + q;
-            float* to = out + row * s.padded_k + q;
-            long n = s.k - q;
-            transform<Filters>([&](int i, int j) INLINE { return load(from + (i * 3 + j) * s.c * s.k, n); },
-                               [&](int i, int j, Vec v) INLINE { store(to + (i * WINDOW + j) * s.c * s.padded_k, v); });
-        }
+void filters(const Shape& s, const float* w, float* out, Threads threads) {
+    const long k = s.k, padded = s.padded_k, plane = s.c * k, product = s.c * padded;
+    share(threads, s.c, [=](long, long first, long last) {
+        for (long row = first; row < last; ++row)
+            for (long q = 0; q < k; q += W) {
+                const float* from = w + row * k + q;
+                float* to = out + row * padded + q;
+                transform<Filters>([=](int i, int j) INLINE { return load(from + (i * 3 + j) * plane, k - q); },
+                                   [=](int i, int j, Vec v) INLINE { store(to + (i * WINDOW + j) * product, v); });
+            }
+    });
 }
 
 void convolve(const Shape& s, const float* x, const float* w, float* y, Threads threads) {
     Floats u(PRODUCTS * s.c * s.padded_k);
-    filters(s, w, u);
+    filters(s, w, u, threads);
     share(threads, s.blocks(), [&](long, long first, long last) {
         Floats v(PRODUCTS * s.block * s.padded_c), m(PRODUCTS * s.block * s.padded_k);
         for (long b = first * s.block; b < last * s.block && b < s.tiles; b += s.block) {
@@ -239,9 +243,10 @@ void convolve(const Shape& s, const float* x, const float* w, float* y, Threads 
 }
 
 void filter_gradient(const Shape& s, const float* x, const float* dy, float* dw, Threads threads) {
-    long size = PRODUCTS * s.padded_c * s.padded_k;
-    Floats sums(threads.count * size);
-    share(threads, s.blocks(), [&](long id, long first, long last) {
+    const long size = PRODUCTS * s.padded_c * s.padded_k, most = (1 << 26) / size + 1;     // sums of 256 MiB or so
+    Threads summing = {threads.parallel, threads.count < most ? threads.count : most};
+    Floats sums(summing.count * size);
+    share(summing, s.blocks(), [&](long id, long first, long last) {
         Floats v(PRODUCTS * s.block * s.padded_c), z(PRODUCTS * s.block * s.padded_k);
         for (long b = first * s.block; b < last * s.block && b < s.tiles; b += s.block) {
             long count = s.tiles - b < s.block ? s.tiles - b : s.block;
@@ -253,17 +258,19 @@ void filter_gradient(const Shape& s, const float* x, const float* dy, float* dw,
                                sums + id * size + f * s.padded_c * s.padded_k);
         }
     });
-    for (long row = 0; row < s.c; ++row)
-        for (long q = 0; q < s.k; q += W) {
-            float* to = dw + row * s.k + q;
-            long n = s.k - q;
-            transform<FilterGradients>([&](int i, int j) INLINE {
-                Vec sum = {};
-                for (long id = 0; id < threads.count; ++id)
-                    sum += load(sums + id * size + ((i * WINDOW + j) * s.padded_c + row) * s.padded_k + q);
-                return sum;
-            }, [&](int i, int j, Vec v) INLINE { store(to + (i * 3 + j) * s.c * s.k, v, n); });
-        }
+    share(threads, s.c, [&](long, long first, long last) {
+        for (long row = first; row < last; ++row)
+            for (long q = 0; q < s.k; q += W) {
+                float* to = dw + row * s.k + q;
+                long n = s.k - q;
+                transform<FilterGradients>([&](int i, int j) INLINE {
+                    Vec sum = {};
+                    for (long id = 0; id < summing.count; ++id)
+                        sum += load(sums + id * size + ((i * WINDOW + j) * s.padded_c + row) * s.padded_k + q);
+                    return sum;
+                }, [&](int i, int j, Vec v) INLINE { store(to + (i * 3 + j) * s.c * s.k, v, n); });
+            }
+    });
 }
 
 }  // namespace
@@ -273,11 +280,11 @@ void filter_gradient(const Shape& s, const float* x, const float* dy, float* dw,
 extern "C" {
 
 void winograd_forward(SHAPE, const float* x, const float* weights, float* y) {
-    convolve(Shape(n, h, w, c, k), x, weights, y, {parallel, count});
+    convolve(Shape(n, h, w, c, k, count), x, weights, y, {parallel, count});
 }
 
 void winograd_filter_gradient(SHAPE, const float* x, const float* dy, float* gradient) {
-    filter_gradient(Shape(n, h, w, c, k), x, dy, gradient, {parallel, count});
+    filter_gradient(Shape(n, h, w, c, k, count), x, dy, gradient, {parallel, count});
 }
 
 }

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from model.native.build import Library
+from model.native.build import Library, keeps_up
 from model.norm.cenconv import CenConv2d
 
 Tensor = torch.Tensor
@@ -20,6 +20,8 @@ _TYPES = (nn.Conv2d, CenConv2d)
 _SHAPE = [*[ctypes.c_long] * 5, ctypes.c_void_p, ctypes.c_long]
 _TILE = 4
 _MOST_CHANNELS = 512   # beyond, filters no longer stay in the caches and torch's own kernels are as fast
+_FEW_TILES = 32        # under which transforming the filters costs what is won
+_LEAST_USE = 1.8       # times as many values as the maps have may be computed, for tiles that stick out
 _GRAIN = 1 << 20       # multiplications of the plain sum from which on another thread is worth waking
 _validating = False
 
@@ -49,7 +51,8 @@ class Winograd:
 
     def _convolve(self, x: Tensor, filters: Tensor) -> Tensor:
         n, _, height, width = x.shape
-        y = torch.empty((n, filters.shape[3], height, width), memory_format=torch.channels_last)
+        y = torch.empty((n, filters.shape[3], height, width), dtype=x.dtype, device=x.device,
+                        memory_format=torch.channels_last)
         self._call("winograd_forward", x, filters.shape[3], x, filters.contiguous(), y)
         return y
 
@@ -71,8 +74,8 @@ def compile_convolutions(model: nn.Module) -> int:
     many there are. On other input, and in evaluation but within `validating`, they are torch's: a test's figures are
     the same on every machine.
 
-    Outputs and gradients differ from torch's by some 1e-5 of their size. They have no second derivative.
-    Compiles first, a few seconds once a process. Raises ConfigError where there is no C++ compiler.
+    Outputs differ from torch's by some 3e-5 of their standard deviation, filters' gradients by 1e-4; they have no
+    second derivative. Compiles first, a few seconds once a process. Raises ConfigError where there is no C++ compiler.
     """
     compiled()
     layers = suitable(model)
@@ -113,23 +116,23 @@ def _conv_forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether x and the filters are of a kind that is known and large enough to gain."""
-    if not (type(x) is Tensor and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.dim() == 4
-            and x.is_contiguous(memory_format=torch.channels_last)):
+    """Whether x and the filters are of a kind that is known, go together, and are large enough to gain."""
+    if not (type(x) is Tensor and x.device == weight.device and x.device.type == "cpu" and x.dim() == 4
+            and x.dtype == weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if weight.shape[1:] != (x.shape[1], 3, 3) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     n, _, height, width = x.shape
-    down, across = -(-height // _TILE), -(-width // _TILE)
-    enough = n * down * across >= 32 and down * across * _TILE * _TILE <= 1.8 * height * width
-    return enough and compiled().library.keeps_up and torch._C._functorch.peek_interpreter_stack() is None
+    tiles = -(-height // _TILE) * -(-width // _TILE)
+    enough = n * tiles >= _FEW_TILES and tiles * _TILE * _TILE <= _LEAST_USE * height * width
+    return enough and keeps_up() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, winograd):
         ctx.winograd = winograd
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return winograd.forward(x, weight)
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from model.native.build import keeps_up
 from model.native.passes import Passes, compiled
 from model.norm.kernels import same_format
 from model.norm.mabn import MABN2d
@@ -50,7 +51,7 @@ def compile_norms(model: nn.Module) -> int:
 def _fits(norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
     if not (norm.training and type(norm) in _TRAIN and Passes.take(x)) or torch.compiler.is_compiling():
         return False
-    if not compiled().library.keeps_up:
+    if not keeps_up():
         return False
     if x.numel() <= x.shape[1]:          # nothing, or one value a channel: torch says what it thinks of that
         return False

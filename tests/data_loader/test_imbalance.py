@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_loader.data_loaders import DigitsLTDataLoader
-from data_loader.imbalance import check_same_subset, img_num_per_cls, long_tail_indices
+from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from utils.errors import ConfigError
 
 
@@ -89,17 +88,3 @@ def test_too_many_images_or_classes_are_named():
         long_tail_indices([0, 0, 1, 1], [1, 3])
     with pytest.raises(ConfigError, match="3 classes, targets 2"):
         long_tail_indices([0, 0, 1, 1], [1, 1, 1])
-
-
-def test_another_subset_is_not_validated():
-    def loader(**args):
-        return DigitsLTDataLoader(image_size=8, **args)
-    check_same_subset({"imb_factor": 0.02}, loader(imb_type="exp"))
-    check_same_subset({"imb_type": "step", "split_seed": 3}, loader(imb_type="step", split_seed=3, imb_factor=0.02))
-    for before, now, key in (({}, {"split_seed": 1}, "split_seed: 1"), ({"split_seed": 2}, {}, "split_seed: 0"),
-                             ({"imb_factor": 0.01}, {"imb_factor": 0.1}, "imb_factor: 0.1"),
-                             ({"imb_factor": 0.01}, {}, "imb_factor: 0.02"),
-                             ({}, {"imb_factor": 0.5}, "imb_factor: 0.5"),
-                             ({"imb_type": "step"}, {"imb_type": "exp"}, "imb_type: exp")):
-        with pytest.raises(ConfigError, match=f"data_loader.args.{key}, but the model was trained with"):
-            check_same_subset(before, loader(**now))

@@ -4,8 +4,10 @@ import csv
 import pytest
 import torch
 
+from model.native import winograd
 from model.native.build import compiler
 from model.native.winograd import Winograd
+from trainer.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 HINT = "faster: --set trainer.compile=layers has 28 of the convolutions"
@@ -26,15 +28,17 @@ def figures(runs, run_id):
 def test_a_run_goes_as_without(runs, capsys, monkeypatch):
     calls = []
     inner = Winograd.forward
-    monkeypatch.setattr(Winograd, "forward", lambda self, x, weight: calls.append(x.shape)
+    monkeypatch.setattr(Winograd, "forward", lambda self, x, weight: calls.append(winograd._validating)
                         or inner(self, x, weight))
+    test = Trainer.test
+    monkeypatch.setattr(Trainer, "test", lambda self, *args, **more: calls.append("test") or test(self, *args, **more))
     flags = ["--epochs", 1, "--lr", 1e-4, "--set", "trainer.amp=off"]       # slow, so that rounding stays small
     runs("plain", *flags)
-    assert HINT in capsys.readouterr().out and not calls
+    assert HINT in capsys.readouterr().out and calls == ["test"]
     runs("compiled", *flags, "--set", "trainer.compile=layers")
     said = capsys.readouterr().out
     assert "3x3 convolutions compiled: 28" in said and HINT not in said
-    assert calls
+    assert {False, True} == set(calls[1:-1]) and calls[-1] == "test"          # steps, validation; the test is torch's
     plain, compiled = figures(runs, "plain"), figures(runs, "compiled")
     assert len(plain) == len(compiled) == 1
     for name, value in plain[0].items():

@@ -46,7 +46,7 @@ def fast(convolutions, x, weight, dy):
 
 @needs_compiler
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 17])
 def test_outputs_and_gradients_are_those_of_float64(shape, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(winograd, "_GRAIN", 1)
@@ -96,7 +96,7 @@ def pair(kind, *args, **more):
 @pytest.mark.parametrize("bias", [False, True])
 def test_layers_train_as_torchs(kind, bias, monkeypatch):
     calls = []
-    monkeypatch.setattr(Winograd, "_call", spy := spying(Winograd._call, calls))
+    monkeypatch.setattr(Winograd, "_call", spying(Winograd._call, calls))
     plain, marked, count = pair(kind, 16, 24, 3, padding=1, bias=bias)
     x, dy = channels_last(8, 16, 12, 12), channels_last(8, 24, 12, 12)
     results = []
@@ -105,7 +105,7 @@ def test_layers_train_as_torchs(kind, bias, monkeypatch):
         y = layer(inputs)
         y.backward(dy)
         results.append([y.detach(), inputs.grad, *(p.grad for p in layer.parameters())])
-    assert count == 1 and len(calls) == 3 and spy is Winograd._call
+    assert count == 1 and len(calls) == 3
     for a, b in zip(*results, strict=True):
         assert close(b, a.double())
     marked.weight.requires_grad_(False)                                    # frozen: no gradient of its filters
@@ -139,10 +139,13 @@ def test_what_does_not_fit_goes_torchs_way(monkeypatch):
     marked.train()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     with monkeypatch.context() as patch:
-        patch.setattr(compiled().library, "parallel", None)                 # no threads of ours beside torch's four
+        patch.setattr(build, "_parallel", lambda: None)                     # no threads of ours beside torch's four
         assert torch.equal(plain.train()(x), marked(x))
     gradient = torch.func.grad(lambda x: marked(x).sum())(x)
     assert gradient.shape == x.shape and calls == []
+    with pytest.raises(RuntimeError, match="to have 16 channels"):
+        marked(channels_last(8, 8, 12, 12))
+    assert calls == []
     marked(x)
     assert calls == ["winograd_forward"]
 
@@ -158,8 +161,23 @@ def test_other_convolutions_are_left_alone(more):
 
 
 @needs_compiler
+def test_another_default_type_changes_nothing():
+    x, weight = channels_last(4, 16, 8, 8), torch.randn(16, 16, 3, 3)
+    expected = compiled().forward(x, weight)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(compiled().forward(x, weight), expected)
+        assert compiled().filter_gradient(x, expected).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_compiler
 @pytest.mark.parametrize("norm", ["BatchNorm2d", {"type": "MABN", "args": {"B": 8, "real_B": 16}}])
-def test_a_network_trains_as_without(norm):
+def test_a_network_trains_as_without(norm, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Winograd, "_call", spying(Winograd._call, calls))
     torch.manual_seed(0)
     spec = {"type": "ResNet32Model", "args": {"num_experts": 2, "reduce_dimension": True, "norm": norm}}
     plain = build_model(spec, 5).to(memory_format=torch.channels_last)
@@ -176,6 +194,7 @@ def test_a_network_trains_as_without(norm):
             loss.backward()
             losses[name, step] = loss.item()
             optimizer.step()
+        assert (len(calls) > 30) == (name == "marked")
     assert losses["marked", 0] == pytest.approx(losses["plain", 0], rel=1e-4)
     assert losses["marked", 1] == pytest.approx(losses["plain", 1], rel=1e-3)
     assert list(marked.state_dict()) == list(plain.state_dict())
