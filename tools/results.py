@@ -91,7 +91,8 @@ def readme_table(rows: Sequence[Row]) -> str:
             entry = None
         command = f"python train.py -c {shlex.quote(row['config'])}{starts_from(row, rows)}"
         command = f"`{command} --seed {seeds[0]}`, then {', '.join(seeds[1:])}" if seeds[1:] else f"`{command}`"
-        method = row["method"] + (f", without {name.split('minus_', 1)[1].replace('_', ' ')}" if is_ablation(name) else "")
+        lacks = name.partition("minus_")[2].replace("_", " ")
+        method = row["method"] + (f", without {lacks}" if is_ablation(name) else "")
         table.append({**row, "run": name, "method": method, "command": command, "minutes": minutes(row),
                       "published": entry and entry.all})
         if entry:
