@@ -18,25 +18,30 @@ def check_held_out(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, 
     `data_loader.args` of the training (None: of other data) and of the loader. Validation images in files of their own,
     and "test", aren't drawn; nothing is said of them.
     """
-    if getattr(loader, "validation", None) != "holdout" or not getattr(loader, "draws_validation", False):
+    if not getattr(loader, "draws_validation", False):
         return
-    for key in ("split_seed", "imb_type", "imb_factor") if trained is not None else ():
+    if trained is not None:
+        _check_arguments(loader, trained, now)
+    known, own = facts.get("class_names"), loader.class_names
+    same = loader.images.paths is None and known and own and list(known) == list(own)       # in memory: no names tell
+    if same and list(facts["cls_num_list"]) != loader.cls_num_list:
+        raise ConfigError(f"data_loader: trains on {sum(loader.cls_num_list):,} images, the model was trained on "
+                          f"{sum(facts['cls_num_list']):,} of the same data; \"holdout\" may draw images that it was "
+                          "trained on: leave the loader and its arguments as they were")
+
+
+def _check_arguments(loader: Any, trained: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key in ("split_seed", "imb_type", "imb_factor"):
         if trained.get(key, _MISSING) == now.get(key, _MISSING):
             continue                                            # written alike, or left to the loader both times
         before, given = (args.get(key, _default(type(loader), key)) for args in (trained, now))
         if _MISSING not in (before, given) and before != given:
             raise ConfigError(f"data_loader.args.{key}: {given}, but the model was trained with {before}; validation "
                               "images drawn with another one may be images that it was trained on: leave it as it was")
-    before = None if trained is None else trained.get("validation", _default(type(loader), "validation"))
-    if loader.holds_out and trained is not None and before not in ("holdout", _MISSING):
+    before = trained.get("validation", _default(type(loader), "validation"))
+    if loader.holds_out and before not in ("holdout", _MISSING):
         raise ConfigError(f"data_loader.args.validation: the model was trained with {before or 'none'!r}, so on the "
                           "images that \"holdout\" would take now; give images of their own (val/, a list)")
-    known, own = facts.get("class_names"), loader.class_names
-    in_memory = getattr(getattr(loader, "images", None), "paths", ()) is None
-    if in_memory and known and own and list(known) == list(own) and list(facts["cls_num_list"]) != loader.cls_num_list:
-        raise ConfigError(f"data_loader: trains on {sum(loader.cls_num_list):,} images, the model was trained on "
-                          f"{sum(facts['cls_num_list']):,} of the same data; \"holdout\" may draw images that it was "
-                          "trained on: leave the loader and its arguments as they were")
 
 
 def _default(kind: type, argument: str) -> Any:

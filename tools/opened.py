@@ -40,18 +40,17 @@ class Run:
     @property
     def is_own_data(self) -> bool:
         """Whether the config's data are those that the model was trained for, there or elsewhere."""
-        before, now = (recover_config(self.checkpoint) or {}).get("data_loader") or {}, self.config["data_loader"]
-        places = [part.get("data_dir") for part in self._loader_args()]
+        before, now = self._loader_specs()
+        places = [(spec.get("args") or {}).get("data_dir") for spec in (before, now)]
         if before.get("type", now.get("type")) != now.get("type"):
             return False
         if None in places or os.path.realpath(places[0]) == os.path.realpath(places[1]):
             return True
         return is_same_place(places[1], (self.facts or {}).get("split"))
 
-    def _loader_args(self) -> list[dict[str, Any]]:
-        """`data_loader.args` as the checkpoint has them, and as they are now."""
-        configs = recover_config(self.checkpoint) or {}, self.config
-        return [(config.get("data_loader") or {}).get("args") or {} for config in configs]
+    def _loader_specs(self) -> list[dict[str, Any]]:
+        """`data_loader` as the checkpoint has it (empty where it has no config), and as it is now."""
+        return [config.get("data_loader") or {} for config in (recover_config(self.checkpoint) or {}, self.config)]
 
     @property
     def data(self) -> dict[str, Any]:
@@ -74,8 +73,9 @@ class Run:
                 self._loaders[split] = self.loader("train").train_eval_loader()
             else:
                 loader = self.loader("train")
-                if self.facts is not None and recover_config(self.checkpoint) is not None:
-                    before, now = self._loader_args()
+                specs = self._loader_specs()
+                if self.facts is not None and specs[0]:
+                    before, now = (spec.get("args") or {} for spec in specs)
                     check_held_out(loader, self.facts, before if self.is_own_data else None, now)
                 found = loader.split_validation()
                 if found is None:
