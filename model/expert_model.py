@@ -41,7 +41,7 @@ def chosen_experts(use_experts: str | list | None, num_experts: int) -> list[int
 
 def check_common(*, num_classes: int | None, num_experts: int, use_norm: bool, s: float, use_experts: str | list | None,
                  dropout: float | None, add_bt: int, eval_bt: bool, classifier: str, shared_classifier: bool | None,
-                 bt_gather: bool, routed: bool, shared_by_default: bool) -> dict[str, Any]:
+                 bt_gather: bool, bt_weight: float | None, routed: bool, shared_by_default: bool) -> dict[str, Any]:
     """The arguments that every such model takes, checked, as `ExpertNet` and `add_heads` take them.
 
     shared_by_default: what `shared_classifier` None means where BatchFormer is on. Raises ConfigError.
@@ -63,9 +63,15 @@ def check_common(*, num_classes: int | None, num_experts: int, use_norm: bool, s
     if shared_classifier is None:
         # An unshared classifier collapses there: about 25% on CIFAR-100-LT (zhihou7/BatchFormer, issue 7).
         shared_classifier = shared_by_default or add_bt in (32, 33)
+    shared = bool(shared_classifier and add_bt)
+    require(bt_weight is None or shared, "bt_weight",
+            "weighs the two streams of a shared classifier; needs add_bt 1 and shared_classifier true")
+    require(bt_weight is None or bt_weight >= 0, "bt_weight", f"{bt_weight} should be 0 or more")
+    after, before = batchformer.STREAM_WEIGHTS.get(add_bt, (1.0, 1.0))
     return dict(num_classes=num_classes, num_experts=num_experts, classifier="cosine" if use_norm else classifier, s=s,
                 use_experts=chosen_experts(use_experts, num_experts), dropout=dropout or 0.0, add_bt=int(add_bt),
-                eval_bt=bool(eval_bt), shared_classifier=bool(shared_classifier and add_bt), bt_gather=bool(bt_gather))
+                eval_bt=bool(eval_bt), shared_classifier=shared, bt_gather=bool(bt_gather),
+                bt_weights=(after if bt_weight is None else float(bt_weight), before))
 
 
 class ExpertModel(BaseModel):

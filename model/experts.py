@@ -32,13 +32,13 @@ class ExpertNet(nn.Module):
     """
 
     def __init__(self, *, num_classes: int, feat_dim: int, num_experts: int = 1,
-                 use_experts: list[int] | str | None = None, add_bt: int = 0, eval_bt: bool = False,
-                 shared_classifier: bool = False, bt_gather: bool = False):
+                 use_experts: list[int] | str | None = None, eval_bt: bool = False, shared_classifier: bool = False,
+                 bt_gather: bool = False, bt_weights: tuple[float, float] = (1.0, 1.0)):
         super().__init__()
         self.num_classes, self.num_experts, self.feat_dim = num_classes, num_experts, feat_dim
         self.use_experts = list(range(num_experts)) if use_experts is None else use_experts
         self.eval_bt, self.shared_classifier, self.bt_gather = eval_bt, shared_classifier, bt_gather
-        self.bt_weights = batchformer.STREAM_WEIGHTS.get(add_bt, (1.0, 1.0))
+        self.bt_weights = bt_weights
 
     def add_heads(self, classifier: str, s: float, dropout: float, add_bt: int) -> None:
         """Register BatchFormer's block, the features' dropout and the classifiers: last, in RIDE's order."""

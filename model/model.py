@@ -40,6 +40,8 @@ class Model(ExpertModel):
         classifier: linear, cosine, linear_fcbn, linear_fcbn_notaffine or lws.
         shared_classifier: None: where BatchFormer is on and the backbone is CIFAR's or has one expert.
         bt_gather: BatchFormer attends across all ranks' images.
+        bt_weight: with a shared classifier, the loss weight of the stream after BatchFormer's block, 0 or more; the one
+            before it weighs 1. None: `add_bt`'s own (`model.batchformer.STREAM_WEIGHTS`).
 
     Raises:
         ConfigError: a value out of range or a name that isn't known.
@@ -55,7 +57,8 @@ class Model(ExpertModel):
                  returns_feat: bool = True, add_bt: int = 0, eval_bt: bool = False, top_choices_num: int = 5,
                  pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True, force_all: bool = False,
                  route_threshold: float = 0.5, norm: str | dict = "BatchNorm2d", classifier: str = "linear",
-                 shared_classifier: bool | None = None, bt_gather: bool = False):
+                 shared_classifier: bool | None = None, bt_gather: bool = False,
+                 bt_weight: float | None = None):
         super().__init__()
         family = {"layout": IMAGENET, **self.family}
         layout = family["layout"]
@@ -63,8 +66,8 @@ class Model(ExpertModel):
         common = check_common(
             num_classes=num_classes, num_experts=num_experts, use_norm=use_norm, s=s, use_experts=use_experts,
             dropout=dropout, add_bt=add_bt, eval_bt=eval_bt, classifier=classifier,
-            shared_classifier=shared_classifier, bt_gather=bt_gather, routed=self.routed,
-            shared_by_default=layout is CIFAR or num_experts == 1)
+            shared_classifier=shared_classifier, bt_gather=bt_gather, bt_weight=bt_weight,
+            routed=self.routed, shared_by_default=layout is CIFAR or num_experts == 1)
         gates = dict(top_choices_num=top_choices_num, pos_weight=pos_weight, force_all=force_all,
                      share_expert_help_pred_fc=share_expert_help_pred_fc, route_threshold=route_threshold)
         self.backbone: ResNet = (RoutedResNet if self.routed else ResNet)(

@@ -88,10 +88,11 @@ class ResNet(ExpertNet):
     def __init__(self, *, layout: Layout, block: type[nn.Module], depths: tuple[int, ...], widths: tuple[int, ...],
                  num_classes: int, num_experts: int = 1, share_layer3: bool = False, classifier: str = "linear",
                  s: float = 30.0, use_experts: list[int] | str | None = None, dropout: float = 0.0, add_bt: int = 0,
-                 eval_bt: bool = False, shared_classifier: bool = False, bt_gather: bool = False, **block_args: int):
+                 eval_bt: bool = False, shared_classifier: bool = False, bt_gather: bool = False,
+                 bt_weights: tuple[float, float] = (1.0, 1.0), **block_args: int):
         super().__init__(num_classes=num_classes, feat_dim=widths[-1] * block.expansion, num_experts=num_experts,
-                         use_experts=use_experts, add_bt=add_bt, eval_bt=eval_bt, shared_classifier=shared_classifier,
-                         bt_gather=bt_gather)
+                         use_experts=use_experts, eval_bt=eval_bt, shared_classifier=shared_classifier,
+                         bt_gather=bt_gather, bt_weights=bt_weights)
         self.num_stages = len(depths)
         self.init = layout.init
         self.first_private = layout.first_private + (1 if share_layer3 else 0)

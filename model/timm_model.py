@@ -50,14 +50,14 @@ class TimmModel(ExpertModel):
                  top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
                  force_all: bool = False, route_threshold: float = 0.5, norm: str | dict = "BatchNorm2d",
                  classifier: str = "linear", shared_classifier: bool | None = None, bt_gather: bool = False,
-                 tuning: str | dict | None = None):
+                 tuning: str | dict | None = None, bt_weight: float | None = None):
         super().__init__()
         check_name(model_name)
         common = check_common(
             num_classes=num_classes, num_experts=num_experts, use_norm=use_norm, s=s, use_experts=use_experts,
             dropout=dropout, add_bt=add_bt, eval_bt=eval_bt, classifier=classifier,
-            shared_classifier=shared_classifier, bt_gather=bt_gather, routed=self.routed,
-            shared_by_default=num_experts == 1)
+            shared_classifier=shared_classifier, bt_gather=bt_gather, bt_weight=bt_weight,
+            routed=self.routed, shared_by_default=num_experts == 1)
         gates = dict(top_choices_num=top_choices_num, pos_weight=pos_weight, force_all=force_all,
                      share_expert_help_pred_fc=share_expert_help_pred_fc, route_threshold=route_threshold)
         self.model_name = model_name

@@ -196,13 +196,14 @@ class TimmNet(ExpertNet):
     def __init__(self, *, model_name: str, size: int, num_classes: int, num_experts: int = 1,
                  classifier: str = "linear", s: float = 30.0, use_experts: list[int] | str | None = None,
                  dropout: float = 0.0, add_bt: int = 0, eval_bt: bool = False, shared_classifier: bool = False,
-                 bt_gather: bool = False):
+                 bt_gather: bool = False, bt_weights: tuple[float, float] = (1.0, 1.0)):
         body, kind, width = make_body(model_name)
         if add_bt and width > 128 and width % 4:
             raise ConfigError(f"arch.args.add_bt: {model_name}'s {width} features can't be split among BatchFormer's "
                               "four heads; use add_bt 0 or another network")
         super().__init__(num_classes=num_classes, feat_dim=width, num_experts=num_experts, use_experts=use_experts,
-                         add_bt=add_bt, eval_bt=eval_bt, shared_classifier=shared_classifier, bt_gather=bt_gather)
+                         eval_bt=eval_bt, shared_classifier=shared_classifier, bt_gather=bt_gather,
+                         bt_weights=bt_weights)
         self.kind = kind
         self.places = find_stages(body)
         self.private: list[str] = tail_of(body, HALVES[kind].features, size, self.places) if num_experts > 1 else []

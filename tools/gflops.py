@@ -30,7 +30,8 @@ CLASSES = {"DigitsLTDataLoader": 10, "ImbalanceCIFAR10DataLoader": 10, "Imbalanc
 #: What makes a model more than the plain network of its kind: none of it is in the network compared with.
 EXTRAS = ("num_experts", "reduce_dimension", "layer2_output_dim", "layer3_output_dim", "layer4_output_dim", "use_norm",
           "s", "share_layer3", "use_experts", "add_bt", "eval_bt", "norm", "classifier", "tuning", "shared_classifier",
-          "top_choices_num", "pos_weight", "share_expert_help_pred_fc", "force_all", "route_threshold", "bt_gather")
+          "top_choices_num", "pos_weight", "share_expert_help_pred_fc", "force_all", "route_threshold", "bt_gather",
+          "bt_weight")
 
 
 def gflops_of(config: dict[str, Any], ea: Sequence[float] | None = None) -> dict[str, Any]:

@@ -217,6 +217,8 @@ def test_memory_format_and_autocast_agree_with_plain(fmt):
     ({"use_experts": "rand"}, "use_experts", "2 or more"), ({"share_layer3": True}, "share_layer3", "stage 1"),
     ({"use_norm": True, "classifier": "lws"}, "use_norm", "cosine"),
     ({"add_bt": 33, "shared_classifier": False}, "shared_classifier", "add_bt 1"),
+    ({"add_bt": 0, "bt_weight": 0.3}, "bt_weight", "add_bt 1"),
+    ({"add_bt": 1, "bt_weight": -1}, "bt_weight", "0 or more"),
     ({"num_expert": 3}, "num_expert", "'num_experts'"), ({"num_classes": 5}, "num_classes", "7"),
     ({"num_experts": "three"}, "num_experts", "whole number")])
 def test_mistakes_name_the_key_and_what_is_right(args, key, hint):

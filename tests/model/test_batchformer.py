@@ -87,6 +87,7 @@ def test_stream_weights():
     assert model_of(add_bt=32)(images)["bt_weights"] == (0.01, 1.0)
     assert model_of(add_bt=33)(images)["bt_weights"] == (1.0, 1.0)
     assert model_of(add_bt=1)(images)["bt_weights"] == (0.1, 1.0)
+    assert model_of(add_bt=1, bt_weight=0.3)(images)["bt_weights"] == (0.3, 1.0)
 
 
 def test_old_stream_is_the_same_head_on_the_features():
