@@ -2,11 +2,13 @@
 
     python -m benchmarks.convolutions [--cpu-time] [--threads N] [--rounds N] [--json FILE]
 
-float32, channels_last, stride 1, on shapes of ResNet-32 (batch 128) and ResNet-50 (batch 32); each pass of both sides
-in turns. Errors are the largest difference from float64, as a share of the result's standard deviation.
+channels_last, stride 1, on shapes of ResNet-32 (batch 128) and ResNet-50 (batch 32), in float32 and, where the CPU
+multiplies it, bfloat16 (ours takes filters in float32 there too); each pass of both sides in turns. Errors are the
+largest difference from float64, as a share of the result's standard deviation.
 """
 from __future__ import annotations
 
+import itertools
 import sys
 from functools import partial
 
@@ -16,6 +18,7 @@ from benchmarks.timing import begin, finish, interleave, parser, spread, timed
 from model.native.build import compiler
 from model.native.winograd import compiled
 from tools.allocator import keep_freed_memory
+from trainer.precision import choose_precision
 
 SHAPES = ((128, 16, 32), (128, 32, 16), (128, 64, 8), (32, 64, 56), (32, 128, 28), (32, 256, 14), (32, 512, 7))
 
@@ -37,20 +40,23 @@ def main() -> int:
     passes = {"forward": (lambda x, w, dy: fast.forward(x, w), lambda x, w, dy: torch.conv2d(x, w, padding=1)),
               "input gradient": (lambda x, w, dy: fast.input_gradient(dy, w), partial(gradient, of=0)),
               "filter gradient": (lambda x, w, dy: fast.filter_gradient(x, dy), partial(gradient, of=1))}
-    for n, channels, size in SHAPES:
-        x, dy = (torch.randn(n, channels, size, size).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    kinds = {"float32": torch.float32, "bf16": torch.bfloat16}
+    if choose_precision("auto", "cpu")[0] != "bf16":
+        del kinds["bf16"]
+    for (n, channels, size), (kind, dtype) in itertools.product(SHAPES, kinds.items()):
+        x, dy = (torch.randn(n, channels, size, size).to(dtype, memory_format=torch.channels_last) for _ in range(2))
         weight = (torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5).to(memory_format=torch.channels_last)
+        half = weight.to(dtype)
         for name, (ours, torchs) in passes.items():
-            timing = interleave({"ours": timed(partial(ours, x, weight, dy), args.cpu_time),
-                                 "torch": timed(partial(torchs, x, weight, dy), args.cpu_time)}, args.rounds or 9)
+            sides = {"ours": partial(ours, x, weight, dy), "torch": partial(torchs, x, half, dy)}
+            timing = interleave({side: timed(run, args.cpu_time) for side, run in sides.items()}, args.rounds or 9)
             exact = torchs(x.double(), weight.double(), dy.double())
-            errors = [((run(x, weight, dy).double() - exact).abs().max() / exact.std()).item()
-                      for run in (ours, torchs)]
-            row = results[f"{n}x{channels}x{size}x{size}, {name}"] = {
+            errors = [((run().double() - exact).abs().max() / exact.std()).item() for run in sides.values()]
+            row = results[f"{n}x{channels}x{size}x{size}, {kind}, {name}"] = {
                 "speed_up": timing.speed_up("ours", "torch"), "ours_ms": timing.median("ours") * 1e3,
                 "torch_ms": timing.median("torch") * 1e3,
                 "error": errors[0], "torch_error": errors[1]}
-            print(f"[{n}, {channels}, {size}, {size}] {name:16} {spread(row['speed_up'])} as fast as torch's "
+            print(f"[{n}, {channels}, {size}, {size}] {kind} {name:16} {spread(row['speed_up'])} as fast as torch's "
                   f"{row['torch_ms']:.1f} ms; errors {errors[0]:.1e} and {errors[1]:.1e}", flush=True)
     finish("convolutions", results, args)
     return 0

@@ -179,7 +179,7 @@ def recipe_parts(args: argparse.Namespace) -> dict[str, Callable]:
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Callable]]] = {
     "original": original, "ours, float32": partial(ours, amp="off"), "ours, auto": partial(ours, amp="auto"),
     "ours, compiled norms": partial(ours, amp="auto", compile="norms"),
-    "ours, compiled layers": partial(ours, amp="off", compile="layers"), "parts": recipe_parts,
+    "ours, compiled layers": partial(ours, amp="off", compile="layers"),
+    "ours, auto, compiled layers": partial(ours, amp="auto", compile="layers"), "parts": recipe_parts,
     **{f"{name}, {amp}": partial(steps_alone, amp=amp, compiled=compiled)
-       for name, compiled in (("without", False), ("norms", "norms")) for amp in ("off", "auto")},
-    "layers, off": partial(steps_alone, amp="off", compiled="layers")}
+       for name, compiled in (("without", False), ("norms", "norms"), ("layers", "layers")) for amp in ("off", "auto")}}

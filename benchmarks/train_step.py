@@ -6,15 +6,15 @@
 The loop: RIDE with 3 experts and BatchFormer on CIFAR-100-LT, ResNet-32, batch 128. Both sides train the same network
 on the same images with the same loss and validate it on the test images, each in a process of its own. They take turns
 of `--steps` training steps and the same share of the validation. Ours is the trainer as `train.py` runs it, in float32
-and with `trainer.amp` "auto", where there is a C++ compiler that also with `trainer.compile` "norms", and in float32
-with "layers"; the original is `benchmarks.original`. Without `--data_dir` the images are noise, as many as CIFAR-100-LT
+and with `trainer.amp` "auto", where there is a C++ compiler that also with `trainer.compile` "norms", and both with
+"layers"; the original is `benchmarks.original`. Without `--data_dir` the images are noise, as many as CIFAR-100-LT
 has: the pixels don't matter for the speed.
 
 The parts: what the average of the weights, Muon in place of SGD and a policy of augmentation in place of the rotation
 add to that training. Each is timed where it runs, inside training steps (a policy: over whole epochs of its loader),
 since a hundredth of a step is less than one step differs from the next.
 
-The layers (`--only layers`): training steps with `trainer.compile` "norms", in float32 "layers", and without, each in a
+The layers (`--only layers`): training steps with `trainer.compile` "norms", "layers", and without, each in a
 process of its own.
 
 `--cpu-time` counts CPU seconds instead of wall time, all in one thread and one process a side, for machines that are
@@ -87,6 +87,8 @@ def compare_loops(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     if compiler():
         shown["ours, compiled norms"] = f"ours, {'float32' if precision == 'off' else precision}, compiled norms"
         shown["ours, compiled layers"] = "ours, float32, compiled layers"
+        if precision != "off":
+            shown["ours, auto, compiled layers"] = f"ours, {precision}, compiled layers"
     with contextlib.ExitStack() as stack:
         sides = {name: stack.enter_context(Side(name, args)) for name in shown}
         timing = interleave({name: partial(side.ask, "go") for name, side in sides.items()}, args.rounds or 5,
@@ -126,7 +128,7 @@ def compare_layers(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Training steps with norms, or norms and convolutions, in C++ and without."""
     results: dict[str, Any] = {}
     for amp in ("off", *(["auto"] if precision != "off" else [])):
-        names = ("without", "norms", *(["layers"] if amp == "off" else []))
+        names = ("without", "norms", "layers")
         with contextlib.ExitStack() as stack:
             sides = {name: stack.enter_context(Side(f"{name}, {amp}", args)) for name in names}
             timing = interleave({name: partial(side.ask, "go") for name, side in sides.items()}, args.rounds or 7,

@@ -1,6 +1,7 @@
 // Vectors of float32 or bfloat16 values, and the threads that torch itself uses.
 #pragma once
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #define INLINE __attribute__((always_inline))

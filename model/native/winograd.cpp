@@ -7,8 +7,8 @@
 // element of the 6x6. The gradient of w follows from the same identity: G' [(A dY A') * (B' d B)] G, summed over tiles;
 // that of the input is a convolution of dY with w turned round.
 //
-// Maps are channels_last, filters [3, 3, C, K], all float32. Tiles go by in blocks, which stay in the second cache
-// where channels are few.
+// Maps are channels_last, in float32 or bfloat16; filters [3, 3, C, K], their gradients and all sums are float32. Tiles
+// go by in blocks, which stay in the second cache where channels are few.
 #include "vectors.h"
 
 namespace {
@@ -112,21 +112,23 @@ struct Shape {
 
 struct Floats {                                           // zeros at first
     float* data;
-    explicit Floats(long count) : data((float*)calloc(count, sizeof(float))) {}
+    explicit Floats(long count) : data((float*)calloc(count, sizeof(float))) {
+        if (!data) fprintf(stderr, "compiled layers: out of memory for %ld values\n", count), abort();
+    }
     ~Floats() { free(data); }
     operator float*() const { return data; }
 };
 
 // The windows of SIZE x SIZE values that begin BEFORE of a tile's own corner, transformed: out [36, block, padded].
-template <class Line, int BEFORE>
-void windows(const Shape& s, const float* x, long channels, long padded, long first, long count, float* out) {
+template <class Line, int BEFORE, class T>
+void windows(const Shape& s, const T* x, long channels, long padded, long first, long count, float* out) {
     constexpr int SIZE = Line::from;
-    static const float nothing[W] = {};
+    static const T nothing[W] = {};
     const long product = s.block * padded;
     for (long t = 0; t < count; ++t) {
         long at = first + t, left = at % s.across * TILE - BEFORE, top = at / s.across % s.down * TILE - BEFORE;
-        const float* image = x + at / (s.across * s.down) * s.h * s.w * channels;
-        const float* pixels[SIZE * SIZE];
+        const T* image = x + at / (s.across * s.down) * s.h * s.w * channels;
+        const T* pixels[SIZE * SIZE];
         bool inside[SIZE * SIZE];
         for (int i = 0; i < SIZE; ++i)
             for (int j = 0; j < SIZE; ++j) {
@@ -155,15 +157,15 @@ void windows(const Shape& s, const float* x, long channels, long padded, long fi
 }
 
 // What the products [36, block, padded_k] of a block's tiles give, into y.
-void outputs(const Shape& s, const float* products, long first, long count, float* y) {
+template <class T> void outputs(const Shape& s, const float* products, long first, long count, T* y) {
     const long k = s.k, line = s.w * k, product = s.block * s.padded_k;
     for (long t = 0; t < count; ++t) {
         long at = first + t, left = at % s.across * TILE, top = at / s.across % s.down * TILE;
-        float* corner = y + ((at / (s.across * s.down) * s.h + top) * s.w + left) * k;
+        T* corner = y + ((at / (s.across * s.down) * s.h + top) * s.w + left) * k;
         long height = s.h - top, width = s.w - left;
         for (long q = 0; q < k; q += W) {
             const float* from = products + t * s.padded_k + q;
-            float* to = corner + q;
+            T* to = corner + q;
             auto get = [=](int i, int j) INLINE { return load(from + (i * WINDOW + j) * product); };
             if (height >= TILE && width >= TILE && q + W <= k)
                 transform<Outputs>(get, [=](int i, int j, Vec v) INLINE { store(to + i * line + j * k, v); });
@@ -226,7 +228,7 @@ void filters(const Shape& s, const float* w, float* out, Threads threads) {
     });
 }
 
-void convolve(const Shape& s, const float* x, const float* w, float* y, Threads threads) {
+template <class T> void convolve(const Shape& s, const T* x, const float* w, T* y, Threads threads) {
     Floats u(PRODUCTS * s.c * s.padded_k);
     filters(s, w, u, threads);
     share(threads, s.blocks(), [&](long, long first, long last) {
@@ -242,7 +244,8 @@ void convolve(const Shape& s, const float* x, const float* w, float* y, Threads 
     });
 }
 
-void filter_gradient(const Shape& s, const float* x, const float* dy, float* dw, Threads threads) {
+template <class T>
+void filter_gradient(const Shape& s, const T* x, const T* dy, float* dw, Threads threads) {
     const long size = PRODUCTS * s.padded_c * s.padded_k, most = (1 << 26) / size + 1;     // sums of 256 MiB or so
     Threads summing = {threads.parallel, threads.count < most ? threads.count : most};
     Floats sums(summing.count * size);
@@ -275,16 +278,20 @@ void filter_gradient(const Shape& s, const float* x, const float* dy, float* dw,
 
 }  // namespace
 
-#define SHAPE long n, long h, long w, long c, long k, Parallel parallel, long count
+#define SHAPE int half, long n, long h, long w, long c, long k, Parallel parallel, long count
 
 extern "C" {
 
-void winograd_forward(SHAPE, const float* x, const float* weights, float* y) {
-    convolve(Shape(n, h, w, c, k, count), x, weights, y, {parallel, count});
+void winograd_forward(SHAPE, const void* x, const float* weights, void* y) {
+    Shape s(n, h, w, c, k, count);
+    if (half) convolve(s, (const bf16*)x, weights, (bf16*)y, {parallel, count});
+    else convolve(s, (const float*)x, weights, (float*)y, {parallel, count});
 }
 
-void winograd_filter_gradient(SHAPE, const float* x, const float* dy, float* gradient) {
-    filter_gradient(Shape(n, h, w, c, k, count), x, dy, gradient, {parallel, count});
+void winograd_filter_gradient(SHAPE, const void* x, const void* dy, float* gradient) {
+    Shape s(n, h, w, c, k, count);
+    if (half) filter_gradient(s, (const bf16*)x, (const bf16*)dy, gradient, {parallel, count});
+    else filter_gradient(s, (const float*)x, (const float*)dy, gradient, {parallel, count});
 }
 
 }

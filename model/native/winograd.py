@@ -17,7 +17,7 @@ from model.norm.cenconv import CenConv2d
 Tensor = torch.Tensor
 
 _TYPES = (nn.Conv2d, CenConv2d)
-_SHAPE = [*[ctypes.c_long] * 5, ctypes.c_void_p, ctypes.c_long]
+_SHAPE = [ctypes.c_int, *[ctypes.c_long] * 5, ctypes.c_void_p, ctypes.c_long]
 _TILE = 4
 _MOST_CHANNELS = 512   # beyond, filters no longer stay in the caches and torch's own kernels are as fast
 _FEW_TILES = 32        # under which transforming the filters costs what is won
@@ -27,8 +27,8 @@ _validating = False
 
 
 class Winograd:
-    """The compiled convolutions of `winograd.cpp`: stride 1, padding 1, maps [N, C, H, W] channels_last in float32,
-    filters [K, C, 3, 3]."""
+    """The compiled convolutions of `winograd.cpp`: stride 1, padding 1, maps [N, C, H, W] channels_last in float32 or
+    bfloat16, filters [K, C, 3, 3] and their gradient in float32, as are all sums."""
 
     def __init__(self, library: Library):
         self.library = library
@@ -45,7 +45,7 @@ class Winograd:
 
     def filter_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         """[K, C, 3, 3], from x [N, C, H, W] and dy [N, K, H, W]."""
-        gradient = x.new_empty((3, 3, x.shape[1], dy.shape[1]))
+        gradient = x.new_empty((3, 3, x.shape[1], dy.shape[1]), dtype=torch.float32)
         self._call("winograd_filter_gradient", x, dy.shape[1], x, dy, gradient)
         return gradient.permute(3, 2, 0, 1)
 
@@ -59,7 +59,7 @@ class Winograd:
     def _call(self, name: str, x: Tensor, k: int, *tensors: Tensor) -> None:
         n, c, height, width = x.shape
         threads = self.library.threads(1 + x.numel() * k * 9 // _GRAIN)
-        self.library.functions[name](n, height, width, c, k, self.library.parallel, threads,
+        self.library.functions[name](x.dtype == torch.bfloat16, n, height, width, c, k, self.library.parallel, threads,
                                      *(t.data_ptr() for t in tensors))
 
 
@@ -70,12 +70,13 @@ def compiled() -> Winograd:
 
 
 def compile_convolutions(model: nn.Module) -> int:
-    """Have the 3x3 convolutions of `model` train by Winograd's algorithm on a CPU, in float32 and channels_last; how
-    many there are. On other input, and in evaluation but within `validating`, they are torch's: a test's figures are
-    the same on every machine.
+    """Have the 3x3 convolutions of `model` train by Winograd's algorithm on a CPU, in channels_last; how many there
+    are. Maps are float32, or bfloat16 under autocast, unless the CPU has AMX, whose matrix products win. On other input,
+    and in evaluation but within `validating`, they are torch's: a test's figures are the same on every machine.
 
-    Outputs differ from torch's by some 3e-5 of their standard deviation, filters' gradients by 1e-4; they have no
-    second derivative. Compiles first, a few seconds once a process. Raises ConfigError where there is no C++ compiler.
+    In float32, outputs differ from torch's by some 3e-5 of their standard deviation, filters' gradients by 1e-4. There
+    are no second derivatives. Compiles first, a few seconds once a process. Raises ConfigError where there is no C++
+    compiler.
     """
     compiled()
     layers = suitable(model)
@@ -111,21 +112,34 @@ def _suits(layer: nn.Module) -> bool:
 def _conv_forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not ((layer.training or _validating) and _fits(x, weight)):
         return type(layer)._conv_forward(layer, x, weight, bias)
-    y = _Convolution.apply(x, weight, compiled())
-    return y if bias is None else y + bias[:, None, None]
+    y = _Convolution.apply(x.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else x, weight, compiled())
+    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether x and the filters are of a kind that is known, go together, and are large enough to gain."""
     if not (type(x) is Tensor and x.device == weight.device and x.device.type == "cpu" and x.dim() == 4
-            and x.dtype == weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)):
+            and weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    if weight.shape[1:] != (x.shape[1], 3, 3) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if weight.shape[1:] != (x.shape[1], 3, 3) or torch.compiler.is_compiling() or x.dtype not in _types():
         return False
     n, _, height, width = x.shape
     tiles = -(-height // _TILE) * -(-width // _TILE)
     enough = n * tiles >= _FEW_TILES and tiles * _TILE * _TILE <= _LEAST_USE * height * width
     return enough and keeps_up() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _types() -> tuple[torch.dtype, ...]:
+    """What the maps may be: what autocast makes bfloat16, if it is on."""
+    if not torch.is_autocast_enabled("cpu"):
+        return (torch.float32,)
+    half = torch.get_autocast_dtype("cpu") == torch.bfloat16 and not _has_amx()
+    return (torch.float32, torch.bfloat16) if half else ()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 class _Convolution(torch.autograd.Function):

@@ -27,6 +27,11 @@ def close(found, exact, size=2e-4):
     return bool(((found.double() - exact).abs().max() / scale) < size)
 
 
+def rounded(found, exact):
+    """Alike but for the rounding to bfloat16."""
+    return bool(((found.double() - exact).abs() <= exact.abs() * 2 ** -8 + 2e-4 * max(exact.abs().max(), 1)).all())
+
+
 def channels_last(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
@@ -59,6 +64,18 @@ def test_outputs_and_gradients_are_those_of_float64(shape, threads, monkeypatch)
         assert a.shape == b.shape and close(a, b)
     for a, b in zip(found, fast(compiled(), x, weight, dy), strict=True):
         assert torch.equal(a, b)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_rounds_once(shape):
+    torch.manual_seed(0)
+    n, c, k, h, w = shape
+    x, dy = channels_last(n, c, h, w).bfloat16(), channels_last(n, k, h, w).bfloat16()
+    weight = torch.randn(k, c, 3, 3)
+    found, exact = fast(compiled(), x, weight, dy), exactly(x, weight, dy)
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert rounded(found[0], exact[0]) and rounded(found[1], exact[1]) and close(found[2], exact[2])
 
 
 @needs_compiler
@@ -128,8 +145,11 @@ def test_what_does_not_fit_goes_torchs_way(monkeypatch):
     x = channels_last(8, 16, 12, 12)
     for inputs in (x.contiguous(), x[:1, :, :4, :4], x[:, :, :1].contiguous(memory_format=torch.channels_last)):
         assert torch.equal(plain(inputs), marked(inputs))                   # another format; few values; thin maps
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(plain(x), marked(x))
+    for kind, amx in ((torch.float16, False), (torch.bfloat16, True)):
+        monkeypatch.setattr(winograd, "_has_amx", lambda amx=amx: amx)
+        with torch.autocast("cpu", kind):
+            assert torch.equal(plain(x), marked(x))
+    assert torch.equal(plain.bfloat16()(x.bfloat16()), marked.bfloat16()(x.bfloat16()))
     assert torch.equal(plain.double()(x.double()), marked.double()(x.double()))
     assert torch.equal(plain.float().eval()(x), marked.float().eval()(x)) and calls == []
     with validating(), torch.no_grad():
@@ -148,6 +168,28 @@ def test_what_does_not_fit_goes_torchs_way(monkeypatch):
     assert calls == []
     marked(x)
     assert calls == ["winograd_forward"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_under_autocast_maps_are_bfloat16(bias, kind, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Winograd, "_call", spying(Winograd._call, calls))
+    monkeypatch.setattr(winograd, "_has_amx", lambda: False)
+    _, marked, _ = pair(nn.Conv2d, 16, 24, 3, padding=1, bias=bias)
+    x = channels_last(8, 16, 12, 12).to(kind).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = marked(x)
+    y.square().sum().backward()
+    halves = x.detach().bfloat16()
+    dy = 2 * y.detach()
+    exact = exactly(halves, marked.weight.detach(), dy)
+    shift = marked.bias.detach().bfloat16()[:, None, None] if bias else 0
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == kind and marked.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(y.double(), exact[0] + shift, rtol=2 ** -7, atol=1e-2)
+    assert rounded(x.grad, exact[1]) and close(marked.weight.grad, exact[2])
+    assert calls == ["winograd_forward", "winograd_forward", "winograd_filter_gradient"]
 
 
 @needs_compiler
