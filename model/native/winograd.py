@@ -71,8 +71,8 @@ def compiled() -> Winograd:
 
 def compile_convolutions(model: nn.Module) -> int:
     """Have the 3x3 convolutions of `model` train by Winograd's algorithm on a CPU, in channels_last; how many there
-    are. Maps are float32, or bfloat16 under autocast, unless the CPU has AMX, whose matrix products win. On other input,
-    and in evaluation but within `validating`, they are torch's: a test's figures are the same on every machine.
+    are. Maps are float32, or bfloat16 under autocast where the CPU has no AMX (torch's convolutions use it). On other
+    input, and in evaluation but within `validating`, they are torch's: a test's figures are the same on every machine.
 
     In float32, outputs differ from torch's by some 3e-5 of their standard deviation, filters' gradients by 1e-4. There
     are no second derivatives. Compiles first, a few seconds once a process. Raises ConfigError where there is no C++
