@@ -147,16 +147,19 @@ class Trainer(StepTrainer):
 
     def evaluate(self, loader: Any, *, validating: bool = False, **more: Any) -> dict[str, Any] | None:
         """The figures of the unwrapped model (the one that is saved) on a split, over all ranks; `validating`: with the
-        criterion's loss and the config's metrics, and in the precision of training. more: see
+        criterion's loss and the config's metrics, in the precision of training and with its compiled layers. more: see
         `trainer.evaluate.evaluate`."""
+        with winograd.validating(validating):
+            return self.evaluate_split(loader, validating, amp=self.amp if validating else "off", **more)
+
+    def evaluate_split(self, loader: Any, validating: bool, **more: Any) -> dict[str, Any] | None:
+        """What `evaluate` returns; for subclasses."""
         if validating:
             more.update(criterion=self.criterion, metrics=self.metrics)
         model = self.judged_model
         if validating and self.on_features and self.cached.valid is not None:
             model, loader = OnFeatures(model), self.cached.valid
-        with winograd.validating(validating):
-            return evaluate(model, loader, groups=self.config.get("groups"), amp=self.amp if validating else "off",
-                            memory_format=self.memory_format, **more)
+        return evaluate(model, loader, groups=self.config.get("groups"), memory_format=self.memory_format, **more)
 
     def validate(self, epoch: int) -> dict[str, float | None] | None:
         """See BaseTrainer."""

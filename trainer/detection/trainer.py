@@ -9,7 +9,6 @@ from torch import nn
 
 from logger.figures.detections import as_picture, draw_detections
 from logger.log import get_logger
-from model.native import winograd
 from trainer.detection.evaluate import KINDS, evaluate_detector
 from trainer.hooks import HOOKS
 from trainer.hooks.curves import Curves
@@ -96,12 +95,10 @@ class DetectionTrainer(Trainer):
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self, loader: Any, *, validating: bool = False, **more: Any) -> dict[str, Any] | None:
+    def evaluate_split(self, loader: Any, validating: bool, **more: Any) -> dict[str, Any] | None:
         """Box and mask AP. There is no validation loss: detectors sample regions for it at random."""
-        with winograd.validating(validating):
-            return evaluate_detector(self.judged_model, loader, groups=self.config.get("groups"),
-                                     cls_num_list=self.train_loader.cls_num_list,
-                                     amp=self.amp if validating else "off", **more)
+        return evaluate_detector(self.judged_model, loader, groups=self.config.get("groups"),
+                                 cls_num_list=self.train_loader.cls_num_list, **more)
 
     def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
         names = [f"{kind}_{name}" for kind in KINDS for name in SHOWN]
