@@ -110,6 +110,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         check_start(starts)
 
     train_loader = session.make_loader(config, device, facts=session.facts_to_follow(start))
+    session.warn_of_seen(start, train_loader)
     config = session.settled(config, train_loader)
     valid_loader = train_loader.split_validation()
     describe_data(train_loader, config)

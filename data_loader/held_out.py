@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from data_loader.splitting import is_same_place
 from utils.errors import ConfigError
 
 _MISSING = object()
@@ -28,6 +30,17 @@ def check_held_out(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, 
         raise ConfigError(f"data_loader: trains on {sum(loader.cls_num_list):,} images, the model was trained on "
                           f"{sum(facts['cls_num_list']):,} of the same data; \"holdout\" may draw images that it was "
                           "trained on: leave the loader and its arguments as they were")
+
+
+def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mapping[str, Any] | None) -> bool:
+    """Whether two configs' `data_loader` are of the same data, there or elsewhere; facts: what the first one's
+    checkpoint knows of them."""
+    places = [(spec.get("args") or {}).get("data_dir") for spec in (before, now)]
+    if before.get("type", now.get("type")) != now.get("type"):
+        return False
+    if None in places or os.path.realpath(places[0]) == os.path.realpath(places[1]):
+        return True
+    return is_same_place(places[1], (facts or {}).get("split"))
 
 
 def _check_arguments(loader: Any, trained: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -120,14 +120,14 @@ class ImageDataLoader(PixelLoader):
         if data_dir is not None:
             check_data_dir(data_dir, may_be_made=self.may_download and download)
         facts = facts or {}
-        self.division = Division.of(facts.get("split", {}) if facts else None, root=str(data_dir), seed=split_seed,
-                                    test_share=test_share, val_share=val_share)
         #: Test images in a folder of their own are all for testing, unless they are where the training images were.
         elsewhere = bool(facts) and not is_same_place(str(data_dir), facts.get("split"))
-        if facts and not elsewhere and not facts.get("optional"):
-            self.division.agree(facts.get("split") or {})
+        self.division = Division.following({} if elsewhere and facts.get("optional") else facts, root=str(data_dir),
+                                           seed=split_seed, test_share=test_share, val_share=val_share)
         self.whole = elsewhere and not training
         splits = self.read(training)
+        if facts and not elsewhere:
+            self.division.agree(facts, splits.class_names)
         self.whole = self.whole and splits.train is None  # and there was no training folder
         if facts.get("class_names") and splits.class_names and not (facts.get("optional") and match_classes(
                 splits.class_names, facts["class_names"], not training) is None):
@@ -137,7 +137,10 @@ class ImageDataLoader(PixelLoader):
         self.notes = list(splits.notes)
         if self.mixing is not None and training:
             self.notes.append("images are mixed: the training accuracy counts the label that makes up more of each")
-        if image_size == "auto" and splits.test.paths is not None:
+        trained_at = None if facts.get("optional") else (facts.get("preprocess") or {}).get("image_size")
+        if image_size == "auto" and trained_at:
+            self.image_size = trained_at
+        elif image_size == "auto" and splits.test.paths is not None:
             self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu",
                                                 preprocess and preprocess["image_size"],
                                                 preprocess and preprocess.get("takes"))

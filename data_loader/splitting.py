@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +41,11 @@ class Division:
 
     An image is taken where a hash of its name relative to `root` and of the seed, 0 to 1, is under the share. No class
     gives its last image; a class of two or more gives at least one to the test, one of five or more to validation. What
-    such exceptions kept for training is remembered (`memory`), and stays there when more images come.
+    such exceptions kept for training or took is remembered (`memory`), and stays there when images come or go; they
+    are made once, since a class's other images were trained on.
 
     rule: "names", or "shares" for runs of versions that drew a share of each class's images by their number.
+    taken: None of a new division, which may take images against their hash: `forced`.
     """
 
     root: str
@@ -52,14 +54,23 @@ class Division:
     val_share: float
     rule: str = "names"
     kept: set[str] = field(default_factory=set)
+    taken: set[str] | None = None
+    forced: set[str] = field(default_factory=set)
     sample: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def following(cls, facts: Mapping[str, Any], **settings: Any) -> Division:
+        """As what a checkpoint knows of its data says (`data_facts`); a new one where that is nothing."""
+        return cls.of(facts.get("split") or {} if facts else None, **settings)
 
     @classmethod
     def of(cls, memory: dict[str, Any] | None, **settings: Any) -> Division:
         """As a checkpoint remembers it; memory None: a new one; without a `rule`: of an old run."""
         if memory is None:
             return cls(**settings)
-        return cls(**settings, rule=memory.get("rule", "shares"), kept=set(memory.get("kept", ())))
+        taken = memory.get("taken")       # None: of a version that didn't remember it
+        return cls(**settings, rule=memory.get("rule", "shares"), kept=set(memory.get("kept", ())),
+                   taken=None if taken is None else set(taken))
 
     def divide(self, images: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
         """(indices kept, indices taken) of an ImageSet, both ascending. what: "test" or "val"."""
@@ -69,15 +80,17 @@ class Division:
         names = [relative_name(path, self.root) for path in images.paths]
         values = np.array([name_value(name, self.seed, what) for name in names])
         free = np.array([f"{what}:{name}" not in self.kept for name in names])
+        under = (values < share) | np.array([f"{what}:{name}" in (self.taken or ()) for name in names])
         taken = np.zeros(len(names), dtype=bool)
         for label in np.unique(images.targets):
             own = np.flatnonzero(images.targets == label)
             candidates = own[free[own]]
             if len(own) < keep_rare or not len(candidates):
                 continue
-            chosen = candidates[values[candidates] < share]
-            if not len(chosen):
+            chosen = candidates[under[candidates]]
+            if not len(chosen) and self.taken is None:
                 chosen = candidates[[values[candidates].argmin()]]
+                self.forced.add(f"{what}:{names[chosen[0]]}")
             if len(chosen) == len(own):
                 chosen = np.setdiff1d(chosen, chosen[[values[chosen].argmax()]])
             taken[chosen] = True
@@ -99,7 +112,8 @@ class Division:
         if not len(taken):
             raise ConfigError(f"{where}: every class has one image; none is left to test on")
         notes.append(f"no test {kind}: {len(taken)} of {len(images)} images, about {self.test_share:.0%} of each "
-                     "class, set aside for testing, chosen by their names: they stay the same when you add images")
+                     "class, set aside for testing, chosen by their names: adding images moves none of them (in a new "
+                     "run, where a class is larger than a handful)")
         return Splits(images.subset(kept), images.subset(taken), notes=notes, **about)
 
     def memory(self, images: Any) -> dict[str, Any]:
@@ -112,11 +126,19 @@ class Division:
         files = dict.fromkeys(file_of(path) for path in images.paths[::step][:64])
         sample = {relative_name(path, self.root): os.path.getsize(path) for path in files if "://" not in path}
         return {"rule": self.rule, "seed": self.seed, "test_share": self.test_share, "val_share": self.val_share,
-                "kept": sorted(self.kept), "sample": sample}
+                "kept": sorted(self.kept), "taken": sorted((self.taken or set()) | self.forced), "sample": sample}
 
-    def agree(self, memory: dict[str, Any]) -> None:
+    def agree(self, facts: Mapping[str, Any], class_names: Sequence[str] | None) -> None:
         """Raises ConfigError where the settings aren't those of the split that a model was trained with: photos that it
-        has seen would be tested."""
+        has seen would be tested.
+
+        class_names: the data's. Of weights that a training starts from ("optional") a sample of photos tells that they
+        learned from this place; of images in memory, the classes do.
+        """
+        memory, known = facts.get("split") or {}, facts.get("class_names")
+        alike = bool(class_names and known) and list(class_names) == list(known)
+        if facts.get("optional") and not (memory.get("sample") or alike):
+            return
         for key, own in (("split_seed", self.seed), ("test_share", self.test_share), ("val_share", self.val_share)):
             before = memory.get(key.removeprefix("split_"), own)
             if before != own:

@@ -289,3 +289,18 @@ def test_a_file_to_start_from_is_read_once(bench, monkeypatch, first, config, fl
         monkeypatch.setattr(module, "load_checkpoint", counting)
     bench.train(config, flag, source, *more)
     assert read == [str(source)]
+
+
+def test_validation_images_that_stage_1_learned_from_are_said(bench, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (i, 9, 9)).save(tmp_path / "photos" / name / f"{i}.png")
+    data = ["--set", "data_loader={\"type\": \"ImageFolderLTDataLoader\", \"args\": {\"image_size\": 8}}",
+            "--data_dir", str(tmp_path / "photos"), "--set", "arch.args.num_classes=2"]
+    stage1 = bench.train("ce", *data, "--set", "data_loader.args.validation=none", "--set", "trainer.monitor=off")
+    again = ["-c", "configs/digits_lt_crt.json", "--load_crt", str(stage1), *bench.flags(), "--dry_run", *data, "-q"]
+    for validation, said in (("holdout", True), ("none", False)):
+        capsys.readouterr()
+        train.main([*again, "--set", f"data_loader.args.validation={validation}", "--set", "trainer.monitor=off"])
+        assert ("validation figures will be too good" in capsys.readouterr().out) == said

@@ -1,7 +1,6 @@
 """A finished run, for test.py and the tools."""
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ import torch
 from torch import nn
 
 from base.base_data_loader import BaseDataLoader
-from data_loader.held_out import check_held_out
-from data_loader.splitting import is_same_place
+from data_loader.held_out import check_held_out, of_same_data
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
 from tools.parts import check_size, make_loader, make_model, settled
@@ -40,13 +38,7 @@ class Run:
     @property
     def is_own_data(self) -> bool:
         """Whether the config's data are those that the model was trained for, there or elsewhere."""
-        before, now = self._loader_specs()
-        places = [(spec.get("args") or {}).get("data_dir") for spec in (before, now)]
-        if before.get("type", now.get("type")) != now.get("type"):
-            return False
-        if None in places or os.path.realpath(places[0]) == os.path.realpath(places[1]):
-            return True
-        return is_same_place(places[1], (self.facts or {}).get("split"))
+        return of_same_data(*self._loader_specs(), self.facts)
 
     def _loader_specs(self) -> list[dict[str, Any]]:
         """`data_loader` as the checkpoint has it (empty where it has no config), and as it is now."""

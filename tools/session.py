@@ -14,6 +14,7 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.run_paths import new_run
+from data_loader.held_out import check_held_out, of_same_data
 from logger.log import get_logger
 from model import routing
 from model.weights.files import load_file
@@ -150,6 +151,21 @@ def facts_to_follow(start: Start) -> dict[str, Any] | None:
     source = config.get("load_crt") or config.get("pretrained")
     facts = start.facts_of(source) if source else None
     return None if facts is None else {**facts, "optional": True}
+
+
+def warn_of_seen(start: Start, loader: BaseDataLoader) -> None:
+    """Say so where validation images may be among those that the weights to start from learned from."""
+    source = start.config.get("load_crt") or start.config.get("pretrained")
+    file = start._opened.get(source) if source else None
+    facts, before = facts_of_checkpoint(file), (recover_config(file or {}) or {}).get("data_loader")
+    if not facts or not before:
+        return
+    now = start.config["data_loader"]
+    same = of_same_data(before, now, facts)
+    try:
+        check_held_out(loader, facts, (before.get("args") or {}) if same else None, now.get("args") or {})
+    except ConfigError as error:
+        log.warning("validation figures will be too good, %s may have learned from these images: %s", source, error)
 
 
 def load_start(model: nn.Module, start: Start, class_names: list[str] | None = None) -> None:

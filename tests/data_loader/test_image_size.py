@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from data_loader.image_loader import suited_size
-from tools.session import make_loader, settled
+from tools.session import data_facts, make_loader, settled
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +55,6 @@ def test_the_choice_is_kept(photos):
     assert config["data_loader"]["args"]["image_size"] == "auto" and "args" not in config["arch"]
     assert next(iter(loader))[0].shape[1:] == (3, 64, 64) and loader.preprocess["image_size"] == 64
     assert any("image size: 64" in line for line in loader.summary())
+    facts = {**data_facts(loader), "preprocess": {**loader.preprocess, "image_size": 48}}
+    assert make_loader(config, training=False, facts=facts).image_size == 48     # what the model was trained at
+    assert make_loader(config, facts={**facts, "optional": True}).image_size == 64

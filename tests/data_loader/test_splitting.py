@@ -38,8 +38,8 @@ def division(memory: dict | None = None) -> Division:
 @settings(max_examples=60, deadline=None)
 @given(before=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60)), unique=True, min_size=1),
        more=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60)), unique=True),
-       what=st.sampled_from(["test", "val"]))
-def test_photos_that_were_trained_on_are_never_taken_later(before: list, more: list, what: str) -> None:
+       gone=st.sets(st.tuples(st.sampled_from("abc"), st.integers(0, 60))), what=st.sampled_from(["test", "val"]))
+def test_photos_stay_on_their_side_when_others_come_and_go(before: list, more: list, gone: set, what: str) -> None:
     names = sorted(f"{c}/{i}.png" for c, i in before)
     one = division()
     kept, taken = one.divide(images(names), what)
@@ -49,10 +49,16 @@ def test_photos_that_were_trained_on_are_never_taken_later(before: list, more: l
     assert (left >= 1).all()
     if what == "test":
         assert ((counts - left >= 1) | (counts < 2)).all()
-    later = sorted({*names, *(f"{c}/{i}.png" for c, i in more)})
-    memory = {"rule": one.rule, "kept": sorted(one.kept)}
+    later = sorted(f"{c}/{i}.png" for c, i in {*before, *more} - gone)
+    if not later:
+        return
+    memory = {"rule": one.rule, "kept": sorted(one.kept), "taken": sorted(one.forced)}
     _, taken_later = division(memory).divide(images(later), what)
-    assert not {names[i] for i in kept} & {later[i] for i in taken_later}
+    trained, tested, tested_later = {names[i] for i in kept}, {names[i] for i in taken}, {later[i] for i in taken_later}
+    assert not trained & tested_later
+    for name in tested & set(later) - tested_later:     # but where that would leave a class, or too few of it, nothing
+        own = [other for other in later if other[0] == name[0]]
+        assert len(own) < (2 if what == "test" else 5) or not set(own) & trained
 
 
 def test_shares_are_about_the_wanted_ones_and_old_runs_keep_their_rule() -> None:
@@ -119,6 +125,39 @@ def test_a_test_list_may_lack_the_last_class(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("0000.png 0\n0001.png 1\n0002.png 2\n")
     facts["num_classes"] = 2
     assert ListFileDataLoader(str(tmp_path), training=False, facts=facts, **SMALL).num_classes == 3
+
+
+def test_a_test_photo_that_is_deleted_is_not_replaced_by_one_that_was_trained_on(tmp_path: Path) -> None:
+    for number in range(12):
+        photos(tmp_path / f"kind{number:02d}", 3)      # most have no photo whose hash is under the share
+    loader = ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL)
+    facts = {"class_names": loader.class_names, "cls_num_list": loader.cls_num_list, "split": loader.split_memory}
+    tested = ImageFolderLTDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
+    assert not set(loader.paths) & set(tested.paths) and set(tested.targets) == set(range(12))
+    for path in list(tested.paths)[:6]:
+        Path(path).unlink()
+    left = ImageFolderLTDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
+    assert list(left.paths) == list(tested.paths)[6:]
+
+
+def test_weights_to_start_from_are_not_tested_on_what_they_learned_from(tmp_path: Path) -> None:
+    for name, count in (("ant", 30), ("bee", 12)):
+        photos(tmp_path / "here" / name, count)
+        photos(tmp_path / "there" / name, count + 9, start=70)
+    loader = ImageFolderLTDataLoader(str(tmp_path / "here"), **SMALL)
+    facts = {"class_names": loader.class_names, "cls_num_list": loader.cls_num_list, "split": loader.split_memory,
+             "optional": True}
+    assert ImageFolderLTDataLoader(str(tmp_path / "here"), facts=facts, **SMALL).n_samples == loader.n_samples
+    for change in ({"split_seed": 5}, {"test_share": 0.4}):
+        with pytest.raises(ConfigError, match=f"args.{next(iter(change))}: .* the checkpoint's split was made with"):
+            ImageFolderLTDataLoader(str(tmp_path / "here"), facts=facts, **change, **SMALL)
+        assert ImageFolderLTDataLoader(str(tmp_path / "there"), facts=facts, **change, **SMALL).n_samples > 20
+    digits = DigitsLTDataLoader(**SMALL)
+    facts = {"class_names": digits.class_names, "split": digits.split_memory, "optional": True}
+    with pytest.raises(ConfigError, match=r"split_seed: 1, but"):
+        DigitsLTDataLoader(facts=facts, split_seed=1, **SMALL)
+    other = {**facts, "class_names": [f"letter {name}" for name in digits.class_names]}
+    assert DigitsLTDataLoader(facts=other, split_seed=1, **SMALL)
 
 
 def test_digits_that_were_trained_on_are_never_tested() -> None:
