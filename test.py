@@ -29,7 +29,7 @@ def test(args: Namespace) -> dict[str, Any]:
     """The evaluation, step by step; returns what is written to test_metrics.json."""
     from logger.log import get_logger, setup_logging
     from tools.allocator import keep_freed_memory
-    from tools.heads import adapt, choose_classifier, crops_of
+    from tools.heads import adapt, changes_of, choose_classifier, crops_of
     from tools.open_set import open_set
     from tools.opened import open_run
     from tools.words import words_for
@@ -69,6 +69,8 @@ def test(args: Namespace) -> dict[str, Any]:
     result = task.evaluate(run.model, loader, groups=run.config["groups"], amp=amp,
                            keep=bool(args.open_set) or task.keeps or args.report, **more)
     result.update(note)
+    if changes_of(args, run):
+        result["changed"] = changes_of(args, run)
     if crops_of(loader):
         result["crops"] = crops_of(loader)
     if "expert_share" in result and "expert_acc" not in result:

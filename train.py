@@ -168,7 +168,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
                 about = {"epoch": trainer.last_epoch, "data": trainer.data_facts}
                 run = Run(checkpoint, config, about, trainer.judged_model, device)
                 write_report(run, dict(result), test_loader)
-            write_figures(task, checkpoint.parent / "test_metrics.json", result)
+            write_figures(task, checkpoint.parent / "test_metrics.json", {**result, "checkpoint": checkpoint.name})
     trainer.close()
     log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies, outside_flags(config),
                                 options["report"]))

@@ -59,6 +59,8 @@ def test_adjusted_logits_and_class_distributions(trained, tmp_path):
     # The loss says that the mean logits are for equal classes: `uniform` changes nothing, `train` adds log pi.
     assert figures(checkpoint, "--prior", "uniform")["accuracy"] == right(z, labels)
     assert figures(checkpoint, "--prior", "train")["accuracy"] == right(z + PI.log(), labels)
+    # An adjustment by half is taken back, whatever tau is.
+    assert figures(checkpoint, "--classifier", "la", "--tau", 0.5, "--prior", "uniform")["accuracy"] == right(z, labels)
     (tmp_path / "prior.txt").write_text(" ".join(map(str, range(1, 11))))
     assert figures(checkpoint, "--prior", tmp_path / "prior.txt")["accuracy"] \
         == right(z + torch.arange(1, 11).log(), labels)
@@ -96,6 +98,10 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):
     capsys.readouterr()
     test_script.main(["-r", str(checkpoint), "-d", "cpu"])
     assert f"divide its logits by {kept['temperature']:.3f}" in capsys.readouterr().out
+    changed = figures(checkpoint, "--calibrate", "--set", "arch.args.use_experts=2")
+    assert changed["changed"] == ["use_experts=2"] and changed["calibration"]["temperature"] != kept["temperature"]
+    assert open_run(checkpoint).temperature == kept["temperature"]      # that of another evaluation isn't kept
+    assert "changed" not in figures(checkpoint, "--set", "arch.args.use_experts=null")
     other = checkpoint.parent / "other.pth"
     other.write_bytes(checkpoint.read_bytes())
     assert open_run(other).temperature == 1      # another file's isn't taken

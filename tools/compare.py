@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tools.cli import Parser
 from tools.published import PUBLISHED, SOURCES
 from tools.run_table import COLUMNS, FIGURES, Row, csv_table, frame, html_table, markdown_table, text_table
-from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of
+from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of, other_evaluation
 from utils.class_counts import group_limits
 from utils.cli import run_main
 from utils.errors import ConfigError, unknown
@@ -72,6 +72,7 @@ def sameness(run: RunRecord) -> str:
     for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has a stage 1 of its own
         config[start] = bool(config.get(start))
     how = {key: run.figures.get(key) for key in ("tau", "feat_type", "prior", "expert_weights")}
+    how["other"] = other_evaluation(run.figures)
     how["classifier"] = run.figures.get("classifier", "joint")     # figures of a training's own end don't name it
     return json.dumps([config, how, run.split, run.epochs_done], sort_keys=True, default=str)
 
@@ -181,6 +182,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = [column.key for column in COLUMNS]
     if args.sort is not None and args.sort not in keys:
         raise unknown("--sort", args.sort, keys, "column")
+    written = next((flag for flag in ("csv", "markdown", "html") if getattr(args, flag)), None)
+    if written and (args.readme or args.curves):
+        raise ConfigError(f"--{written}: is of the whole table, which {'--readme' if args.readme else '--curves'} "
+                          "leaves out; run it without")
     folder = Path(args.folder)
     if not folder.is_dir():
         raise ConfigError(f"{args.folder}: no such folder; give the one that holds the runs, e.g. saved/")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,29 @@ from tools.session import make_criterion
 from trainer import classifiers
 from trainer.precision import choose_precision
 from utils import dist
+from utils.checkpoint.store import recover_config
 from utils.errors import ConfigError
 
 log = get_logger()
+IMAGES = ("image_size", "crops", "expand")      # of `data_loader.args`: how a test image is seen
 
 
 def crops_of(loader: Any) -> int | None:
     """How many crops of each image the loader gives; None for one."""
     return getattr(loader, "views", {}).get("crops")
+
+
+def changes_of(args: Namespace, run: Any) -> list[str]:
+    """What this command has otherwise than the checkpoint's own evaluation would: the model's or the images' settings
+    (`use_experts=2`, `crops=5`), other weights of the file, or only some."""
+    own = recover_config(run.checkpoint) or {}
+    found = []
+    for path, value, *_ in args.overrides:
+        name = path.rsplit(".", 1)[-1]
+        if path.startswith(("arch.", "groups")) or (path.startswith("data_loader.args.") and name in IMAGES):
+            before = reduce(lambda node, key: node.get(key) if isinstance(node, dict) else None, path.split("."), own)
+            found += [] if before == value else [f"{name}={value}"]
+    return found + ["raw weights"] * (args.weights == "raw") + ["some of the weights"] * bool(args.allow_partial)
 
 
 def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict[str, Any]]:
@@ -78,26 +94,29 @@ def kept_features(run: Any, split: str) -> tuple[Path, str]:
 
 def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """`--calibrate` and `--prior` on top of a head; what they found joins the note."""
-    own = head is None
+    own = head is None and args.weights == "ema" and not changes_of(args, run)
     head = head or trained
     if args.calibrate:
         found = classifiers.calibrate(run.model, run.loader("val"), head)
         note = {**note, "calibration": found}
         log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
-                 found["after"], "; kept for predictions and export" if own and args.weights == "ema" else "")
-        if own and args.weights == "ema" and dist.is_main():
+                 found["after"], "; kept for predictions and export" if own else "")
+        if own and dist.is_main():
             keep_temperature(run.path, run.checkpoint.get("epoch"), run.model, found)
         head = (lambda plain: lambda outputs: plain(outputs).float() / found["temperature"])(head)
     if args.prior:
         counts = run.data["cls_num_list"]
         uniform = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
-        learned = uniform   # tau-normalised and adjusted logits are for classes of equal size
-        if args.classifier == "joint":
+        learned = uniform   # tau-normalised logits are for classes of equal size
+        if args.classifier in ("joint", "la"):
             criterion = make_criterion(run.config, counts)
             if hasattr(criterion, "set_epoch"):
                 criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
             power = power_of(run.config["data_loader"].get("args") or {})
             learned = classifiers.learned_prior(criterion, counts, power, run.model.num_experts)
+        if args.classifier == "la":     # logits less tau * log of the frequencies
+            learned = learned / frequencies(counts) ** note["tau"]
+            learned = learned / learned.sum()
         if args.prior == "estimate":
             prior = classifiers.estimated_prior(run.model, loader, head, learned)
             log.info("estimated class distribution: from %.4f (class %d) to %.4f (class %d)", prior.min(),

@@ -21,6 +21,7 @@ from typing import Any
 from base.run_paths import RunPaths, run_of
 from tools.cli import Parser
 from tools.report import choose_checkpoint
+from tools.runs import other_evaluation
 from utils.cli import run_main
 from utils.errors import ConfigError
 
@@ -58,8 +59,13 @@ def check_figures(file: Path, figures: dict[str, Any], checkpoint: Path) -> None
     """
     epochs = RunPaths(checkpoint.parent, checkpoint.parent).checkpoints()
     tested = figures.get("checkpoint") or (epochs[-1].name if epochs else checkpoint.name)
-    how = f"are of {tested}" if tested != checkpoint.name else (
-        "are older than the checkpoint" if file.stat().st_mtime < checkpoint.stat().st_mtime else "")
+    other, how = other_evaluation(figures), ""
+    if other:
+        how = f"are of another evaluation than the checkpoint's own ({', '.join(other)})"
+    elif tested != checkpoint.name:
+        how = f"are of {tested}"
+    elif file.stat().st_mtime < checkpoint.stat().st_mtime:
+        how = "are older than the checkpoint"
     if how:
         raise ConfigError(f"{file}: its figures {how}; first: python test.py -r {checkpoint}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from base.freezing import freeze_plan
-from base.run_paths import RunPaths, run_of
+from base.run_paths import CHECKPOINT, RunPaths, run_of
 from logger.metrics_csv import read_table
 from utils.class_counts import group_limits
 from utils.config.read import read_json
@@ -120,6 +120,15 @@ def model_of(config: dict[str, Any]) -> str:
     return name or config["arch"]["type"].removesuffix("Model").removesuffix("EA")
 
 
+def other_evaluation(figures: dict[str, Any]) -> list[str]:
+    """What test.py's figures say was otherwise than in an evaluation of the checkpoint as it is, but for the
+    classifier: `use_experts=2`, `calibrated`."""
+    words = [str(change) for change in figures.get("changed") or ()]
+    words += [f"prior {figures['prior']}"] if figures.get("prior") else []
+    return words + [word for key, word in (("calibration", "calibrated"), ("expert_weights", "learned expert weights"))
+                    if figures.get(key)]
+
+
 # ---------------------------------------------------------------------- a run's folder
 
 @dataclass
@@ -142,7 +151,7 @@ class RunRecord:
         classifier = self.figures.get("classifier", "joint")
         tau = self.figures.get("tau", 0)
         how = {"joint": "", "ncm": ", NCM", "tau": f", tau {tau:g}", "la": f", adjusted {tau:g}"}.get(classifier, "")
-        return method_of(self.config) + how
+        return ", ".join([method_of(self.config) + how, *other_evaluation(self.figures)])
 
     def tell(self) -> None:
         """Look at everything that tables say of a run: what was changed by hand may hold anything. Raises TypeError,
@@ -182,6 +191,12 @@ class RunRecord:
         return speeds[len(speeds) // 2] if speeds else None
 
 
+def is_older(run: RunRecord) -> bool:
+    """Whether the test figures are of an epoch that the run has gone on from."""
+    tested, newest = CHECKPOINT.search(str(run.figures.get("checkpoint"))), run.paths.checkpoints()[-1:]
+    return bool(tested and newest) and int(tested[1]) < run.paths.epoch_of(newest[0])
+
+
 def read_run(models: Path) -> RunRecord:
     """The run in a models folder. Raises ConfigError, with the reason, where it is broken."""
     config_path = models / "config.json"
@@ -201,7 +216,9 @@ def read_run(models: Path) -> RunRecord:
             raise ConfigError(f"{tested}: can't be read ({error})") from None
         if not isinstance(run.figures, dict):
             raise ConfigError(f"{tested}: doesn't hold test figures")
-    elif run.history:
+        if is_older(run):
+            run.figures, run.split = {}, None
+    if run.split is None and run.history:
         run.figures = {key[4:]: value for key, value in run.history[-1].items() if key.startswith("val_")}
         run.split = "val" if any(value is not None for value in run.figures.values()) else None
     try:

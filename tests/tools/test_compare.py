@@ -6,8 +6,11 @@ import json
 import pytest
 
 from tools.compare import arrange, compare, mean_row, published_rows
+from tools.keep import check_figures
 from tools.run_table import COLUMNS, cell, clock, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import data_of, find_runs, method_of
+from utils.config.read import read_json
+from utils.errors import ConfigError
 
 CONFIG = {"name": "ce", "seed": 0, "arch": {"type": "ResNet32Model", "args": {"num_classes": 10}},
           "data_loader": {"type": "DigitsLTDataLoader", "args": {"batch_size": 32}},
@@ -121,6 +124,8 @@ def test_markdown_to_stdout_sorted(saved, call_cli):
 @pytest.mark.parametrize("args, said", [
     (["nowhere"], "nowhere: no such folder"), (["{empty}"], "holds no runs"),
     (["{saved}", "--sort", "fwe"], "did you mean 'few'?"), (["{saved}", "--cvs", "x"], "--cvs"),
+    (["{saved}", "--readme", "--csv", "x"], "--csv: is of the whole table, which --readme leaves out"),
+    (["{saved}", "--curves", "x.png", "--markdown", "x"], "--markdown: is of the whole table, which --curves"),
 ])
 def test_a_mistake_is_one_line(args, said, saved, call_cli, tmp_path):
     names = {"{saved}": str(saved), "{empty}": str(tmp_path)}
@@ -240,6 +245,31 @@ def test_help_comes_at_once(run_cli):
     """pandas is imported where a table is made, not where --help is asked for."""
     done = run_cli(["-X", "importtime", "-m", "tools.compare", "--help"], check=True)
     assert "pandas" not in done.stderr and "torch" not in done.stderr
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"changed": ["use_experts=2"]}, "CE, use_experts=2"), ({"calibration": {"temperature": 2.0}}, "CE, calibrated"),
+    ({"prior": "estimate", "expert_weights": [0.2, 0.8]}, "CE, prior estimate, learned expert weights")])
+def test_another_evaluation_is_no_seed_of_the_runs_own(tmp_path, more, said):
+    plain, other = make_run(tmp_path, "plain", 0, 0.5), make_run(tmp_path, "other", 1, 0.6)
+    file = other / "test_metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    table, _ = compare(tmp_path, costs=False, published="none")
+    assert table["kind"].tolist() == ["run", "run"]
+    assert dict(zip(table["run"], table["method"]))[f"ce/{other.name}"] == said
+    with pytest.raises(ConfigError, match=f"are of another evaluation than the checkpoint's own .*{said[4:9]}"):
+        check_figures(file, read_json(file, "figures"), other / "checkpoint-epoch3.pth")
+    check_figures(plain / "test_metrics.json", {}, plain / "checkpoint-epoch3.pth")
+
+
+def test_figures_of_an_epoch_that_the_run_has_left_are_not_its_own(tmp_path):
+    models = make_run(tmp_path, "on", accuracy=0.1, val=0.9)
+    file = models / "test_metrics.json"
+    for name, accuracy, note in (("checkpoint-epoch1.pth", 0.9, "validation figures"),
+                                 ("checkpoint-epoch3.pth", 0.1, ""), ("model_best.pth", 0.1, "")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": name}))
+        row, = compare(tmp_path, costs=False, published="none")[0].to_dict("records")
+        assert (row["all"], row["note"]) == (accuracy, note)
 
 
 def test_other_groups_are_named(tmp_path):
