@@ -86,13 +86,14 @@ class _ListDataLoader(_ImageDataLoader):
 
     def read(self, training: bool) -> _datasets.Splits:
         if self.shards is None:
-            return _files.read_lists(self.data_dir, self.lists, self.folder, training, self.allow_outside)
+            return _files.read_lists(self.data_dir, self.lists, self.folder, training, self.allow_outside,
+                                     known=self.known_classes)
         found = _sharded.open_shards(self.shards, self.data_dir)
         root = _files.list_folder(self.data_dir, self.lists, self.folder)
         if not any((root / name).exists() for name in self.lists if name):
-            return _sharded.read_shards(self.data_dir, found, self.division, self.whole)
+            return _sharded.read_shards(self.data_dir, found, self.division, self.whole, self.known_classes)
         return _files.read_lists(self.data_dir, self.lists, self.folder, training, self.allow_outside,
-                                 _sharded.finder(found))
+                                 _sharded.finder(found), self.known_classes)
 
 
 class ImageNetLTDataLoader(_ListDataLoader):
@@ -140,7 +141,7 @@ class ImageFolderLTDataLoader(_ImageDataLoader):
     def read(self, training: bool) -> _datasets.Splits:
         if self.shards is not None:
             found = _sharded.open_shards(self.shards, self.data_dir)
-            return _sharded.read_shards(self.data_dir, found, self.division, self.whole)
+            return _sharded.read_shards(self.data_dir, found, self.division, self.whole, self.known_classes)
         return _folders.read_folders(self.data_dir, self.division, self.allow_outside, self.whole)
 
 

@@ -5,7 +5,6 @@ points out) is refused unless `allow_outside` is set.
 """
 from __future__ import annotations
 
-import codecs
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
 from data_loader.images import shown
+from data_loader.list_lines import read_list, read_text_bytes, refuse_two_labels
 from data_loader.places import KEY
 from logger.text import count_of
 from utils.errors import ConfigError
@@ -22,7 +22,7 @@ from utils.errors import ConfigError
 DATA_DIR = "data_loader.args.data_dir"
 #: (names, the list, each one's line, "train", "val" or "test") -> paths
 Find = Callable[[Sequence[str], str, Sequence[int], str], list[str]]
-WITH_NAME = re.compile(r"(?P<path>.*\S) +(?P<label>-?\d{1,18}) +(?P<name>\D.*)")   # path label name
+MOST_CLASSES = 10**6    # of images for testing alone, where no checkpoint knows how many there are
 
 
 def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
@@ -38,71 +38,7 @@ def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
     raise ConfigError(f"{DATA_DIR}: {shown(str(data_dir))}: {what}; --data_dir names the one to read")
 
 
-def read_text_bytes(file: Path, flag: str = "") -> bytes:
-    """A text file's content without its byte-order mark; UTF-16, which Windows' shell writes, as UTF-8. flag: what
-    named it, for the error. Raises ConfigError."""
-    try:
-        content = file.read_bytes()
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return content.decode("utf-16").encode("utf-8", "surrogateescape")
-        return content.removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ConfigError(f"{flag}{shown(str(file))}: can't be read ({error.strerror or error})") from None
-    except UnicodeError:
-        raise ConfigError(f"{flag}{shown(str(file))}: begins as UTF-16 and isn't; save it as UTF-8") from None
-
-
 # -- lists -----------------------------------------------------------------------------------------------------------
-def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int, dict[int, str]]:
-    """A list file: (paths as written, labels np.int64, line numbers, repeated lines left out, names of classes).
-
-    `path label` a line, the label after the last blank, or `path label name`; Windows line ends, blank lines and a
-    byte-order mark are fine, and so are names that aren't UTF-8. Raises ConfigError with file and line.
-    """
-    content = read_text_bytes(file)
-    names: dict[str, tuple[int, int]] = {}
-    repeated = 0
-    classes: dict[int, str] = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        text = os.fsdecode(line.strip().replace(b"\t", b" "))
-        name, _, label = text.rpartition(" ")
-        named = None if label.removeprefix("-").isdigit() else WITH_NAME.fullmatch(text)
-        if named is not None:
-            name, label = named["path"], named["label"]
-            called = classes.setdefault(int(label), named["name"].strip())
-            if called != named["name"].strip():
-                raise ConfigError(f"{shown(str(file))}, line {number}: class {label} is {shown(named['name'])} here "
-                                  f"and {shown(called)} before")
-        if not name:
-            raise ConfigError(f"{shown(str(file))}, line {number}: {shown(label)[:80]!r} has no label; "
-                              f"a line is `path label`{_no_table(label)}")
-        if not label.isascii() or not label.removeprefix("-").isdigit() or len(label) > 18:
-            raise ConfigError(f"{shown(str(file))}, line {number}: the label {shown(label)[:40]!r} is not a whole "
-                              "number; a line is `path label`, labels are 0, 1, 2, ... and their names stand in "
-                              "classes.txt")
-        name, value = name.strip(), int(label)
-        if "\0" in name:
-            raise ConfigError(f"{shown(str(file))}, line {number}: a path can't hold a zero byte")
-        before = names.setdefault(name, (value, number))
-        if before[1] != number:
-            if before[0] != value:
-                raise ConfigError(f"{shown(str(file))}, line {number}: {shown(name)} has label {value} here and "
-                                  f"{before[0]} in line {before[1]}")
-            repeated += 1
-    if not names:
-        raise ConfigError(f"{shown(str(file))}: lists no image; a line is `path label`")
-    labels, lines = zip(*names.values(), strict=True)
-    return list(names), np.array(labels, dtype=np.int64), list(lines), repeated, classes
-
-
-def _no_table(line: str) -> str:
-    """What is said of a line of a table, whose label no blank parts from its path."""
-    mark = next((mark for mark in ",;" if re.search(rf"\{mark}\s*\"?\w+\"?$", line)), None)
-    return "" if mark is None else f", a blank between them, no {'comma' if mark == ',' else 'semicolon'}"
-
-
 def read_class_names(file: Path, num_classes: int) -> list[str]:
     """classes.txt: a name a line, in the order of the labels; `name label` as Places365 writes it will do too.
 
@@ -129,10 +65,10 @@ def list_folder(data_dir: str, lists: tuple[str, str | None, str | None], folder
 
 
 def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder: str, training: bool,
-               allow_outside: bool, find: Find | None = None) -> Splits:
+               allow_outside: bool, find: Find | None = None, known: int | None = None) -> Splits:
     """The splits that list files in `data_dir` (or `data_dir/folder`) name; a missing test list: val is the test split.
 
-    find: of images that aren't files.
+    find: of images that aren't files. known: how many classes the checkpoint's model has.
 
     Classes are 0 to the largest training label. Their names come from classes.txt beside the lists, or from a third
     column.
@@ -152,8 +88,14 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
     named: dict[int, str] = {}
     more = (notes, named, find or find_files(root, Path(data_dir), allow_outside))
     train = _read_split(root / train_name, "train", None, *more) if has[train_name] else None
-    test = _read_split(root / test_name, "test", train, *more)
-    val = _read_split(root / val_name, "val", train, *more) if has.get(val_name) else None
+    if training and (train.targets == train.targets[0]).all():
+        raise ConfigError(f"{shown(str(root / train_name))}: lists 1 class, training needs two or more")
+    if train is not None:
+        most, whose = int(train.targets.max()) + 1, "as in training"
+    else:
+        most, whose = known or MOST_CLASSES, "as the checkpoint's model knows them" if known else "without gaps"
+    test = _read_split(root / test_name, "test", (most, whose), *more)
+    val = _read_split(root / val_name, "val", (most, whose), *more) if has.get(val_name) else None
     if train is not None:
         for name, split in ((test_name, test), (val_name, val)):
             both = 0 if split is None else len(same_files(train.paths, split.paths))
@@ -169,32 +111,51 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
     return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes)
 
 
+def _plain(paths: Sequence[str]) -> list[str]:
+    """One text for each image, however its list writes it (`a.jpg`, `./a.jpg`, `/all/of/it/a.jpg`)."""
+    # Of an image in a shard a zero byte is part; Python 3.11 cuts there.
+    return [path if "\0" in path else os.path.abspath(path) for path in paths]
+
+
 def same_files(one: Sequence[str], other: Sequence[str]) -> set[str]:
-    """The images that are in both, however their lists write them (`a.jpg`, `./a.jpg`)."""
-    def plain(paths: Sequence[str]) -> set[str]:  # of an image in a shard a zero byte is part; Python 3.11 cuts there
-        return {path if "\0" in path else os.path.normpath(path) for path in paths}
-    return plain(one) & plain(other)
+    """The images that are in both."""
+    return set(_plain(one)) & set(_plain(other))
 
 
-def _read_split(file: Path, split: str, train: ImageSet | None, notes: list[str], named: dict[int, str],
+def repeats(paths: Sequence[str]) -> dict[int, int]:
+    """Which of the paths name an image that one before names, and which one that is."""
+    plain, first = _plain(paths), {}
+    if len(set(plain)) == len(plain):
+        return {}
+    return {at: before for at, path in enumerate(plain) if (before := first.setdefault(path, at)) != at}
+
+
+def _read_split(file: Path, split: str, limit: tuple[int, str] | None, notes: list[str], named: dict[int, str],
                 find: Find) -> ImageSet:
-    """One list's images; the names of classes that it gives go into `named`."""
+    """One list's images; the names of classes that it gives go into `named`. limit: how many classes there may be, and
+    why; None for the list that says so itself."""
     names, labels, lines, repeated, called = read_list(file)
     for label, text in called.items():
         if named.setdefault(label, text) != text:
             raise ConfigError(f"{shown(str(file))}: class {label} is {shown(text)} here and {shown(named[label])} in "
                               "another list")
-    if repeated:
-        notes.append(f"warning: {file.name}: {count_of(repeated, 'repeated line is', 'repeated lines are')} left out")
-    classes = len(names) if train is None else int(train.targets.max()) + 1
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    most = len(names) if limit is None else limit[0]
+    wrong = np.flatnonzero((labels < 0) | (labels >= most))
     if len(wrong):
         at = int(wrong[0])
-        limit = f"0 to {classes - 1}, as in training" if train is not None else \
-            f"0, 1, 2, ... without gaps ({classes} images can't fill more than {classes} classes)"
+        right = f"0 to {most - 1}, {limit[1]}" if limit is not None else \
+            f"0, 1, 2, ... without gaps ({most} images can't fill more than {most} classes)"
+        number = "; names of classes that are numbers stand in classes.txt" if re.search(r" \d+$", names[at]) else ""
         raise ConfigError(f"{shown(str(file))}, line {lines[at]}: label {labels[at]} is out of range; "
-                          f"labels are {limit}")
-    return ImageSet(labels, paths=find(names, shown(str(file)), lines, split), where=(shown(str(file)), lines))
+                          f"labels are {right}{number}")
+    images = ImageSet(labels, paths=find(names, shown(str(file)), lines, split), where=(shown(str(file)), lines))
+    again = repeats(images.paths)
+    for at, before in again.items():
+        refuse_two_labels(file, names[at], (labels[at], lines[at]), (labels[before], lines[before]))
+    repeated += len(again)
+    if repeated:
+        notes.append(f"warning: {file.name}: {count_of(repeated, 'repeated line is', 'repeated lines are')} left out")
+    return images.subset(np.delete(np.arange(len(images)), list(again))) if again else images
 
 
 def find_files(root: Path, data_dir: Path, allow_outside: bool) -> Find:

@@ -16,8 +16,9 @@ from data_loader.splitting import Division, match_classes, stranger
 from logger.text import count_of
 from utils.errors import ConfigError
 
-#: What people call the folder of a split, in any case of letters.
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+#: What people call the folder of a split, in any case of letters -> the split.
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+               "test": "test", "testing": "test"}
 LAYOUT = "data_dir/train/CLASS/* or data_dir/CLASS/*"
 
 
@@ -61,6 +62,7 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
     if len(names) < least:
         raise ConfigError(f"{DATA_DIR}: {shown(str(first))} has {count_of(len(names), 'class folder', 'class folders')}"
                           f", training needs two or more; images belong into {LAYOUT}{about_tars(root)}")
+    notes += named_as_splits(names, shown(str(first)))
     if "train" in parts:
         note_rest(root, set(parts.values()), notes)
     read = {"train": read_classes(first, names, root, allow_outside, notes, needed=True)}
@@ -76,7 +78,10 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
                                       root, allow_outside, notes, needed=False)
     test = next((part for part in ("test", "val") if part in read), "train")
     if not len(read[test]):
-        raise ConfigError(f"{shown(str(parts[test]))}: holds no image")
+        loose, own = loose_images(parts[test]), class_folders(parts[test])
+        raise ConfigError(f"{shown(str(parts[test]))}: holds " + (
+            f"{count_of(loose, 'image', 'images')} but {'none in its' if own else 'no'} class folders; images belong "
+            f"into {parts[test].name}/CLASS/*" if loose else "no image"))
     return read, list(names)
 
 
@@ -85,13 +90,19 @@ def split_folders(root: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for name in folders_in(root):
-        for part, names in SPLIT_NAMES.items():
-            if name.lower() in names:
-                if part in found:
-                    raise ConfigError(f"{DATA_DIR}: {shown(str(root))} has {found[part].name}/ and {name}/, and only "
-                                      f"one can be the {part} split; rename or remove one")
-                found[part] = root / name
+        part = SPLIT_NAMES.get(name.lower())
+        if part in found:
+            raise ConfigError(f"{DATA_DIR}: {shown(str(root))} has {found[part].name}/ and {name}/, and only one can "
+                              f"be the {part} split; rename or remove one")
+        if part is not None:
+            found[part] = root / name
     return found
+
+
+def named_as_splits(names: Iterable[str], place: str) -> list[str]:
+    """A line on each class that is named as a split: photos in `test` that no class folders part are such a class."""
+    return [f"warning: {place}: {shown(name)} is taken for a class, though it is named as a split; splits are "
+            "train/CLASS/*, val/CLASS/* and test/CLASS/*" for name in names if name.lower() in SPLIT_NAMES]
 
 
 def folders_in(root: Path) -> list[str]:
@@ -114,7 +125,7 @@ def class_folders(root: Path) -> dict[str, list[str]]:
 
 def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
     """Say what is left out beside the splits' folders: other folders, with how many images they hold, and images."""
-    loose = sum(is_image(name) and (root / name).is_file() for name in os.listdir(root))
+    loose = loose_images(root)
     if loose:
         notes.append(left_out(root, f"{count_of(loose, 'image', 'images')} beside the folders of splits"))
     for name in folders_in(root):
@@ -125,7 +136,13 @@ def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
             notes.append(left_out(root / name, f"{count_of(count, 'image', 'images')} in no split"))
 
 
-def left_out(folder: Path, what: str) -> str:
+def loose_images(folder: Path) -> int:
+    """How many images lie in a folder itself."""
+    with os.scandir(folder) as entries:
+        return sum(entry.is_file() and is_image(entry.name) for entry in entries)
+
+
+def left_out(folder: Path | str, what: str) -> str:
     return f"warning: {shown(str(folder))}: left out: {what}"
 
 
@@ -146,18 +163,23 @@ def not_images(names: Iterable[str]) -> str:
 def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_outside: bool, notes: list[str],
                  needed: bool) -> ImageSet:
     """Every image below each class's folders, and notes on what is left out."""
-    paths, labels, other, seen = [], [], [], False
+    paths, labels, other = [], [], []
     real_root = os.path.realpath(root)
     for label, places in enumerate(names.values()):
         own, rest = [], []
         for place in places:
             top = os.path.join(folder, place)
-            seen = True
-            walked: set[str] = set()  # a link may lead back up
+            walked: set[str] = set()  # a link may lead back
             for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
                 real = os.path.realpath(where)
                 folders[:] = sorted(inner for inner in folders if not is_system(inner)) if real not in walked else []
                 if real in walked:
+                    continue
+                if leads_up(where, real, real_root):
+                    if where == top:
+                        raise ConfigError(f"{shown(where)}: a link to a folder above it; remove it")
+                    notes.append(left_out(where, "a link to a folder above it"))
+                    folders.clear()
                     continue
                 walked.add(real)
                 if files and not allow_outside:
@@ -184,9 +206,13 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
         labels += [label] * len(own)
     if other:
         notes.append(left_out(folder, not_images(other)))
-    if seen:
-        with os.scandir(folder) as entries:
-            loose = sum(entry.is_file() and is_image(entry.name) for entry in entries)
-        if loose:
-            notes.append(left_out(folder, f"{count_of(loose, 'image', 'images')} beside the class folders"))
+    loose = loose_images(folder)
+    if loose:
+        notes.append(left_out(folder, f"{count_of(loose, 'image', 'images')} beside the class folders"))
     return ImageSet(np.array(labels, dtype=np.int64), paths=paths)
+
+
+def leads_up(where: str, real: str, real_root: str) -> bool:
+    """Whether a folder, in truth `real`, is a link to one that it lies in: all other classes' photos are below that."""
+    return any(os.path.join(below, "").startswith(os.path.join(real, ""))
+               for below in (os.path.realpath(os.path.dirname(where)), real_root))

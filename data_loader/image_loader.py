@@ -20,7 +20,7 @@ from data_loader.memory import MemoryImages
 from data_loader.mixing import Mixing
 from data_loader.pixels import PixelLoader, suited_size
 from data_loader.policies import DRAWS
-from data_loader.samplers import SAMPLERS, ClassBalancedSampler
+from data_loader.samplers import sampler_of
 from data_loader.splitting import (
     Division,
     follow_classes,
@@ -34,7 +34,6 @@ from data_loader.transforms import (
     test_preprocess,
 )
 from logger.text import count_of
-from utils.config.build import build
 from utils.errors import ConfigError, unknown
 
 
@@ -44,7 +43,8 @@ class ImageDataLoader(PixelLoader):
     data_dir: where the data set is. batch_size: over all ranks together.
     num_workers: processes that decode files (None: chosen; images in memory need none).
     training: the training split, augmented; false: the test split.
-    balanced: class-balanced sampling; retain_epoch_size false makes its epochs classes x largest class long.
+    balanced: class-balanced sampling; retain_epoch_size false makes its epochs classes x largest class long, also where
+        `sampler` names it.
     sampler: {"type": "ClassAware", "args": {...}}, see `data_loader.samplers`.
     validation: `test`: the published convention (the data set's validation images where it has some, else its test
         images); `holdout`: never the test images: the validation images, or images that no split uses, or a share
@@ -124,7 +124,7 @@ class ImageDataLoader(PixelLoader):
         elsewhere = bool(facts) and not is_same_place(str(data_dir), facts.get("split"))
         self.division = Division.following({} if elsewhere and facts.get("optional") else facts, root=str(data_dir),
                                            seed=split_seed, test_share=test_share, val_share=val_share)
-        self.whole = elsewhere and not training
+        self.whole, self.known_classes = elsewhere and not training, facts.get("num_classes")
         splits = self.read(training)
         if facts and not elsewhere:
             self.division.agree(facts, splits.class_names)
@@ -133,7 +133,7 @@ class ImageDataLoader(PixelLoader):
                 splits.class_names, facts["class_names"], not training) is None):
             follow_classes(splits, facts["class_names"], str(data_dir), some=not training)
         if splits.train is None and splits.class_names is None:     # a test list may lack the last classes
-            splits.num_classes = max(splits.num_classes, facts.get("num_classes") or 0)
+            splits.num_classes = max(splits.num_classes, self.known_classes or 0)
         self.notes = list(splits.notes)
         if self.mixing is not None and training:
             self.notes.append("images are mixed: the training accuracy counts the label that makes up more of each")
@@ -167,7 +167,7 @@ class ImageDataLoader(PixelLoader):
             else self.division.memory(train)
         self._test_counts = np.bincount(splits.test.targets[splits.test.targets >= 0], minlength=self.num_classes)
         images = train if training else splits.test
-        order = self._sampler(sampler, balanced, retain_epoch_size, images.targets, seed, epochs) if training else None
+        order = sampler_of(sampler, balanced, retain_epoch_size, images.targets, seed, epochs) if training else None
         super().__init__(images.targets, batch_size, shuffle=shuffle, training=training, seed=seed, device=device,
                          rank=rank, world_size=world_size, sampler=order)
         self._attach(images, augment=training)
@@ -255,18 +255,6 @@ class ImageDataLoader(PixelLoader):
         chosen = long_tail_indices(train.targets, wanted[present > 0].tolist(), seed=self.split_seed)
         rest = np.setdiff1d(np.arange(len(train)), chosen)
         return train.subset(chosen), train.subset(rest)
-
-    @staticmethod
-    def _sampler(spec: dict | None, balanced: bool, retain_epoch_size: bool, targets: np.ndarray, seed: int,
-                 epochs: int | None) -> Any:
-        if spec is None:
-            return ClassBalancedSampler(targets, seed=seed, retain_epoch_size=retain_epoch_size) if balanced else None
-        if balanced:
-            raise ConfigError("data_loader.args.sampler: give a sampler or \"balanced\": true, not both")
-        own = spec.get("args") or {} if isinstance(spec, dict) else {}
-        extra = {name: value for name, value in (("seed", seed), ("epochs", epochs))
-                 if name not in own and value is not None}
-        return build(SAMPLERS, spec, "data_loader.args.sampler", targets=targets, **extra)
 
     # -- other splits of the same data -------------------------------------------------------------------------------
     def split_validation(self) -> ImageDataLoader | None:

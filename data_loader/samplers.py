@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from utils.config.build import lookup
+from utils.config.build import build, lookup
+from utils.config.signature import of_callable
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
 
@@ -190,6 +191,28 @@ SAMPLERS: dict[str, type[EpochSampler]] = {
     "InstanceBalanced": InstanceBalancedSampler, "ClassBalanced": ClassBalancedSampler,
     "SquareRoot": SquareRootSampler, "ProgressivelyBalanced": ProgressivelyBalancedSampler,
     "ClassAware": ClassAwareSampler}
+
+
+def sampler_of(spec: dict | None, balanced: bool, retain_epoch_size: bool, targets: np.ndarray, seed: int,
+               epochs: int | None) -> Any:
+    """The sampler that a loader's arguments name, `sampler` or `balanced`; None where each image is shown once.
+
+    Raises ConfigError, also where `retain_epoch_size` is false for a sampler that knows no other length: RIDE's configs
+    have it without `balanced`, where it says nothing.
+    """
+    if spec is None:
+        return ClassBalancedSampler(targets, seed=seed, retain_epoch_size=retain_epoch_size) if balanced else None
+    if balanced:
+        raise ConfigError("data_loader.args.sampler: give a sampler or \"balanced\": true, not both")
+    own = spec.get("args") or {} if isinstance(spec, dict) else {}
+    given = {"seed": seed, "epochs": epochs, "retain_epoch_size": None if retain_epoch_size else False}
+    extra = {name: value for name, value in given.items() if name not in own and value is not None}
+    sampler = build(SAMPLERS, spec, "data_loader.args.sampler", targets=targets, **extra)
+    signature = of_callable(type(sampler))
+    if "retain_epoch_size" in extra and not signature.open and "retain_epoch_size" not in signature.parameters:
+        raise ConfigError(f"data_loader.args.retain_epoch_size: {spec['type']} has no such length; false goes with the "
+                          "ClassBalanced sampler, others take data_loader.args.sampler.args.epoch_length")
+    return sampler
 
 
 def power_of(args: dict[str, Any]) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
-from data_loader.files import DATA_DIR, Find, read_class_names
-from data_loader.folders import SPLIT_NAMES, class_key
+from data_loader.files import DATA_DIR, MOST_CLASSES, Find, read_class_names
+from data_loader.folders import SPLIT_NAMES, class_key, named_as_splits
 from data_loader.images import shown
 from data_loader.places import KEY, key_of, name_in_shard
 from data_loader.shards import Index, open_index, patterns
@@ -65,13 +65,14 @@ def _links(found: dict[str, Index]) -> str:
            "tar's --dereference --hard-dereference writes the images instead" if count else ""
 
 
-def read_shards(data_dir: str, found: dict[str, Index], division: Division, whole: bool = False) -> Splits:
+def read_shards(data_dir: str, found: dict[str, Index], division: Division, whole: bool = False,
+                known: int | None = None) -> Splits:
     """The splits in shards. An image's class is what its .cls or .json says, else the folder in front of its name.
 
     Where every training image has a number in a .cls or .json, those are the labels, and classes.txt in data_dir has
     their names; else classes are in alphabetical order. One pattern's images are parted by a first folder train, val or
     test (any of SPLIT_NAMES), else some are set aside for testing as in folders. whole: where there is no training
-    split, all is for testing. Raises ConfigError.
+    split, all is for testing. known: how many classes the checkpoint's model has. Raises ConfigError.
     """
     parts: dict[str, tuple[Index, np.ndarray, list[str]]] = {}
     notes = []
@@ -90,7 +91,9 @@ def read_shards(data_dir: str, found: dict[str, Index], division: Division, whol
     if not whole and not {"", "train"} & parts.keys():
         raise ConfigError(f"{KEY}: there are no shards of a training split; give them as \"train\"")
     first = next(parts[part] for part in ("", "train", "test", "val") if part in parts)
-    names, named = _classes(*first, Path(data_dir))
+    trained = not parts.keys().isdisjoint({"", "train"})
+    names, named = _classes(*first, Path(data_dir), None if trained else known or MOST_CLASSES)
+    notes += named_as_splits(names, KEY)
     sets = {part: _image_set(*parts[part], names) for part in parts}
     if len(names) < (1 if whole else 2):
         raise ConfigError(f"{DATA_DIR}: the shards hold {len(names)} class, training needs two or more")
@@ -104,8 +107,7 @@ def _by_folder(index: Index, split: str) -> dict[str, np.ndarray]:
     """Which images are whose: split -> their numbers. Of one pattern all are "" where the folders name no splits."""
     if split:
         return {split: np.arange(len(index))}
-    tops = {name: part for part, names in SPLIT_NAMES.items() for name in names}
-    part_of = [tops.get(name.partition("/")[0].lower(), "") if "/" in name else "" for name in index.names]
+    part_of = [SPLIT_NAMES.get(name.partition("/")[0].lower(), "") if "/" in name else "" for name in index.names]
     parts = np.array(part_of)
     if "train" not in part_of or "" in part_of:
         return {"": np.arange(len(index))}
@@ -129,7 +131,7 @@ def _class_of(index: Index, at: int, part: str) -> str:
     if index.kind[at] >= 0:
         return index.kinds[index.kind[at]]
     folders = index.names[at].split("/")[:-1]
-    if part and folders and folders[0].lower() in SPLIT_NAMES[part] and len(folders) > 1:
+    if part and folders and SPLIT_NAMES.get(folders[0].lower()) == part and len(folders) > 1:
         folders = folders[1:]
     if not folders:
         raise ConfigError(f"{index.shard_of(at)}: {shown(index.names[at])} has no label: no .cls beside it, no .json "
@@ -143,15 +145,19 @@ def _numbers(index: Index, chosen: np.ndarray, texts: Sequence[str]) -> bool:
                                                          for text in texts)
 
 
-def _classes(index: Index, chosen: np.ndarray, texts: list[str], data_dir: Path) -> tuple[list[str], list[str] | None]:
-    """(the classes' texts in the order of their labels, their names or None), of the training images' texts."""
+def _classes(index: Index, chosen: np.ndarray, texts: list[str], data_dir: Path,
+             most: int | None) -> tuple[list[str], list[str] | None]:
+    """(the classes' texts in the order of their labels, their names or None), of the training images' texts. most: how
+    many classes there may be; None: as many as there are images."""
     if not _numbers(index, chosen, set(texts)):
         names = sorted(set(texts))
         return names, [shown(name) for name in names]
     count = max(map(int, set(texts)), default=-1) + 1
-    if count > len(texts):
+    if most is None and count > len(texts):
         raise ConfigError(f"{KEY}: labels are 0, 1, 2, ... without gaps; {len(texts)} images can't fill {count} "
                           "classes")
+    if most is not None and count > most:
+        raise ConfigError(f"{KEY}: label {count - 1} is out of range; labels are 0 to {most - 1}")
     file = data_dir / "classes.txt"
     named = read_class_names(file, count) if file.exists() else None
     return [str(label) for label in range(len(named or range(count)))], named

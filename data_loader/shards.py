@@ -27,7 +27,7 @@ from utils.errors import ConfigError
 from utils.files import atomic_write
 
 RANGE = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<words>[^{}]*,[^{}]*))\}")
-VERSION = 2             # of the index's layout
+VERSION = 3             # of the index's layout, and of how labels are read
 SPLITS = ("train", "val", "test")
 
 

@@ -133,7 +133,7 @@ def _label(content: bytes, ending: str) -> str:
     """The text of a .cls; of a .json what it has as label, if that is a text or a whole number. "" where there is none.
     """
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
         known = json.loads(text) if ending == ".json" else {"label": text}
     except (ValueError, RecursionError):
         return ""

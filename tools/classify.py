@@ -48,8 +48,9 @@ def read_open_set(file: str | Path, data_dir: str | None = None, allow_outside: 
     Paths are relative to the list's folder or, if they aren't there, to `data_dir`. Raises ConfigError with file and
     line: another label, no such image, one outside those folders unless `allow_outside`.
     """
-    from data_loader.files import check_paths, read_text_bytes
+    from data_loader.files import check_paths
     from data_loader.images import shown
+    from data_loader.list_lines import read_text_bytes
     file = Path(file)
     content = read_text_bytes(file, "--open_set: ")
     names: dict[str, int] = {}

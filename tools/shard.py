@@ -75,7 +75,7 @@ def _listed(source: Path, root: Path, kind: Any, lists: list[Path], allow_outsid
         # Only Windows's backslashes part folders; a name that has some on this disk keeps them.
         named[split] = [name_in_shard(name if not _windows(name, path) else name.replace("\\", "/"))
                         for name, path in zip(names, paths)]
-        _check_names(names, named[split], where, lines)
+        _check_names(names, named[split], paths, where, lines)
         return paths
     found = read_lists(str(source), kind.lists, kind.folder, True, allow_outside, find)
     splits = {split: (images, named[split]) for split, images in
@@ -88,7 +88,9 @@ def _windows(name: str, path: str) -> bool:
     return "\\" in name and not path.endswith(name)
 
 
-def _check_names(names: Sequence[str], members: Sequence[str], where: str, lines: Sequence[int]) -> None:
+def _check_names(names: Sequence[str], members: Sequence[str], paths: Sequence[str], where: str,
+                 lines: Sequence[int]) -> None:
+    from data_loader.files import repeats
     before: dict[str, str] = {}
     for name, member, line in zip(names, members, lines):
         if not is_member(member):
@@ -98,6 +100,9 @@ def _check_names(names: Sequence[str], members: Sequence[str], where: str, lines
         if other != name:
             raise ConfigError(f"{where}, line {line}: {shown(name)} and {shown(other)} would both be {shown(member)} "
                               "in a shard; list it once")
+    for at, other in repeats(paths).items():
+        raise ConfigError(f"{where}, line {lines[at]}: {shown(names[at])} and {shown(names[other])} are one image; "
+                          "list it once")
 
 
 def can_be_labelled(names: list[str]) -> bool:

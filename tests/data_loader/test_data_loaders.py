@@ -299,6 +299,18 @@ def test_balanced_and_epoch_size() -> None:
         DigitsLTDataLoader(balanced=True, sampler={"type": "SquareRoot"})
 
 
+def test_an_epoch_s_size_beside_a_sampler() -> None:
+    balanced = {"type": "ClassBalanced"}
+    assert DigitsLTDataLoader(sampler=balanced).epoch_size == 331
+    assert DigitsLTDataLoader(sampler=balanced, retain_epoch_size=False).epoch_size == 1200
+    for own, size in (({"retain_epoch_size": True}, 331), ({"epoch_length": 50}, 50)):      # its own go first
+        assert DigitsLTDataLoader(sampler={**balanced, "args": own}, retain_epoch_size=False).epoch_size == size
+    assert DigitsLTDataLoader(retain_epoch_size=False).epoch_size == 331        # as RIDE's configs may have it
+    for name in ("ClassAware", "SquareRoot", "InstanceBalanced"):
+        with pytest.raises(ConfigError, match=rf"args.retain_epoch_size: {name} .* ClassBalanced .*epoch_length$"):
+            DigitsLTDataLoader(sampler={"type": name}, retain_epoch_size=False)
+
+
 @pytest.mark.parametrize("name", ["InstanceBalanced", "ClassBalanced", "SquareRoot", "ClassAware",
                                   "ProgressivelyBalanced"])
 def test_samplers_by_name(name: str) -> None:

@@ -16,7 +16,7 @@ from data_loader.data_loaders import (
     PlacesLTDataLoader,
     iNaturalistDataLoader,
 )
-from data_loader.files import read_list
+from data_loader.list_lines import read_list
 from data_loader.transforms import test_transform
 from tools.classify import find_images
 from utils.errors import ConfigError
@@ -385,7 +385,8 @@ def test_paths_from_the_root_that_stay_inside(tmp_path: Path) -> None:
 
 def test_allow_outside_lets_lists_point_anywhere(tmp_path: Path) -> None:
     data = lists(tmp_path / "data")
-    outside = picture(tmp_path / "secret.png")
+    outside = picture(tmp_path / "other.png")
+    picture(tmp_path / "secret.png")
     with open(tmp_path / "data" / "train.txt", "a") as handle:
         handle.write(f"{outside} 1\n../secret.png 2\n")
     assert ListFileDataLoader(data, allow_outside=True, **SMALL).cls_num_list == [6, 4, 3]

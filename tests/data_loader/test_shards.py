@@ -146,6 +146,37 @@ def test_shards_as_webdataset_writes_them(tmp_path):
         assert np.array_equal(loader.raw_image(0), np.asarray(Image.open(io.BytesIO(png(number[0])))))
 
 
+def test_labels_that_begin_with_a_byte_order_mark(tmp_path):
+    members = {}
+    for n in range(6):
+        label = json.dumps({"label": n % 2}).encode() if n > 3 else str(n % 2).encode()
+        members |= {f"{n}.png": png(n), f"{n}.{'json' if n > 3 else 'cls'}": b"\xef\xbb\xbf" * (n > 1) + label}
+    tar(tmp_path / "t.tar", members)
+    loader = ImageFolderLTDataLoader(str(tmp_path), shards={"train": "t.tar", "test": "t.tar"}, **SMALL)
+    assert loader.cls_num_list == [3, 3] and loader.class_names is None
+    tar(tmp_path / "mark.tar", {"1.png": png(1), "1.cls": b"\xef\xbb\xbf"})
+    with pytest.raises(ConfigError, match=r"mark.tar: 1.cls: holds no label"):
+        ImageFolderLTDataLoader(str(tmp_path), shards="mark.tar", **SMALL)
+
+
+def test_few_shards_images_for_testing_alone(tmp_path):
+    facts = {"num_classes": 5, "class_names": None, "cls_num_list": [9, 8, 7, 6, 5], "split": {"sample": {"x.tar": 1}}}
+    args = dict(SMALL, training=False, facts=facts, shards={"test": "t.tar"})
+    tar(tmp_path / "t.tar", {"1.png": png(1), "1.cls": b"3", "2.png": png(2), "2.cls": b"4"})
+    loader = ImageFolderLTDataLoader(str(tmp_path), **args)
+    assert loader.targets.tolist() == [3, 4] and loader.num_classes == 5
+    tar(tmp_path / "t.tar", {"1.png": png(1), "1.cls": b"3", "2.png": png(2), "2.cls": b"17"})
+    with pytest.raises(ConfigError, match=r"args.shards: label 17 is out of range; labels are 0 to 4$"):
+        ImageFolderLTDataLoader(str(tmp_path), **args)
+
+
+def test_a_class_of_shards_that_is_named_as_a_split_is_said(tmp_path):
+    tar(tmp_path / "t.tar", {f"{c}/{n}.png": png(10 * n + len(c)) for c in ("a", "bee", "test") for n in range(3)})
+    loader = ImageFolderLTDataLoader(str(tmp_path), shards="t.tar", **SMALL)
+    assert loader.class_names == ["a", "bee", "test"]
+    assert sum("shards: test is taken for a class, though it is named as a split" in line for line in loader.notes) == 1
+
+
 def test_tars_of_others(tmp_path):
     """GNU and PAX headers with long and odd names, folders and links and what systems leave among them."""
     odd = {"train/a/" + "long " * 40 + "ü.png": png(1), "train/b/x.png": png(2), "./train/b/y.PNG": png(3),
