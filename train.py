@@ -102,7 +102,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     set_determinism(options["deterministic"])
     seed_everything(config["seed"], dist.rank())
     if not start.goes_on:
-        start.config = config = settle_weights(config, args.overrides)
+        start.config = config = settle_weights(config, args.overrides, args.config)
         options = config["trainer"]
     check_options(options)
     starts = None if start.goes_on else config["init_classifier"]
@@ -129,6 +129,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
 
     criterion = session.make_criterion(config, train_loader.cls_num_list)
     teacher = session.make_teacher(start, model.num_classes, device)
+    session.check_loss(config, criterion, model, teacher)
     optimizer = build_optimizer(config["optimizer"], model, options)
     steps_per_epoch = -(-len(train_loader) // options["accumulate"])
     scheduler = build_scheduler(config["lr_scheduler"], optimizer, options["epochs"], steps_per_epoch,

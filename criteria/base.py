@@ -60,6 +60,7 @@ class LongTailLoss(nn.Module):
     """
 
     needs_counts = False
+    uses_teacher = False
     reweight_epoch = -1
 
     def __init__(self, cls_num_list: list | None = None):

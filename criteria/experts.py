@@ -105,6 +105,8 @@ class RIDELossWithDistill(RIDELoss):
     teacher's logits, which get no gradient. One term of each kind. The other arguments are RIDELoss's.
     """
 
+    uses_teacher = True
+
     def __init__(self, cls_num_list: list | None = None, additional_distill_loss_factor: float = 1.0,
                  distill_temperature: float = 1.0, ride_loss_factor: float = 1.0,
                  base_diversity_temperature: float = 1.0, max_m: float = 0.5, s: float = 30, reweight: bool = True,

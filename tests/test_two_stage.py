@@ -243,6 +243,22 @@ def test_a_run_begins_from_one_file(bench):
     for more in (["-r", str(stage1)], ["-c", "configs/digits_lt_ce.json", "-r", str(stage1)]):
         with pytest.raises(ConfigError, match="--pretrained: a run begins from one file"):
             train.main([*more, "--pretrained", str(stage1), "--dry_run", "-d", "cpu"])
+    with pytest.raises(ConfigError, match="--load_crt: a run begins from one file"):
+        train.main(["-c", "configs/digits_lt_crt.json", "-r", str(stage1), "--load_crt", str(stage1), "--dry_run",
+                    "--set", "resume_state_dict_only=true", "-d", "cpu"])
+    stage2 = bench.train("crt", "--load_crt", stage1)      # its own file may be named again
+    train.main(["-r", str(stage2), "--load_crt", str(stage1), "--dry_run", "-d", "cpu"])
+
+
+def test_a_teacher_that_nothing_looks_at_is_warned_of(bench, capsys):
+    teacher = bench.train("ce")
+    flags = ["-c", "configs/digits_lt_ride_distill.json", "--distill_checkpoint", str(teacher), "--dry_run", *TEACHER,
+             "--set", "distill_arch.args={\"num_classes\": 10, \"layer2_output_dim\": 16, \"layer3_output_dim\": 16}",
+             *[flag for flag in bench.flags() if flag != "-q"]]
+    for loss, warned in (("RIDELossWithDistill", 0), ("LDAMLoss", 1)):
+        capsys.readouterr()
+        train.main([*flags, "--set", f"loss={{\"type\": \"{loss}\"}}"])
+        assert capsys.readouterr().out.count("warning: distill: the teacher changes nothing") == warned
 
 
 @pytest.fixture

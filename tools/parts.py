@@ -1,6 +1,7 @@
 """The pieces that a config names: loader, model, loss. What models and data need to know of each other is here."""
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -8,11 +9,16 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from data_loader.data_loaders import build_loader
+from logger.log import get_logger
 from model.loss import build_loss
 from model.model import ARCHS, ELSEWHERE, build_model
 from utils import dist
 from utils.config.build import lookup
+from utils.config.check import task_of
+from utils.config.outside import is_outside
 from utils.errors import ConfigError
+
+log = get_logger()
 
 
 def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, training: bool = True,
@@ -82,3 +88,25 @@ def make_model(config: dict[str, Any], num_classes: int | None = None, section: 
 def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module:
     """The loss a config names, told the training counts."""
     return build_loss(config["loss"], cls_num_list=cls_num_list, path="loss")
+
+
+def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
+               teacher: nn.Module | None = None) -> None:
+    """A loss that the model's outputs don't fit is refused before anything is written; of a teacher that nothing looks
+    at, a warning says so.
+
+    A copy of the loss is asked, with logits as many as the model's. What comes from outside may give or need more than
+    these, and is left to the first step. Raises ConfigError.
+    """
+    loss = config["loss"]["type"]
+    if task_of(model) == "detection" or any(map(is_outside, (loss, config["arch"]["type"], config["trainer"]["type"]))):
+        return
+    if teacher is not None and (model.routed or not criterion.uses_teacher):
+        log.warning("distill: the teacher changes nothing, as %s; leave distill out%s",
+                    *(("the gates learn from their experts alone", "") if model.routed else
+                      (f"{loss} has no use for it", ", or train with RIDELossWithDistill")))
+    asked = copy.deepcopy(criterion).train(not model.routed)    # gates have a loss of their own, and this in validation
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = torch.arange(float(model.num_classes)).repeat(2, len(model.backbone.pick_experts()), 1)
+        outputs = {"output": logits.mean(1), "logits": logits}
+        asked(outputs if teacher is None else {**outputs, "teacher": logits.mean(1)}, torch.zeros(2, dtype=torch.long))

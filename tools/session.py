@@ -20,6 +20,7 @@ from model import routing
 from model.weights.files import load_file
 from model.weights.remap import load_weights
 from tools.parts import (  # noqa: F401  names of this module too
+    check_loss,
     input_of,
     make_criterion,
     make_loader,
@@ -95,9 +96,9 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
         return Start(config) if found is None else Start(config, found[1], found[0], goes_on=True)
     path = Path(args.resume)
     checkpoint = load_checkpoint(path)
-    before = (recover_config(checkpoint) or {}).get("pretrained")
+    before = recover_config(checkpoint) or {}
     for item in args.overrides:
-        if item.path == "pretrained" and item.value not in (None, before):
+        if item.path in ("pretrained", "load_crt") and item.value not in (None, before.get(item.path)):
             raise ConfigError(f"{item.flag}: a run begins from one file, and -r {path} has its weights; leave one out")
     if config is None:
         return Start(config_of(checkpoint, path, args.overrides), checkpoint, path, goes_on=True)

@@ -14,7 +14,7 @@ from trainer.optim.groups import check_some_trained, is_hidden_matrix, param_gro
 from trainer.optim.muon import Muon
 from trainer.optim.sam import SAM
 from trainer.rates import SCHEDULES, iteration_lr
-from utils.config.build import build
+from utils.config.build import build, lookup
 from utils.config.schema import TRAINER, defaults
 from utils.errors import ConfigError
 
@@ -83,9 +83,9 @@ def _own(kind: str, args: dict[str, Any], optimizer: torch.optim.Optimizer, epoc
     # Old configs carry CustomLR's steps along; a cosine has no use for them.
     known = inspect.signature(SCHEDULES[kind]).parameters
     args = {key: value for key, value in {**args, "run_epochs": epochs}.items() if key in known}
-    if args.get("warmup_epoch", 0) == 1 and by == "epoch":
-        log.warning("%s.args.warmup_epoch: 1 is no warm-up: the first epoch's factor is (0 + 1) / 1; use 2 or more, or "
-                    "\"by\": \"step\"", path)
+    if 0 < args.get("warmup_epoch", 0) <= 1 and by == "epoch":
+        log.warning("%s.args.warmup_epoch: %g is no warm-up: a rate holds for an epoch, and the first one's is the "
+                    "whole; use 2 or more, or \"by\": \"step\"", path, args["warmup_epoch"])
     restart = args.get("restart", [])
     epochs_given = [restart] if type(restart) is int else restart
     if not isinstance(epochs_given, list) or any(type(epoch) is not int or epoch < 1 for epoch in epochs_given) or (
@@ -189,7 +189,7 @@ def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, options: dict[
         return build({"SAM": partial(SAM, base.param_groups, base)}, {"type": "SAM", "args": args}, path)
     if spec.get("type") == "Muon":
         return _build_muon(args, model, options, path)
-    groups = param_groups(model, options, args.get("lr"))
+    groups = param_groups(model, options, _rate(spec.get("type"), args, options, path))
     check_some_trained(groups)
     return _build_torch(spec.get("type"), args, groups, options, path)
 
@@ -200,10 +200,10 @@ def _build_muon(args: dict[str, Any], model: torch.nn.Module, options: dict[str,
         raise ConfigError(f"{path}.args.others: must name the optimizer of stem, norms, biases and classifiers, "
                           "{\"type\": \"SGD\", \"args\": {\"lr\": 0.1}}")
     hidden = is_hidden_matrix(model)
-    lr = args.get("lr", inspect.signature(Muon).parameters["lr"].default)
-    groups = param_groups(model, options, lr, hidden)
+    groups = param_groups(model, options, _rate("Muon", args, options, path), hidden)
     inner = dict(others.get("args") or {})
-    rest = param_groups(model, options, inner.get("lr"), lambda name, p: not hidden(name, p))
+    rate = _rate(others.get("type"), inner, options, f"{path}.args.others")
+    rest = param_groups(model, options, rate, lambda name, p: not hidden(name, p))
     check_some_trained(groups or rest)
     if not groups:
         raise ConfigError(f"{path}.type: Muon finds no filter or matrix to train (everything but the classifier is "
@@ -212,15 +212,29 @@ def _build_muon(args: dict[str, Any], model: torch.nn.Module, options: dict[str,
     return build({"Muon": partial(Muon, groups, others=second)}, {"type": "Muon", "args": args}, path)
 
 
+def _found(kind: Any, path: str) -> Any:
+    """The class that an optimizer's type names. Raises ConfigError."""
+    return lookup(OPTIMIZERS if kind in OPTIMIZERS else torch.optim, kind, f"{path}.type", "optimizer")
+
+
+def _rate(kind: Any, args: dict[str, Any], options: dict[str, Any], path: str) -> float | None:
+    """The rate that an optimizer's arguments give, or else its own default; None where it has neither. Raises
+    ConfigError where layer_decay needs one."""
+    known = inspect.signature(_found(kind, path)).parameters
+    rate = args.get("lr", known["lr"].default if "lr" in known else None)
+    rate = rate if isinstance(rate, int | float) else None
+    if rate is None and options["layer_decay"] is not None:
+        raise ConfigError(f"{path}.args.lr: missing; trainer.layer_decay needs it, and {kind} has no rate of its own")
+    return rate
+
+
 def _build_torch(kind: Any, args: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any],
                  path: str) -> torch.optim.Optimizer:
-    table = OPTIMIZERS if kind in OPTIMIZERS else torch.optim
-    found = table[kind] if kind in OPTIMIZERS else getattr(torch.optim, str(kind), None)
-    known = inspect.signature(found).parameters if inspect.isclass(found) else {}
+    known = inspect.signature(_found(kind, path)).parameters
     # Where fp16's scaler skips the very first step, the fused SGD leaves its momentum uninitialised.
     if "fused" in known and not {"fused", "foreach", "differentiable"} & set(args) and options["amp"] != "fp16":
         args = {**args, "fused": True}
     try:
-        return build(table, {"type": kind, "args": args}, path, groups)
+        return build(OPTIMIZERS if kind in OPTIMIZERS else torch.optim, {"type": kind, "args": args}, path, groups)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}.args: {error}") from None

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import train as train_script
+from logger.log import setup_logging
 from tools.fallback import settle_weights
 from utils.config.load import Override, load_config
 from utils.errors import ConfigError
@@ -92,6 +93,73 @@ def test_who_chooses_the_network_is_told(configs, monkeypatch):
     assert settle_weights(off)["arch"] == off["arch"]
     changed = settle_weights(load_config(configs, [Override("trainer.epochs", 7)]), [Override("trainer.epochs", 7)])
     assert changed["trainer"]["epochs"] == 7 and changed["arch"]["type"] == "ResNet32Model"
+
+
+OWN = {"seed": 7, "groups": {"few": 8}, "metrics": ["accuracy"],
+       "arch": {"args": {"s": 16}}, "optimizer": {"args": {"lr": 0.001}},
+       "data_loader": {"args": {"data_dir": "elsewhere", "batch_size": 2, "image_size": 48, "num_workers": 1}},
+       "trainer": {"epochs": 3, "save_dir": "mine/", "save_period": 2, "keep_last": 5, "verbosity": 1,
+                   "freeze": "backbone"}}
+
+
+@pytest.fixture
+def said(monkeypatch, caplog, capsys):
+    """What is logged from here on; the weights can't be had."""
+    monkeypatch.setattr("tools.fallback.missing", lambda arch: PROBLEM)
+    setup_logging()
+    return lambda: caplog.text + "".join(capsys.readouterr())
+
+
+def settled(file, *overrides):
+    return settle_weights(load_config(file, overrides), overrides, file)
+
+
+def test_a_config_on_top_keeps_its_data_and_its_run(configs, said):
+    """It lies in a folder of its own, and the fallback beside the file that names it."""
+    file = configs.parent / "mine" / "deep" / "mine.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"extends": "../../own.json", "name": "mine", **OWN}))
+    config = settled(file)
+    ride = load_config(configs.parent / "ride.json")
+    assert config["name"] == "mine" and config["seed"] == 7 and config["groups"] == {"many": 100, "few": 8}
+    assert config["data_loader"]["args"] == {**ride["data_loader"]["args"], "data_dir": "elsewhere", "batch_size": 2,
+                                             "num_workers": 1}
+    trainer = {key: value for key, value in OWN["trainer"].items() if key != "freeze"}
+    assert {key: config["trainer"][key] for key in trainer} == trainer and config["trainer"]["freeze"] is None
+    assert config["arch"] == ride["arch"] and config["optimizer"] == ride["optimizer"]
+    lines = {line for line in said().splitlines() if "until then" in line}
+    assert len(lines) == 1 and lines.pop().endswith(
+        f"; not taken over from {file}: arch, data_loader.args.image_size, optimizer, metrics, trainer.freeze")
+
+
+def test_flags_come_last(configs, said):
+    file = configs.parent / "mine.json"
+    file.write_text(json.dumps({"extends": "own.json", **OWN}))
+    config = settled(file, Override("trainer.epochs", 9), Override("optimizer.args.lr", 0.2),
+                     Override("data_loader.args.image_size", 40))
+    assert config["trainer"]["epochs"] == 9 and config["optimizer"]["args"]["lr"] == 0.2
+    assert config["data_loader"]["args"]["image_size"] == 40
+    assert said().rstrip().endswith(f"not taken over from {file}: arch, optimizer, metrics, trainer.freeze")
+
+
+def test_a_config_that_names_its_fallback_has_the_data_and_the_fallback_the_recipe(configs, said):
+    """Its epochs and batch size are those of the pretrained network; whose they are can't be told."""
+    file = configs.parent / "copy.json"
+    file.write_text(json.dumps({"extends": "own.json", "fallback": "ride.json", **OWN}))
+    config = settled(file)
+    ride = load_config(configs.parent / "ride.json")
+    assert config["data_loader"]["args"]["data_dir"] == "elsewhere" and config["trainer"]["save_dir"] == "mine/"
+    assert config["trainer"]["epochs"] == ride["trainer"]["epochs"] == 40
+    assert config["data_loader"]["args"]["batch_size"] == ride["data_loader"]["args"]["batch_size"] == 4
+    told = said()
+    assert "data_loader.args.batch_size" in told and "trainer.epochs" in told and "save_dir" not in told
+
+
+def test_what_lies_under_the_file_is_no_ones_own(configs, said):
+    """A config that changes a name alone trains as the fallback does, and nothing of it is lost."""
+    file = configs.parent / "mine.json"
+    file.write_text(json.dumps({"extends": "own.json", "name": "mine"}))
+    assert settled(file)["trainer"]["epochs"] == 40 and "not taken over" not in said()
 
 
 def test_what_counts_as_missing(monkeypatch):

@@ -154,6 +154,30 @@ def test_no_decay_and_layer_decay_by_parameter() -> None:
     assert found.keys() == set(names.values())
 
 
+@pytest.mark.parametrize(("spec", "rates"), [
+    ({"type": "AdamW"}, {0.001}), ({"type": "SAM", "args": {"base": {"type": "Adagrad"}}}, {0.01}),
+    ({"type": "Muon", "args": {"others": {"type": "AdamW"}}}, {0.02, 0.001})])
+def test_layer_decay_takes_the_rate_that_the_optimizer_has_by_itself(spec: dict, rates: set[float]) -> None:
+    """With a decay of 1 every group has it; with 0.5 the classifier does, and what is before it has less."""
+    def found(decay: float) -> list[float]:
+        return [group["lr"] for group in build_optimizer(spec, small_model(), {"layer_decay": decay}).param_groups]
+    assert set(found(1.0)) == rates
+    halved = found(0.5)
+    assert min(rates) in halved and min(rates) / 16 in halved and max(halved) <= max(rates)
+
+
+class Plain(torch.optim.SGD):
+    """Of somebody's, which wants a rate."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+
+
+def test_layer_decay_without_any_rate_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.args\.lr: missing; trainer\.layer_decay needs it"):
+        build_optimizer({"type": f"{__name__}:Plain"}, small_model(), {"layer_decay": 0.5})
+
+
 @pytest.mark.parametrize(("what", "trained"), [
     ("backbone", lambda name: name.startswith("backbone.linears.")),
     ("norms", lambda name: ".bn" not in name),

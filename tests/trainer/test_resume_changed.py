@@ -101,7 +101,7 @@ def test_what_was_asked_is_in_force_and_recorded(quick, runs, capfd, what: str) 
 @pytest.mark.parametrize(("flags", "says"), [
     (["--set", 'optimizer={"type": "AdamW", "args": {"lr": 0.01}}'], r"optimizer\.type.*SGD.*AdamW"),
     (["--set", 'trainer.freeze="norms"'], r"trainer\.freeze"), (["--set", "trainer.layer_decay=0.5"], "layer_decay"),
-    (["--set", "trainer.no_decay=norm_bias"], "no_decay"),
+    (["--set", "trainer.no_decay=norm_bias"], "no_decay"), (["--set", "loss.type=SADELoss"], "for 3 experts"),
     (["--set", 'lr_scheduler={"type": "OneCycleLR", "args": {"max_lr": 1, "total_steps": 1}}'], "total_steps")])
 def test_what_cant_be_gone_on_with_is_refused(quick, runs, flags: list, says: str) -> None:
     models = runs("one")

@@ -158,9 +158,13 @@ def test_groups_with_rates_of_their_own_keep_their_proportion(kind: str, args: d
     assert [other for _, other in apart] == pytest.approx([own / 4 for own, _ in apart])
 
 
-def test_no_warm_up_by_another_name_is_said(caplog: pytest.LogCaptureFixture, capsys) -> None:
-    build_scheduler({"type": "CustomLR", "args": {"step1": 3, "step2": 4, "warmup_epoch": 1}}, sgd(), EPOCHS, STEPS)
-    assert "warmup_epoch: 1 is no warm-up" in caplog.text + "".join(capsys.readouterr())
+@pytest.mark.parametrize(("epochs", "by", "says"), [(1, "epoch", "1"), (0.5, "epoch", "0.5"), (0, "epoch", None),
+                                                    (1.5, "epoch", None), (0.5, "step", None)])
+def test_no_warm_up_by_another_name_is_said(caplog: pytest.LogCaptureFixture, capsys, epochs, by, says) -> None:
+    args = {"step1": 3, "step2": 4, "warmup_epoch": epochs, "by": by}
+    build_scheduler({"type": "CustomLR", "args": args}, sgd(), EPOCHS, STEPS)
+    said = caplog.text + "".join(capsys.readouterr())
+    assert f"warmup_epoch: {says} is no warm-up" in said if says else "no warm-up" not in said
 
 
 def test_a_plateau_gets_the_monitored_figure_in_its_direction(runs) -> None:

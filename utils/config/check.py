@@ -12,7 +12,7 @@ from typing import Any
 from utils.config.annotation import parse, shown
 from utils.config.build import check_args, check_value, lookup, public_names
 from utils.config.outside import is_outside, load_outside, short_name
-from utils.config.schema import COUNTED, LIMITS, METRICS, MONITORED, NESTED, SECTIONS, Section
+from utils.config.schema import COUNTED, DETECTED, LIMITS, METRICS, NESTED, SECTIONS, Section
 from utils.config.signature import Signature, of_callable
 from utils.errors import ConfigError, unknown
 
@@ -208,8 +208,8 @@ def check_metrics(metrics: list[str]) -> None:
             raise ConfigError(f"metrics[{i}]: {short_name(name)} is there twice")
 
 
-def check_monitor(monitor: str, metrics: list[str]) -> None:
-    """`off`, or `min` or `max` and the name of a figure. Raises ConfigError."""
+def check_monitor(monitor: str, metrics: list[str], task: str) -> None:
+    """`off`, or `min` or `max` and the name of a figure, of boxes and masks for detection only. Raises ConfigError."""
     if monitor == "off":
         return
     mode, _, name = monitor.partition(" ")
@@ -218,7 +218,8 @@ def check_monitor(monitor: str, metrics: list[str]) -> None:
                           f"not {shown(monitor)}")
     table = metric_table()
     trained = [short_name(metric) for metric in metrics if metric_kind(lookup(table, metric, "metrics")) == "batch"]
-    figures = dict.fromkeys((*MONITORED, *map(short_name, metrics), *table))
+    found = DETECTED if task == "detection" else ()
+    figures = dict.fromkeys(("loss", *found, *map(short_name, metrics), *table))
     known = ["loss", *trained, *(f"val_{figure}" for figure in figures)]
     if name not in known:
         raise unknown("trainer.monitor", name, known, "figure")

@@ -47,8 +47,7 @@ def load_config(path: str | os.PathLike, overrides: Iterable[tuple] = (), flag: 
     """The effective config of a JSON file.
 
     Args:
-        path: the file, UTF-8; it may extend another (see `utils.config.read.read_config`). Its `fallback` is relative
-            to it too.
+        path: the file, UTF-8; it may extend another (see `utils.config.read.read_config`).
         overrides: `Override`s (or plain (path, value, flag) tuples), applied in order.
         flag: how the file was given, for messages.
         allowed: see `check_config`.
@@ -56,8 +55,6 @@ def load_config(path: str | os.PathLike, overrides: Iterable[tuple] = (), flag: 
         ConfigError: the file can't be read, or any key or value is wrong; one line that names it.
     """
     config, inherited = read_config(path, flag)
-    if isinstance(config.get("fallback"), str):
-        config["fallback"] = os.path.join(os.path.dirname(path), config["fallback"])
     return check_config(config, overrides, inherited, allowed)
 
 
@@ -137,12 +134,17 @@ def _check(config: dict[str, Any], overrides: list[Override]) -> dict[str, Any]:
     for key in ("distill_arch", "distill_checkpoint"):
         if top["distill"] and not top[key]:
             raise ConfigError(f"{key}: missing; \"distill\": true needs it")
+    for item in overrides:
+        if item.path.startswith("distill_") and item.value is not None and not top["distill"]:
+            raise ConfigError(f"{item.path}: the config doesn't distil, so it has no effect; leave it out, or add "
+                              "--set distill=true")
     # From here on what the config names is imported.
     for name in SECTIONS:
         if top[name]:
             top[name] = check_classes(name, top[name], texts)
     check_metrics(top["metrics"])
-    check_monitor(top["trainer"]["monitor"], top["metrics"])
+    task = task_of(constructor(SECTIONS["arch"], top["arch"]["type"], "arch.type"))
+    check_monitor(top["trainer"]["monitor"], top["metrics"], task)
     if isinstance(top["init_classifier"], str):
         top["init_classifier"] = {"type": top["init_classifier"]}
     if top["init_classifier"] is not None:

@@ -19,7 +19,8 @@ def read_config(path: str | os.PathLike, flag: str = "-c") -> tuple[dict[str, An
     """A config file laid over the files that it extends, and which keys came from which of those.
 
     `"extends": "base.json"`, a path relative to the file that holds it, means that file first: objects are merged key
-    by key, lists and values replaced. Chains are followed to their end.
+    by key, lists and values replaced. Chains are followed to their end. A `fallback` is relative to the file that
+    holds it too.
 
     Returns:
         (the config without `extends`, {dotted key: the extended file that gave its value}).
@@ -34,6 +35,8 @@ def _extended(path: str, flag: str, below: tuple[str, ...]) -> tuple[dict[str, A
     here = os.path.realpath(path)
     if here in below or len(below) > MAX_DEPTH:
         raise ConfigError(f"-c {below[0]}: extends itself, through {len(below)} files; one of them must stand alone")
+    if isinstance(config.get("fallback"), str):
+        config["fallback"] = os.path.join(os.path.dirname(path), config["fallback"])
     base = config.pop("extends", None)
     if base is None:
         return config, {}

@@ -182,9 +182,9 @@ METRICS = ("model.metric", "model.split_metrics")
 #: Figures of a whole split that every validation counts: `metrics` may name them too.
 COUNTED = ("class_mean_acc", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "macro_f1", "ece")
 
-#: Figures that can be monitored beside those that `metrics` may name.
-MONITORED = ("loss", *(f"{kind}_{name}" for kind in ("bbox", "segm") for name in (
-    "AP", "AP50", "AP75", "APs", "APm", "APl", "AP_many", "AP_medium", "AP_few")))
+#: Detection's figures, which can be monitored.
+DETECTED = tuple(f"{kind}_{name}" for kind in ("bbox", "segm") for name in (
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AP_many", "AP_medium", "AP_few"))
 
 #: What a section is -> ranges that hold for an argument whatever class takes it. Constructors check what is theirs.
 LIMITS = {

@@ -1,0 +1,63 @@
+"""Whether a loss fits a model, asked before a run has a folder."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from model.loss import LDAMLoss, build_loss
+from model.model import build_model
+from tools.parts import check_loss
+from utils.errors import ConfigError
+
+COUNTS = [9, 5, 2]
+
+
+class Own(LDAMLoss):
+    """Somebody's, which needs more than a model's outputs."""
+
+    def forward(self, outputs, target):
+        return super().forward(outputs, target) * outputs["sample_weights"].mean()
+
+
+def parts(loss: str, arch: str = "ResNet32Model", counts: list[int] = COUNTS, **args):
+    config = {"arch": {"type": arch, "args": {"num_classes": 3, **args}}, "loss": {"type": loss},
+              "trainer": {"type": "Trainer"}}
+    return config, build_loss(config["loss"], counts), build_model(config["arch"])
+
+
+@pytest.mark.parametrize("loss", ["GCLLoss", "RIDELoss", "SADELoss", "HCMLoss"])
+def test_asking_changes_nothing(loss: str) -> None:
+    """Not the loss's own state, nor the random numbers that a run draws."""
+    config, criterion, model = parts(loss, num_experts=3)
+    criterion.set_epoch(2)
+    before, drawn = dict(vars(criterion), _tables={}), torch.get_rng_state()
+    check_loss(config, criterion, model)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert vars(criterion).keys() == before.keys() and criterion.epoch == 2 and criterion._tables == {}
+
+
+@pytest.mark.parametrize(("experts", "used"), [(4, "0,1,3"), (4, "rand"), (3, None)])
+def test_the_experts_that_take_part_count(experts: int, used: str | None) -> None:
+    config, criterion, model = parts("SADELoss", num_experts=experts, use_experts=used)
+    check_loss(config, criterion, model)
+    config, criterion, model = parts("SADELoss", num_experts=4)
+    with pytest.raises(ConfigError, match="SADELoss is for 3 experts"):
+        check_loss(config, criterion, model)
+
+
+def test_what_is_from_outside_is_left_to_the_first_step() -> None:
+    config, criterion, model = parts(f"{__name__}:Own", counts=[1, 2])
+    check_loss(config, criterion, model)
+    assert isinstance(criterion, Own)
+    config, criterion, _ = parts("SADELoss")
+    check_loss({**config, "arch": {"type": "somewhere:Net"}}, criterion, nn.Linear(2, 3))
+
+
+def test_gates_have_a_loss_of_their_own() -> None:
+    """The config's is asked only in validation, where it is one of the mean logits."""
+    config, criterion, model = parts("SADELoss", "ResNet32EAModel", num_experts=2)
+    check_loss(config, criterion, model)
+    config, criterion, model = parts("LDAMLoss", "ResNet32EAModel", [1, 2], num_experts=2)
+    with pytest.raises(ConfigError, match="cls_num_list: has 2 classes"):
+        check_loss(config, criterion, model)
