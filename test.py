@@ -92,7 +92,7 @@ def test(args: Namespace) -> dict[str, Any]:
         log.info("\nwritten to %s", target)
         if args.report:
             from tools.report import write_report
-            log.info("report     %s", write_report(run, result=everything, loader=loader))
+            log.info("report     %s", write_report(run, everything, loader, args.split))
     dist.cleanup()
     return result
 

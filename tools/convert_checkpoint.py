@@ -1,8 +1,9 @@
 """Write another project's checkpoint in this project's layout: `python -m tools.convert_checkpoint IN OUT`.
 
 IN may be RIDE's, BatchFormer's, classifier-balancing's, NBN's, MABN's, torchvision's or timm's. OUT holds plain
-tensors and data: `arch epoch state_dict optimizer config`, with the architecture read off the weights. What is known of
-the config (inside IN, or in config.json beside it) goes along; `python test.py -r OUT -c CONFIG` needs no more.
+tensors and data: `arch epoch state_dict optimizer config`, and `data` where IN has it. What is known of the config
+(inside IN, or in config.json beside it) goes along, its `arch` as it is where that takes the weights; else the
+architecture is read off them. `python test.py -r OUT -c CONFIG` needs no more.
 """
 from __future__ import annotations
 
@@ -14,40 +15,71 @@ from tools.cli import Parser
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError
 
-# Of an architecture's args, the ones that leave no trace in the weights are taken from the old config.
+# Of an architecture that is read off the weights, the args that leave no trace in them are taken from the old config.
 _TRACELESS = ("s", "dropout", "returns_feat", "use_experts", "pos_weight", "force_all", "eval_bt", "shared_classifier")
 
 
 def convert(source: Path, target: Path) -> dict[str, Any]:
     """Convert `source` into `target`; returns what was written. Raises ConfigError."""
-    from model.weights.infer_arch import infer_arch
-    from model.weights.remap import recognise, to_ours
+    from model.weights.remap import recognise
+    from tools.session import facts_of_checkpoint
     from utils.checkpoint.store import load_checkpoint, plain_data, save_checkpoint
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError(f"{target}: is the file to convert; name another one to write")
     if target.is_dir():
         raise ConfigError(f"{target}: is a folder; name the file to write")
     checkpoint = load_checkpoint(source)
+    config = known_config(checkpoint, source)
+    facts = plain_data(facts_of_checkpoint(checkpoint)) or {}
     try:
-        weights = to_ours(checkpoint)
-        arch = infer_arch(weights)
+        arch, weights = own_arch(checkpoint, config, facts.get("num_classes")) or read_off(checkpoint, config)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    config = known_config(checkpoint, source)
-    old_args = config.get("arch", {}).get("args", {}) if isinstance(config.get("arch"), dict) else {}
-    arch["args"].update({key: old_args[key] for key in _TRACELESS if key in old_args})
-    if old_args.get("add_bt") and arch["args"].get("add_bt"):
-        arch["args"]["add_bt"] = old_args["add_bt"]
     optimizer = plain_data(checkpoint.get("optimizer"))
     epoch = next((checkpoint[key] for key in ("epoch", "best_epoch") if isinstance(checkpoint.get(key), int)), 0)
     converted = {"arch": arch["type"], "epoch": epoch, "state_dict": weights,
                  "optimizer": optimizer if isinstance(optimizer, dict) else {}, "config": {**config, "arch": arch},
-                 "origin": recognise(checkpoint)}
+                 **({"data": facts} if facts else {}), "origin": recognise(checkpoint)}
     try:
         save_checkpoint(target, converted)
     except OSError as error:
         raise RunError(f"{target}: can't be written ({error.strerror})") from None
     return converted
+
+
+def own_arch(checkpoint: dict, config: dict[str, Any], num_classes: int | None) -> tuple[dict, dict] | None:
+    """(the config's own arch, the weights under its model's keys); None where there is none that takes them.
+
+    It says what no weights tell: where NBN stands, the gates' threshold. A class outside the repo isn't imported.
+    """
+    from model.model import build_model
+    from model.weights.remap import load_weights, to_ours
+    from utils.config.outside import refuse_outside
+    arch = config.get("arch")
+    if not isinstance(arch, dict) or not isinstance(arch.get("args", {}), dict):
+        return None
+    try:
+        refuse_outside({"arch": arch}, ())
+        model = build_model(arch, num_classes, bare=True)
+        load_weights(model, checkpoint, exact=True)
+        return arch, to_ours(checkpoint, model)
+    except ConfigError:
+        return None
+
+
+def read_off(checkpoint: dict, config: dict[str, Any]) -> tuple[dict, dict]:
+    """(the arch that the weights show, the weights under our keys). Raises ConfigError."""
+    from model.weights.infer_arch import infer_arch
+    from model.weights.remap import to_ours
+    weights = to_ours(checkpoint)
+    arch = infer_arch(weights)
+    old = config.get("arch")
+    old_args = old.get("args") if isinstance(old, dict) else None
+    old_args = old_args if isinstance(old_args, dict) else {}
+    arch["args"].update({key: old_args[key] for key in _TRACELESS if key in old_args})
+    if old_args.get("add_bt") and arch["args"].get("add_bt"):
+        arch["args"]["add_bt"] = old_args["add_bt"]
+    return arch, weights
 
 
 def known_config(checkpoint: dict, source: Path) -> dict[str, Any]:

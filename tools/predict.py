@@ -77,9 +77,10 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, unreadable files included")
     parser.add_argument("--gallery", metavar="PNG", help="write a sheet of the images with what was seen in them")
     parser.add_argument("--topk", metavar="K", default="5", help="classes an image (default 5)")
-    parser.add_argument("--crops", metavar="N", default="1", help="average the logits of 5 or 10 crops of each image")
-    parser.add_argument("--expand", metavar="N", help="with --crops: pixels that an image is larger than a crop (by "
-                        "default 3/28 of it)")
+    parser.add_argument("--crops", metavar="N", help="average the logits of 5 or 10 crops of each image (default: what "
+                        "the config says, else 1)")
+    parser.add_argument("--expand", metavar="N", help="with --crops: pixels that an image is larger than a crop "
+                        "(default: what the config says, else 3/28 of it)")
     parser.add_argument("--threshold", metavar="P", default="0.5", help="detectors: the least score (default 0.5)")
     parser.add_argument("--batch_size", metavar="N", default="64", help="images at a time (default 64)")
     parser.add_argument("--num_workers", metavar="N", help="threads that decode (default: one a core)")
@@ -147,7 +148,10 @@ def predict(args: Namespace) -> None:
             done = detect(model, paths, threads=args.num_workers, threshold=args.threshold, advance=bar.update)
         else:
             folded = fold_norm(model).to(memory_format=torch.channels_last) if kind is None else model
-            preprocess = with_crops(facts["preprocess"], args.crops, args.expand, "--")
+            given = args.crops is not None or args.expand is not None
+            crops = (facts.get("crops") or 1) if args.crops is None else args.crops
+            expand = facts.get("expand") if args.expand is None and args.crops != 1 else args.expand
+            preprocess = with_crops(facts["preprocess"], crops, expand, "--" if given else "data_loader.args.")
             done = classify(folded, paths, preprocess, temperature=facts.get("temperature", 1.0),
                             topk=args.topk, batch_size=args.batch_size, threads=args.num_workers, advance=bar.update)
     table = rows(done, names)
@@ -161,11 +165,13 @@ def predict(args: Namespace) -> None:
 
 
 def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
-    """(the checkpoint's model, its facts: `preprocess` and `class_names`)."""
+    """(the checkpoint's model, its facts: `preprocess` and `class_names`, and the crops that its config asks for)."""
     from tools.opened import open_run
     from utils.device import pick_device
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
-    return run.model, {**facts_of(run), "temperature": run.temperature}
+    data = run.config["data_loader"].get("args") or {}
+    return run.model, {**facts_of(run), "temperature": run.temperature,
+                       "crops": data.get("crops"), "expand": data.get("expand")}
 
 
 def open_export(args: Namespace, kind: str) -> tuple[Any, dict[str, Any]]:

@@ -3,7 +3,8 @@
     python -m tools.report saved/models/<name>/<run_id>
     python -m tools.report saved/models/<name>/<run_id> --checkpoint best
 
-Writes report.html, one file that needs no network, and the figures as PNGs in report/, both in the run's folder.
+Writes report.html, one file that needs no network, and the figures as PNGs in report/, both in the run's folder. That
+may also be one that tools.keep wrote.
 """
 from __future__ import annotations
 
@@ -14,34 +15,36 @@ from typing import Any
 
 from base.run_paths import RunPaths, run_of
 from tools.cli import Parser, add_set, check_device, check_file
+from tools.runs import read_run
 from utils.cli import run_main
 from utils.config.load import Override
 from utils.errors import ConfigError
 
 
-def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = None) -> Path:
-    """Write a run's report.html and the PNGs beside its checkpoint; returns the page's path.
+def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = None, split: str = "test") -> Path:
+    """Write a run's report.html (or val_report.html) and the PNGs beside its checkpoint; returns the page's path.
 
     Args:
         run: see tools.opened.open_run.
         result: what `trainer.evaluate.evaluate` returned on `loader` with keep=True. Without it, or without single
-            predictions of the model's own classifier in it, the test split is evaluated here.
-        loader: the split that is shown, the test split without it.
+            predictions of the model's own classifier in it, the split is evaluated here.
+        loader: the split's.
+        split: the one that is shown, "test" or "val".
     Raises:
         ConfigError: the run's folder can't be written.
     """
     from logger.figures.drawings import drawings
     from logger.figures.style import to_png
-    from tools.report_page import report_page
+    from tools.report_page import report_name, report_page
     from utils.files import write_text
-    loader = loader or run.loader("test")
-    facts = gather(run, result, loader)
-    paths = run_of(run.path)
+    loader = loader or run.loader(split)
+    paths = paths_of(run.path)
+    facts = gather(run, result, loader, paths, split)
     shown = [(drawing, drawing.draw()) for drawing in drawings(facts)]
     html = report_page(facts, run, paths, shown, loader)
-    target = paths.models / "report.html"
+    pictures = paths.models / report_name(split)
+    target = paths.models / f"{pictures.name}.html"
     try:
-        pictures = paths.models / "report"
         pictures.mkdir(exist_ok=True)
         for drawing, figure in shown:
             to_png(figure, pictures / f"{drawing.key}.png")
@@ -51,39 +54,49 @@ def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = N
     return target
 
 
-def gather(run: Any, result: dict[str, Any] | None, loader: Any) -> Any:
-    """The facts a report is drawn from; evaluates where `result` doesn't suffice."""
+def paths_of(checkpoint: Path) -> RunPaths:
+    """The folders of a checkpoint's run; of one that was kept it is one folder."""
+    try:
+        return read_run(checkpoint.absolute().parent).paths
+    except ConfigError:  # moved out of its run, or another project's
+        return run_of(checkpoint)
+
+
+def gather(run: Any, result: dict[str, Any] | None, loader: Any, paths: RunPaths, split: str) -> Any:
+    """The facts a report is drawn from; evaluates, in float32 as test.py does, where `result` doesn't suffice."""
     from logger.figures.facts import BY_IMAGE, RunFacts
     from logger.figures.norms import norm_facts
     from logger.metrics_csv import read_table
-    from trainer.precision import choose_precision
     from trainer.tasks import task_of
     task = task_of(loader)
     if result is None or ("predictions" not in result and result.get("classifier", "joint") == "joint"):
         result = {**(result or {}),
-                  **task.evaluate(run.model, loader, groups=run.config.get("groups"), keep=task.classifies,
-                                  amp=choose_precision(run.config["trainer"]["amp"], run.device)[0])}
+                  **task.evaluate(run.model, loader, groups=run.config.get("groups"), keep=task.classifies, amp="off")}
     if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
         result = {key: value for key, value in result.items() if key not in BY_IMAGE}
     data = run.data
     return RunFacts(run.config, result, list(data.get("cls_num_list") or []), data.get("class_names"),
-                    read_table(run_of(run.path).log / "metrics.csv"), norm_facts(run.model))
+                    read_table(paths.log / "metrics.csv"), norm_facts(run.model), split)
 
 
 # ---------------------------------------------------------------------- the command
 
-def choose_checkpoint(folder: Path, which: str) -> Path:
-    """`last` (the newest epoch's), `best`, or a file's name in the folder. Raises ConfigError where it isn't there."""
+def choose_checkpoint(folder: Path, which: str, kept: bool = False) -> Path:
+    """`last` (the newest epoch's), `best`, or a file's name in the folder. Raises ConfigError where it isn't there.
+
+    kept: the folder may be one that tools.keep wrote, with weights.pth alone.
+    """
     paths = RunPaths(folder, folder)
+    others = [path for path in (paths.best, *([folder / "weights.pth"] if kept else [])) if path.is_file()]
     if which == "last":
-        there = paths.checkpoints() or ([paths.best] if paths.best.is_file() else [])
+        there = paths.checkpoints() or others[:1]
         if not there:
             raise ConfigError(f"{folder}: holds no checkpoint; give a run's folder, <save_dir>/models/<name>/<run_id>")
         return there[-1]
     name = "model_best.pth" if which in ("best", "model_best") else which
     path = folder / name if (folder / name).is_file() else Path(which)
     if not path.is_file():
-        known = ", ".join(p.name for p in [*paths.checkpoints(), *([paths.best] if paths.best.is_file() else [])])
+        known = ", ".join(p.name for p in [*paths.checkpoints(), *others])
         raise ConfigError(f"--checkpoint: {folder} has no {name}; there is {known or 'no checkpoint'}")
     return path
 
@@ -109,7 +122,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     elif not folder.is_dir():
         raise ConfigError(f"{args.run}: no such folder; give a run's, <save_dir>/models/<name>/<run_id>")
     else:
-        args.path = choose_checkpoint(folder, args.checkpoint)
+        args.path = choose_checkpoint(folder, args.checkpoint, kept=True)
     return args
 
 

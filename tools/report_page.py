@@ -28,6 +28,11 @@ from utils.errors import ConfigError
 LARGEST_IMAGE = 320  # pixels of the longer side of a photo in the page, shown at about a third of that
 
 
+def report_name(split: str) -> str:
+    """What a page is called, and the folder of its figures: validation's never pass for test's."""
+    return "report" if split == "test" else f"{split}_report"
+
+
 def report_page(facts: RunFacts, run: Any, paths: RunPaths, shown: list[tuple[Drawing, Any]], loader: Any) -> str:
     """The whole page. shown: the drawings and their figures; loader: of the split that `facts` are about."""
     record = RunRecord(paths, facts.config, facts.result)
@@ -37,7 +42,8 @@ def report_page(facts: RunFacts, run: Any, paths: RunPaths, shown: list[tuple[Dr
     figures = {key: value for key, value in facts.result.items() if key not in left_out}
     return render("report.html", title=f"{record.method} on {data_of(facts.config)}", lead=_lead(facts),
                   tiles=_tiles(facts), facts=_facts(facts, run, record), sections=_sections(shown), pairs=pairs,
-                  **_images(facts, loader), commands=_commands(facts, run, paths),
+                  images_name=facts.images_name, pictures=report_name(facts.split), **_images(facts, loader),
+                  commands=_commands(facts, run, paths),
                   config=json.dumps(run.config, indent=2), figures=json.dumps(figures, indent=2, default=str),
                   written=f"{datetime.datetime.now():%Y-%m-%d %H:%M} with PyTorch {torch.__version__}, "
                           f"Python {platform.python_version()} on {run.device}")
@@ -52,7 +58,7 @@ def _facts(facts: RunFacts, run: Any, record: RunRecord) -> dict[str, Any]:
             "parameters": f"{run.model.num_parameters():,}" if hasattr(run.model, "num_parameters") else None,
             "data": data_of(run.config), "classes": len(facts.counts),
             "training images": f"{sum(facts.counts):,}",
-            "imbalance": _imbalance(facts.counts), "test images": _count(facts.result.get("n_samples")),
+            "imbalance": _imbalance(facts.counts), facts.images_name: _count(facts.result.get("n_samples")),
             "training time": None if record.seconds is None else clock(record.seconds),
             "speed": None if record.images_per_second is None else f"{record.images_per_second:,.0f} images/s"}
 
@@ -70,7 +76,7 @@ def _lead(facts: RunFacts) -> str:
     result = facts.result
     if not facts.classifies:
         return "A detector: its training curves, figures and config."
-    text = f"Of 100 test images this model names {100 * result['accuracy']:.0f} right."
+    text = f"Of 100 {facts.images_name} this model names {100 * result['accuracy']:.0f} right."
     few, many = result.get("few_shot_acc"), result.get("many_shot_acc")
     if few is not None:
         text += f" For classes with fewer than {facts.few} training images it's {points(few)}"
@@ -89,7 +95,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
         rows = [(key, key.replace("_", " "), "", "accent") for key in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")]
     else:
         sizes = {g: count_of(result[f"{g}_class_num"], "class", "classes") for g in ("many", "medium", "few")}
-        rows = [("accuracy", "All", "of the test images", "accent"),
+        rows = [("accuracy", "All", f"of the {facts.images_name}", "accent"),
                 ("many_shot_acc", "Many-shot", f"{sizes['many']}, over {facts.many} images", "many"),
                 ("medium_shot_acc", "Medium-shot", f"{sizes['medium']}, between", "medium"),
                 ("few_shot_acc", "Few-shot", f"{sizes['few']}, under {facts.few} images", "few"),
@@ -145,7 +151,9 @@ def _commands(facts: RunFacts, run: Any, paths: RunPaths) -> list[str]:
     tau = f" --tau {facts.result.get('tau', 0):g}"
     how = {"ncm": " --classifier ncm", "tau": tau, "la": f" --classifier la{tau}"} \
         .get(facts.result.get("classifier", "joint"), "")
+    checkpoint, models = (shlex.quote(str(path)) for path in (paths.models / run.path.name, paths.models))
+    evaluate = f"python test.py -r {checkpoint}{how}"
     return [f"python train.py -c {shlex.quote(str(paths.config))}{extra}",
-            f"python test.py -r {shlex.quote(str(paths.models / run.path.name))}{how}",
-            f"python -m tools.report {shlex.quote(str(paths.models))}",
+            *([evaluate, f"python -m tools.report {models}"] if facts.split == "test" else
+              [f"{evaluate} --split {facts.split} --report"]),
             f"tensorboard --logdir {shlex.quote(str(paths.log))}"]

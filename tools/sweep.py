@@ -87,19 +87,25 @@ class Runner:
 
     def _work(self, device: str | None) -> None:
         while (job := self._next()) is not None:
-            began, before = time.monotonic(), job.finished
-            problem = "" if before else self._run(job, device)
+            began, before = time.monotonic(), False
+            try:
+                before = job.finished
+                problem = "" if before else self._run(job, device)
+            except OSError as error:
+                problem = f"{error.filename or self._log(job)}: {error.strerror or error}"
+            except Exception as error:  # of a worker that dies nobody hears, and others wait for its job
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             with self.changed:
                 job.seconds = None if before else time.monotonic() - began
                 job.problem, job.state = problem, "failed" if problem else "done"
                 if self.stopping:
                     job.state = "waiting"
-                self._say(job)
                 self.changed.notify_all()
+                self._say(job)
 
     def _run(self, job: Job, device: str | None) -> str:
         """Train and test; "" or what went wrong."""
-        log = self.logs / f"{job.method}_seed{job.seed}.log"
+        log = self._log(job)
         self._print(job, f"{'goes on' if job.last else 'trains'}, log in {log}")
         for what, command in (("train.py", lambda: train_command(job, self.jobs, device)),
                               ("test.py", lambda: evaluation_command(job, device))):
@@ -111,6 +117,9 @@ class Runner:
             if job.last is None:
                 return "train.py left no checkpoint"
         return ""
+
+    def _log(self, job: Job) -> Path:
+        return self.logs / f"{job.method}_seed{job.seed}.log"
 
     def _call(self, command: list[str], log: Path) -> tuple[int, str]:
         """(exit status, last line of the log)."""
@@ -140,7 +149,8 @@ class Runner:
             self._print(job, f"done{figures}{took}")
 
     def _print(self, job: Job, text: str) -> None:
-        print(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.title}: {text}", flush=True)
+        with contextlib.suppress(OSError):  # the runs go on where nobody reads of them
+            print(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.title}: {text}", flush=True)
 
 
 def _accuracy(job: Job) -> str:
@@ -195,9 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if runner.stopping:
         raise RunError(f"stopped; go on with: python -m tools.sweep {args.sweep}")
     print_table(jobs, save_dir)
-    failed = [job for job in jobs if job.state == "failed"]
+    failed = [job for job in jobs if job.state != "done"]
     for job in failed:
-        print(f"failed: {job.title}: {job.problem}", file=sys.stderr)
+        print(f"failed: {job.title}: {job.problem or 'it was not run to its end'}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from utils import dist
 from utils.errors import ConfigError, RunError
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # what is wrong with the disk, not with us
+
 
 def run_main(main: Callable[[], Any]) -> NoReturn:
     """Run an entry point's `main` and exit: 0 done; 2 with one line on stderr for a ConfigError; 1 for anything else.
@@ -36,7 +38,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     except OSError as error:
         if error.errno == errno.EPIPE and not _flush("\n"):
             status = 0
-        elif error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
+        elif error.errno not in DISK:
             traceback.print_exc()
             status = 1
         else:
@@ -75,7 +77,7 @@ def _show_on_stdout(message: Any, *_: Any) -> None:
 
 def _quiet_disk_error(what: Any) -> None:
     """TensorBoard writes in a thread: its full disk is raised again, and told, where the run next adds to it."""
-    if not isinstance(what.exc_value, OSError):
+    if not (isinstance(what.exc_value, OSError) and what.exc_value.errno in DISK):
         threading.__excepthook__(what)
 
 

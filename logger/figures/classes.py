@@ -137,7 +137,7 @@ def group_confusion(flow: dict[str, dict[str, float]]) -> Any:
         figure, (axes,) = new_figure(HALF, 2.7)
         stacked_bars(axes, {GROUP_LABELS[group]: [flow[group][key] for key in ("right", *GROUPS)]
                             for group in GROUPS if group in flow}, parts, 0.09)
-        axes.set_xlabel("% of the group's test images")
+        axes.set_xlabel("% of the group's images")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, handlelength=1,
                       handleheight=1, columnspacing=1.2, fontsize=7.6)
     return figure

@@ -96,8 +96,9 @@ def figures_to_tensorboard(writer: Any, facts: RunFacts, epoch: int) -> None:
 # ---------------------------------------------------------------------- the sentences
 
 def _groups_text(facts: RunFacts) -> str:
-    return (f"Accuracy on the test images. Many-shot classes have more than {facts.many} training images, few-shot "
-            f"ones fewer than {facts.few}. A group's bar is the mean over its classes, so each class counts the same.")
+    return (f"Accuracy on the {facts.images_name}. Many-shot classes have more than {facts.many} training images, "
+            f"few-shot ones fewer than {facts.few}. A group's bar is the mean over its classes, so each class "
+            "counts the same.")
 
 
 def _flow_text(flow: dict[str, dict[str, float]]) -> str:

@@ -19,7 +19,7 @@ class RunFacts:
 
     result: the figures of test_metrics.json, and of `BY_IMAGE` what there is (N images, E experts): predictions [N],
     confidences [N], labels [N], expert_predictions [N, E]. counts: training images of each class, [C]. norms: see
-    logger.figures.norms.norm_facts. history: rows of metrics.csv.
+    logger.figures.norms.norm_facts. history: rows of metrics.csv. split: whose images they are, "test" or "val".
     """
 
     config: dict[str, Any]
@@ -28,6 +28,12 @@ class RunFacts:
     class_names: list[str] | None = None
     history: list[dict[str, float | None]] = field(default_factory=list)
     norms: dict[str, Any] = field(default_factory=dict)
+    split: str = "test"
+
+    @property
+    def images_name(self) -> str:
+        """What the images are called in texts."""
+        return "test images" if self.split == "test" else "validation images"
 
     @property
     def many(self) -> int:

@@ -97,13 +97,23 @@ def test_commands(tmp_path, capsys):
     run = open_run(path)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     image.save(tmp_path / "one.png")
-    predict.main(["-r", str(path), "-d", "cpu", str(tmp_path / "one.png"), "--crops", "5", "--expand", "4",
-                  "--json", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())["predictions"][0]
+
+    def probability(*flags):
+        predict.main(["-r", str(path), "-d", "cpu", str(tmp_path / "one.png"), *flags, "--json",
+                      str(tmp_path / "found.json")])
+        found = json.loads((tmp_path / "found.json").read_text())["predictions"][0]
+        return found["class"], found["probability"]
+    found = probability("--crops", "5", "--expand", "4")
     views = test_transform(with_crops(run.facts["preprocess"], 5, 4))(image)
     with torch.no_grad():
         probabilities = run.model(views)["output"].mean(0).softmax(0)
-    assert found["probability"] == pytest.approx(float(probabilities.max()), abs=1e-4)
-    assert found["class"] == run.facts["class_names"][int(probabilities.argmax())]
+    assert found[1] == pytest.approx(float(probabilities.max()), abs=1e-4)
+    assert found[0] == run.facts["class_names"][int(probabilities.argmax())]
+    config = ["--set", "data_loader.args.crops=5", "--set", "data_loader.args.expand=4"]
+    assert probability(*config) == found, "as test.py takes them"
+    assert probability(*config, "--crops", "1") == probability() != found
+    assert probability(*config, "--expand", "0") == probability("--crops", "5", "--expand", "0") != found
     with pytest.raises(ConfigError, match="--crops: must be one of 1, 5, 10, not 2"):
         predict.main(["-r", str(path), "-d", "cpu", str(tmp_path / "one.png"), "--crops", "2"])
+    with pytest.raises(ConfigError, match=r"data_loader\.args\.crops: must be one of 1, 5, 10, not 2"):
+        predict.main(["-r", str(path), "-d", "cpu", str(tmp_path / "one.png"), "--set", "data_loader.args.crops=2"])

@@ -52,6 +52,48 @@ def test_ride(tmp_path, monkeypatch, capsys):
     assert torch.equal(again.eval()(image)["output"], model.eval()(image)["output"])
 
 
+@pytest.mark.parametrize("kind, args", [
+    ("ResNet32Model", {"num_experts": 2, "norm": {"type": "NBN", "args": {"where": "all"}}}),
+    ("ResNet32EAModel", {"num_experts": 2, "route_threshold": 0.0}), ("ResNet32Model", {"norm": "GroupNorm"}),
+    ("ResNet32Model", {"add_bt": 1, "bt_weight": 0.3})])
+def test_what_the_weights_dont_tell(kind, args, tmp_path):
+    """A file of ours computes the same afterwards and knows its classes."""
+    arch = {"type": kind, "args": {"num_classes": 3, **args}}
+    model = build_model(arch).eval()
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.dim() == 1 and value.is_floating_point():
+                value.add_(torch.rand(value.shape))
+    facts = {"num_classes": 3, "class_names": ["ant", "bee", "crab"], "cls_num_list": [5, 4, 3]}
+    torch.save({"arch": kind, "epoch": 3, "state_dict": model.state_dict(), "config": {"name": "x", "arch": arch},
+                "data": facts}, tmp_path / "in.pth")
+    convert(tmp_path / "in.pth", tmp_path / "out.pth")
+    written = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert written["config"]["arch"] == arch and written["data"] == facts
+    again = build_model(written["config"]["arch"]).eval()
+    load_weights(again, written, exact=True)
+    images = torch.rand(8, 3, 32, 32)
+    assert torch.equal(again(images)["output"], model(images)["output"])
+
+
+def test_an_arch_that_doesnt_take_the_weights_is_read_off_them(tmp_path):
+    for wrong in ({"num_experts": 3, "s": 20}, {"nonesuch": 1, "s": 20}):
+        file = {"state_dict": build_model(ARCH).state_dict(), "config": {"arch": {
+            "type": "ResNet32Model", "args": {**ARCH["args"], **wrong}}}}
+        torch.save(file, tmp_path / "in.pth")
+        args = convert(tmp_path / "in.pth", tmp_path / "out.pth")["config"]["arch"]["args"]
+        assert (args["num_experts"], args["s"]) == (2, 20) and "nonesuch" not in args
+
+
+def test_an_arch_outside_the_repo_isnt_imported(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save({"state_dict": build_model(ARCH).state_dict(), "config": {"arch": {"type": "theirs:Model"}}},
+               tmp_path / "in.pth")
+    assert convert(tmp_path / "in.pth", tmp_path / "out.pth")["arch"] == "ResNet32Model"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_config_beside(tmp_path):
     model = build_model(ARCH)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "in.pth")

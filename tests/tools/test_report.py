@@ -1,5 +1,6 @@
 """A run's report: one page that needs nothing else, the numbers in it, and what draws its figures."""
 
+import html
 import json
 import re
 import shutil
@@ -56,6 +57,53 @@ def test_its_numbers_are_test_pys(page, run_copy, call_cli):
             assert f"<b>{100 * figures[key]:.1f}<small>%" in text, key
     assert re.findall(r"<h2>.*?</h2>", page) == re.findall(r"<h2>.*?</h2>", again)
     assert 0 < page.count("<img class=small") <= 24
+
+
+def test_of_validation_images_it_is_another_page(page, run_copy, call_cli):
+    checkpoint = sorted(run_copy.glob("checkpoint-*.pth"))[-1]
+    done = call_cli(["test.py", "-r", checkpoint, "-d", "cpu", "--report", "--split", "val"], check=True)
+    assert str(run_copy / "val_report.html") in done.stdout
+    validation = (run_copy / "val_report.html").read_text(encoding="utf-8")
+    assert "Of 100 validation images" in validation and "Accuracy on the validation images" in validation
+    assert "test images" not in validation and f"{checkpoint} --split val --report" in validation
+    assert (run_copy / "val_report" / "groups.png").is_file() and "in <code>val_report/</code>" in validation
+    tested = (run_copy / "report.html").read_text(encoding="utf-8")
+    assert "Of 100 test images" in tested and "validation images" not in tested
+    for path in run_copy.glob("val_report*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_kept_run_has_the_same_page(page, run_copy, tmp_path, call_cli):
+    """Its curve, time and speed too; and what is kept isn't kept again."""
+    from tools.keep import keep
+    folder = keep(sorted(run_copy.glob("checkpoint-*.pth"))[-1], tmp_path / "results", "kept")
+    done = call_cli(["-m", "tools.report", folder, "-d", "cpu"], check=True)
+    assert str(folder / "report.html") in done.stdout
+    kept = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<h2>.*?</h2>", kept) == re.findall(r"<h2>.*?</h2>", page)
+    for fact in ("training time", "speed"):
+        shown = re.search(f"<dt>{fact}</dt><dd>.*?</dd>", page)[0]
+        assert shown in kept
+    assert (folder / "report" / "training.png").is_file()
+    done = call_cli(["-m", "tools.report", folder, "--checkpoint", "best"])
+    assert done.returncode == 2 and "has no model_best.pth; there is weights.pth" in done.stderr
+    done = call_cli(["-m", "tools.keep", folder, tmp_path / "again"])
+    assert done.returncode == 2 and "holds no checkpoint" in done.stderr and not (tmp_path / "again").exists()
+
+
+def test_its_figures_are_in_float32(run_copy, tmp_path, call_cli):
+    """As test.py's, whatever the training's precision was."""
+    models = shutil.copytree(run_copy, tmp_path / "models" / "digits" / "half")
+    checkpoint = sorted(models.glob("checkpoint-*.pth"))[-1]
+    file = torch.load(checkpoint, weights_only=True)
+    file["config"]["trainer"]["amp"] = "bf16"
+    torch.save(file, checkpoint)
+    call_cli(["test.py", "-r", checkpoint, "-d", "cpu"], check=True)
+    figures = json.loads((models / "test_metrics.json").read_text())
+    call_cli(["-m", "tools.report", models, "-d", "cpu"], check=True)
+    page = html.unescape((models / "report.html").read_text(encoding="utf-8"))
+    for key in ("ece", "loss"):
+        assert float(re.search(rf'"{key}": ([-\d.e]+)', page)[1]) == pytest.approx(figures[key], rel=1e-6), key
 
 
 def test_how_to_do_it_again(page, run_copy):

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +146,36 @@ def test_a_failure_stops_only_what_needs_it(tmp_path, stand_ins, capsys):
     assert state == {"fail": "failed", "after": "failed", "ce": "done"}
     assert "status 3: no luck" in jobs[0].problem
     assert "needs fail" in next(job.problem for job in jobs if job.method == "after")
+
+
+def test_a_log_that_cant_be_written_fails_its_run(tmp_path, stand_ins, monkeypatch, call_cli):
+    """The worker is a thread: without a word of its own, its error would be nobody's, and who waits would wait on."""
+    path = write(tmp_path, methods={"ce": {}, "after": {"start": "ce"}, "alone": {}})
+    logs = tmp_path / "saved/sweeps/sweep"
+    logs.mkdir(parents=True)
+    (logs / "ce_seed0.log").mkdir()
+    done = call_cli(["-m", "tools.sweep", path, "--gpus", "0,1"])
+    assert done.returncode == 1
+    assert sorted(done.stderr.splitlines()) == ["failed: after seed 0: needs ce, which failed",
+                                                f"failed: ce seed 0: {logs / 'ce_seed0.log'}: Is a directory"]
+    assert [title for title, _ in stand_ins] == ["ce seed 0", "alone seed 0"]
+    (logs / "ce_seed0.log").rmdir()
+
+    def broken(*_):
+        raise KeyError("no such thing")
+    monkeypatch.setattr(sweep, "train_command", broken)
+    done = call_cli(["-m", "tools.sweep", path])
+    assert done.returncode == 1 and "failed: ce seed 0: KeyError: 'no such thing'\n" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_under_the_log_fails_its_run(tmp_path, stand_ins, call_cli):
+    logs = tmp_path / "saved/sweeps/sweep"
+    logs.mkdir(parents=True)
+    (logs / "ce_seed0.log").symlink_to("/dev/full")
+    done = call_cli(["-m", "tools.sweep", write(tmp_path, methods={"ce": {}})])
+    assert done.returncode == 1
+    assert done.stderr == f"failed: ce seed 0: {logs / 'ce_seed0.log'}: No space left on device\n"
 
 
 def test_several_devices_share_the_runs(tmp_path, stand_ins):

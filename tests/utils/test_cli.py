@@ -37,6 +37,13 @@ def test_run_main_other_outcomes(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number, told", [(28, False), (2, True)])
+def test_only_a_threads_full_disk_is_left_for_later(number, told, run_cli):
+    code = (f"import threading; from utils.cli import run_main\ndef dies():\n    raise OSError({number}, 'x')\n"
+            "def main():\n    thread = threading.Thread(target=dies); thread.start(); thread.join()\nrun_main(main)")
+    assert ("Traceback" in run_cli(["-c", code], check=True).stderr) is told
+
+
 def test_a_reader_that_went_away_is_no_error():
     read, write = os.pipe()
     os.close(read)
