@@ -76,14 +76,14 @@ def choose_checkpoint(folder: Path, which: str) -> Path:
     """`last` (the newest epoch's), `best`, or a file's name in the folder. Raises ConfigError where it isn't there."""
     paths = RunPaths(folder, folder)
     if which == "last":
-        there = paths.checkpoints() or ([paths.best] if paths.best.is_file() else [])
+        there = paths.saved()
         if not there:
             raise ConfigError(f"{folder}: holds no checkpoint; give a run's folder, <save_dir>/models/<name>/<run_id>")
         return there[-1]
     name = "model_best.pth" if which in ("best", "model_best") else which
     path = folder / name if (folder / name).is_file() else Path(which)
     if not path.is_file():
-        known = ", ".join(p.name for p in [*paths.checkpoints(), *([paths.best] if paths.best.is_file() else [])])
+        known = ", ".join(p.name for p in paths.saved())
         raise ConfigError(f"--checkpoint: {folder} has no {name}; there is {known or 'no checkpoint'}")
     return path
 
