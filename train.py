@@ -216,9 +216,9 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
 
     def claim() -> RunPaths:
         paths = new_run(start.config["trainer"]["save_dir"], start.config["name"], args.run_id)
-        if args.resume != "auto" and paths.checkpoints():
-            raise ConfigError(f"--run_id: {args.run_id} is a run already, with {paths.checkpoints()[-1]}; go on with "
-                              f"it (-r auto --run_id {args.run_id}) or choose another name")
+        if args.resume != "auto" and paths.saved():
+            raise ConfigError(f"--run_id: {args.run_id} is a run already, with {paths.saved()[-1]}; go on with it "
+                              f"(-r auto --run_id {args.run_id}) or choose another name")
         return paths
     return dist.on_main(claim)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from base.monitor import parse_monitor
 from base.resumable import Resumable
 from base.run_paths import RunPaths
 from base.stop import StopRequest
@@ -67,7 +68,7 @@ class BaseTrainer(Resumable):
         self.epochs: int = self.options["epochs"]
         self.save_period: int = self.options["save_period"]
         self.keep_last: int | None = self.options["keep_last"]
-        self.monitor_mode, self.monitor = self._parse_monitor(self.options["monitor"])
+        self.monitor_mode, self.monitor = parse_monitor(self.options["monitor"], self.options["early_stop"])
         self.early_stop: float = self.options["early_stop"] or math.inf
         self.best: float | None = None
         self.not_improved = 0
@@ -78,6 +79,7 @@ class BaseTrainer(Resumable):
         self.epoch_lr: float | None = None  # the rate at the beginning of the epoch
         self.finished = True         # False where a stop ended the run before its last epoch did
         self.resumed_inside = False  # an epoch: its checkpoint is of the middle until the end is written
+        self.resumed_from: Path | None = None
         self.scaler = None
         #: train.py's own, where it listens from the start.
         self.stop = StopRequest() if stop is None else stop
@@ -180,23 +182,27 @@ class BaseTrainer(Resumable):
     # ------------------------------------------------------------------ parts of it
 
     def _open_run(self) -> None:
-        dist.on_main(self._open_files)
+        if dist.on_main(self._open_files):
+            self.best, self.not_improved = None, 0
 
-    def _open_files(self) -> None:
-        """The run's folders and logs, by rank 0. Raises ConfigError where they can't be written."""
+    def _open_files(self) -> bool:
+        """The run's folders and logs, by rank 0; whether the best so far begins anew (`_leave_course`). Raises
+        ConfigError where they can't be written."""
         self.paths.create()
         try:
             log_to_file(self.paths.log)
             write_json(self.paths.config, self.config)
             self.writer = make_writer(self.paths.log, self.options["tensorboard"],
                                       self.start_epoch - 1, self.global_step)
+            self.csv = MetricsCSV(self.paths.log / "metrics.csv", self.start_epoch - 1)
+            self.times = MetricsCSV(self.paths.log / "timing.csv", self.start_epoch - 1)
+            best_is_gone = bool(self._epochs_left()) and self._leave_course(self.csv.rows)
         except OSError as error:
             raise ConfigError(f"trainer.save_dir: can't write in {error.filename or self.paths.models}: "
                               f"{error.strerror}") from None
-        self.csv = MetricsCSV(self.paths.log / "metrics.csv", self.start_epoch - 1)
-        self.times = MetricsCSV(self.paths.log / "timing.csv", self.start_epoch - 1)
         for half in self.paths.models.glob(".*.pth.*.tmp"):  # a killed run was writing it
             half.unlink(missing_ok=True)
+        return best_is_gone
 
     def _epochs_left(self) -> range:
         first = self.start_epoch
@@ -251,16 +257,7 @@ class BaseTrainer(Resumable):
         if self.is_main:
             images = sum(self.train_loader.share(b)[1] for b in range(start_batch, len(self.train_loader)))
             self.times.append({"epoch": epoch, "seconds": round(seconds, 3),
-                               "images_per_second": round(images / max(train_seconds, 1e-9), 2)})
-
-    @staticmethod
-    def _parse_monitor(monitor: str) -> tuple[str, str]:
-        if monitor in ("off", "", None):
-            return "off", ""
-        mode, _, name = monitor.partition(" ")
-        if mode not in ("min", "max") or not name:
-            raise ConfigError(f"trainer.monitor: {monitor!r}; write \"off\", \"max val_accuracy\" or \"min val_loss\"")
-        return mode, name.strip()
+                               "images_per_second": round(images / max(train_seconds, 1e-9), 2) if images else None})
 
     def _ahead_of_best(self, figures: dict[str, Any]) -> float:
         """How much better the monitored figure is than the best so far, which it then becomes: 0 where it is equal,

@@ -13,7 +13,7 @@ from base.changes import config_changes, missing_memory, regrouped
 from base.run_paths import RunPaths
 from logger.log import get_logger
 from utils import dist
-from utils.checkpoint.store import save_checkpoint
+from utils.checkpoint.store import load_checkpoint, save_checkpoint
 from utils.errors import ConfigError, RunError
 from utils.seed import rng_state, set_rng_state
 
@@ -34,6 +34,7 @@ class Resumable(ABC):
     paths: RunPaths | None
     is_main: bool
     keep_last: int | None
+    monitor: str
     best: float | None
     not_improved: int
     start_epoch: int
@@ -43,6 +44,7 @@ class Resumable(ABC):
     global_step: int
     epoch_lr: float | None
     resumed_inside: bool
+    resumed_from: Path | None
 
     def extra_state(self) -> dict[str, Any]:
         """More of the subclass's state for the checkpoint (tensors and plain data); called on every rank."""
@@ -108,20 +110,45 @@ class Resumable(ABC):
         dist.on_main(write)
 
     def _newest(self) -> str:
-        kept = self.paths.checkpoints() if self.paths else []
+        kept = self.paths.saved() if self.paths else []
         return str(kept[-1]) if kept else "none yet"
 
     def _drop_old(self, epoch: int) -> None:
-        """Keep `keep_last` checkpoints. Those of later epochs are of a course that this run has left (it was resumed
-        from before them): they are renamed, or `-r auto` would take one of them."""
-        if not self.is_main:
-            return
-        kept = [path for path in self.paths.checkpoints() if self.paths.epoch_of(path) <= epoch]
-        for later in set(self.paths.checkpoints()) - set(kept):
-            later.replace(later.with_name(f"superseded-{later.name}"))
-        if self.keep_last:
+        """Keep `keep_last` checkpoints of those up to `epoch`'s."""
+        if self.is_main and self.keep_last:
+            kept = [path for path in self.paths.checkpoints() if self.paths.epoch_of(path) <= epoch]
             for old in kept[:-self.keep_last]:
                 old.unlink(missing_ok=True)
+
+    def _leave_course(self, rows: list[dict[str, Any]]) -> bool:
+        """Set aside what was saved after the place that the run goes on from, by rank 0: `-r auto`, `keep_last` and
+        whoever asks for the best would take it for the new course's.
+
+        `model_best.pth` is then the best epoch before that place, if that epoch's checkpoint is kept. Returns whether
+        the best so far begins anew, as its weights are gone. Raises OSError.
+
+        rows: metrics.csv's up to that place.
+        """
+        best = self.paths.best
+        later = [path for path in reversed(self.paths.checkpoints()) if self.paths.epoch_of(path) >= self.start_epoch]
+        best_epoch = _readable(best).get("epoch")
+        if isinstance(best_epoch, int) and best_epoch >= self.start_epoch:
+            later.insert(0, best)
+        later = [path for path in later if path.absolute() != self.resumed_from]
+        self.paths.set_aside(later)
+        if later:
+            log.info("renamed superseded-..., as the run goes on from before them: %s",
+                     ", ".join(path.name for path in later))
+        if self.best is None or best.is_file():
+            return False
+        of_best = [row["epoch"] for row in rows if row.get(self.monitor) and float(row[self.monitor]) == self.best]
+        kept = _readable(self.paths.checkpoint(of_best[-1])) if of_best else {}
+        if kept.get("monitor_best") == self.best:
+            save_checkpoint(best, kept)
+            return False
+        log.info("trainer.monitor: the weights of the best epoch so far, %s %g, are no longer there: the best so far "
+                 "begins anew", self.monitor, self.best)
+        return True
 
     def resume(self, checkpoint: dict[str, Any], path: Path | None = None) -> None:
         """Go on from where `checkpoint` was written: mid-epoch if need be, bit for bit on CPU.
@@ -129,6 +156,7 @@ class Resumable(ABC):
         Raises ConfigError where the checkpoint has no such state (weights only, or written by another project).
         """
         name = str(path or "the checkpoint")
+        self.resumed_from = path and path.absolute()
         if "optimizer" not in checkpoint or not isinstance(checkpoint.get("epoch"), int):
             raise ConfigError(f"{name}: holds weights only; start a new run from them with --pretrained {name}")
         saved_config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
@@ -247,6 +275,14 @@ def plain_state(scheduler: Any) -> dict[str, Any] | None:
     if scheduler is None:
         return None
     return {key: value for key, value in scheduler.state_dict().items() if is_plain(value)}
+
+
+def _readable(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`; {} where there is none that can be read."""
+    try:
+        return load_checkpoint(path)
+    except ConfigError:
+        return {}
 
 
 def is_plain(value: Any) -> bool:

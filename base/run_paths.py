@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,22 @@ class RunPaths:
         """The epoch checkpoints that are there, oldest epoch first."""
         found = [p for p in self.models.glob("checkpoint-epoch*.pth") if CHECKPOINT.search(p.name)]
         return sorted(found, key=self.epoch_of)
+
+    def saved(self) -> list[Path]:
+        """All that a run can go on from: the best where it is there, then the epoch checkpoints."""
+        return [*([self.best] if self.best.is_file() else []), *self.checkpoints()]
+
+    @staticmethod
+    def set_aside(files: Iterable[Path]) -> None:
+        """Rename checkpoints to `superseded-...`: all of them, or none where one can't be renamed (OSError)."""
+        renamed = []
+        try:
+            for path in files:
+                renamed.append((path.replace(path.with_name(f"superseded-{path.name}")), path))
+        except OSError:
+            for now, before in renamed:
+                now.replace(before)
+            raise
 
     def create(self) -> None:
         """Make both folders; ConfigError where that isn't possible."""

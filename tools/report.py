@@ -86,17 +86,16 @@ def choose_checkpoint(folder: Path, which: str, kept: bool = False) -> Path:
 
     kept: the folder may be one that tools.keep wrote, with weights.pth alone.
     """
-    paths = RunPaths(folder, folder)
-    others = [path for path in (paths.best, *([folder / "weights.pth"] if kept else [])) if path.is_file()]
+    weights = folder / "weights.pth"
+    there = [*([weights] if kept and weights.is_file() else []), *RunPaths(folder, folder).saved()]
     if which == "last":
-        there = paths.checkpoints() or others[:1]
         if not there:
             raise ConfigError(f"{folder}: holds no checkpoint; give a run's folder, <save_dir>/models/<name>/<run_id>")
         return there[-1]
     name = "model_best.pth" if which in ("best", "model_best") else which
     path = folder / name if (folder / name).is_file() else Path(which)
     if not path.is_file():
-        known = ", ".join(p.name for p in [*paths.checkpoints(), *others])
+        known = ", ".join(p.name for p in there)
         raise ConfigError(f"--checkpoint: {folder} has no {name}; there is {known or 'no checkpoint'}")
     return path
 

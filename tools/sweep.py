@@ -106,7 +106,7 @@ class Runner:
     def _run(self, job: Job, device: str | None) -> str:
         """Train and test; "" or what went wrong."""
         log = self._log(job)
-        self._print(job, f"{'goes on' if job.last else 'trains'}, log in {log}")
+        self._print(job, f"{'goes on' if job.begun else 'trains'}, log in {log}")
         for what, command in (("train.py", lambda: train_command(job, self.jobs, device)),
                               ("test.py", lambda: evaluation_command(job, device))):
             if self.stopping:

@@ -52,6 +52,11 @@ class Job:
         return found[-1] if found else None
 
     @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return bool(self.paths.saved())
+
+    @property
     def trained(self) -> bool:
         """Trained to the end: to the last epoch, or stopped early."""
         if self.last is None:
@@ -167,7 +172,7 @@ def check_origins(jobs: Sequence[Job]) -> None:
     its config changed) makes those that began from it another method's. Raises ConfigError."""
     by_name = {(job.method, job.seed): job for job in jobs}
     for job in jobs:
-        for need in (by_name[name, job.seed] for name in job.needs if job.last):
+        for need in (by_name[name, job.seed] for name in job.needs if job.begun):
             if not need.trained:
                 raise ConfigError(f"{job.paths.models}: began from {need.title}, which has to be trained (again) now; "
                                   "delete this folder too or give the sweep another name")
@@ -187,7 +192,7 @@ def train_command(job: Job, jobs: Sequence[Job], device: str | None) -> list[str
     checkpoints = {other.method: str(other.last or other.paths.models / "checkpoint-epochN.pth") for other in jobs
                    if other.seed == job.seed}
     command = [sys.executable, str(ROOT / "train.py"), "-c", job.config, "--run_id", job.paths.models.name]
-    resume = "auto" if job.last or not job.start else checkpoints[job.start]
+    resume = "auto" if job.begun or not job.start else checkpoints[job.start]
     command += ["-r", resume]
     for item in _identity(job):
         command += ["--set", f"{item.path}={written(item.value)}"]

@@ -46,6 +46,10 @@ def test_a_start_is_a_new_run(tmp_path):
     command = train_command(jobs[1], jobs, None)
     assert command[command.index("-r") + 1].endswith("grid_ride/seed0/checkpoint-epochN.pth")
     assert "resume_state_dict_only=true" in command
+    jobs[1].paths.models.mkdir(parents=True)
+    jobs[1].paths.best.touch()      # killed before its first epoch checkpoint was due
+    command = train_command(jobs[1], jobs, None)
+    assert command[command.index("-r") + 1] == "auto"
 
 
 @pytest.mark.parametrize("change, said", [

@@ -49,6 +49,12 @@ def test_switched_off(runs):
     assert not pictures(runs.log("off"))
 
 
+@pytest.mark.parametrize(("monitor", "warned"), [("off", 1), ("max val_accuracy", 0)])
+def test_an_early_stop_without_a_figure_to_go_by_is_said(runs, capfd, monitor, warned):
+    runs("idle", "--epochs", 1, "--set", "trainer.early_stop=3", "--set", f"trainer.monitor={monitor}")
+    assert capfd.readouterr().out.count("warning: trainer.early_stop: trainer.monitor is") == warned
+
+
 def test_an_early_stop_names_the_epoch_it_reached(runs, capsys):
     runs("early", "--epochs", 9, "--set", "trainer.monitor=max val_accuracy", "--set", "trainer.early_stop=1",
          optimizer={"args": {"lr": 1e-12}})

@@ -191,14 +191,6 @@ def test_an_early_stopped_run_stays_stopped(runs, capfd):
     assert "nothing left to train: val_accuracy hasn't improved for 1 epochs" in capfd.readouterr().out
 
 
-def test_leaving_a_course_sets_its_later_checkpoints_aside(runs):
-    """Resumed from epoch 1 of 3 with one file kept: the new epoch 2 stays, not the old epoch 3."""
-    models = runs("course", "--epochs", 3)
-    runs(None, "-r", models / "checkpoint-epoch1.pth", "--epochs", 2, "--set", "trainer.keep_last=1")
-    assert sorted(path.name for path in models.glob("*.pth")) == [
-        "checkpoint-epoch2.pth", "superseded-checkpoint-epoch3.pth"]
-
-
 def test_a_run_is_never_written_over(runs):
     from utils.errors import ConfigError
     runs("mine", "--epochs", 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from base.stop import StopRequest
+from logger.metrics_csv import read_table
 from tools import session
 from trainer.trainer import Trainer
 
@@ -55,6 +56,23 @@ def test_once_training_is_complete_only_the_test_is_left_out(runs, straight, sam
     said = capfd.readouterr().out
     assert f"python test.py -r {path}" in said and "accuracy %" not in said and "go on with" not in said
     assert same_state(straight, path) == []
+
+
+@pytest.mark.parametrize(("place", "call"), [("_update", 12), ("validate", 3)], ids=["last step", "validating"])
+def test_an_epoch_without_a_step_left_counts_once_in_the_mean(runs, same_state, monkeypatch, capfd, place, call):
+    """Epochs have 4 steps; the third is stopped before and after it went into the mean of the last two."""
+    options = {"epochs": 3, "swa": {"epochs": 2}}
+    whole = runs("whole", trainer=options)
+    hook(monkeypatch, Trainer, place, call=call)
+    stopped = runs("stopped", trainer=options)
+    capfd.readouterr()
+    runs(None, "-r", stopped / "checkpoint-epoch3.pth")
+    assert "the mean of the last 2 epochs' weights" in capfd.readouterr().out
+    assert same_state(whole / "checkpoint-epoch3.pth", stopped / "checkpoint-epoch3.pth") == []
+    one, other = (torch.load(run / "model_swa.pth", weights_only=True)["state_dict"] for run in (whole, stopped))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    speeds = [row["images_per_second"] for row in read_table(runs.log("stopped") / "timing.csv")]
+    assert min(speeds[:2]) > 0 and speeds[2] is None    # the run that ended it trained no image of it
 
 
 def test_a_dry_run_ends_at_once(runs, monkeypatch):

@@ -107,7 +107,9 @@ class EpochAverage(Hook):
         return options["swa"] is not None
 
     def epoch_trained(self, epoch: int) -> None:
-        if epoch > self.run.epochs - self.count:
+        # A run that was stopped in an epoch's validation ends that epoch again, which is in the mean by then.
+        done = 0 if self.first is None else self.first + int(self.average.n_averaged) - 1
+        if epoch > max(done, self.run.epochs - self.count):
             self.first = epoch if self.first is None else self.first
             self.average.update_parameters(self.run.model)
 

@@ -67,7 +67,7 @@ class Hook:
         """The figures of the last steps are being read (rank 0, with TensorBoard)."""
 
     def epoch_trained(self, epoch: int) -> None:
-        """After an epoch's last step, before validation."""
+        """After an epoch's last step, before validation; once more where a run goes on after a stop in validation."""
 
     def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:
         """After validation, when the epoch's row has been written (rank 0)."""

@@ -159,18 +159,27 @@ def _check_weights(checkpoint: Any) -> None:
 
 
 def newest_good_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict] | None:
-    """(path, checkpoint) of the latest readable `checkpoint-epochN.pth` in `folder`, or None.
+    """(path, checkpoint) of the latest readable `checkpoint-epochN.pth` in `folder`, or of `model_best.pth` where that
+    is of a later epoch; None where there is neither.
 
     Damaged ones are named in a warning and skipped. `checkpoint-epochN-batchM.pth` is older than
     `checkpoint-epochN.pth`.
     """
-    numbered = []
+    best, found, numbered = Path(folder) / "model_best.pth", None, []
     for path in Path(folder).glob("checkpoint-epoch*.pth"):
         if match := re.fullmatch(r"checkpoint-epoch(\d+)(?:-batch(\d+))?\.pth", path.name):
             numbered.append((int(match[1]), int(match[2]) if match[2] else float("inf"), path))
-    for _, _, path in sorted(numbered, reverse=True):
+    last = 0
+    for epoch, _, path in sorted(numbered, reverse=True):
         try:
-            return path, load_checkpoint(path)
+            last, found = epoch, (path, load_checkpoint(path))
+            break
         except ConfigError as error:
             log.warning("%s; trying an older one", error)
-    return None
+    try:
+        checkpoint = load_checkpoint(best) if best.is_file() else {}
+    except ConfigError as error:
+        log.warning("%s", error)
+        return found
+    newer = "optimizer" in checkpoint and isinstance(checkpoint.get("epoch"), int) and checkpoint["epoch"] > last
+    return (best, checkpoint) if newer else found

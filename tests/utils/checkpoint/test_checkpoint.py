@@ -407,10 +407,14 @@ def test_newest_good_checkpoint(tmp_path, caplog, monkeypatch):
     save_checkpoint(tmp_path / "checkpoint-epochx.pth", {"epoch": 99, "state_dict": {"a": torch.ones(1)}})
     path, checkpoint = newest_good_checkpoint(tmp_path)
     assert path.name == "checkpoint-epoch10.pth" and checkpoint["epoch"] == 10
+    for epoch, newest in ((10, path.name), (11, "model_best.pth")):
+        save_checkpoint(tmp_path / "model_best.pth", {"epoch": epoch, "state_dict": {}, "optimizer": {}})
+        assert newest_good_checkpoint(tmp_path)[0].name == newest
+    (tmp_path / "model_best.pth").write_bytes(b"x")
     path.write_bytes(path.read_bytes()[:300])
     with caplog.at_level(logging.WARNING):
         assert newest_good_checkpoint(tmp_path)[0].name == "checkpoint-epoch10-batch3.pth"
-    assert "checkpoint-epoch10.pth" in caplog.text
+    assert "checkpoint-epoch10.pth" in caplog.text and "model_best.pth" in caplog.text
     (tmp_path / "checkpoint-epoch10-batch3.pth").write_bytes(b"")
     assert newest_good_checkpoint(tmp_path)[0].name == "checkpoint-epoch9.pth"
     for name in ("checkpoint-epoch9.pth", "checkpoint-epoch2.pth"):
