@@ -124,7 +124,8 @@ def test_a_test_list_may_lack_the_last_class(tmp_path: Path) -> None:
     assert loader.num_classes == 3 and loader.cls_num_list == [9, 5, 2]
     (tmp_path / "test.txt").write_text("0000.png 0\n0001.png 1\n0002.png 2\n")
     facts["num_classes"] = 2
-    assert ListFileDataLoader(str(tmp_path), training=False, facts=facts, **SMALL).num_classes == 3
+    with pytest.raises(ConfigError, match=r"test.txt, line 3: label 2 is out of range; labels are 0 to 1, as the check"):
+        ListFileDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
 
 
 def test_a_test_photo_that_is_deleted_is_not_replaced_by_one_that_was_trained_on(tmp_path: Path) -> None:
