@@ -124,7 +124,7 @@ def test_a_test_list_may_lack_the_last_class(tmp_path: Path) -> None:
     assert loader.num_classes == 3 and loader.cls_num_list == [9, 5, 2]
     (tmp_path / "test.txt").write_text("0000.png 0\n0001.png 1\n0002.png 2\n")
     facts["num_classes"] = 2
-    with pytest.raises(ConfigError, match=r"test.txt, line 3: label 2 is out of range; labels are 0 to 1, as the check"):
+    with pytest.raises(ConfigError, match=r"test.txt, line 3: label 2 is out of range; labels are 0 to 1, as"):
         ListFileDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
 
 
