@@ -69,8 +69,8 @@ def test(args: Namespace) -> dict[str, Any]:
     result = task.evaluate(run.model, loader, groups=run.config["groups"], amp=amp,
                            keep=bool(args.open_set) or task.keeps or args.report, **more)
     result.update(note)
-    if changes_of(args, run):
-        result["changed"] = changes_of(args, run)
+    if changes := changes_of(args, run):
+        result["changed"] = changes
     if crops_of(loader):
         result["crops"] = crops_of(loader)
     if "expert_share" in result and "expert_acc" not in result:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from data_loader.samplers import power_of
 from logger.log import get_logger
 from model.shift import frequencies
 from tools.calibration import keep_temperature
+from tools.fallback import value_at
 from tools.session import make_criterion
 from trainer import classifiers
 from trainer.precision import choose_precision
@@ -36,8 +36,7 @@ def changes_of(args: Namespace, run: Any) -> list[str]:
     for path, value, *_ in args.overrides:
         name = path.rsplit(".", 1)[-1]
         if path.startswith(("arch.", "groups")) or (path.startswith("data_loader.args.") and name in IMAGES):
-            before = reduce(lambda node, key: node.get(key) if isinstance(node, dict) else None, path.split("."), own)
-            found += [] if before == value else [f"{name}={value}"]
+            found += [] if value_at(own, path) == value else [f"{name}={value}"]
     return found + ["raw weights"] * (args.weights == "raw") + ["some of the weights"] * bool(args.allow_partial)
 
 
