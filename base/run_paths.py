@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,11 +47,18 @@ class RunPaths:
 
     @staticmethod
     def set_aside(files: Iterable[Path]) -> None:
-        """Rename checkpoints to `superseded-...`: all of them, or none where one can't be renamed (OSError)."""
+        """Rename checkpoints to `superseded-...`: all of them, or none where one can't be renamed (OSError).
+
+        Those of a course that was left before stay: the next are `superseded2-...`, and so on.
+        """
+        def free(path: Path) -> Path:
+            names = (f"superseded{number}-{path.name}" for number in itertools.chain([""], itertools.count(2)))
+            return next(place for place in map(path.with_name, names) if not place.exists())
+
         renamed = []
         try:
             for path in files:
-                renamed.append((path.replace(path.with_name(f"superseded-{path.name}")), path))
+                renamed.append((path.replace(free(path)), path))
         except OSError:
             for now, before in renamed:
                 now.replace(before)
@@ -103,8 +111,13 @@ def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
 
 
 def run_of(checkpoint: Path) -> RunPaths:
-    """The folders of the run that wrote `checkpoint`; beside it where the file was moved out of its run."""
+    """The folders of the run that wrote `checkpoint`; beside it where the file was moved out of its run.
+
+    A run that tools.keep wrote is one folder: what it logged lies beside its weights.
+    """
     folder = checkpoint.absolute().parent
+    if (folder / "metrics.csv").is_file():
+        return RunPaths(folder, folder)
     if folder.parent.parent.name == "models":
         save_dir = folder.parent.parent.parent
         return RunPaths(folder, save_dir / "log" / folder.parent.name / folder.name)

@@ -38,7 +38,7 @@ def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = N
     from tools.report_page import report_name, report_page
     from utils.files import write_text
     loader = loader or run.loader(split)
-    paths = paths_of(run.path)
+    paths = run_of(run.path)
     facts = gather(run, result, loader, paths, split)
     shown = [(drawing, drawing.draw()) for drawing in drawings(facts)]
     html = report_page(facts, run, paths, shown, loader)
@@ -52,14 +52,6 @@ def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = N
     except OSError as error:
         raise ConfigError(f"{paths.models}: the report can't be written there: {error.strerror}") from None
     return target
-
-
-def paths_of(checkpoint: Path) -> RunPaths:
-    """The folders of a checkpoint's run; of one that was kept it is one folder."""
-    try:
-        return read_run(checkpoint.absolute().parent).paths
-    except ConfigError:  # moved out of its run, or another project's
-        return run_of(checkpoint)
 
 
 def gather(run: Any, result: dict[str, Any] | None, loader: Any, paths: RunPaths, split: str) -> Any:

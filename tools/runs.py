@@ -206,8 +206,7 @@ def read_run(models: Path) -> RunRecord:
     for section in ("arch", "data_loader", "trainer"):
         if not isinstance(config.get(section), dict) or (section != "trainer" and "type" not in config[section]):
             raise ConfigError(f"{config_path}: isn't a run's config, it has no {section}")
-    kept = (models / "metrics.csv").is_file()  # one folder, see tools.keep
-    run = RunRecord(RunPaths(models, models) if kept else run_of(models / "checkpoint"), config)
+    run = RunRecord(run_of(models / "checkpoint"), config)
     tested = models / "test_metrics.json"
     if tested.is_file():
         try:

@@ -56,6 +56,17 @@ def test_a_kept_run_is_what_it_was(kept, digits_run, call_cli):
     assert after["loss"] == pytest.approx(before["loss"], rel=0.01) if before.get("loss") else True
 
 
+def test_a_kept_run_kept_again_is_the_same(kept, tmp_path):
+    copy = shutil.copytree(kept, tmp_path / "copy")
+    figures = json.loads((kept / "test_metrics.json").read_text()) | {"checkpoint": "weights.pth"}
+    (copy / "test_metrics.json").write_text(json.dumps(figures))    # as test.py leaves it
+    again = keep(copy / "weights.pth", tmp_path / "results", "again")
+    for file in ("config.json", "metrics.csv", "timing.csv"):
+        assert (again / file).read_bytes() == (kept / file).read_bytes()
+    one, other = (torch.load(folder / "weights.pth", weights_only=True)["state_dict"] for folder in (kept, again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_figures_of_other_weights_arent_kept(digits_run, tmp_path):
     """Those of a training's own end are of its last epoch; test.py's say which they are of."""
     models = shutil.copytree(digits_run.models, tmp_path / "models" / "digits" / "run")

@@ -1,7 +1,9 @@
 """Going on from an older checkpoint than the newest, and after a kill: no course's files pass for another's."""
 
 import csv
+import errno
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,13 +122,30 @@ def test_nothing_is_renamed_where_nothing_is_trained(runs):
     assert names(models) == before
 
 
-def test_all_are_renamed_or_none(runs):
-    models = runs("course", "--epochs", 3)
-    (models / "superseded-checkpoint-epoch2.pth" / "in the way").mkdir(parents=True)
+def test_each_left_course_keeps_its_files(runs):
+    models = runs("course", "--epochs", 2)
+    first = (models / "checkpoint-epoch2.pth").read_bytes()
+    for rate in (0.1, 0.2):
+        runs(None, "-r", models / "checkpoint-epoch1.pth", "--lr", rate)
+    aside = ["superseded-checkpoint-epoch2.pth", "superseded2-checkpoint-epoch2.pth"]
+    assert names(models) == ["checkpoint-epoch1.pth", "checkpoint-epoch2.pth", *aside]
+    assert (models / aside[0]).read_bytes() == first
+    rates = [load_checkpoint(models / name)["optimizer"]["param_groups"][0]["lr"]
+             for name in (aside[1], "checkpoint-epoch2.pth")]
+    assert rates == [0.1, 0.2]
+
+
+def test_all_are_renamed_or_none(runs, monkeypatch):
+    models, replace = runs("course", "--epochs", 3), Path.replace
+
+    def refuse(self, target):
+        if self.name == "checkpoint-epoch2.pth":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return replace(self, target)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(ConfigError, match=r"trainer\.save_dir: can't write in .*checkpoint-epoch2\.pth"):
         runs(None, "-r", models / "checkpoint-epoch1.pth")
-    assert names(models) == [*(f"checkpoint-epoch{epoch}.pth" for epoch in (1, 2, 3)),
-                             "superseded-checkpoint-epoch2.pth"]
+    assert names(models) == [f"checkpoint-epoch{epoch}.pth" for epoch in (1, 2, 3)]
 
 
 def test_a_run_killed_before_its_first_checkpoint_goes_on_from_its_best(runs, monkeypatch, same_state):
