@@ -15,7 +15,6 @@ from typing import Any
 
 from base.run_paths import RunPaths, run_of
 from tools.cli import Parser, add_set, check_device, check_file
-from tools.runs import read_run
 from utils.cli import run_main
 from utils.config.load import Override
 from utils.errors import ConfigError
