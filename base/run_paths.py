@@ -115,9 +115,9 @@ def run_of(checkpoint: Path) -> RunPaths:
 
     A run that tools.keep wrote is one folder: what it logged lies beside its weights.
     """
+    if (checkpoint.parent / "metrics.csv").is_file():
+        return RunPaths(checkpoint.parent, checkpoint.parent)
     folder = checkpoint.absolute().parent
-    if (folder / "metrics.csv").is_file():
-        return RunPaths(folder, folder)
     if folder.parent.parent.name == "models":
         save_dir = folder.parent.parent.parent
         return RunPaths(folder, save_dir / "log" / folder.parent.name / folder.name)
