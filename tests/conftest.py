@@ -1,12 +1,14 @@
 """What every test shares: one thread, the command line with and without a process, and one short run to look at."""
 
 import contextlib
+import gc
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from filelock import FileLock  # torch needs it
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25)
@@ -112,9 +115,28 @@ def digits_trainer():
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory) -> Run:
-    """Two epochs of RIDE with 3 experts on digits-LT, trained once for all tests. Read from it; don't write to it."""
-    return train_digits(tmp_path_factory.mktemp("digits_run"), "run", figures=True)
+def digits_run(tmp_path_factory, worker_id) -> Run:
+    """Two epochs of RIDE with 3 experts on digits-LT, trained once for all tests. Read from it; don't write to it.
+
+    Of several processes that test, one trains it, in the folder above theirs, and the others wait.
+    """
+    if worker_id == "master":
+        return train_digits(tmp_path_factory.mktemp("digits_run"), "run", figures=True)
+    top = tmp_path_factory.getbasetemp().parent / "digits_run"
+    with FileLock(f"{top}.lock"):
+        trained = top.with_suffix(".json")
+        if not trained.exists():
+            run = train_digits(top, "run", figures=True)
+            trained.write_text(json.dumps([str(value) for value in astuple(run)]))
+        models, log, checkpoint, stdout = json.loads(trained.read_text())
+        return Run(Path(models), Path(log), Path(checkpoint), stdout)
+
+
+def pytest_collection_finish(session):
+    """What is there once torch and the tests are imported is never garbage: no collection need look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.hookimpl(wrapper=True)

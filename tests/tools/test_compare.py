@@ -50,10 +50,10 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compared(saved, run_cli):
+def compared(saved, call_cli):
     files = {kind: saved / f"table.{kind}" for kind in ("csv", "markdown", "html")}
-    done = run_cli(["-m", "tools.compare", saved, *(x for kind, path in files.items() for x in (f"--{kind}", path))],
-                   check=True)
+    done = call_cli(["-m", "tools.compare", saved, *(x for kind, path in files.items() for x in (f"--{kind}", path))],
+                    check=True)
     return done.stdout, files
 
 

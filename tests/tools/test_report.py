@@ -29,8 +29,8 @@ def run_copy(digits_run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(run_copy, run_cli):
-    done = run_cli(["-m", "tools.report", run_copy, "-d", "cpu"], check=True)
+def page(run_copy, call_cli):
+    done = call_cli(["-m", "tools.report", run_copy, "-d", "cpu"], check=True)
     assert str(run_copy / "report.html") in done.stdout
     return (run_copy / "report.html").read_text(encoding="utf-8")
 

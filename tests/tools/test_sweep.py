@@ -223,9 +223,10 @@ def test_a_stop_reaches_the_runs(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------- for real
 
-def test_from_the_command_line(tmp_path, run_cli):
-    path = write(tmp_path, set=SMALL, methods={"ce": {}, "bad": {"set": {"pretrained": "nowhere.pth"}}})
-    listed = run_cli(["-m", "tools.sweep", path, "--dry_run"], check=True)
+def test_from_the_command_line(tmp_path, run_cli, call_cli):
+    path = write(tmp_path, set={**SMALL, "data_loader.args.image_size": 8},
+                 methods={"ce": {}, "bad": {"set": {"pretrained": "nowhere.pth"}}})
+    listed = call_cli(["-m", "tools.sweep", path, "--dry_run"], check=True)
     assert "2 runs, 0 finished" in listed.stdout and not (tmp_path / "saved").exists()
     done = run_cli(["-m", "tools.sweep", path, "-d", "cpu"])
     assert done.returncode == 1, done.stdout + done.stderr

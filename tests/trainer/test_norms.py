@@ -13,12 +13,15 @@ NORMS = {
     "BatchNorm2d of 2": {"normalization_batch_size": 2},
     "GroupNorm": {}, "InstanceNorm": {}, "LayerNorm": {}, "SyncBatchNorm": {},
 }
+#: Whose state and arithmetic another one's test goes through as well.
+LIKE_OTHERS = {"BatchNorm2d of 2", "BatchRenorm of 2", "InstanceNorm", "LayerNorm"}
 DIGITS = {"data_loader": {"type": "DigitsLTDataLoader", "args": {
               "data_dir": None, "image_size": 16, "batch_size": 32}},
           "optimizer": {"type": "SGD", "args": {"lr": 0.02}}, "trainer": {"no_decay_scale": True}}
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name
+                                  for name in NORMS])
 def test_a_model_of_each_norm_learns_and_resumes(name, runs, same_state, signal_at):
     arch = {"args": {"norm": {"type": name.split()[0], "args": NORMS[name]}}}
     whole = runs("whole", arch=arch, **DIGITS) / "checkpoint-epoch2.pth"
