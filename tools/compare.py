@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.cli import Parser
 from tools.published import PUBLISHED, SOURCES
+from tools.results import draw_curves, readme_table, set_aside
 from tools.run_table import COLUMNS, FIGURES, Row, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of, other_evaluation
 from utils.class_counts import group_limits
@@ -146,13 +147,14 @@ def arrange(rows: Iterable[Row], sort: str | None = None, only_means: bool = Fal
 # ---------------------------------------------------------------------- the command
 
 def compare(folder: Path, *, sort: str | None = None, published: str = "same", only_means: bool = False,
-            costs: bool = True) -> tuple[DataFrame, list[str]]:
+            costs: bool = True, aside: bool = True) -> tuple[DataFrame, list[str]]:
     """(the table of every run under `folder`, a line for each folder that was skipped).
 
     published: "same" adds published rows for the data sets that occur, "all" every one, "none" none.
+    aside: with the kept runs that are none of README's (tools.results.ASIDE).
     """
     runs, skipped = find_runs(folder)
-    rows = [row_of(run, costs) for run in runs]
+    rows = [row_of(run, costs) for run in runs if aside or not set_aside(run, folder)]
     if published != "none":
         rows += published_rows(None if published == "all" else {row["data"] for row in rows})
     return arrange(rows, sort, only_means), skipped
@@ -190,18 +192,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{args.folder}: no such folder; give the one that holds the runs, e.g. saved/")
     if args.curves:
-        from tools.results import draw_curves
         draw_curves(find_runs(folder)[0], args.folder, args.curves)
         if not args.readme:
             return
     table, skipped = compare(folder, sort=args.sort, published="none" if args.readme else args.published,
-                             only_means=args.only_means or args.readme, costs=not args.no_costs)
+                             only_means=args.only_means or args.readme, costs=not args.no_costs, aside=not args.readme)
     for line in skipped:
         print(f"skipped {line}")
     if not table["kind"].isin(["run", "mean"]).any():
         raise ConfigError(f"{args.folder}: holds no runs (models/<name>/<run_id> with a config.json)")
     if args.readme:
-        from tools.results import readme_table
         print(readme_table(table.to_dict("records")))
         return
     print(markdown_table(table) if args.markdown == "-" else text_table(table))

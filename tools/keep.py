@@ -2,11 +2,12 @@
 
     python -m tools.keep saved/models/<name>/<run_id> results/
     python -m tools.keep saved/models/<name>/<run_id> results/ --name cifar100_lt_ride_s0
+    python -m tools.keep saved/models/<name>/<run_id> results/trials --no_weights
 
 Writes results/<name>/ with config.json, metrics.csv, timing.csv, test_metrics.json and weights.pth: a checkpoint
 without the optimizer's state, its matrices and filters in float16 (`--float32`: as they are), for
-`python test.py -r results/<name>/weights.pth --data_dir data`. Paths of this machine are left out: images are looked
-for in `data`.
+`python test.py -r results/<name>/weights.pth --data_dir data`. `--no_weights` leaves that out. Paths of
+this machine are left out: images are looked for in `data`.
 """
 from __future__ import annotations
 
@@ -70,8 +71,10 @@ def check_figures(file: Path, figures: dict[str, Any], checkpoint: Path) -> None
         raise ConfigError(f"{file}: its figures {how}; first: python test.py -r {checkpoint}")
 
 
-def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True) -> Path:
-    """Write the folder of `checkpoint`'s run under `top`, whole or not at all; returns it. half: see `halved`.
+def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True, weights: bool = True) -> Path:
+    """Write the folder of `checkpoint`'s run under `top`, whole or not at all; returns it.
+
+    half: see `halved`. weights: whether they are kept.
 
     Raises ConfigError: no test figures, or those of other weights, no config, a folder of that name is there, or it
     can't be written.
@@ -104,7 +107,8 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
         for file in (paths.log / name for name in COPIED):
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)
-        save_checkpoint(unfinished / "weights.pth", kept)
+        if weights:
+            save_checkpoint(unfinished / "weights.pth", kept)
         os.chmod(unfinished, 0o755)  # mkdtemp's are private
         unfinished.rename(target)
     except OSError as error:
@@ -124,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--name", metavar="NAME", help="the folder's name (default: the config's name and the seed)")
     parser.add_argument("--checkpoint", metavar="WHICH", default="last", help="last (default), best, or a file's name")
     parser.add_argument("--float32", action="store_true", help="keep weights as they are, where halves cost accuracy")
+    parser.add_argument("--no_weights", action="store_true", help="keep the figures and the curve alone")
     args = parser.parse_args(argv)
     if not Path(args.run).is_dir():
         raise ConfigError(f"{args.run}: no such folder; give a run's, <save_dir>/models/<name>/<run_id>")
@@ -135,10 +140,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    target = keep(args.path, Path(args.top), args.name, not args.float32)
+    target = keep(args.path, Path(args.top), args.name, not args.float32, not args.no_weights)
     size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"written to {target} ({size / 2**20:.1f} MiB)\n"
-          f"check it with: python test.py -r {target / 'weights.pth'} --data_dir data")
+    check = f"train.py -c {target / 'config.json'}" if args.no_weights else f"test.py -r {target / 'weights.pth'}"
+    print(f"written to {target} ({size / 2**20:.1f} MiB)\ncheck it with: python {check} --data_dir data")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What README says of the runs kept in results/ (see tools.keep): its table, and their training curves."""
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -19,12 +20,18 @@ COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "dat
                ("all", "all %"), ("many", "many"), ("medium", "medium"), ("few", "few"), ("ece", "ECE %"))),
            Column("published", "published", lambda value: f"{value:.1f}"), Column("command", "command"))
 
-UNFINISHED = "unfinished"       # where runs lie that go on
+#: Folders of results/ that hold no rows of README's table: runs that go on, and those that settings were chosen by.
+ASIDE = frozenset({"unfinished", "trials"})
 
 
 def stem(folder: str) -> str:
     """A kept run's name without its seed: cifar100_lt_ride of cifar100_lt_ride_s0."""
     return re.sub(r"_s\d+$", "", folder)
+
+
+def set_aside(run: RunRecord, top: str | Path) -> bool:
+    """Whether a kept run under `top` is none of README's (ASIDE)."""
+    return not ASIDE.isdisjoint(Path(os.path.relpath(run.paths.models, top)).parts)
 
 
 def is_ablation(name: str) -> bool:
@@ -77,12 +84,10 @@ def minutes(row: Row) -> str | None:
 def readme_table(rows: Sequence[Row]) -> str:
     """Markdown: a row a method (seeds as mean ± standard deviation), ablations last, quoted figures explained below.
 
-    rows: as `tools.compare.arrange` gives them with only_means; those of runs in a folder `unfinished` are left out.
+    rows: as `tools.compare.arrange` gives them with only_means, without those of ASIDE.
     """
     table, notes = [], {}
     for row in rows:
-        if UNFINISHED in Path(row["config"]).parts:
-            continue
         if row["all"] is None or row["note"].startswith("validation"):
             raise ConfigError(f"{row['config']}: that run has no test figures; run test.py on it first")
         folder, entry = Path(row["config"]).parent.name, published_for(row)
@@ -110,7 +115,8 @@ def draw_curves(runs: Sequence[RunRecord], folder: str, path: str) -> None:
     start where there are such. Raises ConfigError."""
     from logger.figures.style import to_png
     from logger.figures.training import compared
-    drawn = [run for run in runs if run.history and not is_ablation(run.paths.models.name)]
+    drawn = [run for run in runs
+             if run.history and not is_ablation(run.paths.models.name) and not set_aside(run, folder)]
     together: dict[str, list] = {}
     for run in [run for run in drawn if not _continues(run)] or drawn:
         # Runs of saved/ all have folders of the kind <name>/<run_id>; kept ones a folder each.

@@ -117,6 +117,19 @@ def test_the_readmes_table(kept, call_cli):
     assert second.startswith("| digits_minus_router |") and ", without router" in second and "| 0.0 |" in second
 
 
+def test_trials_are_kept_without_weights_and_outside_the_table(kept, digits_run, tmp_path, call_cli):
+    top = shutil.copytree(kept.parent, tmp_path / "results")
+    before = call_cli(["-m", "tools.compare", top, "--readme"], check=True).stdout
+    done = call_cli(["-m", "tools.keep", digits_run.models, top / "trials", "--name", "digits_s0", "--no_weights"],
+                    check=True)
+    trial = top / "trials" / "digits_s0"
+    assert f"python train.py -c {trial / 'config.json'} --data_dir data" in done.stdout
+    assert sorted(path.name for path in trial.iterdir()) == [
+        "config.json", "metrics.csv", "test_metrics.json", "timing.csv"]
+    assert call_cli(["-m", "tools.compare", top, "--readme"], check=True).stdout == before
+    assert "trials/digits_s0" in call_cli(["-m", "tools.compare", top, "--no_costs"], check=True).stdout
+
+
 def test_minutes_are_a_range_where_seeds_ran_on_unlike_machines():
     assert minutes({"seconds": 90.0}) == "1.5" and minutes({"seconds": None}) is None
     assert minutes({"seconds": 2400.0, "seconds_least": 900.0, "seconds_most": 3840.0}) == "15 to 64"
