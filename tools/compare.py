@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.cli import Parser
 from tools.published import PUBLISHED, SOURCES
-from tools.results import draw_curves, readme_table, set_aside
+from tools.results import draw_curves, is_aside, readme_table
 from tools.run_table import COLUMNS, FIGURES, Row, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of, other_evaluation
 from utils.class_counts import group_limits
@@ -154,7 +154,7 @@ def compare(folder: Path, *, sort: str | None = None, published: str = "same", o
     aside: with the kept runs that are none of README's (tools.results.ASIDE).
     """
     runs, skipped = find_runs(folder)
-    rows = [row_of(run, costs) for run in runs if aside or not set_aside(run, folder)]
+    rows = [row_of(run, costs) for run in runs if aside or not is_aside(run, folder)]
     if published != "none":
         rows += published_rows(None if published == "all" else {row["data"] for row in rows})
     return arrange(rows, sort, only_means), skipped

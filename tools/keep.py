@@ -94,8 +94,6 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
     target = top / (name or f"{config['name']}_s{config.get('seed', 0)}")
     if target.exists():
         raise ConfigError(f"--name: {target} is there already; delete it or choose another name")
-    kept = {"arch": loaded.get("arch", config["arch"]["type"]), "epoch": loaded.get("epoch"), "config": config,
-            "state_dict": (halved if half else dict)(loaded["state_dict"]), "data": without_places(loaded.get("data"))}
     try:
         top.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".keep-", dir=top))
@@ -108,7 +106,10 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)
         if weights:
-            save_checkpoint(unfinished / "weights.pth", kept)
+            save_checkpoint(unfinished / "weights.pth", {
+                "arch": loaded.get("arch", config["arch"]["type"]), "epoch": loaded.get("epoch"), "config": config,
+                "state_dict": (halved if half else dict)(loaded["state_dict"]),
+                "data": without_places(loaded.get("data"))})
         os.chmod(unfinished, 0o755)  # mkdtemp's are private
         unfinished.rename(target)
     except OSError as error:

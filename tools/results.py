@@ -29,9 +29,14 @@ def stem(folder: str) -> str:
     return re.sub(r"_s\d+$", "", folder)
 
 
-def set_aside(run: RunRecord, top: str | Path) -> bool:
+def is_kept(run: RunRecord) -> bool:
+    """Whether a run is one folder, as tools.keep writes it."""
+    return run.paths.models == run.paths.log
+
+
+def is_aside(run: RunRecord, top: str | Path) -> bool:
     """Whether a kept run under `top` is none of README's (ASIDE)."""
-    return not ASIDE.isdisjoint(Path(os.path.relpath(run.paths.models, top)).parts)
+    return is_kept(run) and not ASIDE.isdisjoint(Path(os.path.relpath(run.paths.models, top)).parts)
 
 
 def is_ablation(name: str) -> bool:
@@ -116,11 +121,11 @@ def draw_curves(runs: Sequence[RunRecord], folder: str, path: str) -> None:
     from logger.figures.style import to_png
     from logger.figures.training import compared
     drawn = [run for run in runs
-             if run.history and not is_ablation(run.paths.models.name) and not set_aside(run, folder)]
+             if run.history and not is_ablation(run.paths.models.name) and not is_aside(run, folder)]
     together: dict[str, list] = {}
     for run in [run for run in drawn if not _continues(run)] or drawn:
         # Runs of saved/ all have folders of the kind <name>/<run_id>; kept ones a folder each.
-        name = stem(run.paths.models.name) if run.paths.models == run.paths.log else run.name
+        name = stem(run.paths.models.name) if is_kept(run) else run.name
         together.setdefault(name, []).append(run.history)
     if not together:
         raise ConfigError(f"{folder}: holds no runs with a metrics.csv to draw")
