@@ -1,6 +1,7 @@
 """What the loaders read: the images of each split with their labels, and the data sets that come as arrays."""
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tarfile
@@ -83,13 +84,29 @@ def read_digits(split_seed: int, img_num: list[int], test_per_class: int = 50, s
 @cache
 def _digits(size: int) -> ImageSet:
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    small = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # ink is 0 to 16
+    scans, labels = digit_scans()
+    small = np.rint(scans * (255 / 16)).astype(np.uint8)  # ink is 0 to 16
     grey = np.stack([np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BILINEAR))
                      for scan in small])
-    return ImageSet(digits.target, np.repeat(grey[..., None], 3, axis=3))
+    return ImageSet(labels, np.repeat(grey[..., None], 3, axis=3))
+
+
+def digit_scans() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's handwritten digits: ink float64 [1797, 8, 8], 0 to 16, and labels int64 [1797].
+
+    What `sklearn.datasets.load_digits` gives, read from the file that it reads: to import it takes as long as half of
+    torch (scipy and pandas come along), at each start.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder, "datasets", "data", "digits.csv.gz")
+        if path.exists():
+            rows = np.loadtxt(path, delimiter=",", ndmin=2)
+            return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits  # another version may keep it elsewhere
+    digits = load_digits()
+    return digits.images, digits.target
 
 
 @dataclass(frozen=True)

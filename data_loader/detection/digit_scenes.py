@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_loader.datasets import digit_scans
 from data_loader.detection.masks import encode, mask_tools
 from utils.dist import barrier, is_main
 from utils.errors import ConfigError
@@ -76,9 +77,8 @@ def _is_complete(stamp: Path, settings: dict[str, Any]) -> bool:
 
 def _scans(split: int) -> list[np.ndarray]:
     """For each digit, its scans [n, 8, 8] scaled to 0 to 1: the first two thirds for training, the rest else."""
-    from sklearn.datasets import load_digits
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8).astype(np.float32) / 16
+    images, labels = digit_scans()
+    images = images.astype(np.float32) / 16
     per_class = [images[labels == digit] for digit in range(10)]
     return [scans[:2 * len(scans) // 3] if split == 0 else scans[2 * len(scans) // 3:] for scans in per_class]
 

@@ -68,6 +68,18 @@ def test_digits_are_the_stated_split() -> None:
     assert images.shape == (64, 3, 32, 32) and images.dtype == torch.float32 and labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_digits_are_scikit_learns(found, monkeypatch) -> None:
+    """Read from its file, or by its function where another version has the file elsewhere."""
+    from sklearn.datasets import load_digits
+    if not found:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    images, labels = datasets.digit_scans()
+    expected = load_digits()
+    assert np.array_equal(images, expected.images) and images.dtype == expected.images.dtype
+    assert np.array_equal(labels, expected.target) and labels.dtype == np.int64
+
+
 def test_digits_split_seed_picks_other_images() -> None:
     first, same, other = (DigitsLTDataLoader(split_seed=s, seed=n) for s, n in ((0, 0), (0, 5), (1, 0)))
     assert np.array_equal(first.raw_image(0), same.raw_image(0))

@@ -27,11 +27,10 @@ class Curves(Hook):
     def first_batch(self, images: torch.Tensor) -> None:
         if not self.run.writer or not self.run.options["image_grid"]:
             return
-        from torchvision.utils import make_grid
         loader = self.run.train_loader
         shown = images[:32].detach().float().cpu()
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (loader.mean, loader.std))
-        self.run.writer.add_image("input", make_grid((shown * std + mean).clamp(0, 1), nrow=8), 0)
+        self.run.writer.add_images("input", (shown * std + mean).clamp(0, 1), 0)  # eight a row
 
     def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
         self.gradient_norm = gradient_norm
