@@ -102,7 +102,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     set_determinism(options["deterministic"])
     seed_everything(config["seed"], dist.rank())
     if not start.goes_on:
-        start.config = config = settle_weights(config, args.overrides, args.config)
+        start.config = config = settle_weights(config, args.overrides, args.config, start.brings_weights)
         options = config["trainer"]
     check_options(options)
     starts = None if start.goes_on else config["init_classifier"]

@@ -24,20 +24,20 @@ OF_ITS_INPUT = "data_loader.args.image_size"
 
 
 def settle_weights(config: dict[str, Any], overrides: list[Override] = (),
-                   file: str | os.PathLike | None = None) -> dict[str, Any]:
+                   file: str | os.PathLike | None = None, brought: bool = False) -> dict[str, Any]:
     """The config to train with: itself, or its `fallback` under its own name, with one line that says so.
 
-    The fallback is taken where `arch.args.weights` is true, no `pretrained` file is given, and the network's package
-    isn't installed or its weights are in no cache and out of reach. Rank 0 looks, and all ranks follow it.
+    The fallback is taken where `arch.args.weights` is true and the network's package isn't installed or its weights are
+    in no cache and out of reach. Rank 0 looks, and all ranks follow it.
 
-    file: where the config was read; what it says of its data and its run holds for the fallback too, and the line
-    names the rest of what it says.
+    brought: a file has all of the model's weights, so that the package's are not looked for. file: where the config was
+    read; what it says of its data and its run holds for the fallback too, and the line names the rest of what it says.
 
     Raises ConfigError where nobody knows the network, where its weights are missing and `overrides` say something of it
     (that would be lost), and what the fallback's own check raises.
     """
     other, config = config.get("fallback"), {**config, "fallback": None}
-    if other is None or config.get("pretrained") or (config["arch"].get("args") or {}).get("weights", True) is not True:
+    if other is None or brought or (config["arch"].get("args") or {}).get("weights", True) is not True:
         return config
     problem = dist.on_main(lambda: missing(config["arch"]))
     if problem is None:

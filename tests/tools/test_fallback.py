@@ -79,6 +79,25 @@ def test_with_weights_the_head_comes_first_and_fine_tuning_goes_on(configs, phot
     assert not torch.equal(weights[0]["backbone.linear.weight"], weights[1]["backbone.linear.weight"])
 
 
+@pytest.mark.parametrize("flag", ["-r", "--pretrained"])
+def test_weights_that_a_file_brings_are_not_looked_for(flag, configs, photos, tmp_path, monkeypatch, capsys):
+    """A new run from another's weights needs none of the package's, which may be out of reach."""
+    torch.manual_seed(0)
+    file = tmp_path / "own.pth"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), file)
+    monkeypatch.setattr("model.weights.pretrained.own_file", lambda name: file)
+    first = run(configs, photos, "--epochs", "1") / "checkpoint-epoch1.pth"
+    capsys.readouterr()
+
+    def out_of_reach(*_):
+        raise AssertionError("looked for")
+    monkeypatch.setattr("model.weights.pretrained.own_file", out_of_reach)
+    train_script.main(["-c", str(configs), flag, str(first), "--data_dir", str(photos), "-d", "cpu", "--epochs", "1",
+                       "--run_id", "b", "--set", "resume_state_dict_only=true"])
+    saved = json.loads((configs.parent / "saved" / "models" / "image_folder" / "b" / "config.json").read_text())
+    assert saved["arch"]["type"] == "TimmModel" and "until then" not in capsys.readouterr().out
+
+
 def test_who_chooses_the_network_is_told(configs, monkeypatch):
     """Falling back would lose what was asked for."""
     monkeypatch.setattr("tools.fallback.missing", lambda arch: PROBLEM)
@@ -88,7 +107,6 @@ def test_who_chooses_the_network_is_told(configs, monkeypatch):
         settle_weights(config, [Override("arch.args.num_experts", 2)])
     with pytest.raises(ConfigError, match="bring a file"):
         settle_weights(config, [Override("trainer.freeze.then", 0.3)])
-    assert settle_weights({**config, "pretrained": "x.pth"})["arch"]["type"] == "TimmModel"
     off = {**config, "arch": {"type": "TimmModel", "args": {**config["arch"]["args"], "weights": False}}}
     assert settle_weights(off)["arch"] == off["arch"]
     changed = settle_weights(load_config(configs, [Override("trainer.epochs", 7)]), [Override("trainer.epochs", 7)])
