@@ -194,7 +194,8 @@ RUN = "saved/models/image_folder/first"
 #: A run of a small ResNet: the one of ours that an older version's checkpoint can hold, and soon exported.
 LISTS_RUN = "saved/models/list_file_ride/first"
 #: What a page's reader fills in.
-STANDS_FOR = {"CHECKPOINT": f"{RUN}/model_best.pth", "RUN_FOLDER": RUN, "photos/": "holiday", "LIST": "unknown.txt",
+STANDS_FOR = {"CHECKPOINT": f"{RUN}/model_best.pth", f"{RUN}/checkpoint-epoch30.pth": f"{RUN}/checkpoint-epoch1.pth",
+              "RUN_FOLDER": RUN, "photos/": "holiday", "LIST": "unknown.txt",
               "saved/models/cifar100_lt_ride/s0": RUN, "IN": f"{LISTS_RUN}/checkpoint-epoch1.pth",
               "OUT": "converted.pth", "model.onnx": f"{LISTS_RUN}/model.onnx", "PATH...": "holiday"}
 OWN_DATA = commands(ROOT / "docs" / "own-data.md")
@@ -273,7 +274,7 @@ def test_what_comes_after(command, new_user, monkeypatch, capsys):
     if "configs/image_folder.json" in command:      # costs are those of the network that it names
         pytest.importorskip("timm")
     monkeypatch.chdir(new_user)
-    assert (new_user / RUN / "model_best.pth").is_file(), "test_trainings_of_own_data makes it"
+    assert (new_user / RUN / "checkpoint-epoch1.pth").is_file(), "test_trainings_of_own_data makes it"
     command = list(command)
     if command[1] == "tools.export":
         command[command.index("-r") + 1] = f"{LISTS_RUN}/checkpoint-epoch1.pth"

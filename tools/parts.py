@@ -9,6 +9,7 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from data_loader.data_loaders import build_loader
+from data_loader.samplers import power_of
 from logger.log import get_logger
 from model.loss import build_loss
 from model.model import ARCHS, ELSEWHERE, build_model
@@ -93,7 +94,7 @@ def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module
 def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
                teacher: nn.Module | None = None) -> None:
     """A loss that the model's outputs don't fit is refused before anything is written; of a teacher that nothing looks
-    at, a warning says so.
+    at, and of rare classes that both loss and sampler favour, a warning says so.
 
     A copy of the loss is asked, with logits as many as the model's. What comes from outside may give or need more than
     these, and is left to the first step. Raises ConfigError.
@@ -110,3 +111,8 @@ def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
         logits = torch.arange(float(model.num_classes)).repeat(2, len(model.backbone.pick_experts()), 1)
         outputs = {"output": logits.mean(1), "logits": logits}
         asked(outputs if teacher is None else {**outputs, "teacher": logits.mean(1)}, torch.zeros(2, dtype=torch.long))
+    data = (config.get("data_loader") or {}).get("args") or {}
+    if not model.routed and power_of(data) < 1 and torch.as_tensor(criterion.added(logits.shape[1])).any():
+        sampler = data["sampler"]["type"] if data.get("sampler") else "balanced"
+        log.warning("loss.type: %s reckons with how rare a class is, and data_loader.args.sampler (%s) shows rare "
+                    "classes more often, so that they are favoured twice; leave one of the two out", loss, sampler)

@@ -1,6 +1,8 @@
 """Whether a loss fits a model, asked before a run has a folder."""
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -61,3 +63,17 @@ def test_gates_have_a_loss_of_their_own() -> None:
     config, criterion, model = parts("LDAMLoss", "ResNet32EAModel", [1, 2], num_experts=2)
     with pytest.raises(ConfigError, match="cls_num_list: has 2 classes"):
         check_loss(config, criterion, model)
+
+
+@pytest.mark.parametrize(("loss", "data", "warned"), [
+    ("BalPoELoss", {"sampler": {"type": "SquareRoot"}}, "sampler (SquareRoot)"),
+    ("BalancedSoftmaxLoss", {"balanced": True}, "sampler (balanced)"),
+    ("LogitAdjustmentLoss", {"sampler": {"type": "ProgressivelyBalanced"}}, "ProgressivelyBalanced"),
+    ("BalancedSoftmaxLoss", {"sampler": {"type": "InstanceBalanced"}}, None), ("BalancedSoftmaxLoss", {}, None),
+    ("RIDELoss", {"sampler": {"type": "ClassBalanced"}}, None)])
+def test_rare_classes_favoured_twice_are_warned_of(loss, data, warned, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
+    config, criterion, model = parts(loss, num_experts=2)
+    with caplog.at_level(logging.WARNING):
+        check_loss({**config, "data_loader": {"type": "DigitsLTDataLoader", "args": data}}, criterion, model)
+    assert (warned in caplog.text and "favoured twice" in caplog.text) if warned else not caplog.records
