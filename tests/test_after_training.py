@@ -73,6 +73,40 @@ def test_adjusted_logits_and_class_distributions(trained, tmp_path):
         test_script.test(args)
 
 
+def prior_figures(found, weights, taus=(0, 1, 2)):
+    """(logits made right for even classes, labels) of weighed experts with the offsets tau_e · log pi."""
+    logits, labels = found["test"]
+    weights = torch.tensor(weights, dtype=torch.float64)
+    offset = sum(w * tau for w, tau in zip(weights.tolist(), taus)) - 1
+    return torch.einsum("nec,e->nc", logits, weights) + offset * PI.log(), labels
+
+
+def test_a_prior_is_for_the_experts_that_are_asked(trained):
+    """Experts have offsets of their own: the distribution that one's logits are right for isn't that of all three."""
+    checkpoint, found = trained
+    for used, weights in (("2", [0, 0, 1]), ("2,0", [0.5, 0, 0.5]), ("0,1", [0.5, 0.5, 0])):
+        got = figures(checkpoint, "--prior", "uniform", "--set", f"arch.args.use_experts={used}")
+        assert got["accuracy"] == right(*prior_figures(found, weights))
+    learned = figures(checkpoint, "--prior", "uniform", "--expert_weights", "learn")
+    assert learned["accuracy"] == right(*prior_figures(found, learned["expert_weights"]))
+
+
+def test_a_prior_knows_which_experts_were_trained(trained):
+    """Two of three, with a strength each; the third's logits are right for nothing that is known."""
+    checkpoint, found = trained
+    contents = load_checkpoint(checkpoint)
+    contents["config"]["arch"]["args"]["use_experts"] = "2,0"
+    contents["config"]["loss"]["args"] = {"taus": [1.5, 0]}
+    other = checkpoint.parent / "two" / checkpoint.name
+    other.parent.mkdir()
+    save_checkpoint(other, contents)
+    assert figures(other, "--prior", "uniform")["accuracy"] == right(*prior_figures(found, [0.5, 0, 0.5], (0, 0, 1.5)))
+    assert figures(other, "--prior", "uniform", "--set", "arch.args.use_experts=2")["accuracy"] \
+        == right(*prior_figures(found, [0, 0, 1], (0, 0, 1.5)))
+    with pytest.raises(ConfigError, match=r"--prior: expert 1 took no part in the training of .*use_experts=2,0"):
+        figures(other, "--prior", "uniform", "--set", "arch.args.use_experts=0,1")
+
+
 def test_learned_weights_of_experts(trained):
     checkpoint, found = trained
     logits, labels = found["test"]

@@ -19,6 +19,7 @@ from base.base_data_loader import BaseDataLoader
 from model.crops import forward_crops
 from model.norm import fold_norm
 from model.norm.facts import is_norm
+from model.posthoc import used_experts
 from trainer.precision import autocast
 from utils import dist
 from utils.errors import ConfigError, RunError
@@ -34,9 +35,8 @@ def feature_key(model: nn.Module, loader: Any, views: int, amp: object) -> str:
     """A digest of what features depend on: the layers under the classifier and their weights, which experts are used,
     the images, how they are prepared."""
     digest = hashlib.blake2b(f"3 {views} {amp}".encode(), digest_size=16)
-    heads = [id(head) for head in model.heads()]
-    experts = [heads.index(id(head)) for head in model.used_heads()]
-    if experts != list(range(len(heads))):      # "0" and "1" of two have one shape and one set of weights
+    experts = used_experts(model)
+    if experts != list(range(len(model.heads()))):      # "0" and "1" of two have one shape and one set of weights
         digest.update(f"experts {experts}".encode())
     after = tuple(model.feature_prefixes())
     for name, module in model.named_modules():                  # what isn't in weights: strides, a norm's eps
