@@ -36,7 +36,7 @@ class PixelLoader(BaseDataLoader):
                               f"{'training' if self.training else 'evaluation'} split has no image")
         self.images, self.augment, self.store, self.files = images, augment, store, None
         self.paths = images.paths
-        files = images.pixels if images.paths is None else images.paths  # arrays that are enlarged are read like files
+        files = images.pixels if images.paths is None else images.paths  # arrays of another size are read like files
         self._draws: tuple[int, Any] = (0, None)
         small = self._is_small
         degrees = self.degrees if self.policy == "basic" and small else 0.0
@@ -46,7 +46,7 @@ class PixelLoader(BaseDataLoader):
                              border=self.image_size // 8 if self.image_size <= LARGEST_RESIZED else 0)
         if store is not None or (self.transform is not None and augment and images.pixels is None):
             pass
-        elif images.pixels is not None and images.pixels.shape[1] >= self.image_size:
+        elif images.pixels is not None and images.pixels.shape[1] == self.preprocess["resize"]:
             self.store = MemoryImages(images.pixels, self.recipe, self.device)
             self.images = ImageSet(images.targets)  # the pixels are held once
         elif small and self.cache is not False and (self.cache is True or self._bytes(images) <= CACHE_LIMIT):
