@@ -149,6 +149,20 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):
     assert open_run(again).temperature == 1      # nor that of other weights of the same epoch
 
 
+@pytest.mark.parametrize("flags", [("--calibrate",), ("--classifier", "la", "--tau", "0:1:0.5"),
+                                   ("--classifier", "tau", "--tau", "0:1:0.5")])
+def test_what_is_chosen_on_the_test_images_is_marked(trained, flags, capsys):
+    """As under `"validation": "test"`, which old configs have without a word; with images of its own it isn't."""
+    argv = ["-r", str(trained[0]), "-d", "cpu", *flags]
+    for validation, marked in (("test", True), ("holdout", False)):
+        test_script.main([*argv, "--set", f"data_loader.args.validation={validation}"])
+        got = json.loads((trained[0].parent / "test_metrics.json").read_text())
+        said = "is chosen on the test images" in capsys.readouterr().out
+        assert said == marked == (got.get("chosen_on") == "test")
+    test_script.main([*argv[:4], "--set", "data_loader.args.validation=test"])      # nothing is chosen
+    assert "chosen on" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("changed", "says"), [
     ("split_seed=5", "split_seed: 5, but the checkpoint's split was made with 0"),
     ("imb_factor=0.5", "imb_factor: 0.5, but the model was trained with 0.02; validation images drawn with another")])

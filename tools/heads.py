@@ -69,6 +69,7 @@ def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict
         if len(taus) == 1:
             return make(taus[0]), {"classifier": args.classifier, "tau": taus[0], **note}
         # Chosen on validation images, reported on test images.
+        note |= run.note_of_choice("tau")
         if args.classifier == "tau":
             best, values = classifiers.sweep_tau(run.model, run.loader("val"), taus, args.tau_metric,
                                                  kept_features(run, "valid"))
@@ -99,7 +100,7 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
     head = head or trained
     if args.calibrate:
         found = classifiers.calibrate(run.model, run.loader("val"), head)
-        note = {**note, "calibration": found}
+        note = {**note, "calibration": found, **run.note_of_choice("the temperature")}
         log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
                  found["after"], "; kept for predictions and export" if own else "")
         if own and dist.is_main():
