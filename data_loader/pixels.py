@@ -117,13 +117,13 @@ class PixelLoader(BaseDataLoader):
         index = torch.from_numpy(order).to(self.device)
         draws = self._epoch_draws(epoch, order) if self.augment else None
         for batch in batches:
-            positions = torch.from_numpy(self.positions(batch))
-            mine = positions.to(self.device)
+            own = self.positions(batch)
+            mine = slice(own[0], own[-1] + 1, self.world_size)  # what is on a device already: no step waits for a copy
             images = self.store.plain(index[mine]) if draws is None else \
-                self.store.augmented(index[mine], draws[positions])
+                self.store.augmented(index[mine], draws[mine])
             if draws is None and "crops" in self.views:
                 images = enlarged_crops(images, self.views)
-            yield images, labels[mine]
+            yield images, labels[mine].clone()
 
     def _epoch_draws(self, epoch: int, order: np.ndarray) -> Any:
         """The random numbers of all positions of an epoch, drawn at once."""
@@ -145,8 +145,8 @@ class PixelLoader(BaseDataLoader):
             pixels = pixels.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
             if small:  # decoded by workers, augmented here as if they were in memory
-                some, every = MemoryImages(pixels, self.recipe, self.device), torch.arange(len(labels))
-                every = every.to(self.device)
+                some = MemoryImages(pixels, self.recipe, self.device, normalise)
+                every = torch.arange(len(labels), device=self.device)
                 images = some.plain(every) if draws is None else some.augmented(every, draws[positions])
             else:  # a custom transform's floats are taken as they are
                 images = normalise(pixels) if pixels.dtype == torch.uint8 else pixels

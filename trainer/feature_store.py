@@ -183,7 +183,7 @@ class FeatureStore:
         if self._held is None and self.bytes <= IN_MEMORY:
             self._held = torch.from_numpy(np.fromfile(self.file, np.float16).reshape(self.shape)).to(self.device)
         if self._held is not None:
-            return self._held[view][torch.from_numpy(index).to(self.device)].to(kind)
+            return self._held[view][torch.from_numpy(index).to(self.device, non_blocking=True)].to(kind)
         if self._handle is None:
             self._handle = open(self.file, "rb", buffering=0)  # noqa: SIM115 read from as long as the store lives
         # A mapping would count 64 KiB of the file as this process's memory for each row that is touched.
@@ -192,7 +192,7 @@ class FeatureStore:
             self._handle.seek(2 * self.row * (view * self.shape[1] + int(index[i])))
             if self._handle.readinto(found[i]) < 2 * self.row:
                 raise RunError(f"{self.file}: ends too early; remove it, and it is made anew")
-        return torch.from_numpy(found).to(self.device).to(kind)
+        return torch.from_numpy(found).to(self.device, non_blocking=True).to(kind)
 
 
 @contextlib.contextmanager
@@ -228,4 +228,5 @@ class FeatureLoader(BaseDataLoader):
         order, view = self.epoch_order(epoch), (epoch - 1) % self.store.shape[0]
         for batch in batches:
             index = order[self.positions(batch)]
-            yield self.store.rows(view, index), torch.from_numpy(self.targets[index]).to(self.device)
+            labels = torch.from_numpy(self.targets[index]).to(self.device, non_blocking=True)
+            yield self.store.rows(view, index), labels
