@@ -171,13 +171,21 @@ class LongTailLoss(nn.Module):
         return (self.counts / self.counts.sum()).log()
 
     def added(self, num_experts: int = 1) -> Tensor | float:
-        """What training adds to the mean logits and testing leaves out, [C]; 0 where there is nothing."""
+        """What training adds to the logits and testing leaves out: [C], or [E, C] where each expert has its own; 0
+        where there is nothing."""
         return 0.0
 
-    def learned_prior(self, seen: Tensor, num_experts: int = 1) -> Tensor:
+    def learned_prior(self, seen: Tensor, num_experts: int = 1, expert_weights: Tensor | None = None) -> Tensor:
         """The class distribution that plain logits at test are right for: `seen`, what training drew, times the class
-        weights now in force, less what was added. seen: shares [C] -> shares, float64 [C]. Margins don't count."""
-        log = seen.double().log() - self.added(num_experts)
+        weights now in force, less what was added. seen: shares [C] -> shares, float64 [C]. Margins don't count.
+
+        num_experts: as many as were trained. expert_weights: what each of them counts in the logits, [E] of sum 1;
+        None: they are the mean.
+        """
+        added = torch.as_tensor(self.added(num_experts), dtype=torch.float64)
+        if added.dim() == 2:
+            added = added.mean(0) if expert_weights is None else expert_weights.double() @ added
+        log = seen.double().log() - added
         if self.weighted:
             log = log + self.class_weights().log()
         return log.softmax(0)

@@ -161,7 +161,7 @@ class ShiftedExperts(LongTailLoss):
         raise NotImplementedError
 
     def added(self, num_experts: int = 1) -> Tensor:
-        return self.offsets(num_experts).mean(0)
+        return self.offsets(num_experts)
 
     def stream_loss(self, stream: Mapping[str, Tensor], target: Tensor | MixedLabels,
                     whole: WholeBatch | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from criteria.base import (
     ldam_margins,
     not_negative,
 )
+from utils.class_counts import class_counts
 from utils.errors import ConfigError, unknown
 
 
@@ -38,6 +39,7 @@ class FocalLoss(LongTailLoss):
     """Mean of (1 - p)^gamma · w_y · CE, p the target's probability (Lin et al., ICCV 2017).
 
     gamma: >= 0; the default 0, as in LDAM-DRW and RIDE, is plain cross-entropy. weight: a factor per class, or None.
+    Raises ConfigError for another number of factors than classes.
     """
 
     def __init__(self, cls_num_list: list | None = None, weight: list | None = None, gamma: float = 0.0):
@@ -46,15 +48,25 @@ class FocalLoss(LongTailLoss):
         self.weight = None if weight is None else torch.tensor([not_negative(w, "weight") for w in weight],
                                                                dtype=torch.float64)
 
-    def focal_weights(self) -> Tensor:
+    def focal_weights(self, num_classes: int) -> Tensor:
+        if len(self.weight) != num_classes:
+            raise ConfigError(f"loss.args.weight: has {len(self.weight)} numbers, the data {num_classes} classes")
         return self.weight
+
+    def learned_prior(self, seen: Tensor, num_experts: int = 1, expert_weights: Tensor | None = None) -> Tensor:
+        prior = super().learned_prior(seen, num_experts, expert_weights)
+        if self.weight is None:
+            return prior
+        # As a class without images counts as the rarest one, a weight of 0 as the least: no logit is for a share of 0.
+        prior = prior * torch.tensor(class_counts(self.focal_weights(len(seen)).tolist(), "loss.args.weight"))
+        return prior / prior.sum()
 
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:
         loss = cross_entropies(z, target)
         # 1 - p by expm1 is exact for p near 1; the clamp keeps the gradient of its power finite at p = 1.
         loss = (-torch.expm1(-loss)).clamp_min(torch.finfo(z.dtype).eps).pow(self.gamma) * loss
         if self.weight is not None:
-            loss = loss * self.table("focal_weights", z)[target]
+            loss = loss * self.table("focal_weights", z, z.shape[1])[target]
         return loss
 
 

@@ -25,7 +25,7 @@ def check_held_out(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, 
     if trained is not None:
         _check_arguments(loader, trained, now)
     known, own = facts.get("class_names"), loader.class_names
-    same = loader.images.paths is None and known and own and list(known) == list(own)       # in memory: no names tell
+    same = loader.paths is None and known and own and list(known) == list(own)       # in memory: no names tell
     if same and list(facts["cls_num_list"]) != loader.cls_num_list:
         raise ConfigError(f"data_loader: trains on {sum(loader.cls_num_list):,} images, the model was trained on "
                           f"{sum(facts['cls_num_list']):,} of the same data; \"holdout\" may draw images that it was "
@@ -44,7 +44,7 @@ def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mappi
 
 
 def _check_arguments(loader: Any, trained: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key in ("split_seed", "imb_type", "imb_factor"):
+    for key in ("split_seed", "holdout_fraction", "imb_type", "imb_factor"):
         if trained.get(key, _MISSING) == now.get(key, _MISSING):
             continue                                            # written alike, or left to the loader both times
         before, given = (args.get(key, _default(type(loader), key)) for args in (trained, now))

@@ -220,18 +220,22 @@ class ImageDataLoader(PixelLoader):
         """(training images, validation images, what to say about them)."""
         #: Whether validation images are drawn here, and whether out of what would be trained on.
         self.draws_validation = self.holds_out = False
+        #: Whether they are the test images, and whether there are images that neither training nor test uses.
+        self.validates_on_test = self.has_spare = False
         if splits.train is None:
             return None, None, None
         train, spare = self._imbalanced(splits)
+        self.has_spare = spare is not None and len(spare) > 0
         if self.validation == "none":
             return train, None, None
         if splits.val is not None and len(splits.val):
             return train, splits.val, None
         if self.validation == "test":
+            self.validates_on_test = True
             return train, splits.test, ("validation: \"test\": the best epoch is picked on the test images, as the "
                                         "published code does; the last epoch's figures are the honest ones")
         self.draws_validation = True
-        if spare is not None and len(spare):
+        if self.has_spare:
             chosen, missing = holdout_of_spare(spare.targets, self.num_classes, self.holdout_cap, self.split_seed)
             note = f"validation: \"holdout\": {len(chosen)} images that neither training nor test uses"
             if missing:

@@ -38,10 +38,9 @@ class Draws:
     boxes: torch.Tensor      # int32 [L, boxes, 4], see `erasing.draw_boxes`
 
     def __getitem__(self, index: slice | torch.Tensor) -> Draws:
-        """Of some images; the index is on the CPU."""
-        def part(name: str, value: torch.Tensor) -> torch.Tensor:
-            return value[index.to(value.device) if isinstance(index, torch.Tensor) else index]
-        return Draws(*(part(f.name, getattr(self, f.name)) for f in fields(self)))
+        """Of some images; the index is on the CPU. A tensor is copied to the device once, without waiting for it."""
+        there = index if isinstance(index, slice) else index.to(self.turn.device, non_blocking=True)
+        return Draws(*(getattr(self, f.name)[index if f.name in _ON_HOST else there] for f in fields(self)))
 
     def to(self, device: torch.device) -> Draws:
         """The same on a device, but for what the host needs to know."""
@@ -90,18 +89,19 @@ class MemoryImages:
     rotation turns in.
     """
 
-    def __init__(self, pixels: np.ndarray | torch.Tensor, recipe: Recipe, device: str | torch.device = "cpu"):
+    def __init__(self, pixels: np.ndarray | torch.Tensor, recipe: Recipe, device: str | torch.device = "cpu",
+                 normalise: Normalise | None = None):
         pixels = torch.as_tensor(pixels)
         n, inner, width, channels = pixels.shape
         border = recipe.border
         self.side = side = inner + 2 * border
         assert pixels.dtype == torch.uint8 and inner == width and channels == 3 and side >= recipe.size
         self.n, self.inner, self.recipe, self.device = n, inner, recipe, torch.device(device)
-        store = torch.zeros(1 + n * side * side, 4, dtype=torch.uint8)
+        store = torch.zeros(1 + n * side * side, 4, dtype=torch.uint8, device=pixels.device)
         store[1:].view(n, side, side, 4)[:, border:border + inner, border:border + inner, :3] = pixels
         self.words = store.view(torch.int32).view(-1).to(self.device)
         self.index_dtype = torch.int32 if len(self.words) < 2**31 else torch.int64
-        normalise = Normalise(recipe.mean, recipe.std, self.device)
+        normalise = normalise or Normalise(recipe.mean, recipe.std, self.device)
         self.scale, self.shift = normalise.scale, normalise.shift
         self.ramp = torch.arange(recipe.size, dtype=self.index_dtype, device=self.device)
 

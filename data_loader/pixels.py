@@ -36,7 +36,7 @@ class PixelLoader(BaseDataLoader):
                               f"{'training' if self.training else 'evaluation'} split has no image")
         self.images, self.augment, self.store, self.files = images, augment, store, None
         self.paths = images.paths
-        files = images.pixels if images.paths is None else images.paths  # arrays that are enlarged are read like files
+        files = images.pixels if images.paths is None else images.paths  # arrays of another size are read like files
         self._draws: tuple[int, Any] = (0, None)
         small = self._is_small
         degrees = self.degrees if self.policy == "basic" and small else 0.0
@@ -46,7 +46,7 @@ class PixelLoader(BaseDataLoader):
                              border=self.image_size // 8 if self.image_size <= LARGEST_RESIZED else 0)
         if store is not None or (self.transform is not None and augment and images.pixels is None):
             pass
-        elif images.pixels is not None and images.pixels.shape[1] >= self.image_size:
+        elif images.pixels is not None and images.pixels.shape[1] == self.preprocess["resize"]:
             self.store = MemoryImages(images.pixels, self.recipe, self.device)
             self.images = ImageSet(images.targets)  # the pixels are held once
         elif small and self.cache is not False and (self.cache is True or self._bytes(images) <= CACHE_LIMIT):
@@ -117,13 +117,13 @@ class PixelLoader(BaseDataLoader):
         index = torch.from_numpy(order).to(self.device)
         draws = self._epoch_draws(epoch, order) if self.augment else None
         for batch in batches:
-            positions = torch.from_numpy(self.positions(batch))
-            mine = positions.to(self.device)
+            own = self.positions(batch)
+            mine = slice(own[0], own[-1] + 1, self.world_size)  # what is on a device already: no step waits for a copy
             images = self.store.plain(index[mine]) if draws is None else \
-                self.store.augmented(index[mine], draws[positions])
+                self.store.augmented(index[mine], draws[mine])
             if draws is None and "crops" in self.views:
                 images = enlarged_crops(images, self.views)
-            yield images, labels[mine]
+            yield images, labels[mine].clone()
 
     def _epoch_draws(self, epoch: int, order: np.ndarray) -> Any:
         """The random numbers of all positions of an epoch, drawn at once."""
@@ -145,8 +145,8 @@ class PixelLoader(BaseDataLoader):
             pixels = pixels.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
             if small:  # decoded by workers, augmented here as if they were in memory
-                some, every = MemoryImages(pixels, self.recipe, self.device), torch.arange(len(labels))
-                every = every.to(self.device)
+                some = MemoryImages(pixels, self.recipe, self.device, normalise)
+                every = torch.arange(len(labels), device=self.device)
                 images = some.plain(every) if draws is None else some.augmented(every, draws[positions])
             else:  # a custom transform's floats are taken as they are
                 images = normalise(pixels) if pixels.dtype == torch.uint8 else pixels

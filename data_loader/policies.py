@@ -108,7 +108,8 @@ def apply(images: Tensor, number: Tensor, strength: Tensor, turn: Tensor | None 
         if len(chosen):
             there = chosen.to(images.device, non_blocking=True)
             some = images.index_select(0, there)
-            some = _warp(some, turn.index_select(0, chosen.to(turn.device))) if family is _warp else \
+            which = there if turn.device == there.device else chosen
+            some = _warp(some, turn.index_select(0, which)) if family is _warp else \
                 family(some, number[chosen], strength[chosen])
             images.index_copy_(0, there, some)
     return images

@@ -60,6 +60,12 @@ def model_heads(model: nn.Module) -> list[LinearHead]:
     return [linear_head(head) for head in model.used_heads()]
 
 
+def used_experts(model: nn.Module) -> list[int]:
+    """The experts that a model uses in evaluation, by number, in the order of its `feat`."""
+    heads = [id(head) for head in model.heads()]
+    return [heads.index(id(head)) for head in model.used_heads()]
+
+
 def tau_normalised(weight: Tensor, tau: float) -> Tensor:
     """w_j / |w_j|^tau (Kang et al., ICLR 2020): tau 0 leaves the weights, 1 makes them unit length. [C, D]."""
     return weight * _norm_factor(weight, tau)[:, None]

@@ -5,6 +5,7 @@ Every `merge` sums a tensor over all processes in place; each process brings its
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, merge: Merge = lambda x: x) 
     """The temperature T for which softmax(z / T) has the smallest cross-entropy (Guo et al., ICML 2017).
 
     logits: [N, C]; labels: [N]. The loss is convex in 1 / T, and its slope, the mean of E_p[z] - z_y, is brought to 0
-    by halving between COLDEST and HOTTEST, where it ends if the best lies outside.
+    by halving between COLDEST and HOTTEST, where it ends if the best lies outside. A class with a logit of -inf has no
+    part in an image's mean; an image of such a class fits at no T and doesn't count.
     """
     low, high = 1 / HOTTEST, 1 / COLDEST
     for _ in range(50):
@@ -67,7 +69,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, merge: Merge = lambda x: x) 
         slope = torch.zeros((), dtype=torch.float64, device=logits.device)
         for z, y in zip(logits.split(ROWS), labels.split(ROWS), strict=True):
             z = z.double()
-            slope += (((z * middle).softmax(1) * z).sum(1) - z.gather(1, y[:, None])[:, 0]).sum()
+            own, known = z.gather(1, y[:, None])[:, 0], z.masked_fill(z == -math.inf, 0)     # 0 * -inf is NaN
+            slope += (((z * middle).softmax(1) * known).sum(1) - own)[own != -math.inf].sum()
         low, high = (middle, high) if float(merge(slope)) < 0 else (low, middle)
     return (low * high) ** -0.5
 

@@ -73,6 +73,40 @@ def test_adjusted_logits_and_class_distributions(trained, tmp_path):
         test_script.test(args)
 
 
+def prior_figures(found, weights, taus=(0, 1, 2)):
+    """(logits made right for even classes, labels) of weighed experts with the offsets tau_e · log pi."""
+    logits, labels = found["test"]
+    weights = torch.tensor(weights, dtype=torch.float64)
+    offset = sum(w * tau for w, tau in zip(weights.tolist(), taus)) - 1
+    return torch.einsum("nec,e->nc", logits, weights) + offset * PI.log(), labels
+
+
+def test_a_prior_is_for_the_experts_that_are_asked(trained):
+    """Experts have offsets of their own: the distribution that one's logits are right for isn't that of all three."""
+    checkpoint, found = trained
+    for used, weights in (("2", [0, 0, 1]), ("2,0", [0.5, 0, 0.5]), ("0,1", [0.5, 0.5, 0])):
+        got = figures(checkpoint, "--prior", "uniform", "--set", f"arch.args.use_experts={used}")
+        assert got["accuracy"] == right(*prior_figures(found, weights))
+    learned = figures(checkpoint, "--prior", "uniform", "--expert_weights", "learn")
+    assert learned["accuracy"] == right(*prior_figures(found, learned["expert_weights"]))
+
+
+def test_a_prior_knows_which_experts_were_trained(trained):
+    """Two of three, with a strength each; the third's logits are right for nothing that is known."""
+    checkpoint, found = trained
+    contents = load_checkpoint(checkpoint)
+    contents["config"]["arch"]["args"]["use_experts"] = "2,0"
+    contents["config"]["loss"]["args"] = {"taus": [1.5, 0]}
+    other = checkpoint.parent / "two" / checkpoint.name
+    other.parent.mkdir()
+    save_checkpoint(other, contents)
+    assert figures(other, "--prior", "uniform")["accuracy"] == right(*prior_figures(found, [0.5, 0, 0.5], (0, 0, 1.5)))
+    assert figures(other, "--prior", "uniform", "--set", "arch.args.use_experts=2")["accuracy"] \
+        == right(*prior_figures(found, [0, 0, 1], (0, 0, 1.5)))
+    with pytest.raises(ConfigError, match=r"--prior: expert 1 took no part in the training of .*use_experts=2,0"):
+        figures(other, "--prior", "uniform", "--set", "arch.args.use_experts=0,1")
+
+
 def test_learned_weights_of_experts(trained):
     checkpoint, found = trained
     logits, labels = found["test"]
@@ -113,6 +147,20 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):
     save_checkpoint(again, trained_again)
     (again.parent / "calibration.json").write_text(kept)
     assert open_run(again).temperature == 1      # nor that of other weights of the same epoch
+
+
+@pytest.mark.parametrize("flags", [("--calibrate",), ("--classifier", "la", "--tau", "0:1:0.5"),
+                                   ("--classifier", "tau", "--tau", "0:1:0.5")])
+def test_what_is_chosen_on_the_test_images_is_marked(trained, flags, capsys):
+    """As under `"validation": "test"`, which old configs have without a word; with images of its own it isn't."""
+    argv = ["-r", str(trained[0]), "-d", "cpu", *flags]
+    for validation, marked in (("test", True), ("holdout", False)):
+        test_script.main([*argv, "--set", f"data_loader.args.validation={validation}"])
+        got = json.loads((trained[0].parent / "test_metrics.json").read_text())
+        said = "is chosen on the test images" in capsys.readouterr().out
+        assert said == marked == (got.get("chosen_on") == "test")
+    test_script.main([*argv[:4], "--set", "data_loader.args.validation=test"])      # nothing is chosen
+    assert "chosen on" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("changed", "says"), [

@@ -9,6 +9,8 @@ import torch
 
 from data_loader.samplers import power_of
 from logger.log import get_logger
+from model.expert_model import chosen_experts
+from model.posthoc import used_experts
 from model.shift import frequencies
 from tools.calibration import keep_temperature
 from tools.fallback import value_at
@@ -67,6 +69,7 @@ def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict
         if len(taus) == 1:
             return make(taus[0]), {"classifier": args.classifier, "tau": taus[0], **note}
         # Chosen on validation images, reported on test images.
+        note |= run.note_of_choice("tau")
         if args.classifier == "tau":
             best, values = classifiers.sweep_tau(run.model, run.loader("val"), taus, args.tau_metric,
                                                  kept_features(run, "valid"))
@@ -97,7 +100,7 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
     head = head or trained
     if args.calibrate:
         found = classifiers.calibrate(run.model, run.loader("val"), head)
-        note = {**note, "calibration": found}
+        note = {**note, "calibration": found, **run.note_of_choice("the temperature")}
         log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
                  found["after"], "; kept for predictions and export" if own else "")
         if own and dist.is_main():
@@ -112,7 +115,7 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
             if hasattr(criterion, "set_epoch"):
                 criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
             power = power_of(run.config["data_loader"].get("args") or {})
-            learned = classifiers.learned_prior(criterion, counts, power, run.model.num_experts)
+            learned = classifiers.learned_prior(criterion, counts, power, shares_of_experts(run, note))
         if args.classifier == "la":     # logits less tau * log of the frequencies
             learned = learned / frequencies(counts) ** note["tau"]
             learned = learned / learned.sum()
@@ -126,6 +129,26 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
         head = classifiers.prior_head(head, learned, prior)
         note = {**note, "prior": args.prior, "class_distribution": prior.tolist()}
     return head, note
+
+
+def shares_of_experts(run: Any, note: dict[str, Any]) -> torch.Tensor:
+    """What each expert counts in the logits, float64 [E] of sum 1: E experts in the order in which the loss had them,
+    which are those that the training used, whatever `use_experts` says now. note: has `expert_weights` where some were
+    learned."""
+    used = used_experts(run.model)
+    own = recover_config(run.checkpoint) or run.config
+    trained = chosen_experts(value_at(own, "arch.args.use_experts"), run.model.num_experts)
+    if trained in (None, "rand"):
+        trained = list(range(run.model.num_experts))
+    new = sorted(set(used) - set(trained))
+    if new:
+        raise ConfigError(f"--prior: expert {new[0]} took no part in the training of {run.path}, so that nothing says "
+                          "what its logits are right for; give --set arch.args.use_experts="
+                          + ",".join(map(str, trained)))
+    shares = torch.zeros(len(trained), dtype=torch.float64)
+    weights = note.get("expert_weights", [1 / len(used)] * len(used))
+    shares[[trained.index(expert) for expert in used]] = torch.tensor(weights, dtype=torch.float64)
+    return shares
 
 
 def read_prior(path: str, num_classes: int) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from data_loader.held_out import check_held_out, of_same_data
+from logger.log import get_logger
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
 from tools.parts import check_size, make_loader, make_model, settled
@@ -17,6 +18,8 @@ from tools.session import config_of, data_facts, facts_of_checkpoint
 from utils.checkpoint.store import load_checkpoint, recover_config
 from utils.config.load import load_config
 from utils.errors import ConfigError
+
+log = get_logger()
 
 
 @dataclass
@@ -53,6 +56,18 @@ class Run:
     def temperature(self) -> float:
         """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1."""
         return kept_temperature(self.path, self.checkpoint.get("epoch"), self.model)
+
+    def note_of_choice(self, chosen: str) -> dict[str, str]:
+        """What figures must say of something that was chosen on the validation images: nothing, unless those are the
+        test images, which a warning tells too."""
+        loader = self.loader("train")
+        if not getattr(loader, "validates_on_test", False):
+            return {}
+        instead = "add --set data_loader.args.validation=holdout" if loader.has_spare else \
+            "there are no others that the model wasn't trained on, unless you give some (val/, a list)"
+        log.warning("%s is chosen on the test images (data_loader.args.validation is \"test\"), so that figures on "
+                    "them are too good; %s", chosen, instead)
+        return {"chosen_on": "test"}
 
     def loader(self, split: str = "test") -> BaseDataLoader:
         """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""

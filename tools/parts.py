@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from base.base_data_loader import BaseDataLoader
+from criteria.experts import ShiftedExperts
 from data_loader.data_loaders import build_loader
 from data_loader.samplers import power_of
 from logger.log import get_logger
@@ -106,6 +107,9 @@ def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
         log.warning("distill: the teacher changes nothing, as %s; leave distill out%s",
                     *(("the gates learn from their experts alone", "") if model.routed else
                       (f"{loss} has no use for it", ", or train with RIDELossWithDistill")))
+    if isinstance(criterion, ShiftedExperts) and model.backbone.use_experts == "rand":
+        raise ConfigError(f"arch.args.use_experts: \"rand\" leaves out another expert each step, and {loss} gives each "
+                          "expert an offset of its own by its place; leave it out, or name the experts")
     asked = copy.deepcopy(criterion).train(not model.routed)    # gates have a loss of their own, and this in validation
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         logits = torch.arange(float(model.num_classes)).repeat(2, len(model.backbone.pick_experts()), 1)

@@ -122,11 +122,12 @@ def model_of(config: dict[str, Any]) -> str:
 
 def other_evaluation(figures: dict[str, Any]) -> list[str]:
     """What test.py's figures say was otherwise than in an evaluation of the checkpoint as it is, but for the
-    classifier: `use_experts=2`, `calibrated`."""
+    classifier: `use_experts=2`, `calibrated`, `chosen on the test images`."""
     words = [str(change) for change in figures.get("changed") or ()]
     words += [f"prior {figures['prior']}"] if figures.get("prior") else []
-    return words + [word for key, word in (("calibration", "calibrated"), ("expert_weights", "learned expert weights"))
-                    if figures.get(key)]
+    words += [word for key, word in (("calibration", "calibrated"), ("expert_weights", "learned expert weights"))
+              if figures.get(key)]
+    return words + ["chosen on the test images"] * (figures.get("chosen_on") == "test")
 
 
 # ---------------------------------------------------------------------- a run's folder

@@ -139,16 +139,19 @@ def calibrate(model: nn.Module, loader: Any, head: Head) -> dict[str, float]:
     return {"temperature": temperature, "before": eces[0], "after": eces[1]}
 
 
-def learned_prior(criterion: nn.Module, cls_num_list: list[int], power: float, num_experts: int) -> torch.Tensor:
+def learned_prior(criterion: nn.Module, cls_num_list: list[int], power: float,
+                  expert_weights: torch.Tensor) -> torch.Tensor:
     """The class distribution that a model's plain logits are right for, [C]: what its sampler drew, its loss's class
     weights and what its loss added.
 
     cls_num_list: training images a class, of the training itself, whatever data are there now. power: see
-    `data_loader.samplers.power_of`.
+    `data_loader.samplers.power_of`. expert_weights: what each expert that was trained counts in the logits, [E].
     """
     seen = shift.frequencies(cls_num_list) ** power
     seen = seen / seen.sum()
-    return criterion.learned_prior(seen, num_experts) if hasattr(criterion, "learned_prior") else seen
+    if not hasattr(criterion, "learned_prior"):
+        return seen
+    return criterion.learned_prior(seen, len(expert_weights), expert_weights)
 
 
 def prior_head(base: Head, learned: torch.Tensor, prior: torch.Tensor) -> Head:

@@ -19,6 +19,7 @@ from base.base_data_loader import BaseDataLoader
 from model.crops import forward_crops
 from model.norm import fold_norm
 from model.norm.facts import is_norm
+from model.posthoc import used_experts
 from trainer.precision import autocast
 from utils import dist
 from utils.errors import ConfigError, RunError
@@ -34,9 +35,8 @@ def feature_key(model: nn.Module, loader: Any, views: int, amp: object) -> str:
     """A digest of what features depend on: the layers under the classifier and their weights, which experts are used,
     the images, how they are prepared."""
     digest = hashlib.blake2b(f"3 {views} {amp}".encode(), digest_size=16)
-    heads = [id(head) for head in model.heads()]
-    experts = [heads.index(id(head)) for head in model.used_heads()]
-    if experts != list(range(len(heads))):      # "0" and "1" of two have one shape and one set of weights
+    experts = used_experts(model)
+    if experts != list(range(len(model.heads()))):      # "0" and "1" of two have one shape and one set of weights
         digest.update(f"experts {experts}".encode())
     after = tuple(model.feature_prefixes())
     for name, module in model.named_modules():                  # what isn't in weights: strides, a norm's eps
@@ -183,7 +183,7 @@ class FeatureStore:
         if self._held is None and self.bytes <= IN_MEMORY:
             self._held = torch.from_numpy(np.fromfile(self.file, np.float16).reshape(self.shape)).to(self.device)
         if self._held is not None:
-            return self._held[view][torch.from_numpy(index).to(self.device)].to(kind)
+            return self._held[view][torch.from_numpy(index).to(self.device, non_blocking=True)].to(kind)
         if self._handle is None:
             self._handle = open(self.file, "rb", buffering=0)  # noqa: SIM115 read from as long as the store lives
         # A mapping would count 64 KiB of the file as this process's memory for each row that is touched.
@@ -192,7 +192,7 @@ class FeatureStore:
             self._handle.seek(2 * self.row * (view * self.shape[1] + int(index[i])))
             if self._handle.readinto(found[i]) < 2 * self.row:
                 raise RunError(f"{self.file}: ends too early; remove it, and it is made anew")
-        return torch.from_numpy(found).to(self.device).to(kind)
+        return torch.from_numpy(found).to(self.device, non_blocking=True).to(kind)
 
 
 @contextlib.contextmanager
@@ -228,4 +228,5 @@ class FeatureLoader(BaseDataLoader):
         order, view = self.epoch_order(epoch), (epoch - 1) % self.store.shape[0]
         for batch in batches:
             index = order[self.positions(batch)]
-            yield self.store.rows(view, index), torch.from_numpy(self.targets[index]).to(self.device)
+            labels = torch.from_numpy(self.targets[index]).to(self.device, non_blocking=True)
+            yield self.store.rows(view, index), labels

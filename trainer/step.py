@@ -176,7 +176,9 @@ class StepTrainer(BaseTrainer):
         """
         everywhere, own = sum(part.everywhere for part in parts), sum(part.own for part in parts)
         ranks = dist.world_size()
-        labels = join_labels([part.labels for part in parts]) if ranks > 1 or len(parts) > 1 else None
+        labels = None
+        if ranks > 1 or len(parts) > 1:     # of its own images: a lent one is another rank's to count
+            labels = join_labels([part.labels for part in parts if part.own] or [parts[-1].labels])
         total, means = 0.0, {}
         for number, part in enumerate(parts, 1):
             whole = None if labels is None else WholeBatch(labels, own, part.own, everywhere)

@@ -48,6 +48,7 @@ class CocoDataLoader(BaseDataLoader):
         annotated_on: `upright`, `stored` or `auto`: on which pixels of photos with an EXIF orientation the annotations
             were made, see DetectionDataset.
         validation: `test` (the val split), `holdout` (`holdout_fraction` of the training images) or `none`.
+        split_seed: which images are held out, whatever `seed` is.
     """
 
     task = "detection"
@@ -64,10 +65,12 @@ class CocoDataLoader(BaseDataLoader):
                  train_images: str = "train2017", val_annotations: str = "annotations/instances_val2017.json",
                  val_images: str = "val2017", validation: str = "test", holdout_fraction: float = 0.1,
                  seed: int = 0, device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1,
-                 annotated_on: str = "auto"):
+                 annotated_on: str = "auto", split_seed: int = 0):
         self.options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)
         _check(self.options, self.min_size)
+        #: Whether validation images are drawn here, and whether out of what would be trained on.
+        self.draws_validation = self.holds_out = validation == "holdout"
         mask_tools()  # that it is missing is said before anything is read or written
         self.root = Path(data_dir)
         if not self.root.is_dir():
@@ -125,7 +128,7 @@ class CocoDataLoader(BaseDataLoader):
         if held >= n:
             raise ConfigError(f"data_loader.args.holdout_fraction: {self.options['holdout_fraction']} of {n} images "
                               "leaves nothing to train on")
-        order = numpy_rng(self.options["seed"], HOLDOUT).permutation(n)
+        order = numpy_rng(self.options["split_seed"], HOLDOUT).permutation(n)
         return np.sort(order[:held]), np.sort(order[held:])
 
     def split_validation(self) -> CocoDataLoader | None:
@@ -255,13 +258,13 @@ class DigitScenesDataLoader(CocoDataLoader):
                  max_size: int = 256, flip: float = 0.0, group_by_aspect: bool = True, validation: str = "test",
                  holdout_fraction: float = 0.1, image_size: int = 128, n_max: int = 300, imb_factor: float = 0.02,
                  n_val: int = 40, scene_seed: int = 0, seed: int = 0, device: str | torch.device = "cpu",
-                 rank: int = 0, world_size: int = 1):
+                 rank: int = 0, world_size: int = 1, split_seed: int = 0):
         folder = make_scenes(data_dir, image_size=image_size, n_max=n_max, imb_factor=imb_factor, n_val=n_val,
                              scene_seed=scene_seed)
         super().__init__(str(folder), batch_size, shuffle, num_workers, training, balanced, retain_epoch_size,
                          sampler, repeat_threshold, min_size, max_size, flip, group_by_aspect, validation=validation,
                          holdout_fraction=holdout_fraction, seed=seed, device=device, rank=rank,
-                         world_size=world_size)
+                         world_size=world_size, split_seed=split_seed)
 
 
 def _check(options: dict[str, Any], min_size: list[int]) -> None:
@@ -275,6 +278,8 @@ def _check(options: dict[str, Any], min_size: list[int]) -> None:
         raise ConfigError(f"{where}.flip: {options['flip']}; it is a probability, 0 to 1")
     if not 0 < options["holdout_fraction"] < 1:
         raise ConfigError(f"{where}.holdout_fraction: {options['holdout_fraction']}; it must be between 0 and 1")
+    if options["split_seed"] not in range(2**32):
+        raise ConfigError(f"{where}.split_seed: {options['split_seed']}; it must be 0 to 4294967295")
     if options["num_workers"] < 0:
         raise ConfigError(f"{where}.num_workers: {options['num_workers']} is under 0")
     if options["annotated_on"] not in ("auto", "upright", "stored"):

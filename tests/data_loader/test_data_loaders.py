@@ -23,6 +23,7 @@ from data_loader.data_loaders import (
     ListFileDataLoader,
     build_loader,
 )
+from data_loader.transforms import test_transform
 from utils.errors import ConfigError
 
 
@@ -160,10 +161,10 @@ def test_cifar_holdout_without_spare_images_is_a_share(cifar: str) -> None:
     assert loader.mean[0] == 0.50707
 
 
-@pytest.mark.parametrize("size, workers", [(48, 0), (48, 1), (96, 0), (96, 1)])
-def test_cifar_enlarged_is_as_from_files(cifar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int,
-                                         workers: int) -> None:
-    """A pretrained network wants larger images than the arrays hold: they are treated as files of these pixels are."""
+@pytest.mark.parametrize("size, workers", [(28, 0), (48, 0), (48, 1), (96, 0), (96, 1)])
+def test_cifar_of_another_size_is_as_from_files(cifar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int,
+                                                workers: int) -> None:
+    """A network wants larger or smaller images than the arrays hold: they are treated as files of these pixels are."""
     for split in ("train", "test"):
         part = ImbalanceCIFAR10DataLoader(cifar, training=split == "train", imb_factor=None)
         for i in range(part.n_samples):
@@ -178,6 +179,15 @@ def test_cifar_enlarged_is_as_from_files(cifar: str, tmp_path: Path, monkeypatch
         (images, labels), (wanted, known) = next(iter(ours)), next(iter(theirs))
         assert torch.equal(labels, known) and torch.equal(images, wanted) and images.shape == (50, 3, size, size)
     assert arrays.raw_image(3).shape[2] == 3
+
+
+@pytest.mark.parametrize("size", [24, 48, 72])
+def test_digits_are_tested_as_they_are_predicted(size: int) -> None:
+    """What tools.predict and an export see of an image is what the test figures are of, at any size."""
+    loader = DigitsLTDataLoader(batch_size=3, training=False, image_size=size, num_workers=0)
+    pixels = loader.read(training=False).test.pixels[:3]
+    wanted = torch.stack([test_transform(loader.preprocess)(Image.fromarray(one)) for one in pixels])
+    assert torch.allclose(next(iter(loader))[0], wanted, atol=1e-6)
 
 
 def test_cifar_folder_itself_may_be_data_dir(cifar: str) -> None:

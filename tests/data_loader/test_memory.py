@@ -1,6 +1,8 @@
 """Batch augmentation against torchvision's per-image transforms, pixel by pixel and in distribution."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torchvision.transforms.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader
 from data_loader.memory import MemoryImages, Recipe
 
 PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)   # normalising that leaves the levels as they are
@@ -107,6 +111,51 @@ def test_leaves_the_thread_count_alone() -> None:
     with pytest.raises(IndexError):
         images.plain(torch.tensor([99]))
     assert torch.get_num_threads() == threads
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that are copied from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = self.down = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        places = [a.device.type for a in args if isinstance(a, torch.Tensor)]
+        to = (kwargs or {}).get("device")
+        if func is torch.ops.aten._to_copy.default and to is not None:
+            self.up += places[0] == "cpu" != torch.device(to).type
+            self.down += places[0] != "cpu" == torch.device(to).type
+        elif func is torch.ops.aten.copy_.default:
+            self.up += places == ["meta", "cpu"]
+            self.down += places == ["cpu", "meta"]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_of_images_on_a_device_copies_nothing(training: bool) -> None:
+    """A copy from the host may wait for the device; numbers of an epoch are copied at its beginning."""
+    loader = DigitsLTDataLoader(batch_size=32, training=training, device="meta", cutout=4)
+    batches = iter(loader)
+    next(batches)
+    with Copies() as copies:
+        images, labels = next(batches)
+    assert images.device.type == labels.device.type == "meta" and (copies.up, copies.down) == (0, 0)
+
+
+def test_small_images_from_workers_go_to_the_device_and_stay(tmp_path: Path) -> None:
+    for name in "ab":
+        for part in ("train", "test"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number, pixels in enumerate(some_pixels(6, 24)):
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.png")
+    loader = ImageFolderLTDataLoader(str(tmp_path), 4, image_size=16, num_workers=0, cache=False, device="meta")
+    batches = iter(loader)
+    next(batches)
+    with Copies() as copies:
+        images, labels = next(batches)
+    assert images.shape == (4, 3, 16, 16) and copies.down == 0
+    assert copies.up == 3       # the pixels, the labels, and where in the epoch they are
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -564,6 +564,8 @@ def test_wrong_calls_are_named():
     outputs, target = make()
     with pytest.raises(ConfigError, match="3 classes, the model's output 6"):
         LOSSES["LDAMLoss"](cls_num_list=[3, 2, 1])(outputs, target)
+    with pytest.raises(ConfigError, match=r"loss.args.weight: has 3 numbers, the data 6 classes"):
+        LOSSES["FocalLoss"](weight=[1, 2, 3])(outputs, target)
     with pytest.raises(ConfigError, match="teacher"):
         RIDELossWithDistill(cls_num_list=COUNTS)({k: v for k, v in outputs.items() if k != "teacher"}, target)
 

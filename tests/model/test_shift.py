@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from model.loss import BalancedSoftmaxLoss, BalPoELoss, CrossEntropyLoss, LDAMLoss, LogitAdjustmentLoss
+from model.loss import BalancedSoftmaxLoss, BalPoELoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustmentLoss
 from model.shift import (
     adjust_logits,
     estimate_prior,
@@ -72,6 +72,14 @@ def test_the_temperature_is_the_best_of_a_fine_grid(gaussians):
     assert fit_temperature(torch.eye(C).double(), torch.arange(C)) == pytest.approx(0.05)    # never wrong: the bound
 
 
+def test_a_class_that_no_image_can_be_has_no_part_in_the_temperature(gaussians):
+    """Nearest class mean gives a class without training images -inf; images of that class are left out."""
+    logits, labels = gaussians[0][:600] * 3.7, gaussians[1][:600]
+    impossible = torch.full((600, 1), -math.inf, dtype=torch.float64)
+    found = fit_temperature(torch.cat([logits, impossible], 1), torch.where(torch.arange(600) < 500, labels, C))
+    assert found == pytest.approx(fit_temperature(logits[:500], labels[:500]), rel=1e-9)
+
+
 def test_steady_experts_get_the_weight():
     g = torch.Generator().manual_seed(0)
     steady, shaky = 3 * torch.randn(200, 1, C, generator=g), torch.randn(2, 200, 1, C, generator=g)
@@ -91,8 +99,15 @@ def test_what_a_models_logits_are_right_for():
     assert torch.allclose(CrossEntropyLoss(counts).learned_prior(pi), pi)
     assert torch.allclose(BalancedSoftmaxLoss(counts).learned_prior(pi), even.double())
     assert torch.allclose(BalPoELoss(counts).learned_prior(pi, 3), even.double())
+    # Experts that are left out, or count more than others, bring their own offsets: here 0, 1 and 2 times log pi.
+    for weights, power in (([0, 0, 1], -1), ([1, 0, 0], 1), ([0.5, 0, 0.5], 0), ([0.2, 0.2, 0.6], -0.4)):
+        weights = torch.tensor(weights, dtype=torch.float64)
+        assert torch.allclose(BalPoELoss(counts).learned_prior(pi, 3, weights), pi ** power / (pi ** power).sum())
+        assert torch.allclose(BalancedSoftmaxLoss(counts).learned_prior(pi, 3, weights), even.double())
     half = LogitAdjustmentLoss(counts, tau=0.5).learned_prior(pi)
     assert torch.allclose(half, pi.sqrt() / pi.sqrt().sum())
+    assert FocalLoss(counts, [1, 2, 5]).learned_prior(pi).tolist() == pytest.approx([80 / 135, 30 / 135, 25 / 135])
+    assert FocalLoss(counts, [1, 2, 0]).learned_prior(pi).tolist() == pytest.approx([80 / 115, 30 / 115, 5 / 115])
     deferred = LDAMLoss(counts, reweight_epoch=5)
     deferred.set_epoch(5)
     assert torch.allclose(deferred.learned_prior(pi), pi)

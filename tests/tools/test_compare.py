@@ -248,7 +248,9 @@ def test_help_comes_at_once(run_cli):
 
 
 @pytest.mark.parametrize("more, said", [
-    ({"changed": ["use_experts=2"]}, "CE, use_experts=2"), ({"calibration": {"temperature": 2.0}}, "CE, calibrated"),
+    ({"changed": ["use_experts=2"]}, "CE, use_experts=2"),
+    ({"calibration": {"temperature": 2.0}, "chosen_on": "test"}, "CE, calibrated, chosen on the test images"),
+    ({"calibration": {"temperature": 2.0}}, "CE, calibrated"),
     ({"prior": "estimate", "expert_weights": [0.2, 0.8]}, "CE, prior estimate, learned expert weights")])
 def test_another_evaluation_is_no_seed_of_the_runs_own(tmp_path, more, said):
     plain, other = make_run(tmp_path, "plain", 0, 0.5), make_run(tmp_path, "other", 1, 0.6)

@@ -39,12 +39,29 @@ def test_asking_changes_nothing(loss: str) -> None:
     assert vars(criterion).keys() == before.keys() and criterion.epoch == 2 and criterion._tables == {}
 
 
-@pytest.mark.parametrize(("experts", "used"), [(4, "0,1,3"), (4, "rand"), (3, None)])
+@pytest.mark.parametrize(("experts", "used"), [(4, "0,1,3"), (3, None)])
 def test_the_experts_that_take_part_count(experts: int, used: str | None) -> None:
     config, criterion, model = parts("SADELoss", num_experts=experts, use_experts=used)
     check_loss(config, criterion, model)
     config, criterion, model = parts("SADELoss", num_experts=4)
     with pytest.raises(ConfigError, match="SADELoss is for 3 experts"):
+        check_loss(config, criterion, model)
+
+
+@pytest.mark.parametrize("loss", ["SADELoss", "BalPoELoss"])
+def test_experts_with_offsets_of_their_own_keep_their_places(loss: str) -> None:
+    """Left out at random, an expert's offset would depend on which other one is missing."""
+    config, criterion, model = parts(loss, num_experts=3, use_experts="rand")
+    with pytest.raises(ConfigError, match=f'arch.args.use_experts: "rand" leaves out .* {loss} gives each expert'):
+        check_loss(config, criterion, model)
+    config, criterion, model = parts("RIDELoss", num_experts=3, use_experts="rand")
+    check_loss(config, criterion, model)
+
+
+def test_a_loss_with_a_weight_for_other_classes_is_refused() -> None:
+    config, _, model = parts("FocalLoss")
+    criterion = build_loss({"type": "FocalLoss", "args": {"weight": [1, 2, 3, 4, 5]}}, COUNTS)
+    with pytest.raises(ConfigError, match=r"loss.args.weight: has 5 numbers, the data 3 classes"):
         check_loss(config, criterion, model)
 
 

@@ -83,6 +83,18 @@ def test_gradients_and_figures_are_one_process_s(both, index, kind):
             assert float(two_row[index][name]) == pytest.approx(float(value), abs=max(tolerance, 1e-6) * 10), name
 
 
+def test_a_lent_image_isnt_counted_among_a_ranks_own(runs):
+    """23 images in batches of 7, four a step: of the last 2 the third rank has none, but of those before it has."""
+    sections = {"data_loader": {"args": {"retain_epoch_size": True}}, "arch": {"args": {**GROUP, "use_norm": True}},
+                "trainer": {"accumulate": 4}, "loss": {"type": "LDAMLoss", "args": {"reweight_epoch": 0}}}
+    commands = [["-c", str(runs.config(**sections)), "-d", "cpu", "--epochs", "1", "--bs", "7", "--run_id", who]
+                for who in ("alone", "ranks")]
+    (alone,), = train_and_record(commands[:1])["steps"]
+    for rank in run_ranks(train_and_record, commands[1:], world_size=3):
+        (step,), = rank["steps"]
+        assert (alone - step).norm() <= 1e-6 * alone.norm()
+
+
 def test_only_rank_0_writes(both):
     _, (first, second), _, _ = both
     assert first["written"] and not second["written"]

@@ -12,6 +12,7 @@ pytest.importorskip("pycocotools")
 from data_loader.detection.coco import read_coco
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
 from data_loader.detection.masks import decode
+from data_loader.held_out import check_held_out
 from logger.log import get_logger
 from tests.conftest import run_python
 from tests.scenes import SCENES, coco_content
@@ -99,6 +100,7 @@ def test_unreadable_and_wrongly_sized_pictures_are_named(coco_folder):
 @pytest.mark.parametrize("args, message", [
     ({"batch_size": 0}, "batch_size"), ({"min_size": 2000}, "min_size"), ({"flip": 2.0}, "flip"),
     ({"validation": "some"}, "validation.*holdout"), ({"holdout_fraction": 0.0}, "holdout_fraction"),
+    ({"split_seed": -1}, "split_seed"),
     ({"annotated_on": "paper"}, "annotated_on.*upright"),
     ({"sampler": {"type": "ClassBalanced"}}, "sampler.type.*balanced"), ({"repeat_threshold": 0.0}, "repeat_threshold"),
 ])
@@ -248,6 +250,24 @@ def test_splits(scenes):
     assert not {*held.paths} & {*loader.paths} and held.cls_num_list == loader.cls_num_list
     assert DigitScenesDataLoader(str(scenes), validation="none", **SCENES).split_validation() is None
     assert test.paths == DigitScenesDataLoader(str(scenes), **SCENES).split_validation().paths
+
+
+def test_held_out_images_are_the_same_whatever_the_seed_is(scenes):
+    """A training that goes on, or is tested, with another seed mustn't validate on what was trained on."""
+    def make(**more):
+        more = {"validation": "holdout", "holdout_fraction": 0.3, **more}
+        return DigitScenesDataLoader(str(scenes), **SCENES, **more)
+    held = make().split_validation().paths
+    assert make(seed=1).split_validation().paths == held != make(split_seed=1).split_validation().paths
+    facts, own = {"class_names": make().class_names, "cls_num_list": make().cls_num_list}, {"validation": "holdout"}
+    check_held_out(make(seed=1), facts, {**own, "seed": 0}, {**own, "seed": 1})
+    check_held_out(make(), facts, None, own)
+    for now, before, says in (({"split_seed": 1}, {}, "split_seed: 1, but the model was trained with 0"),
+                              ({"holdout_fraction": 0.5}, {"holdout_fraction": 0.3}, "holdout_fraction: 0.5, but"),
+                              ({}, {"validation": "test"}, "validation: the model was trained with 'test'")):
+        with pytest.raises(ConfigError, match=f"data_loader.args.{says}"):
+            check_held_out(make(**now), facts, {**own, **before}, {**own, **now})
+    check_held_out(make(validation="test"), facts, {**own, **before}, {"validation": "test"})       # nothing is drawn
 
 
 def same(a, b):
