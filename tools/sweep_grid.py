@@ -14,6 +14,7 @@ from base.run_paths import RunPaths, new_run
 from logger.metrics_csv import read_table
 from tools.cli import value_of
 from tools.compare import COSMETIC
+from tools.fallback import as_begun
 from utils.config.load import Override, check_config, load_config
 from utils.config.outside import outside_flags, outside_names
 from utils.config.read import read_json
@@ -125,9 +126,12 @@ def _job(path: str, sweep: dict[str, Any], save_dir: str, name: str, method: str
             raise unknown(where, needed, sweep["methods"], "method")
     job = Job(method, seed, config, settings, new_run(save_dir, f"{name}_{method}", f"seed{seed}"), start, needs)
     # Checked whole now: a slip in the last method shouldn't show after a night. Files of runs to come aren't there yet.
-    known = [(key, value, f"{where}: {key}") for key, value in settings.items()
+    known = [Override(key, value, f"{where}: {key}") for key, value in settings.items()
              if not (isinstance(value, str) and PLACE.search(value))]
-    job.effective = load_config(config, [*known, *_identity(job)], flag=f"{where}: config")
+    overrides = [*known, *_identity(job)]
+    job.effective = load_config(config, overrides, flag=f"{where}: config")
+    if job.paths.config.is_file():
+        job.effective = as_begun(job.effective, read_json(job.paths.config, "config"), overrides, config)
     return job
 
 
