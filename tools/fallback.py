@@ -37,7 +37,8 @@ def settle_weights(config: dict[str, Any], overrides: list[Override] = (),
     (that would be lost), and what the fallback's own check raises.
     """
     other, config = config.get("fallback"), {**config, "fallback": None}
-    if other is None or brought or (config["arch"].get("args") or {}).get("weights", True) is not True:
+    args = config["arch"].get("args") or {}
+    if other is None or brought or not args.get("model_name") or args.get("weights", True) is not True:
         return config
     problem = dist.on_main(lambda: missing(config["arch"]))
     if problem is None:

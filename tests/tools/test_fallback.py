@@ -222,3 +222,8 @@ def test_what_counts_as_missing(monkeypatch):
     for name in ("test_efficientnett", ""):     # a name that nobody knows isn't one without weights
         with pytest.raises(ConfigError, match=r"arch\.args\.model_name: .*has no network"):
             missing({"args": {"model_name": name}})
+
+
+def test_a_fallback_for_a_network_without_weights_is_no_matter():
+    config = load_config("configs/digits_lt_ce.json", [Override("fallback", "configs/digits_lt_ce.json")])
+    assert settle_weights(config) == {**config, "fallback": None}
