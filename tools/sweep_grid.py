@@ -64,7 +64,20 @@ class Job:
             return False
         options, rows = self.effective["trainer"], read_table(self.paths.log / "metrics.csv")
         done = int(rows[-1].get("epoch") or 0) if rows else RunPaths.epoch_of(self.last)
-        return done >= options["epochs"] or bool(options.get("early_stop") or options.get("iterations"))
+        return done >= options["epochs"] or self._ended_early(options)
+
+    def _ended_early(self, options: dict[str, Any]) -> bool:
+        """Whether the last checkpoint is of an epoch's end at which its run was to end before the last epoch."""
+        limits = {key: options.get(name) for key, name in (("not_improved", "early_stop"),
+                                                           ("global_step", "iterations")) if options.get(name)}
+        if not limits:
+            return False
+        from utils.checkpoint.store import load_checkpoint
+        try:
+            last = load_checkpoint(self.last)
+        except ConfigError:     # cut short
+            return False
+        return last.get("batch") is None and any((last.get(key) or 0) >= limit for key, limit in limits.items())
 
     @property
     def finished(self) -> bool:
