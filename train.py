@@ -209,12 +209,13 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
     """Where the run's files go: a new place, or where it goes on. Another run's files are never written over."""
     from base.run_paths import new_run, run_of
     from logger.log import get_logger
+    from tools.session import PLACE
     from utils import dist
     if start.goes_on:
         for item in args.overrides if args.resume != "auto" else ():
-            if item.path in ("name", "trainer.save_dir"):
+            if item.path in PLACE:
                 get_logger().warning("%s: a run that goes on stays in its own folder, %s", item.path, start.path.parent)
-        if args.run_id not in (None, start.path.absolute().parent.name):
+        if args.run_id not in (None, run_of(start.path).models.name):
             get_logger().warning("--run_id: a run that goes on stays in its own folder, %s", start.path.parent)
         return run_of(start.path)
 
