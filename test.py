@@ -15,6 +15,7 @@ from base.run_paths import RunPaths, run_of
 from tools.flags import parse_test
 from utils.cli import run_main
 from utils.config.load import load_config
+from utils.config.outside import short_name
 from utils.errors import ConfigError
 
 
@@ -102,7 +103,9 @@ def figures_file(args: Namespace, run: Any) -> Path:
     data, and older checkpoints, have a file that names them; validation's never pass for test's."""
     folder, parts = run.path.parent, [f"{args.split}_metrics"]
     if not run.is_own_data:
-        parts.append(Path(run.config["data_loader"]["args"]["data_dir"]).resolve().name)
+        data = run.config["data_loader"]
+        folder_of = (data.get("args") or {}).get("data_dir")
+        parts.append(Path(folder_of).resolve().name if folder_of else short_name(data["type"]))
     newest = max(map(RunPaths.epoch_of, run_of(run.path).checkpoints()), default=0)
     older = run.path.name.startswith("checkpoint-epoch") and (run.checkpoint.get("epoch") or 0) < newest
     if older or not run.is_own_data:

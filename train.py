@@ -71,7 +71,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from logger.log import get_logger, set_verbosity, setup_logging
     from tools import session
     from tools.allocator import keep_freed_memory
-    from tools.fallback import settle_weights
+    from tools.fallback import as_begun, settle_weights
     from tools.launch import note_stop
     from tools.opened import Run
     from tools.report import write_report
@@ -82,6 +82,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from trainer.schedules import build_optimizer, build_scheduler
     from trainer.tasks import task_of, write_figures
     from utils import dist
+    from utils.checkpoint.store import recover_config
     from utils.device import pick_device, set_determinism
     from utils.seed import seed_everything
 
@@ -103,7 +104,10 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     seed_everything(config["seed"], dist.rank())
     if not start.goes_on:
         start.config = config = settle_weights(config, args.overrides, args.config, start.brings_weights)
-        options = config["trainer"]
+    elif args.config:
+        before = recover_config(start.checkpoint) or {}
+        start.config = config = as_begun(config, before, args.overrides, args.config)
+    options = config["trainer"]
     check_options(options)
     starts = None if start.goes_on else config["init_classifier"]
     if starts:
@@ -205,12 +209,13 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
     """Where the run's files go: a new place, or where it goes on. Another run's files are never written over."""
     from base.run_paths import new_run, run_of
     from logger.log import get_logger
+    from tools.session import PLACE
     from utils import dist
     if start.goes_on:
         for item in args.overrides if args.resume != "auto" else ():
-            if item.path in ("name", "trainer.save_dir"):
+            if item.path in PLACE:
                 get_logger().warning("%s: a run that goes on stays in its own folder, %s", item.path, start.path.parent)
-        if args.run_id not in (None, start.path.absolute().parent.name):
+        if args.run_id not in (None, run_of(start.path).models.name):
             get_logger().warning("--run_id: a run that goes on stays in its own folder, %s", start.path.parent)
         return run_of(start.path)
 

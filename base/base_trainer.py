@@ -191,11 +191,11 @@ class BaseTrainer(Resumable):
         self.paths.create()
         try:
             log_to_file(self.paths.log)
+            self.csv = MetricsCSV(self.paths.log / "metrics.csv", self.start_epoch - 1)
+            self.times = MetricsCSV(self.paths.log / "timing.csv", self.start_epoch - 1)
             write_json(self.paths.config, self.config)
             self.writer = make_writer(self.paths.log, self.options["tensorboard"],
                                       self.start_epoch - 1, self.global_step)
-            self.csv = MetricsCSV(self.paths.log / "metrics.csv", self.start_epoch - 1)
-            self.times = MetricsCSV(self.paths.log / "timing.csv", self.start_epoch - 1)
             best_is_gone = bool(self._epochs_left()) and self._leave_course(self.csv.rows)
         except OSError as error:
             raise ConfigError(f"trainer.save_dir: can't write in {error.filename or self.paths.models}: "

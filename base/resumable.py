@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from base.changes import config_changes, missing_memory, regrouped
-from base.run_paths import RunPaths
+from base.run_paths import RunPaths, absolute
 from logger.log import get_logger
 from utils import dist
 from utils.checkpoint.store import load_checkpoint, save_checkpoint
@@ -134,7 +134,8 @@ class Resumable(ABC):
         best_epoch = _readable(best).get("epoch")
         if isinstance(best_epoch, int) and best_epoch >= self.start_epoch:
             later.insert(0, best)
-        later = [path for path in later if path.absolute() != self.resumed_from]
+        later = [path for path in later if absolute(path) != self.resumed_from]
+        later += self.paths.figures_of(later, self.start_epoch + self.resumed_inside)
         self.paths.set_aside(later)
         if later:
             log.info("renamed superseded-..., as the run goes on from before them: %s",
@@ -156,7 +157,7 @@ class Resumable(ABC):
         Raises ConfigError where the checkpoint has no such state (weights only, or written by another project).
         """
         name = str(path or "the checkpoint")
-        self.resumed_from = path and path.absolute()
+        self.resumed_from = path and absolute(path)
         if "optimizer" not in checkpoint or not isinstance(checkpoint.get("epoch"), int):
             raise ConfigError(f"{name}: holds weights only; start a new run from them with --pretrained {name}")
         saved_config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
@@ -204,7 +205,7 @@ class Resumable(ABC):
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{name}: its optimizer state doesn't fit this config ({error}); start a new run from "
                               f"its weights with --pretrained {name}") from None
         for group, numbers in zip(self.optimizer.param_groups, own):

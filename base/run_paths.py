@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,20 @@ class RunPaths:
         """All that a run can go on from: the best where it is there, then the epoch checkpoints."""
         return [*([self.best] if self.best.is_file() else []), *self.checkpoints()]
 
+    def figures_of(self, left: Collection[Path], epoch: int) -> list[Path]:
+        """test_metrics.json, where it is of one of the checkpoints `left`, or of `epoch` or a later one; else none."""
+        file = self.models / "test_metrics.json"
+        try:
+            tested = json.loads(file.read_text(encoding="utf-8")).get("checkpoint")
+        except (OSError, ValueError, AttributeError):
+            return []
+        number = CHECKPOINT.search(str(tested))     # a name that isn't there: a training's own end, of its last one
+        of_left = bool(left) if tested is None else tested in {path.name for path in left}
+        return [file] if of_left or (number and int(number[1]) >= epoch) else []
+
     @staticmethod
     def set_aside(files: Iterable[Path]) -> None:
-        """Rename checkpoints to `superseded-...`: all of them, or none where one can't be renamed (OSError).
+        """Rename files to `superseded-...`: all of them, or none where one can't be renamed (OSError).
 
         Those of a course that was left before stay: the next are `superseded2-...`, and so on.
         """
@@ -110,6 +122,11 @@ def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
     return RunPaths(base / "models" / name / run_id, base / "log" / name / run_id)
 
 
+def absolute(path: Path) -> Path:
+    """`path` from the root on, without "..", before which links are followed."""
+    return path.parent.resolve() / path.name if ".." in path.parts else path.absolute()
+
+
 def run_of(checkpoint: Path) -> RunPaths:
     """The folders of the run that wrote `checkpoint`; beside it where the file was moved out of its run.
 
@@ -117,7 +134,7 @@ def run_of(checkpoint: Path) -> RunPaths:
     """
     if (checkpoint.parent / "metrics.csv").is_file():
         return RunPaths(checkpoint.parent, checkpoint.parent)
-    folder = checkpoint.absolute().parent
+    folder = absolute(checkpoint).parent
     if folder.parent.parent.name == "models":
         save_dir = folder.parent.parent.parent
         return RunPaths(folder, save_dir / "log" / folder.parent.name / folder.name)

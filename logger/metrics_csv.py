@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from utils.errors import ConfigError
 from utils.files import write_text
 
 
@@ -16,14 +17,22 @@ class MetricsCSV:
     Args:
         path: the file; rows that are already there are kept up to `last_epoch`.
         last_epoch: rows of later epochs are dropped: a resumed run writes them again.
+    Raises:
+        ConfigError: what is there isn't a table of numbers with an epoch a row (a spreadsheet has saved it anew).
     """
 
     def __init__(self, path: Path, last_epoch: int = 0):
         self.path = path
         self.rows: list[dict[str, object]] = []
         if last_epoch and path.exists():
-            with open(path, newline="", encoding="utf-8") as handle:
-                self.rows = [row for row in csv.DictReader(handle) if int(row["epoch"]) <= last_epoch]
+            try:
+                with open(path, newline="", encoding="utf-8") as handle:
+                    rows = list(csv.DictReader(handle))
+                self.rows = [row for row in rows if int(row["epoch"]) <= last_epoch]
+                _ = [float(cell) for row in rows for cell in row.values() if cell]
+            except (KeyError, ValueError, TypeError, csv.Error):
+                raise ConfigError(f"{path}: isn't a {path.name} any more; rename it, or mend it: numbers with points, "
+                                  "commas between them, an epoch a row") from None
 
     def append(self, row: dict[str, object]) -> None:
         """Add one epoch's figures (`epoch` first); None becomes an empty field."""

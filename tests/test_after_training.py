@@ -1,5 +1,7 @@
 """What test.py does to a trained model's logits, on the weights of a short run, against the formulas."""
 import json
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,6 +202,12 @@ def test_other_data_and_older_weights_have_files_of_their_own(runs_of_photos, ca
     assert "of 100 photos like the 8 it was tested on" in capsys.readouterr().out
     again = json.loads((models / "test_metrics.json").read_text())
     assert again["checkpoint"] == "checkpoint-epoch2.pth" and again["loss"] == pytest.approx(json.loads(own)["loss"])
+
+
+def test_data_without_a_folder_are_called_by_their_loader(tmp_path):
+    run = SimpleNamespace(path=tmp_path / "model_best.pth", is_own_data=False, checkpoint={"epoch": 1},
+                          config={"data_loader": {"type": "mine.data:Digits", "args": {}}})
+    assert test_script.figures_file(Namespace(split="test"), run).name == "test_metrics.Digits.model_best.json"
 
 
 def test_the_distribution_that_was_trained_on_isnt_the_other_datas(runs_of_photos):

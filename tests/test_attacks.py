@@ -1,6 +1,7 @@
 """A file made to run code when it is unpickled: refused wherever a checkpoint may be named, and nothing in it runs."""
 
 import contextlib
+import json
 import os
 import pickle
 
@@ -60,3 +61,19 @@ def test_is_refused_and_not_run(call_cli, tmp_path, command, kind):
     assert "Traceback" not in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["files"]   # no run folder, no figures
     assert [path.name for path in folder.iterdir()] == ["innocent.pth"]
+
+
+@pytest.mark.parametrize("arch", [
+    {"type": "os:system", "args": {"command": "touch ran"}},
+    {"type": "ResNet32Model", "args": {"num_classes": 10, "norm": {"type": "os:mkdir", "args": {"path": "ran"}}}}])
+def test_a_table_of_runs_runs_none_of_their_code(call_cli, tmp_path, monkeypatch, arch):
+    """What a model costs is told without the class that a run's config.json names."""
+    folder = tmp_path / "models" / "ce" / "run"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({
+        "name": "ce", "arch": arch, "data_loader": {"type": "DigitsLTDataLoader", "args": {}}, "trainer": {}}))
+    (folder / "checkpoint-epoch1.pth").touch()
+    made = []
+    monkeypatch.setattr("model.model.build_model", lambda *_, **more: made.append(more))
+    done = call_cli(["-m", "tools.compare", tmp_path], cwd=tmp_path, check=True)
+    assert "ce/run" in done.stdout and not made and not (tmp_path / "ran").exists()

@@ -26,6 +26,7 @@ from tools.run_table import COLUMNS, FIGURES, Row, csv_table, frame, html_table,
 from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of, other_evaluation
 from utils.class_counts import group_limits
 from utils.cli import run_main
+from utils.config.outside import refuse_outside
 from utils.errors import ConfigError, unknown
 from utils.files import write_text
 
@@ -87,6 +88,7 @@ def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[in
     config = json.loads(described)
     try:
         from tools.gflops import gflops_of
+        refuse_outside(config, ())    # a run's own config doesn't choose what is run
         cost = gflops_of(config, shares)
         return cost["parameters"], cost["gflops"]
     except Exception:  # a run of another version, or a model that can't be built here, still has a row

@@ -37,21 +37,49 @@ def settle_weights(config: dict[str, Any], overrides: list[Override] = (),
     (that would be lost), and what the fallback's own check raises.
     """
     other, config = config.get("fallback"), {**config, "fallback": None}
-    if other is None or brought or (config["arch"].get("args") or {}).get("weights", True) is not True:
+    args = config["arch"].get("args") or {}
+    if other is None or brought or not args.get("model_name") or args.get("weights", True) is not True:
         return config
     problem = dist.on_main(lambda: missing(config["arch"]))
     if problem is None:
         return config
     if any(item.path.startswith(OF_THE_NETWORK) for item in overrides):
         raise ConfigError(problem)
-    said = [] if file is None else list(statements(file))
-    taken = [Override(key, value, str(file)) for key, value, own in said if is_carried(key, own)]
-    settled = {**load_config(other, [*taken, *overrides]), "name": config["name"]}
-    left = [key for key, value, own in said if own is not False and value != value_at(settled, key)
-            and not any(f"{key}.".startswith(f"{item.path}.") for item in overrides)]
+    settled, left = with_what_is_carried(other, config["name"], overrides, file)
     get_logger().info("%s\nuntil then, from scratch, as %s does%s", problem, other,
                       f"; not taken over from {file}: {', '.join(left)}" if left else "")
     return settled
+
+
+def as_begun(config: dict[str, Any], before: dict[str, Any], overrides: list[Override] = (),
+             file: str | os.PathLike | None = None) -> dict[str, Any]:
+    """The config for a run that is there and was trained as `before` says: itself, or its `fallback`, as in
+    `settle_weights`, where the run began with that, even if the network's weights can be had by now."""
+    other, config = config.get("fallback"), {**config, "fallback": None}
+    chosen = any(item.path.startswith(OF_THE_NETWORK) for item in overrides)
+    if other is None or chosen or network(before) == network(config):
+        return config
+    settled, _ = with_what_is_carried(other, config["name"], overrides, file)
+    if network(before) != network(settled):
+        return config
+    get_logger().info("the run began from scratch, as %s does, and goes on so", other)
+    return settled
+
+
+def network(config: dict[str, Any]) -> tuple[Any, Any]:
+    """What tells a config's network from its fallback's."""
+    return value_at(config, "arch.type"), value_at(config, "arch.args.model_name")
+
+
+def with_what_is_carried(other: str, name: str, overrides: list[Override], file: str | os.PathLike | None
+                         ) -> tuple[dict[str, Any], list[str]]:
+    """(the config `other` under the name `name`, with what `file` says of its data and its run; the keys of what else
+    it says)."""
+    said = [] if file is None else list(statements(file))
+    taken = [Override(key, value, str(file)) for key, value, own in said if is_carried(key, own)]
+    settled = {**load_config(other, [*taken, *overrides]), "name": name}
+    return settled, [key for key, value, own in said if own is not False and value != value_at(settled, key)
+                     and not any(f"{key}.".startswith(f"{item.path}.") for item in overrides)]
 
 
 def statements(file: str | os.PathLike) -> Iterator[tuple[str, Any, bool | None]]:

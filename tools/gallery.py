@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.files import atomic_write
+
 MOST = 120  # images on a sheet: more can't be looked at
 CELL, PICTURE, MARGIN = 208, 168, 14
 WIDE = 1.6  # how much larger a detector's pictures are, whose boxes must be seen
@@ -46,7 +48,8 @@ def gallery(found: Sequence[Any], names: Sequence[str] | None, path: str) -> int
             draw.text((left, at), _fit(draw, text, _font(13, True), cell), INK, _font(13, True))
             at += 22
         draw.text((left, at), _fit(draw, "/".join(Path(source).parts[-2:]), _font(10), cell), SOFT, _font(10))
-    sheet.save(path, format="PNG")
+    with atomic_write(path) as handle:
+        sheet.save(handle, format="PNG")
     return len(shown)
 
 

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from base.run_paths import RunPaths, run_of
-from tools.cli import Parser
+from tools.cli import Parser, add_set
 from tools.report import choose_checkpoint
 from tools.runs import other_evaluation
 from utils.cli import run_main
+from utils.config.outside import outside_flags
+from utils.config.read import read_json
 from utils.errors import ConfigError
 
 COPIED = ("metrics.csv", "timing.csv")
@@ -71,17 +73,19 @@ def check_figures(file: Path, figures: dict[str, Any], checkpoint: Path) -> None
         raise ConfigError(f"{file}: its figures {how}; first: python test.py -r {checkpoint}")
 
 
-def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True, weights: bool = True) -> Path:
+def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True, weights: bool = True,
+         overrides: Sequence[Any] = ()) -> Path:
     """Write the folder of `checkpoint`'s run under `top`, whole or not at all; returns it.
 
-    half: see `halved`. weights: whether they are kept.
+    half: see `halved`. weights: whether they are kept. overrides: what the config says, said again, for its classes
+    from outside.
 
-    Raises ConfigError: no test figures, or those of other weights, no config, a folder of that name is there, or it
-    can't be written.
+    Raises ConfigError: no test figures, or those of other weights, no config, overrides that change it, a folder of
+    that name is there, or it can't be written.
     """
+    from tools.fallback import value_at
     from tools.session import config_of
-    from utils.checkpoint.store import load_checkpoint, save_checkpoint
-    from utils.config.read import read_json
+    from utils.checkpoint.store import load_checkpoint, recover_config, save_checkpoint
     from utils.files import write_json
     paths = run_of(checkpoint)
     figures = paths.models / "test_metrics.json"
@@ -90,7 +94,13 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
     quoted = read_json(figures, "figures")
     check_figures(figures, quoted, checkpoint)
     loaded = load_checkpoint(checkpoint)
-    config = without_places(config_of(loaded, checkpoint))
+    config = config_of(loaded, checkpoint, overrides)
+    said = recover_config(loaded) or read_json(paths.config, "config")
+    for item in overrides:
+        if value_at(said, item.path) != item.value:
+            raise ConfigError(f"{item.flag} {item.path}: would change what the run's config says, which is kept as it "
+                              "is; leave it out")
+    config = without_places(config)
     target = top / (name or f"{config['name']}_s{config.get('seed', 0)}")
     if target.exists():
         raise ConfigError(f"--name: {target} is there already; delete it or choose another name")
@@ -130,6 +140,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--checkpoint", metavar="WHICH", default="last", help="last (default), best, or a file's name")
     parser.add_argument("--float32", action="store_true", help="keep weights as they are, where halves cost accuracy")
     parser.add_argument("--no_weights", action="store_true", help="keep the figures and the curve alone")
+    add_set(parser)
     args = parser.parse_args(argv)
     if not Path(args.run).is_dir():
         raise ConfigError(f"{args.run}: no such folder; give a run's, <save_dir>/models/<name>/<run_id>")
@@ -141,10 +152,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    target = keep(args.path, Path(args.top), args.name, not args.float32, not args.no_weights)
+    target = keep(args.path, Path(args.top), args.name, not args.float32, not args.no_weights, args.overrides)
     size = sum(path.stat().st_size for path in target.iterdir())
     check = f"train.py -c {target / 'config.json'}" if args.no_weights else f"test.py -r {target / 'weights.pth'}"
-    print(f"written to {target} ({size / 2**20:.1f} MiB)\ncheck it with: python {check} --data_dir data")
+    more = outside_flags(read_json(target / "config.json"))
+    print(f"written to {target} ({size / 2**20:.1f} MiB)\ncheck it with: python {check} --data_dir data{more}")
 
 
 if __name__ == "__main__":

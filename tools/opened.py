@@ -15,6 +15,7 @@ from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
 from tools.parts import check_size, make_loader, make_model, settled
 from tools.session import config_of, data_facts, facts_of_checkpoint
+from trainer.precision import allow_tf32
 from utils.checkpoint.store import load_checkpoint, recover_config
 from utils.config.load import load_config
 from utils.errors import ConfigError
@@ -103,6 +104,7 @@ def open_run(path: str | Path, config: str | Path | None = None, overrides: list
     Raises:
         ConfigError: unreadable or refused file, no config, weights that don't fit.
     """
+    allow_tf32(False)     # a process that opens a run evaluates: the same figures on every processor
     path = Path(path)
     checkpoint = load_checkpoint(path)
     if weights == "raw":

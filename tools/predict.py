@@ -8,6 +8,7 @@ at the end. CHECKPOINT may also be the ONNX file that tools.export made of one.
 """
 from __future__ import annotations
 
+import math
 import os
 import sys
 from argparse import Namespace
@@ -155,6 +156,11 @@ def predict(args: Namespace) -> None:
             done = classify(folded, paths, preprocess, temperature=facts.get("temperature", 1.0),
                             topk=args.topk, batch_size=args.batch_size, threads=args.num_workers, advance=bar.update)
     table = rows(done, names)
+    broken = [row["path"] for row in table for value in row.values()
+              if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise ConfigError(f"-r {args.resume}: its outputs aren't finite numbers ({broken[0]}); give a checkpoint from "
+                          "before its training went wrong")
     if done.found:
         report(args, done, table, names, model.num_experts)
     if done.unreadable and len(paths) > 1:

@@ -193,9 +193,13 @@ class RunRecord:
 
 
 def is_older(run: RunRecord) -> bool:
-    """Whether the test figures are of an epoch that the run has gone on from."""
+    """Whether the test figures are of an epoch that the run has gone on from, or of one that it has left to go on from
+    an earlier one and hasn't come to again."""
     tested, newest = CHECKPOINT.search(str(run.figures.get("checkpoint"))), run.paths.checkpoints()[-1:]
-    return bool(tested and newest) and int(tested[1]) < run.paths.epoch_of(newest[0])
+    if not tested or not newest:
+        return False
+    left = int(tested[1]) > run.epochs_done and not (run.paths.models / tested[0]).exists()
+    return left or int(tested[1]) < run.paths.epoch_of(newest[0])
 
 
 def read_run(models: Path) -> RunRecord:

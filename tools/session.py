@@ -4,6 +4,7 @@ The pieces that a config names are made in `tools.parts`.
 """
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from utils.errors import ConfigError
 
 log = get_logger()
 GATES = f"backbone.{routing.GATES}"
+#: What names a file of weights to begin from, and what names a run's folder, in which it stays.
+FILES, PLACE = ("pretrained", "load_crt"), ("name", "trainer.save_dir")
 
 
 # ---------------------------------------------------------------------- configs of checkpoints
@@ -76,7 +79,7 @@ class Start:
     @property
     def brings_weights(self) -> bool:
         """Whether all of the model's weights come from a file, so that its arch needs to fetch none."""
-        return self.checkpoint is not None or any(self.config.get(key) for key in ("pretrained", "load_crt"))
+        return self.checkpoint is not None or any(self.config.get(key) for key in FILES)
 
 
 def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
@@ -97,12 +100,22 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
     path = Path(args.resume)
     checkpoint = load_checkpoint(path)
     before = recover_config(checkpoint) or {}
-    for item in args.overrides:
-        if item.path in ("pretrained", "load_crt") and item.value not in (None, before.get(item.path)):
-            raise ConfigError(f"{item.flag}: a run begins from one file, and -r {path} has its weights; leave one out")
+    new = config is not None and config["resume_state_dict_only"]
+    given = [(item.path, item.value, item.flag) for item in args.overrides]
+    for key, value, flag in [*given, *((key, config[key], key) for key in FILES if new)]:
+        if key in FILES and value not in (None, before.get(key)):
+            raise ConfigError(f"{flag}: a run begins from one file, and -r {path} has its weights; leave one out")
+    if new:
+        return Start(config, checkpoint, path)
+    if re.match(r"superseded\d*-", path.name):
+        raise ConfigError(f"-r {path}: is of a course that its run has left; to go on with it, copy it to a folder of "
+                          f"its own as {path.name.partition('-')[2]}, or start a new run with --pretrained {path}")
+    staying = [item for item in args.overrides if item.path not in PLACE]
     if config is None:
-        return Start(config_of(checkpoint, path, args.overrides), checkpoint, path, goes_on=True)
-    return Start(config, checkpoint, path, goes_on=not config["resume_state_dict_only"])
+        config = config_of(checkpoint, path, staying)
+    elif len(staying) < len(args.overrides):
+        config = load_config(args.config, staying)
+    return Start(config, checkpoint, path, goes_on=True)
 
 
 # ---------------------------------------------------------------------- data, model, loss

@@ -14,6 +14,7 @@ from base.run_paths import RunPaths, new_run
 from logger.metrics_csv import read_table
 from tools.cli import value_of
 from tools.compare import COSMETIC
+from tools.fallback import as_begun
 from utils.config.load import Override, check_config, load_config
 from utils.config.outside import outside_flags, outside_names
 from utils.config.read import read_json
@@ -63,7 +64,20 @@ class Job:
             return False
         options, rows = self.effective["trainer"], read_table(self.paths.log / "metrics.csv")
         done = int(rows[-1].get("epoch") or 0) if rows else RunPaths.epoch_of(self.last)
-        return done >= options["epochs"] or bool(options.get("early_stop") or options.get("iterations"))
+        return done >= options["epochs"] or self._ended_early(options)
+
+    def _ended_early(self, options: dict[str, Any]) -> bool:
+        """Whether the last checkpoint is of an epoch's end at which its run was to end before the last epoch."""
+        limits = {key: options.get(name) for key, name in (("not_improved", "early_stop"),
+                                                           ("global_step", "iterations")) if options.get(name)}
+        if not limits:
+            return False
+        from utils.checkpoint.store import load_checkpoint
+        try:
+            last = load_checkpoint(self.last)
+        except ConfigError:     # cut short
+            return False
+        return last.get("batch") is None and any((last.get(key) or 0) >= limit for key, limit in limits.items())
 
     @property
     def finished(self) -> bool:
@@ -125,9 +139,12 @@ def _job(path: str, sweep: dict[str, Any], save_dir: str, name: str, method: str
             raise unknown(where, needed, sweep["methods"], "method")
     job = Job(method, seed, config, settings, new_run(save_dir, f"{name}_{method}", f"seed{seed}"), start, needs)
     # Checked whole now: a slip in the last method shouldn't show after a night. Files of runs to come aren't there yet.
-    known = [(key, value, f"{where}: {key}") for key, value in settings.items()
+    known = [Override(key, value, f"{where}: {key}") for key, value in settings.items()
              if not (isinstance(value, str) and PLACE.search(value))]
-    job.effective = load_config(config, [*known, *_identity(job)], flag=f"{where}: config")
+    overrides = [*known, *_identity(job)]
+    job.effective = load_config(config, overrides, flag=f"{where}: config")
+    if job.paths.config.is_file():
+        job.effective = as_begun(job.effective, read_json(job.paths.config, "config"), overrides, config)
     return job
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -37,3 +38,20 @@ def autocast(device: torch.device, amp: object) -> contextlib.AbstractContextMan
     if amp in (None, False, "off"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, AMP_TYPES[amp])
+
+
+def allow_tf32(allowed: bool) -> bool:
+    """Whether cuDNN's float32 convolutions may round their factors to TF32's 10 bits, as they do from Ampere on unless
+    this is called; returns whether they might so far."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
+    return before
+
+
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """In here convolutions are those of every processor, for figures that are quoted."""
+    before = allow_tf32(False)
+    try:
+        yield
+    finally:
+        allow_tf32(before)

@@ -13,6 +13,7 @@ from logger.log import get_logger
 from model.native import winograd
 from trainer.cached import CachedFeatures, OnFeatures
 from trainer.evaluate import evaluate
+from trainer.precision import in_float32
 from trainer.schedules import bring_to
 from trainer.step import Part, StepTrainer
 from utils.errors import ConfigError
@@ -178,7 +179,8 @@ class Trainer(StepTrainer):
     def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
         """The figures of the weights as they are on another split, in float32 like test.py's; with `keep` also by
         image, as far as known."""
-        return self.evaluate(loader, keep=keep)
+        with in_float32():
+            return self.evaluate(loader, keep=keep)
 
     @property
     def wants_images(self) -> bool:

@@ -23,6 +23,8 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     Python's warnings, and what is logged before logging is set up, go to stdout, so that stderr holds that line alone.
     Where every rank of a torchrun has the same to say, it is said once.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: of a name that its encoding lacks
     warnings.showwarning = _show_on_stdout
     logging.lastResort = logging.StreamHandler(sys.stdout)
     logging.lastResort.setLevel(logging.WARNING)  # as the one it replaces

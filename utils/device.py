@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
         flag: `-d`: "cpu", GPU numbers such as "0" or "0,1", or None (GPUs where there are any).
         n_gpu: how many GPUs the config asks for; more than there are is warned about once.
     Raises:
-        ConfigError: a GPU number that isn't there.
+        ConfigError: a GPU number that isn't there, more processes on this machine than GPUs.
     """
     available = gpu_count()
     if flag is not None and flag.strip().lower() == "cpu":
@@ -32,7 +33,7 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
         if wrong:
             raise ConfigError(f"-d/--device: there is no GPU {wrong[0]} ({available} found); use -d cpu or one of "
                               f"{list(range(available))}")
-        return torch.device("cuda", numbers[dist.local_rank() % len(numbers)])
+        return _gpu_of_rank(numbers)
     if available == 0:
         if n_gpu and dist.is_main():
             # A config written for GPUs runs on a laptop all the same.
@@ -43,7 +44,14 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
         return torch.device("cpu")
     if n_gpu == 0 and dist.world_size() == 1:
         return torch.device("cpu")
-    return torch.device("cuda", dist.local_rank() % available)
+    return _gpu_of_rank(range(available))
+
+
+def _gpu_of_rank(numbers: Sequence[int]) -> torch.device:
+    each, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(set(numbers))
+    if each > gpus:  # which NCCL can't do
+        raise ConfigError(f"--nproc_per_node: {each} processes for {gpus} GPU(s); give at most one a GPU, or -d cpu")
+    return torch.device("cuda", numbers[dist.local_rank() % len(numbers)])
 
 
 def gpu_count() -> int:

@@ -59,7 +59,7 @@ def is_main() -> bool:
 
 
 def setup(device: torch.device | str, timeout_s: float = 600) -> None:
-    """Join the process group where torchrun started us: nccl on GPUs, gloo on CPU. No-op for a single process.
+    """Join the process group where torchrun started us: nccl on GPUs where torch has it, else gloo. No-op for one.
 
     Raises ConfigError where WORLD_SIZE is set but the rest of what torchrun sets isn't.
     """
@@ -70,8 +70,8 @@ def setup(device: torch.device | str, timeout_s: float = 600) -> None:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # nccl's object collectives use the current device
     try:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(seconds=timeout_s))
+        nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
+        torch.distributed.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
     except ValueError as error:
         raise ConfigError(f"WORLD_SIZE is {world_size()} but the processes can't be joined ({error}); start them with "
                           "torchrun --nproc_per_node N train.py ...") from None

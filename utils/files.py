@@ -14,9 +14,14 @@ from typing import IO, Any
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_args: Any) -> Iterator[IO]:
     """Open a temporary file that becomes `path` when the block ends well; otherwise `path` stays as it was.
 
-    Raises OSError where the folder can't be written or the disk is full; the temporary file is then removed.
+    A link stays one, and what it names becomes the file; a device or a pipe is written to. Raises OSError where the
+    folder can't be written or the disk is full; the temporary file is then removed.
     """
-    path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **open_args) as handle:
+            yield handle
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.files import atomic_write
+
 #: name -> (light, dark). The three groups' colours stay apart for colour-blind eyes too.
 COLOURS = {
     "ink": ("#1b1f27", "#e7e9ee"), "soft": ("#5d6675", "#a3abb9"), "grid": ("#e4e7ec", "#2c323d"),
@@ -123,8 +125,8 @@ def to_svg(figure: Any, label: str) -> str:
 
 def to_png(figure: Any, path: Path, dpi: int = 160) -> None:
     """Write the figure as a PNG on white."""
-    with styled():
-        figure.savefig(path, format="png", dpi=dpi, facecolor="white")
+    with styled(), atomic_write(path) as handle:
+        figure.savefig(handle, format="png", dpi=dpi, facecolor="white")
 
 
 def to_array(figure: Any, dpi: int = 110) -> np.ndarray:

@@ -268,7 +268,8 @@ def test_figures_of_an_epoch_that_the_run_has_left_are_not_its_own(tmp_path):
     models = make_run(tmp_path, "on", accuracy=0.1, val=0.9)
     file = models / "test_metrics.json"
     for name, accuracy, note in (("checkpoint-epoch1.pth", 0.9, "validation figures"),
-                                 ("checkpoint-epoch3.pth", 0.1, ""), ("model_best.pth", 0.1, "")):
+                                 ("checkpoint-epoch3.pth", 0.1, ""), ("model_best.pth", 0.1, ""),
+                                 ("checkpoint-epoch9.pth", 0.9, "validation figures")):
         file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": name}))
         row, = compare(tmp_path, costs=False, published="none")[0].to_dict("records")
         assert (row["all"], row["note"]) == (accuracy, note)

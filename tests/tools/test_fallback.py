@@ -11,6 +11,7 @@ from PIL import Image
 import train as train_script
 from logger.log import setup_logging
 from tools.fallback import settle_weights
+from tools.sweep_grid import check_unchanged, read_sweep
 from utils.config.load import Override, load_config
 from utils.errors import ConfigError
 
@@ -58,6 +59,31 @@ def test_without_weights_it_trains_from_scratch_and_says_so(configs, photos, mon
     assert out.count(PROBLEM) == 1 and "until then, from scratch" in out
     saved = json.loads((models / "config.json").read_text())
     assert saved["arch"]["type"] == "ResNet32Model" and saved["name"] == "image_folder" and not saved["fallback"]
+
+
+def test_a_run_that_began_from_scratch_goes_on_so(configs, photos, tmp_path, monkeypatch, capsys):
+    """By the same line, and by the same sweep, even where the weights can be had by now."""
+    monkeypatch.setattr("tools.fallback.missing", lambda arch: PROBLEM)
+    run(configs, photos, "-r", "auto", "--epochs", "1")
+    monkeypatch.setattr("tools.fallback.missing", lambda arch: None)
+    capsys.readouterr()
+    models = run(configs, photos, "-r", "auto", "--epochs", "2")
+    out = capsys.readouterr().out
+    assert "epoch 2/2" in out and "epoch 1/2" not in out and "began from scratch, as" in out and PROBLEM not in out
+    saved = json.loads((models / "config.json").read_text())
+    assert saved["arch"]["type"] == "ResNet32Model" and not saved["fallback"]
+
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(json.dumps({"name": "image", "save_dir": str(tmp_path / "saved"), "methods": {"folder": {
+        "config": str(configs), "set": {"data_loader.args.data_dir": str(photos), "trainer.epochs": 2}}}}))
+    models.rename(models.with_name("seed0"))
+    (models.parents[2] / "log" / "image_folder" / "a").rename(models.parents[2] / "log" / "image_folder" / "seed0")
+    job, = read_sweep(str(sweep))[0]
+    check_unchanged(job)
+    assert job.finished
+    sweep.write_text(sweep.read_text().replace('"trainer.epochs": 2', '"trainer.epochs": 2, "optimizer.args.lr": 9'))
+    with pytest.raises(ConfigError, match=r"was run with optimizer\.args\.lr .*, the sweep now says 9"):
+        check_unchanged(read_sweep(str(sweep))[0][0])
 
 
 def test_with_weights_the_head_comes_first_and_fine_tuning_goes_on(configs, photos, tmp_path, monkeypatch, capsys):
@@ -196,3 +222,8 @@ def test_what_counts_as_missing(monkeypatch):
     for name in ("test_efficientnett", ""):     # a name that nobody knows isn't one without weights
         with pytest.raises(ConfigError, match=r"arch\.args\.model_name: .*has no network"):
             missing({"args": {"model_name": name}})
+
+
+def test_a_fallback_for_a_network_without_weights_is_no_matter():
+    config = load_config("configs/digits_lt_ce.json", [Override("fallback", "configs/digits_lt_ce.json")])
+    assert settle_weights(config) == {**config, "fallback": None}

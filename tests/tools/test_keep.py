@@ -208,3 +208,23 @@ def test_a_mistake_is_named(digits_run, kept, tmp_path):
     with pytest.raises(ConfigError, match="first: python"):
         keep(tmp_path / "checkpoint-epoch2.pth", tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_run_with_a_class_from_outside_is_kept_when_it_is_named(digits_run, tmp_path, monkeypatch, call_cli):
+    models = shutil.copytree(digits_run.models, tmp_path / "models" / "digits" / "run")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "kept_loss.py").write_text("from model.loss import RIDELoss\nclass Loss(RIDELoss):\n    pass\n")
+    file = models / "checkpoint-epoch2.pth"
+    loaded = torch.load(file, weights_only=True)
+    loaded["config"]["loss"]["type"] = "kept_loss:Loss"
+    torch.save(loaded, file)
+    os.utime(models / "test_metrics.json")
+    command = ["-m", "tools.keep", models, tmp_path / "results", "--name", "own"]
+    done = call_cli(command)
+    named = ["--set", "loss.type=kept_loss:Loss"]
+    assert done.returncode == 2 and done.stderr.endswith(f"name it too: {' '.join(named)}\n")
+    done = call_cli([*command, *named, "--set", "trainer.epochs=9"])
+    assert done.returncode == 2 and "--set trainer.epochs: would change what the run's config says" in done.stderr
+    done = call_cli([*command, *named], check=True)
+    assert done.stdout.endswith(f"--data_dir data {' '.join(named)}\n")
+    assert json.loads((tmp_path / "results/own/config.json").read_text())["loss"]["type"] == "kept_loss:Loss"

@@ -3,6 +3,7 @@ import csv
 import json
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tools.classify import (
     find_images,
     read_open_set,
 )
-from tools.predict import as_csv, as_line, parse, predict, report, rows
+from tools.predict import as_csv, as_line, parse, predict, report, rows, write_gallery
 from utils.errors import ConfigError
 
 
@@ -112,6 +113,17 @@ def test_exit_status(digits_run, photos, call_cli, name, status, said):
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("flags", [[], ["--json", "found.json"]])
+def test_outputs_that_arent_numbers_are_said(digits_run, photos, tmp_path, call_cli, flags):
+    loaded = torch.load(digits_run.checkpoint, weights_only=True)
+    loaded["state_dict"]["backbone.conv1.weight"].fill_(float("nan"))
+    torch.save(loaded, tmp_path / "nan.pth")
+    done = call_cli(["-m", "tools.predict", "-r", tmp_path / "nan.pth", photos[0] / "0.png", "-d", "cpu", *flags],
+                    cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nan%" not in done.stdout
+    assert "nan.pth: its outputs aren't finite numbers" in done.stderr and not (tmp_path / "found.json").exists()
+
+
 @pytest.mark.parametrize("flags", [["--topk", "0"], ["--batch_size", "x"], ["--csv", "no/such/folder/x.csv"],
                                    ["--thresold", "0.5"], ["--threshold", "2"]])
 def test_wrong_flags_are_named(digits_run, flags):
@@ -182,6 +194,20 @@ def test_a_full_gallery_says_how_many_are_on_it(tmp_path, capsys):
     sheet = str(tmp_path / "sheet.png")
     report(Namespace(csv=None, json=None, gallery=sheet), done, rows(done, None), None, 1)
     assert capsys.readouterr().out == f"the first 120 of 125 images, written to {sheet}\n"
+
+
+def test_half_a_gallery_is_never_left(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    sheet = tmp_path / "sheet.png"
+    sheet.write_bytes(b"before")
+
+    def full(self, file, **more):
+        file.write(b"half") if hasattr(file, "write") else Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        write_gallery(sheet, Predictions([Prediction(str(tmp_path / "a.png"), [0], [1.0])]), ["ant"])
+    assert sheet.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_csv_of_different_rows():

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools import sweep
 from tools.sweep import Runner
@@ -132,6 +133,18 @@ def test_a_stopped_run_that_was_tested_isnt_finished(tmp_path, stand_ins):
     assert not read_sweep(path)[0][0].finished
     (job.paths.log / "metrics.csv").write_text("epoch,loss\n1,1\n2,1\n3,1\n")
     assert read_sweep(path)[0][0].finished
+
+
+def test_a_run_that_may_stop_early_has_when_its_last_checkpoint_says_so(tmp_path, stand_ins):
+    path = write(tmp_path, methods={"ce": {}}, set={"trainer.epochs": 3, "trainer.early_stop": 2,
+                                                    "trainer.monitor": "max val_accuracy"})
+    job, = run(path)[0]
+    half = job.last.rename(job.paths.checkpoint(2))
+    for batch, not_improved, ended in ((None, 1, False), (None, 2, True), (4, 2, False)):
+        torch.save({"state_dict": {"w": torch.zeros(1)}, "batch": batch, "not_improved": not_improved}, half)
+        assert read_sweep(path)[0][0].trained is ended
+    half.write_bytes(b"cut short")
+    assert not read_sweep(path)[0][0].trained
 
 
 def test_what_began_from_a_run_that_is_trained_anew_is_named(tmp_path, stand_ins):

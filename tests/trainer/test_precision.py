@@ -1,5 +1,6 @@
 """What `trainer.amp` "auto" chooses on which hardware, that a run says so, and in which precision it is judged."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from data_loader.data_loaders import DigitsLTDataLoader
 from model.loss import build_loss
 from model.model import build_model
 from tools.opened import open_run
-from trainer.evaluate import evaluate
+from trainer.evaluate import TASK, evaluate
 from trainer.precision import autocast, choose_precision
 
 
@@ -84,3 +85,20 @@ def test_test_figures_are_float32s_unless_test_py_is_told_otherwise(runs) -> Non
     assert at_the_end == loss(figures) == pytest.approx(expected["off"], rel=1e-6)
     test.main(["-r", str(checkpoint), "-d", "cpu", "--set", "trainer.amp=bf16"])
     assert loss(figures) == pytest.approx(expected["bf16"], rel=1e-6) != pytest.approx(expected["off"], rel=1e-6)
+
+
+def test_test_figures_know_no_tf32(runs, monkeypatch) -> None:
+    """cuDNN's convolutions round to it from Ampere on, unless told not to: in training and its validation they may."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    def watched(model, loader, **more):
+        seen.append(("criterion" in more, torch.backends.cudnn.allow_tf32))
+        return evaluate(model, loader, **more)
+    monkeypatch.setattr("trainer.trainer.evaluate", watched)
+    models = runs("float32", "--epochs", 1)
+    assert seen == [(True, True), (False, False)] and torch.backends.cudnn.allow_tf32
+    seen.clear()
+    monkeypatch.setattr("trainer.evaluate.TASK", replace(TASK, evaluate=watched))
+    test.main(["-r", str(models / "checkpoint-epoch1.pth"), "-d", "cpu", "-q"])
+    assert seen == [(False, False)]

@@ -241,3 +241,15 @@ def test_detections_aspects_hold_only_for_batches_of_one_size(tmp_path) -> None:
             loader.options, loader.batch_size = {"group_by_aspect": grouped}, size
             orders[grouped, size] = loader.epoch_order(1).tolist()
     assert orders[True, 2] != orders[True, 3] and orders[False, 2] == orders[False, 3]
+
+
+def test_what_a_file_cant_give_is_named(quick, runs, tmp_path) -> None:
+    """A file without the optimizer's state, and a second file of weights in the config of a new run."""
+    file = tmp_path / "checkpoint-epoch1.pth"
+    trained = runs("first", "--epochs", 1) / "checkpoint-epoch1.pth"
+    torch.save(torch.load(trained, weights_only=True) | {"optimizer": None}, file)
+    with pytest.raises(ConfigError, match=r"its optimizer state doesn't fit .*--pretrained"):
+        runs(None, "-r", file)
+    for key in ("pretrained", "load_crt"):
+        with pytest.raises(ConfigError, match=rf"^{key}: a run begins from one file, and -r .* leave one out"):
+            runs("new", "-r", file, "--dry_run", **{key: str(trained), "resume_state_dict_only": True})

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -175,3 +176,62 @@ def test_a_start_that_saved_nothing_can_be_made_again(runs):
     runs.models("again").mkdir(parents=True)
     (runs.models("again") / "config.json").write_text("{}")
     assert torch.load(runs("again", "--epochs", 1) / "checkpoint-epoch1.pth", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("tested", ["checkpoint-epoch3.pth", "model_best.pth", None])
+def test_test_figures_of_the_course_that_was_left_arent_the_new_ones(runs, signal_at, monkeypatch, tested):
+    """While a run has none of its own, the batch script of docs/many-machines.md puts it back into the queue."""
+    validate_as(monkeypatch, 0.5, 0.6, 0.4, 0.7)
+    models = runs("course", "--epochs", 3, *LOWEST)
+    file, aside = models / "test_metrics.json", models / "superseded-test_metrics.json"
+    figures = {key: value for key, value in json.loads(file.read_text()).items() if key != "checkpoint"}
+    file.write_text(json.dumps({**figures, "checkpoint": tested} if tested else figures))
+    signal_at(2)
+    runs(None, "-r", models / "checkpoint-epoch1.pth", "--save_period", 10)
+    assert aside.is_file() and not file.exists()
+
+
+def test_test_figures_from_before_stay(runs, signal_at):
+    models = runs("course", "--epochs", 2)
+    file = models / "test_metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": "checkpoint-epoch1.pth"}))
+    before = file.read_text()
+    signal_at(2)
+    runs(None, "-r", models / "checkpoint-epoch1.pth", "--epochs", 3)
+    assert file.read_text() == before
+
+
+def test_a_path_with_dots_and_another_name_change_no_place(runs, monkeypatch, capfd):
+    """Rows go to the run's own metrics.csv, and its config still says what it is called."""
+    models = runs("course", "--epochs", 2)
+    (models.parent / "beside").mkdir()
+    monkeypatch.chdir(models.parent / "beside")
+    capfd.readouterr()
+    runs(None, "-r", "../course/checkpoint-epoch2.pth", "--epochs", 3, "--name", "other", "--save_dir", "elsewhere")
+    assert [row["epoch"] for row in csv.DictReader((runs.log("course") / "metrics.csv").open())] == ["1", "2", "3"]
+    assert names(models) == [f"checkpoint-epoch{epoch}.pth" for epoch in (1, 2, 3)]
+    assert capfd.readouterr().out.count("a run that goes on stays in its own folder") == 2
+    saved = json.loads((models / "config.json").read_text())
+    assert (saved["name"], saved["trainer"]["save_dir"]) == ("tiny", str(runs.save_dir))
+    runs(None, "-r", "../course/checkpoint-epoch2.pth", "-c", runs.config(), "--epochs", 3, "--name", "other")
+    assert json.loads((models / "config.json").read_text())["name"] == "tiny"
+
+
+def test_a_course_that_was_left_isnt_gone_on_with_in_its_folder(runs):
+    models = runs("course", "--epochs", 2)
+    aside = (models / "checkpoint-epoch2.pth").rename(models / "superseded2-checkpoint-epoch2.pth")
+    with pytest.raises(ConfigError, match=r"to a folder of its own as checkpoint-epoch2\.pth, or .*--pretrained"):
+        runs(None, "-r", aside)
+    runs("new", "-r", aside, "--epochs", 1, resume_state_dict_only=True)
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace(",", ";"), lambda text: text.replace("\n1,", "\n1.0,"),
+                                    lambda text: text.replace("0.", "0;")], ids=["semicolons", "1.0", "decimal commas"])
+def test_a_table_that_a_spreadsheet_saved_is_named(runs, change):
+    """Before anything is written."""
+    models = runs("course", "--epochs", 1)
+    table, before = runs.log("course") / "metrics.csv", (models / "config.json").read_text()
+    table.write_text(change(table.read_text()))
+    with pytest.raises(ConfigError, match=r"metrics\.csv: isn't a metrics\.csv any more; rename it"):
+        runs(None, "-r", models / "checkpoint-epoch1.pth", "--epochs", 2)
+    assert (models / "config.json").read_text() == before

@@ -1,5 +1,6 @@
 """What an entry point does with a mistake: one line, and the exit codes."""
 
+import io
 import os
 import subprocess
 import sys
@@ -27,6 +28,14 @@ def test_run_main_says_one_line(error, status, said, capsys):
     with pytest.raises(SystemExit) as done:
         cli.run_main(fails_with(error))
     assert done.value.code == status and capsys.readouterr().err == said
+
+
+def test_a_name_that_stdouts_encoding_lacks_is_spelt_out(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1251")
+    monkeypatch.setattr("sys.stdout", out)
+    with pytest.raises(SystemExit) as done:
+        cli.run_main(lambda: print("\u00e9.png \u0436.png"))
+    assert done.value.code == 0 and out.buffer.getvalue() == b"\\xe9.png \xe6.png\n"
 
 
 def test_run_main_other_outcomes(capsys):

@@ -13,7 +13,7 @@ from utils.config.schema import NESTED
 from utils.errors import ConfigError, unknown
 
 #: Keys whose text names a class or function.
-NAMING_KEYS = {"type", "metrics", *(key for parts in NESTED.values() for key in parts)}
+NAMING_KEYS = {"type", "metrics", "init_classifier", *(key for parts in NESTED.values() for key in parts)}
 
 
 def is_outside(name: Any) -> bool:

@@ -199,6 +199,15 @@ def test_a_checkpoint_cannot_choose_what_is_imported(own, checkpoint):
     assert type(open_run(file, overrides=everything).model).__name__ == "Net"
 
 
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_start_isnt_chosen_by_a_checkpoint_either(own, as_text):
+    name = f"{own}:halves"
+    raw = config(init_classifier=name if as_text else {"type": name})
+    with pytest.raises(ConfigError, match=rf"^init_classifier\S*: {name} is code from outside"):
+        config_of({"config": raw}, "model.pth")
+    assert own not in sys.modules
+
+
 def test_config_beside_a_checkpoint_is_no_better(own, checkpoint, tmp_path):
     data, file = checkpoint
     (tmp_path / "config.json").write_text(json.dumps(data["config"]))
