@@ -36,9 +36,12 @@ def _draw_lines(axes: Any, lines: Sequence[tuple]) -> None:
     for place in reversed(range(len(ends))):
         above = [heights[other] for other in range(place + 1, len(ends)) if abs(ends[other][1] - ends[place][1]) < near]
         heights[place] = min([heights[place], high - 0.3 * gap, *(height - gap for height in above)])
+    last = max(x for _, x, *_ in ends)
     for (_, x, name, colour), y in zip(ends, heights):
+        # A line that ends before the others has them behind its name.
+        behind = {"facecolor": LIGHT["surface"], "alpha": 0.8, "edgecolor": "none", "pad": 0.8} if x < last else None
         axes.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", color=colour, va="center", fontsize=8.5,
-                      annotation_clip=False)
+                      annotation_clip=False, bbox=behind, zorder=3)
 
 
 def curves(history: History) -> Any:
