@@ -11,11 +11,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from base.run_paths import RunPaths, run_of
 from tools.flags import parse_test
 from utils.cli import run_main
 from utils.config.load import load_config
-from utils.config.outside import short_name
 from utils.errors import ConfigError
 
 
@@ -101,16 +99,7 @@ def test(args: Namespace) -> dict[str, Any]:
 def figures_file(args: Namespace, run: Any) -> Path:
     """Where the figures go: test_metrics.json is the run's own, of its newest or best weights on its own data. Other
     data, and older checkpoints, have a file that names them; validation's never pass for test's."""
-    folder, parts = run.path.parent, [f"{args.split}_metrics"]
-    if not run.is_own_data:
-        data = run.config["data_loader"]
-        folder_of = (data.get("args") or {}).get("data_dir")
-        parts.append(Path(folder_of).resolve().name if folder_of else short_name(data["type"]))
-    newest = max(map(RunPaths.epoch_of, run_of(run.path).checkpoints()), default=0)
-    older = run.path.name.startswith("checkpoint-epoch") and (run.checkpoint.get("epoch") or 0) < newest
-    if older or not run.is_own_data:
-        parts.append(run.path.stem)
-    return folder / f"{'.'.join(parts)}.json"
+    return run.path.parent / f"{'.'.join([f'{args.split}_metrics', *run.about()])}.json"
 
 
 def check_classes(run: Any, loader: Any) -> None:

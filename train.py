@@ -79,6 +79,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from trainer import trainer_class
     from trainer.cached import check_options, keeps_plain
     from trainer.head_start import check_start, start_classifier, start_on_features
+    from trainer.precision import choose_precision
     from trainer.schedules import build_optimizer, build_scheduler
     from trainer.tasks import task_of, write_figures
     from utils import dist
@@ -134,10 +135,12 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     criterion = session.make_criterion(config, train_loader.cls_num_list)
     teacher = session.make_teacher(start, model.num_classes, device)
     session.check_loss(config, criterion, model, teacher)
-    optimizer = build_optimizer(config["optimizer"], model, options)
+    optimizer = build_optimizer(config["optimizer"], model,
+                                {**options, "amp": choose_precision(options["amp"], device)[0]})
     steps_per_epoch = -(-len(train_loader) // options["accumulate"])
+    judged = valid_loader is not None or " val_" not in options["monitor"]
     scheduler = build_scheduler(config["lr_scheduler"], optimizer, options["epochs"], steps_per_epoch,
-                                monitor=options["monitor"])
+                                monitor=options["monitor"] if judged else "off")
 
     trainer = trainer_class(options["type"])(
         model, criterion, optimizer, config, teacher=teacher, train_loader=train_loader, valid_loader=valid_loader,

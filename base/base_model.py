@@ -102,17 +102,20 @@ class BaseModel(nn.Module):
         return {"output": logits.mean(1), "logits": logits, "feat": feats}
 
     def stage2_prefixes(self) -> list[str]:
-        """What a decoupled second stage trains (Kang et al., ICLR 2020)."""
-        return self.classifier_prefixes()
+        """What a decoupled second stage trains (Kang et al., ICLR 2020): LWS's scales alone where there are any."""
+        scales = [name for name, _ in self.named_parameters() if name.endswith(".scales")]
+        return scales or self.classifier_prefixes()
 
     def stage_prefixes(self) -> list[tuple[str, ...]]:
         """Beginnings of parameter names, stage by stage from the stem to the last before the classifier."""
-        return [(f"{name}.",) for name, _ in self.named_children()]
+        heads = tuple(self.classifier_prefixes())
+        return [(f"{name}.",) for name, child in self.named_children()
+                if not f"{name}.".startswith(heads) and any(True for _ in child.parameters())]
 
     def freeze(self, what: str | Iterable[str] | float | dict) -> None:
-        """`trainer.freeze`: "backbone" (everything but the classifier), "norms", beginnings of parameters' names, or a
-        share of the stages: 0.5 is the first half of `stage_prefixes`, the stem included, rounded down; nothing of a
-        network of one stage.
+        """`trainer.freeze`: "backbone" (everything but classifier and gates), "norms", beginnings of parameters' names,
+        or a share of the stages: 0.5 is the first half of `stage_prefixes`, the stem included, rounded down; nothing of
+        a network of one stage. What is frozen already stays so.
 
         With {"until": "epoch 3", "what": ..., "then": ...} what it freezes is `waiting` for `thaw`, but for what "then"
         names. Raises ConfigError where a beginning fits no parameter, a share is less than a stage, and where there
@@ -121,7 +124,8 @@ class BaseModel(nn.Module):
         if isinstance(what, dict):
             self._freeze_for_a_while(freeze_plan(what))
         elif what == "backbone":
-            self.freeze_except(self.classifier_prefixes())
+            after = tuple(self.feature_prefixes())    # of these stays frozen what is: LWS's classifier, say
+            self._set_trained([name for name, _ in self.named_parameters() if not name.startswith(after)], False)
         elif what == "norms":
             self._set_trained(self._norm_parameters(), False)
         elif isinstance(what, float):
@@ -146,7 +150,8 @@ class BaseModel(nn.Module):
     def _norm_parameters(self) -> list[str]:
         """Norms by their name or by what they keep (MABN); NBN's scales stand beside its layers."""
         found = {id(p) for layer in self.modules()
-                 if "norm" in type(layer).__name__.lower() or hasattr(layer, "running_var")
+                 if ("norm" in type(layer).__name__.lower() and not isinstance(layer, nn.Linear))
+                 or hasattr(layer, "running_var")
                  for p in layer.parameters(recurse=False)}
         return [name for name, p in self.named_parameters() if id(p) in found or name.endswith("scale_factor")]
 
@@ -154,7 +159,7 @@ class BaseModel(nn.Module):
         """The parameters of that share of the stages, from the stem on; none, with a warning, where there is but one
         stage."""
         stages = self.stage_prefixes()
-        if len(stages) == 1:
+        if len(stages) < 2:
             log.warning("trainer.freeze: this network is one stage, of which there is no share: %g freezes none of "
                         "it (\"backbone\" freezes all of it)", share)
             return []

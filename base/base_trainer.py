@@ -71,7 +71,7 @@ class BaseTrainer(Resumable):
         self.monitor_mode, self.monitor = parse_monitor(self.options["monitor"], self.options["early_stop"])
         self.early_stop: float = self.options["early_stop"] or math.inf
         self.best: float | None = None
-        self.not_improved = 0
+        self.not_improved, self.told = 0, False      # told: that the monitored figure isn't known
         self.batches_done = 0
         self.start_epoch, self.start_batch, self.global_step = 1, 0, 0
         self.start_offset = 0        # images of the first epoch that were done in batches of another size
@@ -135,7 +135,8 @@ class BaseTrainer(Resumable):
                 self._step_schedule(figures)
                 ahead = self._ahead_of_best(figures)
                 best = ahead >= 0       # of equal epochs the later one, which has learned for longer
-                self.not_improved = 0 if ahead > 0 or self.monitor_mode == "off" else self.not_improved + 1
+                known = figures.get(self.monitor) is not None      # an epoch without it counts as neither
+                self.not_improved = 0 if ahead > 0 or self.monitor_mode == "off" else self.not_improved + known
                 with self._writing():
                     self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began, best)
                     self._report_time(epoch, start_batch, train_seconds, time.monotonic() - epoch_began)
@@ -221,7 +222,7 @@ class BaseTrainer(Resumable):
         unit = getattr(self.lr_scheduler, "unit", "epoch")
         if unit == "figure":
             value = figures.get(self.monitor) if self.monitor_mode != "off" else figures.get("val_loss")
-            value = figures["loss"] if value is None and self.monitor_mode != "max" else value
+            value = figures["loss"] if value is None and self.lr_scheduler.mode == "min" else value
             if value is not None:
                 self.lr_scheduler.step(value)
         elif self.lr_scheduler is not None and unit == "epoch":
@@ -274,6 +275,10 @@ class BaseTrainer(Resumable):
             self.monitor_mode = "off"
             return -math.inf
         value = figures[self.monitor]
+        if value is None and not self.told:
+            self.told = True
+            log.warning("trainer.monitor: %s isn't known: no image counts for it; such epochs are neither better nor "
+                        "worse", self.monitor)
         if value is None or math.isnan(value):
             return -math.inf
         ahead = math.inf if self.best is None else value - self.best

@@ -164,7 +164,7 @@ class Resumable(ABC):
         self._load_optimizer(checkpoint["optimizer"], saved_config, name)
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self._load_best(checkpoint, saved_config.get("trainer") or {})
+        same_figure = self._load_best(checkpoint, saved_config.get("trainer") or {})
         self.epoch_lr = checkpoint.get("epoch_lr")
         batch = checkpoint.get("batch")
         self.resumed_inside = batch is not None
@@ -173,7 +173,7 @@ class Resumable(ABC):
         if batch is not None:
             self._find_position(checkpoint, batch, saved_config, name)
         if self.lr_scheduler is not None:
-            self.bring_schedule_to(self._schedule_calls(), checkpoint.get("lr_scheduler"))
+            self.bring_schedule_to(self._schedule_calls(), checkpoint.get("lr_scheduler") if same_figure else None)
         step = checkpoint.get("global_step")
         self.global_step = checkpoint["epoch"] * len(self.train_loader) if step is None else step
         if "raw_state_dict" in checkpoint:  # `state_dict` is their average
@@ -220,14 +220,15 @@ class Resumable(ABC):
             raise ConfigError(f"optimizer.args: what is asked needs {', '.join(missing)}, which {name} doesn't hold; "
                               f"start a new run from its weights with --pretrained {name}")
 
-    def _load_best(self, checkpoint: dict[str, Any], saved: dict[str, Any]) -> None:
-        """The best figure so far, unless it is another figure that is monitored now."""
+    def _load_best(self, checkpoint: dict[str, Any], saved: dict[str, Any]) -> bool:
+        """The best figure so far, unless it is another figure that is monitored now; returns whether it is the same."""
         best, monitor = checkpoint.get("monitor_best"), checkpoint.get("monitor") or saved.get("monitor")
-        if monitor is not None and monitor != self.options["monitor"] and best is not None:
+        if monitor is not None and monitor != self.options["monitor"]:
             log.info("trainer.monitor: %s instead of %s: the best so far begins anew", self.options["monitor"], monitor)
-            return
+            return False
         self.best = best.item() if isinstance(best, torch.Tensor) else best
         self.not_improved = checkpoint.get("not_improved") or 0
+        return True
 
     def _find_position(self, checkpoint: dict[str, Any], batch: int, saved_config: dict[str, Any], name: str) -> None:
         """Where in its epoch a run goes on: by images, since the batch's size may have changed. Raises ConfigError

@@ -40,15 +40,15 @@ def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
 
 # -- lists -----------------------------------------------------------------------------------------------------------
 def read_class_names(file: Path, num_classes: int) -> list[str]:
-    """classes.txt: a name a line, in the order of the labels; `name label` as Places365 writes it will do too.
+    """classes.txt: a name a line, in the order of the labels, or `name label` as Places365 writes it, in any order.
 
     Raises ConfigError where there are fewer names than classes.
     """
     text = read_text_bytes(file).decode("utf-8", "surrogateescape")
     names = [line.strip() for line in text.splitlines() if line.strip()]
-    if all(name.rpartition(" ")[2] == str(number) and " " in name for number, name in enumerate(names)):
-        bare = [name.rpartition(" ")[0].strip() for name in names]
-        names = bare if len(set(bare)) == len(bare) else names  # else the number is the name: class 0, class 1
+    bare, numbers = ([name.rpartition(" ")[part].strip() for name in names] for part in (0, 2))
+    if all(bare) and sorted(numbers) == sorted(map(str, range(len(names)))) and len(set(bare)) == len(bare):
+        names = [name for _, name in sorted(zip(map(int, numbers), bare))]  # of equal ones the number is part: class 0
     if len(names) < num_classes:
         raise ConfigError(f"{shown(str(file))}: names {len(names)} classes, and the lists have {num_classes}; a line a "
                           "class, in the order of the labels")
@@ -111,20 +111,31 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
     return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes)
 
 
-def _plain(paths: Sequence[str]) -> list[str]:
-    """One text for each image, however its list writes it (`a.jpg`, `./a.jpg`, `/all/of/it/a.jpg`)."""
-    # Of an image in a shard a zero byte is part; Python 3.11 cuts there.
-    return [path if "\0" in path else os.path.abspath(path) for path in paths]
+def _plain(paths: Sequence[str], links: bool = False) -> list[str]:
+    """One text for each image, however it's written (`a.jpg`, `./a.jpg`, `/all/of/it/a.jpg`) and whichever links its
+    folder lies behind. links: those that are links themselves are followed too, which takes a look at each."""
+    plain, real = [], {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if "\0" in path:     # in a shard; Python 3.11 cuts there
+            plain.append(path)
+        elif links and os.path.islink(path):
+            plain.append(os.path.realpath(path))
+        else:
+            if folder not in real:
+                real[folder] = os.path.realpath(folder)
+            plain.append(os.path.join(real[folder], name))
+    return plain
 
 
-def same_files(one: Sequence[str], other: Sequence[str]) -> set[str]:
-    """The images that are in both."""
-    return set(_plain(one)) & set(_plain(other))
+def same_files(one: Sequence[str], other: Sequence[str], links: bool = False) -> set[str]:
+    """The images that are in both. links: see `_plain`."""
+    return set(_plain(one, links)) & set(_plain(other, links))
 
 
-def repeats(paths: Sequence[str]) -> dict[int, int]:
-    """Which of the paths name an image that one before names, and which one that is."""
-    plain, first = _plain(paths), {}
+def repeats(paths: Sequence[str], links: bool = False) -> dict[int, int]:
+    """Which of the paths name an image that one before names, and which one that is. links: see `_plain`."""
+    plain, first = _plain(paths, links), {}
     if len(set(plain)) == len(plain):
         return {}
     return {at: before for at, path in enumerate(plain) if (before := first.setdefault(path, at)) != at}

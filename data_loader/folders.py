@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
-from data_loader.files import DATA_DIR, about_tars, check_inside
+from data_loader.files import DATA_DIR, about_tars, check_inside, repeats, same_files
 from data_loader.images import EXTENSIONS, HEIC, is_system, refuse_folder, shown
 from data_loader.splitting import Division, match_classes, stranger
 from logger.text import count_of
@@ -65,7 +65,8 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
     notes += named_as_splits(names, shown(str(first)))
     if "train" in parts:
         note_rest(root, set(parts.values()), notes)
-    read = {"train": read_classes(first, names, root, allow_outside, notes, needed=True)}
+    read: dict[str, ImageSet] = {}
+    read["train"], linked = read_classes(first, names, root, allow_outside, notes, needed=True)
     for part in ("val", "test"):
         if "train" in parts and part in parts:
             own = class_folders(parts[part])
@@ -74,8 +75,11 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
                 raise ConfigError(f"{shown(str(parts[part] / stranger(list(own), list(names))))}: no such class in "
                                   f"{shown(str(first))}; add training photos of it or take the folder out")
             places = dict(zip(numbers, own.values()))
-            read[part] = read_classes(parts[part], {name: places.get(k, []) for k, name in enumerate(names)},
-                                      root, allow_outside, notes, needed=False)
+            read[part], too = read_classes(parts[part], {name: places.get(k, []) for k, name in enumerate(names)},
+                                           root, allow_outside, notes, needed=False)
+            linked |= too
+    if linked:
+        once_each(read, notes)
     test = next((part for part in ("test", "val") if part in read), "train")
     if not len(read[test]):
         loose, own = loose_images(parts[test]), class_folders(parts[test])
@@ -106,12 +110,23 @@ def named_as_splits(names: Iterable[str], place: str) -> list[str]:
 
 
 def folders_in(root: Path) -> list[str]:
-    """The names of the folders in `root`, sorted. Raises ConfigError where it can't be read."""
+    """The names of the folders in `root`, sorted. Raises ConfigError where it can't be read, or a link leads to what
+    isn't there: a class or a split would be missing without a word."""
     try:
-        with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+        with os.scandir(root) as scanned:
+            entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
         refuse_folder(error)
+    for entry in entries:
+        if entry.is_symlink() and not is_system(entry.name):
+            refuse_dangling(entry.path)
+    return [entry.name for entry in entries if entry.is_dir()]
+
+
+def refuse_dangling(path: str) -> None:
+    """ConfigError for a link to what isn't there."""
+    if not os.path.exists(path):
+        raise ConfigError(f"{shown(path)}: a link to {shown(os.readlink(path))}, which isn't there; remove it")
 
 
 def class_folders(root: Path) -> dict[str, list[str]]:
@@ -161,9 +176,9 @@ def not_images(names: Iterable[str]) -> str:
 
 
 def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_outside: bool, notes: list[str],
-                 needed: bool) -> ImageSet:
-    """Every image below each class's folders, and notes on what is left out."""
-    paths, labels, other = [], [], []
+                 needed: bool) -> tuple[ImageSet, bool]:
+    """(every image below each class's folders, whether a link led to any); notes on what is left out."""
+    paths, labels, other, linked = [], [], [], False
     real_root = os.path.realpath(root)
     for label, places in enumerate(names.values()):
         own, rest = [], []
@@ -184,19 +199,20 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
                 walked.add(real)
                 if files and not allow_outside:
                     check_inside(where, real_root, DATA_DIR, where, root)
+                linked |= real != os.path.normpath(os.path.join(real_root, os.path.relpath(where, root)))
                 for file in sorted(files):
                     path = os.path.join(where, file)
                     if is_system(file):
                         continue
-                    if not is_image(file):
+                    if os.path.islink(path):
+                        refuse_dangling(path)
+                        linked = True
+                        if not allow_outside and is_image(file):
+                            check_inside(path, real_root, DATA_DIR, path, root)
+                    if is_image(file):
+                        own.append(path)
+                    else:
                         rest.append(file)
-                        continue
-                    if not allow_outside and os.path.islink(path):
-                        if not os.path.exists(path):
-                            raise ConfigError(f"{shown(path)}: a link to {shown(os.readlink(path))}, which isn't "
-                                              "there; remove it")
-                        check_inside(path, real_root, DATA_DIR, path, root)
-                    own.append(path)
         if needed and not own:
             there = f", only {not_images(rest)}" if rest else ""
             raise ConfigError(f"{shown(os.path.join(folder, places[0]))}: holds no image "
@@ -209,7 +225,25 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
     loose = loose_images(folder)
     if loose:
         notes.append(left_out(folder, f"{count_of(loose, 'image', 'images')} beside the class folders"))
-    return ImageSet(np.array(labels, dtype=np.int64), paths=paths)
+    return ImageSet(np.array(labels, dtype=np.int64), paths=paths), linked
+
+
+def once_each(read: dict[str, ImageSet], notes: list[str]) -> None:
+    """Leave out, and note, what links show twice in one split, and note what they show in two. Raises ConfigError where
+    one photo has two classes."""
+    for part, images in read.items():
+        again = repeats(images.paths, links=True)
+        for at, before in again.items():
+            if images.targets[at] != images.targets[before]:
+                raise ConfigError(f"{shown(images.paths[at])} is {shown(images.paths[before])}, which has another "
+                                  "class; remove one of these links")
+        if again:
+            notes.append(f"warning: {part}: {count_of(len(again), 'image', 'images')} that links show again left out")
+            read[part] = images.subset(np.delete(np.arange(len(images)), list(again)))
+    for part in read.keys() - {"train"}:
+        both = len(same_files(read["train"].paths, read[part].paths, links=True))
+        if both:
+            notes.append(f"warning: {count_of(both, 'image is', 'images are')} in train and, through links, in {part}")
 
 
 def leads_up(where: str, real: str, real_root: str) -> bool:

@@ -144,6 +144,8 @@ def _read(handle: BinaryIO, plan: Callable[[int, int], int] | None) -> Image.Ima
             image.draft(None, tuple(max(length // factor, 1) for length in image.size))
     else:
         image = Image.open(handle)
+        if image.format == "EPS":    # a program, which Pillow would have Ghostscript run
+            raise ValueError("EPS, which isn't pixels: convert it to PNG")
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many; make it smaller")
     return to_rgb(image)

@@ -133,10 +133,6 @@ class ExpertModel(BaseModel):
     def classifier_prefixes(self) -> list[str]:
         return ["backbone.linear."] if self.num_experts == 1 else ["backbone.linears."]
 
-    def stage2_prefixes(self) -> list[str]:
-        scales = [name for name, _ in self.named_parameters() if name.endswith(".scales")]
-        return scales or self.classifier_prefixes()
-
     @property
     def uses_all_parameters(self) -> bool:
         experts = self.backbone.use_experts

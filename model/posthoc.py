@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.metric import EvalState
-from utils.errors import unknown
+from utils.errors import ConfigError, unknown
 
 FEAT_TYPES = ("un", "l2n", "cl2n")
 DISTANCES = ("euclidean", "cosine")
@@ -43,6 +43,9 @@ def linear_head(head: nn.Module) -> LinearHead:
 
     The factors that LWS (`scales`) or a batch norm on the logits (`bn`) give each class are part of its weight.
     """
+    if not isinstance(head, nn.Linear) and not (hasattr(head, "weight") and hasattr(head, "s")):
+        raise ConfigError(f"--classifier tau: {type(head).__name__} isn't linear in a `weight` (nn.Linear's [C, D], or "
+                          "[D, C] beside a scale `s`); use --classifier ncm or la")
     weight = head.weight.detach()
     if not isinstance(head, nn.Linear):
         return LinearHead(weight.t().contiguous(), float(head.s))

@@ -9,7 +9,8 @@ import torch
 import test as test_script
 from model.metric import EvalState
 from tools.flags import parse_test
-from tools.opened import open_run
+from tools.opened import Run, open_run
+from tools.report_page import report_name
 from utils.checkpoint.store import load_checkpoint, save_checkpoint
 from utils.errors import ConfigError
 
@@ -207,7 +208,9 @@ def test_other_data_and_older_weights_have_files_of_their_own(runs_of_photos, ca
 def test_data_without_a_folder_are_called_by_their_loader(tmp_path):
     run = SimpleNamespace(path=tmp_path / "model_best.pth", is_own_data=False, checkpoint={"epoch": 1},
                           config={"data_loader": {"type": "mine.data:Digits", "args": {}}})
+    run.about = lambda: Run.about(run)
     assert test_script.figures_file(Namespace(split="test"), run).name == "test_metrics.Digits.model_best.json"
+    assert report_name("val", run) == "val_report.Digits.model_best"
 
 
 def test_the_distribution_that_was_trained_on_isnt_the_other_datas(runs_of_photos):

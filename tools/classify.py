@@ -19,20 +19,30 @@ AHEAD = 3  # batches that are decoded while one is classified
 
 # ---------------------------------------------------------------------- which images
 
-def find_images(paths: Iterable[str]) -> list[str]:
-    """Image files: those named, and all in the folders named and below, in order and once each.
+def find_images(paths: Iterable[str], other: list[str] | None = None) -> list[str]:
+    """Image files: those named, and all in the folders named and below (through links too), in order and once each.
 
-    In folders only names that end like an image's count, and nothing hidden or left there by a system does (see
-    data_loader.images.is_system). Raises ConfigError for a path that isn't there, and where there is no image.
+    In folders only names that end like an image's count (the rest joins `other`), and nothing hidden or left there by a
+    system does (see data_loader.images.is_system). Raises ConfigError for a path that isn't there, and where there is
+    no image.
     """
     from data_loader.images import EXTENSIONS, is_system, refuse_folder, shown
     found: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
-            for folder, below, names in os.walk(path, onerror=refuse_folder):
+            walked: set[str] = set()  # a link may lead back
+            for folder, below, names in os.walk(path, onerror=refuse_folder, followlinks=True):
+                real = os.path.realpath(folder)
+                if real in walked:
+                    below.clear()
+                    continue
+                walked.add(real)
                 below[:] = sorted(name for name in below if not is_system(name))
-                found.update((os.path.join(folder, name), None) for name in sorted(names)
-                             if os.path.splitext(name)[1].lower() in EXTENSIONS and not is_system(name))
+                for name in sorted(name for name in names if not is_system(name)):
+                    if os.path.splitext(name)[1].lower() in EXTENSIONS:
+                        found[os.path.join(folder, name)] = None
+                    elif other is not None:
+                        other.append(name)
         elif "\0" in path or not os.path.exists(path):
             raise ConfigError(f"{shown(path)}: no such file or folder")
         else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -68,9 +69,13 @@ def finite(value: Any) -> float | None:
 
 
 def sameness(run: RunRecord) -> str:
-    """Equal for runs that differ only in their seed (and in names, places, what is logged and compiled layers)."""
+    """Equal for runs that differ only in their seed (and in their names and places, what is logged, compiled layers and
+    how many workers load the images)."""
     config = {key: value for key, value in run.config.items() if key not in ("seed", "name", "n_gpu")}
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
+    loader = config["data_loader"]
+    config["data_loader"] = {**loader, "args": {key: value for key, value in (loader.get("args") or {}).items()
+                                                if key != "num_workers"}}
     for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has a stage 1 of its own
         config[start] = bool(config.get(start))
     how = {key: run.figures.get(key) for key in ("tau", "feat_type", "prior", "expert_weights")}
@@ -103,7 +108,7 @@ def mean_row(table: DataFrame) -> Row:
     return {**table.iloc[0], **means, **{f"{key}_sd": value for key, value in spreads.items()}, "kind": "mean",
             "seconds_least": numbers["seconds"].min(), "seconds_most": numbers["seconds"].max(),
             "run": f"mean of {len(table)} seeds", "seed": ", ".join(table["seed"]),
-            "note": "± is the standard deviation"}
+            "note": ", ".join(filter(None, [table.iloc[0].get("note"), "± is the standard deviation"]))}
 
 
 def published_rows(data: Iterable[str] | None) -> list[Row]:
@@ -190,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if written and (args.readme or args.curves):
         raise ConfigError(f"--{written}: is of the whole table, which {'--readme' if args.readme else '--curves'} "
                           "leaves out; run it without")
+    targets = [os.path.realpath(path) for path in (args.csv, args.markdown, args.html) if path and path != "-"]
+    if len(set(targets)) < len(targets):
+        raise ConfigError("--csv, --markdown, --html: need a file each")
     folder = Path(args.folder)
     if not folder.is_dir():
         raise ConfigError(f"{args.folder}: no such folder; give the one that holds the runs, e.g. saved/")

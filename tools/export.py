@@ -194,6 +194,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         raise ConfigError(f"--out: {args.out}: " + ("is a folder" if args.out.is_dir() else "there is no such folder"))
     if args.out.exists() and os.path.samefile(args.out, args.resume):
         raise ConfigError(f"--out: {args.out}: is the checkpoint itself")
+    if args.out.suffix != f".{args.format}":     # which is what tells others, torch and tools.predict too, its format
+        raise ConfigError(f"--out: {args.out}: must end in .{args.format}")
     check_packages(args.format)
     return args
 

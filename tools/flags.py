@@ -62,7 +62,7 @@ def test_parser() -> argparse.ArgumentParser:
     how.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run with averaged weights "
                      "(trainer.ema): the average (default), or those that training went on with")
     how.add_argument("--open_set", metavar="LIST", help="a list file of images of no known class")
-    how.add_argument("--open_threshold", metavar="P", default="0.1", help="probability under which a prediction means "
+    how.add_argument("--open_threshold", metavar="P", help="probability under which a prediction means "
                      "\"unknown\" (default 0.1)")
     add_named(how, CROPS)
     how.add_argument("--allow_partial", action="store_true", help="load the weights that fit, leave the others")
@@ -122,11 +122,14 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ConfigError("--tau_metric: chooses from a sweep, --tau FIRST:LAST:STEP")
     args.tau_metric = args.tau_metric or "class_mean_acc"
     args.feat_type = args.feat_type or "cl2n"
-    args.open_threshold = _number(args.open_threshold, "--open_threshold")
+    given = args.open_threshold is not None
+    args.open_threshold = _number(args.open_threshold if given else "0.1", "--open_threshold")
     if not 0 <= args.open_threshold <= 1:
         raise ConfigError(f"--open_threshold: must be from 0 to 1, not {args.open_threshold:g}")
     if args.open_set is not None:
         check_file(args.open_set, "--open_set")
+    elif given:
+        raise ConfigError("--open_threshold: goes with --open_set LIST")
     return args
 
 

@@ -111,6 +111,9 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
         uniform = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
         learned = uniform   # tau-normalised logits are for classes of equal size
         if args.classifier in ("joint", "la"):
+            if run.model.routed and not run.model.force_all:
+                raise ConfigError(f"--prior: the experts of {run.path} were trained in stage 1, by a loss and a "
+                                  "sampler that it doesn't know; give stage 1's checkpoint")
             criterion = make_criterion(run.config, counts)
             if hasattr(criterion, "set_epoch"):
                 criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))

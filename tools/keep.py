@@ -22,7 +22,7 @@ from typing import Any
 from base.run_paths import RunPaths, run_of
 from tools.cli import Parser, add_set
 from tools.report import choose_checkpoint
-from tools.runs import other_evaluation
+from tools.runs import evaluation_flags, other_evaluation
 from utils.cli import run_main
 from utils.config.outside import outside_flags
 from utils.config.read import read_json
@@ -35,9 +35,10 @@ PLACES = {"data_loader.args.data_dir": "data", "data_dir": "data", "trainer.save
 
 
 def without_places(config: Any, path: str = "") -> Any:
-    """A config whose absolute paths are replaced (PLACES) or cut to their last part."""
-    if isinstance(config, dict):
-        return {key: without_places(value, f"{path}.{key}".lstrip(".")) for key, value in config.items()}
+    """A config, or facts of the data, whose absolute paths are replaced (PLACES) or cut to their last part."""
+    if isinstance(config, dict):     # a class may be named /m/01g317: that is no place
+        return {key: value if key == "class_names" else without_places(value, f"{path}.{key}".lstrip("."))
+                for key, value in config.items()}
     if isinstance(config, list):
         return [without_places(value, path) for value in config]
     if isinstance(config, str) and os.path.isabs(config):
@@ -156,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = sum(path.stat().st_size for path in target.iterdir())
     check = f"train.py -c {target / 'config.json'}" if args.no_weights else f"test.py -r {target / 'weights.pth'}"
     more = outside_flags(read_json(target / "config.json"))
+    more += "" if args.no_weights else evaluation_flags(read_json(target / "test_metrics.json"))
     print(f"written to {target} ({size / 2**20:.1f} MiB)\ncheck it with: python {check} --data_dir data{more}")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from base.base_data_loader import BaseDataLoader
+from base.run_paths import RunPaths, run_of
 from data_loader.held_out import check_held_out, of_same_data
 from logger.log import get_logger
 from model.weights.remap import load_weights
@@ -18,6 +19,7 @@ from tools.session import config_of, data_facts, facts_of_checkpoint
 from trainer.precision import allow_tf32
 from utils.checkpoint.store import load_checkpoint, recover_config
 from utils.config.load import load_config
+from utils.config.outside import short_name
 from utils.errors import ConfigError
 
 log = get_logger()
@@ -70,6 +72,18 @@ class Run:
                     "them are too good; %s", chosen, instead)
         return {"chosen_on": "test"}
 
+    def about(self) -> list[str]:
+        """What names of files about it must say: [] of the newest or best weights on the run's own data, else the other
+        data and the checkpoint."""
+        parts = []
+        if not self.is_own_data:
+            data = self.config["data_loader"]
+            folder = (data.get("args") or {}).get("data_dir")
+            parts.append(Path(folder).resolve().name if folder else short_name(data["type"]))
+        newest = max(map(RunPaths.epoch_of, run_of(self.path).checkpoints()), default=0)
+        older = self.path.name.startswith("checkpoint-epoch") and (self.checkpoint.get("epoch") or 0) < newest
+        return [*parts, self.path.stem] if older or parts else []
+
     def loader(self, split: str = "test") -> BaseDataLoader:
         """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
         if split not in self._loaders:
@@ -87,7 +101,9 @@ class Run:
                     check_held_out(loader, self.facts, before if self.is_own_data else None, now)
                 found = loader.split_validation()
                 if found is None:
-                    raise ConfigError("data_loader.args.validation: this run has no validation split; use \"holdout\"")
+                    why = "no class has the images that \"holdout\" takes; give some (val/, a list)" \
+                        if loader.validation == "holdout" else "this run has no validation split; use \"holdout\""
+                    raise ConfigError(f"data_loader.args.validation: {why}")
                 self._loaders[split] = found
         return self._loaders[split]
 

@@ -50,7 +50,7 @@ def rows(done: Predictions, names: Sequence[str] | None) -> list[dict[str, Any]]
 
 def as_csv(table: list[dict[str, Any]]) -> str:
     """Rows as CSV; a column for every key, probabilities with six digits."""
-    return csv_text(list(dict.fromkeys(key for row in table for key in row)),
+    return csv_text(list(dict.fromkeys(key for row in table for key in row)) or ["path", "class", "probability"],
                     ({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()}
                      for row in table))
 
@@ -82,7 +82,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
                         "the config says, else 1)")
     parser.add_argument("--expand", metavar="N", help="with --crops: pixels that an image is larger than a crop "
                         "(default: what the config says, else 3/28 of it)")
-    parser.add_argument("--threshold", metavar="P", default="0.5", help="detectors: the least score (default 0.5)")
+    parser.add_argument("--threshold", metavar="P", help="detectors: the least score (default 0.5)")
     parser.add_argument("--batch_size", metavar="N", default="64", help="images at a time (default 64)")
     parser.add_argument("--num_workers", metavar="N", help="threads that decode (default: one a core)")
     args = parse_tool(parser, argv)
@@ -96,13 +96,15 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
                 raise ConfigError(f"--{name}: must be a whole number, {least} or more, not {text[:40]!r}")
             setattr(args, name, int(text))
     try:
-        args.threshold = float(args.threshold)
+        args.threshold = None if args.threshold is None else float(args.threshold)
     except ValueError:
         args.threshold = -1.0
-    if not 0 <= args.threshold <= 1:
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ConfigError("--threshold: must be a number from 0 to 1")
     for flag in ("csv", "json", "gallery"):
         target = getattr(args, flag)
+        if target == "":
+            raise ConfigError(f"--{flag}: needs the name of a file")
         if target is not None and (os.path.isdir(target) or not os.path.isdir(os.path.dirname(target) or ".")):
             raise ConfigError(f"--{flag}: {target} can't be written: "
                               + ("it is a folder" if os.path.isdir(target) else "there is no such folder"))
@@ -131,7 +133,8 @@ def check_targets(args: Namespace, images: Sequence[str]) -> None:
 
 def predict(args: Namespace) -> None:
     """The command, step by step."""
-    paths = find_images(args.paths)  # before torch is imported: a mistyped path answers at once
+    other: list[str] = []
+    paths = find_images(args.paths, other)  # before torch is imported: a mistyped path answers at once
     check_targets(args, paths)
     import torch
     from tqdm import tqdm
@@ -146,7 +149,10 @@ def predict(args: Namespace) -> None:
     names = facts["class_names"]
     with tqdm(total=len(paths), unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:
         if facts["preprocess"].get("task") == "detection":
-            done = detect(model, paths, threads=args.num_workers, threshold=args.threshold, advance=bar.update)
+            least = 0.5 if args.threshold is None else args.threshold
+            done = detect(model, paths, threads=args.num_workers, threshold=least, advance=bar.update)
+        elif args.threshold is not None:
+            raise ConfigError(f"--threshold: is for detectors; {args.resume} classifies, leave it out")
         else:
             folded = fold_norm(model).to(memory_format=torch.channels_last) if kind is None else model
             given = args.crops is not None or args.expand is not None
@@ -161,11 +167,14 @@ def predict(args: Namespace) -> None:
     if broken:
         raise ConfigError(f"-r {args.resume}: its outputs aren't finite numbers ({broken[0]}); give a checkpoint from "
                           "before its training went wrong")
-    if done.found:
+    if done.found or args.json or args.csv:    # what couldn't be read, too, is told rather than left as it was before
         report(args, done, table, names, model.num_experts)
     if done.unreadable and len(paths) > 1:
         print(f"\n{len(done.unreadable)} of {len(paths)} files couldn't be read:")
         print("\n".join(f"  {reason}" for _, reason in done.unreadable))
+    if other:
+        from data_loader.folders import not_images
+        print(f"left out: {not_images(other)}")
     if not done.found:
         raise RunError("none of the files could be read" if len(paths) > 1 else done.unreadable[0][1])
 
@@ -206,7 +215,7 @@ def report(args: Namespace, done: Predictions, table: list[dict[str, Any]], name
     for path, write in ((args.csv, lambda: write_text(args.csv, as_csv(table))),
                         (args.json, lambda: write_json(args.json, {"predictions": table, "unreadable": unreadable})),
                         (args.gallery, lambda: write_gallery(args.gallery, done, names))):
-        if path:
+        if path and (done.found or path != args.gallery):
             try:
                 written = write() or len(done.found)
             except OSError as error:

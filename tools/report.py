@@ -21,7 +21,7 @@ from utils.errors import ConfigError
 
 
 def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = None, split: str = "test") -> Path:
-    """Write a run's report.html (or val_report.html) and the PNGs beside its checkpoint; returns the page's path.
+    """Write a run's report.html (see `report_name`) and the PNGs beside its checkpoint; returns the page's path.
 
     Args:
         run: see tools.opened.open_run.
@@ -41,7 +41,7 @@ def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = N
     facts = gather(run, result, loader, paths, split)
     shown = [(drawing, drawing.draw()) for drawing in drawings(facts)]
     html = report_page(facts, run, paths, shown, loader)
-    pictures = paths.models / report_name(split)
+    pictures = paths.models / report_name(split, run)
     target = paths.models / f"{pictures.name}.html"
     try:
         pictures.mkdir(exist_ok=True)
@@ -86,11 +86,12 @@ def choose_checkpoint(folder: Path, which: str, kept: bool = False) -> Path:
             raise ConfigError(f"{folder}: holds no checkpoint; give a run's folder, <save_dir>/models/<name>/<run_id>")
         return there[-1]
     name = "model_best.pth" if which in ("best", "model_best") else which
-    path = folder / name if (folder / name).is_file() else Path(which)
-    if not path.is_file():
+    inside = [path for path in (folder / name, Path(which))
+              if path.is_file() and path.parent.resolve() == folder.resolve()]
+    if not inside:
         known = ", ".join(p.name for p in there)
         raise ConfigError(f"--checkpoint: {folder} has no {name}; there is {known or 'no checkpoint'}")
-    return path
+    return inside[0]
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -98,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
                     description="Write a run's report: one HTML page in its folder.")
     parser.add_argument("run", metavar="RUN",
                         help="the run's folder, <save_dir>/models/<name>/<run_id>, or one checkpoint")
-    parser.add_argument("--checkpoint", metavar="WHICH", default="last", help="last (default), best, or a file's name")
+    parser.add_argument("--checkpoint", metavar="WHICH", help="last (default), best, or a file's name")
     parser.add_argument("-c", "--config", metavar="JSON", help="a config in place of the checkpoint's own")
     parser.add_argument("--data_dir", metavar="DIR", help="where the images are, if not where the config says")
     parser.add_argument("-d", "--device", metavar="D", help="cpu, or a GPU's number")
@@ -110,11 +111,14 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         check_file(args.config, "-c")
     folder = Path(args.run)
     if folder.is_file():
+        if args.checkpoint is not None:
+            raise ConfigError(f"--checkpoint: chooses in a run's folder; {args.run} is a checkpoint already, leave one "
+                              "of them out")
         args.path = folder
     elif not folder.is_dir():
         raise ConfigError(f"{args.run}: no such folder; give a run's, <save_dir>/models/<name>/<run_id>")
     else:
-        args.path = choose_checkpoint(folder, args.checkpoint, kept=True)
+        args.path = choose_checkpoint(folder, args.checkpoint or "last", kept=True)
     return args
 
 

@@ -22,15 +22,16 @@ from logger.figures.style import to_svg
 from logger.text import count_of
 from tools.page import render
 from tools.run_table import clock
-from tools.runs import RunRecord, data_of, experts_of, model_of
+from tools.runs import RunRecord, data_of, evaluation_flags, experts_of, model_of
 from utils.errors import ConfigError
 
 LARGEST_IMAGE = 320  # pixels of the longer side of a photo in the page, shown at about a third of that
 
 
-def report_name(split: str) -> str:
-    """What a page is called, and the folder of its figures: validation's never pass for test's."""
-    return "report" if split == "test" else f"{split}_report"
+def report_name(split: str, run: Any) -> str:
+    """What a page is called, and the folder of its figures: validation's never pass for test's, nor other data's for
+    the run's own."""
+    return ".".join(["report" if split == "test" else f"{split}_report", *run.about()])
 
 
 def report_page(facts: RunFacts, run: Any, paths: RunPaths, shown: list[tuple[Drawing, Any]], loader: Any) -> str:
@@ -42,7 +43,7 @@ def report_page(facts: RunFacts, run: Any, paths: RunPaths, shown: list[tuple[Dr
     figures = {key: value for key, value in facts.result.items() if key not in left_out}
     return render("report.html", title=f"{record.method} on {data_of(facts.config)}", lead=_lead(facts),
                   tiles=_tiles(facts), facts=_facts(facts, run, record), sections=_sections(shown), pairs=pairs,
-                  images_name=facts.images_name, pictures=report_name(facts.split), **_images(facts, loader),
+                  images_name=facts.images_name, pictures=report_name(facts.split, run), **_images(facts, loader),
                   commands=_commands(facts, run, paths),
                   config=json.dumps(run.config, indent=2), figures=json.dumps(figures, indent=2, default=str),
                   written=f"{datetime.datetime.now():%Y-%m-%d %H:%M} with PyTorch {torch.__version__}, "
@@ -148,12 +149,11 @@ def data_uri(picture: Any) -> tuple[str, bool]:
 def _commands(facts: RunFacts, run: Any, paths: RunPaths) -> list[str]:
     """The commands that make this run and its figures again."""
     extra = " -r STAGE1_CHECKPOINT" if run.config.get("resume_state_dict_only") else ""
-    tau = f" --tau {facts.result.get('tau', 0):g}"
-    how = {"ncm": " --classifier ncm", "tau": tau, "la": f" --classifier la{tau}"} \
-        .get(facts.result.get("classifier", "joint"), "")
-    checkpoint, models = (shlex.quote(str(path)) for path in (paths.models / run.path.name, paths.models))
+    how = evaluation_flags(facts.result) + (f" --split {facts.split}" if facts.split != "test" else "")
+    changed = ", ".join(map(str, facts.result.get("changed") or ()))
+    checkpoint = shlex.quote(str(paths.models / run.path.name))
     evaluate = f"python test.py -r {checkpoint}{how}"
     return [f"python train.py -c {shlex.quote(str(paths.config))}{extra}",
-            *([evaluate, f"python -m tools.report {models}"] if facts.split == "test" else
-              [f"{evaluate} --split {facts.split} --report"]),
+            *([f"{evaluate} --report" + (f"  # and with {changed}" if changed else "")] if how or changed else
+              [evaluate, f"python -m tools.report {checkpoint}"]),
             f"tensorboard --logdir {shlex.quote(str(paths.log))}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -130,6 +131,16 @@ def other_evaluation(figures: dict[str, Any]) -> list[str]:
     return words + ["chosen on the test images"] * (figures.get("chosen_on") == "test")
 
 
+def evaluation_flags(figures: dict[str, Any]) -> str:
+    """test.py's flags that such figures come from, ` --classifier la --tau 1`; "" of a checkpoint as it is."""
+    tau = f" --tau {figures.get('tau', 0):g}"
+    flags = {"ncm": f" --classifier ncm --feat_type {figures.get('feat_type', 'cl2n')}", "tau": tau,
+             "la": f" --classifier la{tau}"}.get(figures.get("classifier", "joint"), "")
+    flags += " --expert_weights learn" if figures.get("expert_weights") else ""
+    flags += " --calibrate" if figures.get("calibration") else ""
+    return flags + (f" --prior {shlex.quote(str(figures['prior']))}" if figures.get("prior") else "")
+
+
 # ---------------------------------------------------------------------- a run's folder
 
 @dataclass
@@ -158,7 +169,9 @@ class RunRecord:
         """Look at everything that tables say of a run: what was changed by hand may hold anything. Raises TypeError,
         ValueError, AttributeError or KeyError."""
         _ = self.method, data_of(self.config), model_of(self.config), experts_of(self.config)
-        _ = int(self.config.get("seed", 0)), self.epochs_done < (self.config["trainer"].get("epochs") or 1)
+        if type(self.config.get("seed", 0)) is not int:
+            raise TypeError(f"seed: must be a whole number, not {self.config['seed']!r}")
+        _ = self.epochs_done < (self.config["trainer"].get("epochs") or 1)
         _ = group_limits(self.config.get("groups")), (self.figures.get("expert_share") or {}).get("all")
 
     @cached_property

@@ -195,6 +195,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--allow_outside", action="store_true", help="images may lie outside IN (lists, links)")
     args = parser.parse_args(argv)
     args.size = byte_count(args.size)
+    if args.seed < 0:
+        raise ConfigError(f"--seed: must be 0 or more, not {args.seed}")
     if not Path(args.source).is_dir():
         raise ConfigError(f"{args.source}: no such folder; give one of classes or of lists")
     target = Path(args.target)

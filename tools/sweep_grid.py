@@ -23,7 +23,11 @@ from utils.errors import ConfigError, unknown
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("name", "save_dir", "base", "methods", "seeds", "set")
 METHOD_KEYS = ("config", "set", "start")
-PLACE = re.compile(r"\{(\w[\w.-]*)\}")
+#: A method's name in braces; a range of shards is none.
+PLACE = re.compile(r"\{(?!\d+\.\.\d+\})(\w[\w.-]*)\}")
+#: What the grid itself gives each run -> where to say it.
+OF_THE_GRID = {"seed": '"seeds"', "name": '"name"', "trainer.save_dir": '"save_dir"',
+               "resume_state_dict_only": 'a method\'s "start"'}
 
 
 @dataclass
@@ -131,6 +135,8 @@ def _job(path: str, sweep: dict[str, Any], save_dir: str, name: str, method: str
     if not isinstance(config, str):
         raise ConfigError(f"{where}: has no config, and the sweep no base")
     settings = {**shared, **_expect(path, spec, "set", dict, {})}
+    for key in settings.keys() & OF_THE_GRID.keys():
+        raise ConfigError(f"{where}: set: {key} is the sweep's own; give {OF_THE_GRID[key]} beside it")
     start = _expect(path, spec, "start", str, "") or None
     used = [match for value in settings.values() if isinstance(value, str) for match in PLACE.findall(value)]
     needs = tuple(dict.fromkeys([*used, *([start] if start else [])]))
@@ -211,11 +217,9 @@ def train_command(job: Job, jobs: Sequence[Job], device: str | None) -> list[str
     command = [sys.executable, str(ROOT / "train.py"), "-c", job.config, "--run_id", job.paths.models.name]
     resume = "auto" if job.begun or not job.start else checkpoints[job.start]
     command += ["-r", resume]
-    for item in _identity(job):
-        command += ["--set", f"{item.path}={written(item.value)}"]
-    for key, value in job.settings.items():
-        if isinstance(value, str):
-            value = PLACE.sub(lambda match: checkpoints[match[1]], value)
+    settings = {key: PLACE.sub(lambda match: checkpoints[match[1]], value) if isinstance(value, str) else value
+                for key, value in job.settings.items()}
+    for key, value in [*settings.items(), *((item.path, item.value) for item in _identity(job))]:   # the later one wins
         command += ["--set", f"{key}={written(value)}"]
     return command + (["-d", device] if device is not None else [])
 

@@ -24,7 +24,9 @@ def in_words(facts: RunFacts) -> list[str]:
     result = facts.result
     if not facts.classifies or not result.get("n_samples"):
         return []
-    return [_trust(result["accuracy"], int(result["n_samples"]), result.get("ece")),
+    # A nearest class mean has distances, for which no temperature is kept.
+    hint = not result.get("calibration") and result.get("classifier") != "ncm"
+    return [_trust(result["accuracy"], int(result["n_samples"]), result.get("ece"), hint),
             *_photos(facts, result.get("per_class_acc") or [])]
 
 
@@ -42,14 +44,15 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max((middle - half) / (1 + Z * Z / count), 0.0), min((middle + half) / (1 + Z * Z / count), 1.0)
 
 
-def _trust(accuracy: float, count: int, ece: float | None) -> str:
+def _trust(accuracy: float, count: int, ece: float | None, hint: bool) -> str:
+    """hint: whether to name what would calibrate it."""
     low, high = (f"{100 * value:.0f}" for value in wilson(accuracy, count))
     text = (f"how far to trust it: of 100 photos like the {count:,} it was tested on it names {100 * accuracy:.0f} "
             f"right ({low} to {high})")
     if ece is None:
         return text + "."
     text += f"; its probabilities are {100 * ece:.0f} points off on average"
-    return text + (" (python test.py -r CHECKPOINT --calibrate mends most of that)." if ece > OFF else ".")
+    return text + (" (python test.py -r CHECKPOINT --calibrate mends most of that)." if hint and ece > OFF else ".")
 
 
 def _photos(facts: RunFacts, right: Sequence[float | None]) -> list[str]:

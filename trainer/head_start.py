@@ -69,6 +69,8 @@ def check_start(spec: Mapping[str, Any]) -> None:
 def set_weights(head: nn.Module, directions: torch.Tensor, known: torch.Tensor) -> None:
     """Unit vectors [C, D] as a head's weights, for the classes that are `known` [C]; a bias of 0."""
     directions = F.normalize(directions, dim=1)
+    if not hasattr(head, "weight"):
+        raise ConfigError(f"init_classifier: {type(head).__name__} has no `weight` to begin from; leave it out")
     with torch.no_grad():
         weight = head.weight if isinstance(head, nn.Linear) else head.weight.t()   # ours for cosines is [D, C]
         weight[known] = directions[known].to(weight)

@@ -24,10 +24,14 @@ class Means:
     def reset(self) -> None:
         """Forget everything."""
         self.sums: dict[str, torch.Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}     # another for a figure that was asked for in the middle of an epoch
+        self.restored = False
 
     def add(self, values: dict[str, torch.Tensor | float], n: int) -> None:
         """Add a batch's mean `values` (0-d tensors, or numbers) over `n` images; n = 0 counts nothing."""
+        if self.restored:   # what nobody asks for any more ends here
+            self.sums = {name: value for name, value in self.sums.items() if name in values}
+            self.restored = False
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=self.dtype, device=self.device).detach()
             term = value * n if n else torch.zeros((), dtype=self.dtype, device=self.device)
@@ -35,30 +39,35 @@ class Means:
                 self.sums[name] += term
             else:
                 self.sums[name] = term
-        self.count += n
+            self.counts[name] = self.counts.get(name, 0) + n
 
     def read(self, reduce: bool = False) -> dict[str, float]:
         """The means so far (NaN before the first image). `reduce` sums over all ranks first; all must call it."""
         if not self.sums:
             return {}
-        packed = torch.stack([*self.sums.values(), torch.tensor(float(self.count), dtype=self.dtype,
-                                                                device=self.device)])
+        packed = torch.cat([torch.stack([*self.sums.values()]), self._counted()])
         if reduce:
             packed = dist.all_reduce_sum(packed)
-        *sums, count = packed.tolist()
-        return {name: value / count if count else float("nan") for name, value in zip(self.sums, sums)}
+        sums, counts = packed.view(2, -1).tolist()
+        return {name: value / count if count else float("nan") for name, value, count in zip(self.sums, sums, counts)}
+
+    def _counted(self) -> torch.Tensor:
+        """`counts` in the order of the sums, on the device."""
+        return torch.tensor([float(self.counts[name]) for name in self.sums], dtype=self.dtype, device=self.device)
 
     def state_dict(self, reduce: bool = False) -> dict[str, object]:
         """For the checkpoint of an epoch that isn't finished. `reduce` sums over all ranks; all must call it."""
-        sums = {name: value.clone() for name, value in self.sums.items()}
-        count = torch.tensor(float(self.count), dtype=self.dtype, device=self.device)
+        sums, counts = {name: value.clone() for name, value in self.sums.items()}, self._counted()
         if reduce:
-            for value in (*sums.values(), count):
+            for value in (*sums.values(), counts):
                 dist.all_reduce_sum(value)
-        return {"sums": {name: value.cpu() for name, value in sums.items()}, "count": int(count)}
+        return {"sums": {name: value.cpu() for name, value in sums.items()},
+                "counts": dict(zip(sums, map(int, counts.tolist())))}
 
     def load_state_dict(self, state: dict) -> None:
         """Take back what `state_dict(reduce=True)` returned: rank 0 holds the sums so far, other ranks begin at 0."""
-        here = float(dist.is_main())
-        self.sums = {name: value.to(self.device) * here for name, value in state["sums"].items()}
-        self.count = state["count"] if dist.is_main() else 0
+        here = dist.is_main()
+        counts = state["counts"] if "counts" in state else dict.fromkeys(state["sums"], state["count"])   # older files
+        self.sums = {name: value.to(self.device) * float(here) for name, value in state["sums"].items()}
+        self.counts = {name: counts[name] * here for name in self.sums}
+        self.restored = True

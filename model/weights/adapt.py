@@ -55,3 +55,12 @@ def without_statistics(weights: dict[str, torch.Tensor], own: dict[str, torch.Te
         log.info("%s: the running statistics of %d batch norms are left out, as the model's norms keep none; their "
                  "weights and biases are taken", name, len(norms))
     return {key: value for key, value in weights.items() if key not in left}
+
+
+def has_own_names(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether weights need no renaming for a model: they have all its names, whatever those look like (a detector's
+    encoder isn't a file of others), or are of somebody's own backbone with another head, perhaps, since it has none of
+    our names and they are most of its."""
+    own = model.state_dict().keys()
+    ours = any(key.startswith("backbone.") for key in own)
+    return weights.keys() == own or (not ours and len(weights.keys() & own) > len(weights) / 2)

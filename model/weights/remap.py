@@ -20,7 +20,7 @@ from torch import nn
 
 from logger.log import get_logger
 from model.norm import MABN2d
-from model.weights.adapt import tell_apart, without_statistics
+from model.weights.adapt import has_own_names, tell_apart, without_statistics
 from model.weights.efficientnet import from_efficientnet
 from utils.checkpoint.store import find_weights, load_checkpoint, strip_module
 from utils.errors import ConfigError
@@ -164,8 +164,8 @@ def to_ours(checkpoint: dict, model: nn.Module | None = None, spread: bool = Fal
     `spread` a file of one expert fills every expert of a model with several.
     """
     origin, weights = _read(checkpoint)
-    if model is not None and weights.keys() == model.state_dict().keys():
-        return weights  # the model's own, whatever they look like: a detector's encoder isn't a file of others
+    if model is not None and has_own_names(model, weights):
+        return weights
     weights = model.own_names(weights, origin, spread) if hasattr(model, "own_names") else ORIGINS[origin](weights)
     return weights if model is None else _fit_experts(weights, model, spread)
 

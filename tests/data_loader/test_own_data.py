@@ -157,8 +157,8 @@ def test_a_link_that_leads_up_isnt_followed(tmp_path: Path, where: str, target: 
 
 def test_other_links_are_followed(tmp_path: Path) -> None:
     data = folders(tmp_path / "data", train=[4, 2], test=[1, 1])
-    folders(tmp_path, elsewhere=[3])
-    (tmp_path / "data/train/class_1/aside").symlink_to("../class_0")
+    folders(tmp_path, elsewhere=[3], aside=[4])
+    (tmp_path / "data/train/class_1/aside").symlink_to(tmp_path / "aside/class_0")
     (tmp_path / "data/train/class_2").symlink_to(tmp_path / "elsewhere/class_0")
     assert ImageFolderLTDataLoader(data, allow_outside=True, **SMALL).cls_num_list == [4, 6, 3]
     (tmp_path / "elsewhere/class_0/home").symlink_to(tmp_path / "data")
@@ -166,3 +166,48 @@ def test_other_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "data/train/class_3").symlink_to("..")
     with pytest.raises(ConfigError, match=r"train/class_3: a link to a folder above it; remove it$"):
         ImageFolderLTDataLoader(data, allow_outside=True, **SMALL)
+
+
+def test_a_photo_that_links_show_twice(tmp_path: Path) -> None:
+    data = folders(tmp_path / "data", train=[4, 2], test=[1, 1])
+    inner = tmp_path / "data/train/class_0"
+    (inner / "again.png").symlink_to(next(inner.glob("*.png")).name)
+    (tmp_path / "data/val").symlink_to("train")
+    loader = ImageFolderLTDataLoader(data, **SMALL)
+    assert loader.cls_num_list == [4, 2]
+    assert "warning: train: 1 image that links show again left out" in loader.notes
+    assert "warning: 6 images are in train and, through links, in val" in loader.notes
+    (tmp_path / "data/train/class_1/other").symlink_to("../class_0")
+    with pytest.raises(ConfigError, match=r"class_1/other/.*png is .*class_0/.*png, which has another class; remove"):
+        ImageFolderLTDataLoader(data, **SMALL)
+
+
+@pytest.mark.parametrize("link", ["train/class_2", "test/class_1", "val", "train/class_0/more"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_link_to_a_folder_that_is_gone(tmp_path: Path, link: str, outside: bool) -> None:
+    """A class or a split would be missing without a word: a disk that isn't mounted."""
+    data = folders(tmp_path, train=[3, 3], test=[1])
+    (tmp_path / link).symlink_to("/nowhere/there")
+    with pytest.raises(ConfigError, match=f"{link}: a link to /nowhere/there, which isn't there; remove it$"):
+        ImageFolderLTDataLoader(data, allow_outside=outside, **SMALL)
+
+
+def test_lists_through_a_linked_folder(tmp_path: Path) -> None:
+    for number in range(4):
+        picture(tmp_path / "in" / f"{number}.png", number)
+    (tmp_path / "way").symlink_to("in")
+    (tmp_path / "train.txt").write_text("in/0.png 0\nin/1.png 1\nin/2.png 1\n")
+    (tmp_path / "test.txt").write_text("way/0.png 0\nin/3.png 1\n")
+    assert "warning: 1 image is in train.txt and in test.txt" in ListFileDataLoader(str(tmp_path), **SMALL).notes
+
+
+@pytest.mark.parametrize("text, names", [
+    ("dog 1\ncat 0\n", ["cat", "dog"]), ("cat 0\ndog 1\n", ["cat", "dog"]), ("dog 2\ncat 1\n", ["dog 2", "cat 1"]),
+    ("class 1\nclass 0\n", ["class 1", "class 0"]), ("1\n0\n", ["1", "0"])])
+def test_names_with_their_labels_come_in_any_order(tmp_path: Path, text: str, names: list[str]) -> None:
+    for number in range(2):
+        picture(tmp_path / f"{number}.png", number)
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text("0.png 0\n1.png 1\n")
+    (tmp_path / "classes.txt").write_text(text)
+    assert ListFileDataLoader(str(tmp_path), **SMALL).class_names == names

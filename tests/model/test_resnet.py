@@ -3,8 +3,13 @@ import pytest
 import torch
 from torch import nn
 
+from base import BaseModel
 from model.blocks import PadShortcut
+from model.classifier import make_head
 from model.model import build_model
+from model.weights.remap import load_weights
+from trainer.schedules import build_optimizer
+from utils.config.schema import TRAINER, defaults
 
 
 def model_of(kind="ResNet32Model", classes=7, **args):
@@ -103,6 +108,66 @@ def test_frozen_parts_do_not_move():
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert moved == {f"backbone.linears.{e}.{part}" for e in (0, 1) for part in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("kind, more", [("ResNet32Model", {"classifier": "lws"}),
+                                        ("ResNet32EAModel", {"num_experts": 2})])
+def test_freezing_the_backbone_frees_nothing(kind, more):
+    """LWS's scales and expert assignment's gates go on learning, and what they keep stays."""
+    model = build_model({"type": kind, "args": more}, num_classes=5)
+    if more.get("classifier"):
+        model.freeze_except(model.stage2_prefixes())
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.freeze("backbone")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == learned
+    assert all("scales" in name or "expert_help" in name for name in learned)
+
+
+@pytest.mark.parametrize("classifier", ["linear_fcbn", "linear_fcbn_notaffine"])
+def test_a_classifier_with_a_norm_is_no_norm(classifier):
+    model = model_of(classifier=classifier)
+    model.freeze("norms")
+    assert not {"backbone.linear.weight", "backbone.linear.bias"} & set(model.frozen)
+    assert "backbone.bn1.weight" in model.frozen
+
+
+class Plain(BaseModel):
+    """A backbone of somebody's own: one stage, and heads with names of their own."""
+
+    num_experts, num_classes = 1, 5
+
+    def __init__(self, classifier="linear"):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU())
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.tops = nn.ModuleList([make_head(classifier, 8, 5, 30.0)])
+
+    def heads(self):
+        return list(self.tops)
+
+    def classifier_prefixes(self):
+        return ["tops."]
+
+
+def test_a_backbone_of_ones_own_is_one_stage():
+    model = Plain()
+    assert model.stage_prefixes() == [("body.",)]
+    options = defaults(TRAINER, {})
+    rates = {id(p): group["lr"] for group in build_optimizer({"type": "SGD", "args": {"lr": 1.0}}, model, {
+        **options, "layer_decay": 0.5}).param_groups for p in group["params"]}
+    assert rates[id(model.tops[0].weight)] == 1 and rates[id(model.body[0].weight)] == 0.5
+    assert build_optimizer({"type": "Muon", "args": {"lr": 0.1}}, model, options)
+    model.freeze(0.5)
+    assert not model.frozen
+
+
+@pytest.mark.parametrize("head", ["lws", "cosine"])
+def test_a_second_stage_of_ones_own_backbone_may_have_another_head(head):
+    stage1 = Plain().state_dict()
+    model = Plain(head)
+    load_weights(model, {"state_dict": stage1}, skip_prefixes=tuple(model.stage2_prefixes()), new_head=True)
+    assert torch.equal(model.body[2].weight, stage1["body.2.weight"])
+    assert model.stage2_prefixes() == (["tops.0.scales"] if head == "lws" else ["tops."])
 
 
 def test_freezing_by_a_wrong_name_is_refused():

@@ -7,6 +7,7 @@ import pytest
 
 from tools.compare import arrange, compare, mean_row, published_rows
 from tools.keep import check_figures
+from tools.results import readme_table
 from tools.run_table import COLUMNS, cell, clock, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import data_of, find_runs, method_of
 from utils.config.read import read_json
@@ -86,7 +87,7 @@ def test_broken_runs_are_skipped_with_a_reason(compared):
 
 
 @pytest.mark.parametrize("change", [
-    {"arch": {"type": 5}}, {"arch": {"type": "ResNet32Model", "args": [1]}}, {"loss": [1]}, {"seed": "one"},
+    {"arch": {"type": 5}}, {"arch": {"type": "ResNet32Model", "args": [1]}}, {"loss": [1]}, {"seed": 1.5},
     {"arch": {"type": "ResNet32Model", "args": {"num_experts": "three"}}}, {"trainer": {"epochs": "many"}},
     {"groups": 5}, {"data_loader": {"type": "DigitsLTDataLoader", "args": "x"}}])
 def test_a_config_with_anything_in_it_is_skipped(tmp_path, change):
@@ -124,6 +125,7 @@ def test_markdown_to_stdout_sorted(saved, call_cli):
 @pytest.mark.parametrize("args, said", [
     (["nowhere"], "nowhere: no such folder"), (["{empty}"], "holds no runs"),
     (["{saved}", "--sort", "fwe"], "did you mean 'few'?"), (["{saved}", "--cvs", "x"], "--cvs"),
+    (["{saved}", "--csv", "x", "--markdown", "./x"], "--csv, --markdown, --html: need a file each"),
     (["{saved}", "--readme", "--csv", "x"], "--csv: is of the whole table, which --readme leaves out"),
     (["{saved}", "--curves", "x.png", "--markdown", "x"], "--markdown: is of the whole table, which --curves"),
 ])
@@ -183,11 +185,21 @@ def test_only_the_seed_may_differ(tmp_path):
 
 def test_how_fast_it_went_does_not_matter(tmp_path):
     make_run(tmp_path, "a", 0, 0.5)
-    make_run(tmp_path, "b", 1, 0.7, trainer={**CONFIG["trainer"], "compile": "layers"})
+    make_run(tmp_path, "b", 1, 0.7, trainer={**CONFIG["trainer"], "compile": "layers"},
+             data_loader={"type": "DigitsLTDataLoader", "args": {"batch_size": 32, "num_workers": 4}})
     from tools.compare import row_of
     runs, _ = find_runs(tmp_path)
     table = arrange([row_of(run, costs=False) for run in runs])
     assert list(table["kind"]) == ["run", "run", "mean"] and table["all"].iloc[-1] == pytest.approx(0.6)
+
+
+def test_a_mean_of_validation_figures_says_so(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path, f"s{seed}", seed, val=0.5)
+    table, _ = compare(tmp_path, published="none", only_means=True, costs=False)
+    assert list(table["note"]) == ["validation figures, ± is the standard deviation"]
+    with pytest.raises(ConfigError, match="has no test figures"):
+        readme_table(table.to_dict("records"))
 
 
 def test_a_mean_needs_every_run_to_have_the_figure():

@@ -105,7 +105,8 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_wrong_flags_are_named(digits_run, tmp_path):
     for flags, said in ((["--format", "onxx"], "'onnx'"), (["--out", str(tmp_path)], "folder"),
-                        (["--out", str(tmp_path / "no" / "m.pt2")], "folder"), (["--fromat", "pt2"], "--format"),
+                        (["--out", str(tmp_path / "m.dat")], r"must end in \.onnx"),
+                        (["--out", str(tmp_path / "no" / "m.onnx")], "folder"), (["--fromat", "pt2"], "--format"),
                         (["--format", "pt2", "--out", str(digits_run.checkpoint)], "checkpoint itself")):
         with pytest.raises(ConfigError, match=said):
             export.parse(["-r", str(digits_run.checkpoint), *flags])

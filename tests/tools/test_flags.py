@@ -133,6 +133,7 @@ WRONG_TEST = [
     (["-r", "HERE", "--classifier", "ncm", "--tau", "1"], "--tau: goes with --classifier tau"),
     (["-r", "HERE", "--feat_type", "l2n"], "--feat_type: goes with --classifier ncm"),
     (["-r", "HERE", "--open_threshold", "2"], "--open_threshold: must be from 0 to 1"),
+    (["-r", "HERE", "--open_threshold", "0.5"], "--open_threshold: goes with --open_set"),
     (["-r", "HERE", "--open_set", "no.txt"], "--open_set: no such file"),
     (["-r", "HERE", "--dry_run"], "unknown flag '--dry_run'"),
 ]

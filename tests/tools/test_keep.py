@@ -98,6 +98,7 @@ def test_no_path_of_this_machine_is_kept():
     assert without_places(config) == {
         "data_loader": {"args": {"data_dir": "data", "batch_size": 4}}, "load_crt": "c.pth",
         "trainer": {"save_dir": "saved/"}, "extra": ["y", "as/it/is"]}
+    assert without_places({"class_names": ["/m/0k4j"]}) == {"class_names": ["/m/0k4j"]}    # Open Images' ids
     assert without_places({"accuracy": 0.5, "data_dir": "/home/me/cifar"}) == {"accuracy": 0.5, "data_dir": "data"}
 
 

@@ -113,6 +113,26 @@ def test_exit_status(digits_run, photos, call_cli, name, status, said):
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_files_of_another_time_arent_left_where_nothing_can_be_read(digits_run, tmp_path, call_cli):
+    (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    (tmp_path / "none.png").write_bytes(b"none")
+    (tmp_path / "photo.HEIC").touch()
+    for name in ("out.json", "out.csv"):
+        (tmp_path / name).write_text("before")
+    done = call_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, tmp_path, "-d", "cpu", "--json",
+                     tmp_path / "out.json", "--csv", tmp_path / "out.csv"])
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "left out: 3 files not named as images are" in done.stdout and ".heic 1" in done.stdout
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["predictions"] == [] and "EPS, which isn't pixels" in str(written["unreadable"][0]["reason"])
+    assert (tmp_path / "out.csv").read_text() == "path,class,probability\n"
+
+
+def test_a_threshold_is_for_detectors(digits_run, photos, call_cli):
+    done = call_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, photos[0] / "0.png", "--threshold", "0.9"])
+    assert done.returncode == 2 and "--threshold: is for detectors" in done.stderr
+
+
 @pytest.mark.parametrize("flags", [[], ["--json", "found.json"]])
 def test_outputs_that_arent_numbers_are_said(digits_run, photos, tmp_path, call_cli, flags):
     loaded = torch.load(digits_run.checkpoint, weights_only=True)
@@ -125,7 +145,7 @@ def test_outputs_that_arent_numbers_are_said(digits_run, photos, tmp_path, call_
 
 
 @pytest.mark.parametrize("flags", [["--topk", "0"], ["--batch_size", "x"], ["--csv", "no/such/folder/x.csv"],
-                                   ["--thresold", "0.5"], ["--threshold", "2"]])
+                                   ["--thresold", "0.5"], ["--threshold", "2"], ["--csv", ""]])
 def test_wrong_flags_are_named(digits_run, flags):
     with pytest.raises(ConfigError, match="--thres" if "thres" in flags[0] else flags[0]):
         parse(["-r", str(digits_run.checkpoint), "a.png", *flags])
@@ -144,6 +164,13 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     found = find_images([str(tmp_path / "x.txt"), str(tmp_path), str(tmp_path / "a.png")])
     assert [path[len(str(tmp_path)) + 1:] for path in found] == ["x.txt", "a.png", "b.JPG", "sub/c.webp"]
+    (tmp_path / "sub" / "back").symlink_to(tmp_path)
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album" / "linked").symlink_to(tmp_path / "sub")
+    other = []
+    assert find_images([str(tmp_path / "album")], other) == [
+        str(tmp_path / "album/linked" / name) for name in ("c.webp", "back/a.png", "back/b.JPG")]
+    assert other == ["x.txt"]
 
 
 def test_expert_assignment_tells_experts_used(photos):

@@ -16,6 +16,8 @@ from logger.figures.drawings import drawings, figures_to_tensorboard
 from logger.figures.facts import RunFacts
 from logger.figures.style import LIGHT, to_array, to_svg
 from model.model import build_model
+from tools.flags import parse_test
+from tools.runs import evaluation_flags
 from trainer.evaluate import evaluate
 
 
@@ -110,6 +112,18 @@ def test_how_to_do_it_again(page, run_copy):
     assert f"python train.py -c {run_copy / 'config.json'}" in page
     assert "python test.py -r" in page and "tensorboard --logdir" in page
     assert "additional_diversity_factor" in page
+    assert f"python -m tools.report {run_copy / 'checkpoint-epoch2.pth'}" in page
+
+
+@pytest.mark.parametrize("result, how", [
+    ({"classifier": "tau", "tau": 0.7}, " --tau 0.7"), ({"classifier": "ncm", "feat_type": "un"},
+                                                        " --classifier ncm --feat_type un"),
+    ({"classifier": "la", "tau": 1, "expert_weights": [0.5, 0.5]}, " --classifier la --tau 1 --expert_weights learn"),
+    ({"prior": "my prior.txt", "calibration": {"temperature": 2.0}}, " --calibrate --prior 'my prior.txt'"), ({}, "")])
+def test_flags_of_an_evaluation(result, how):
+    assert evaluation_flags(result) == how
+    if "prior.txt" not in how:
+        assert parse_test(["-r", __file__, *how.split()]).classifier == result.get("classifier", "joint")
 
 
 @pytest.mark.parametrize("args, said", [
@@ -117,11 +131,15 @@ def test_how_to_do_it_again(page, run_copy):
     (["."], "holds no checkpoint"),
     ([], "the following arguments are required: RUN"),
     (["{run}", "--checkpoint", "checkpoint-epoch99.pth"], "checkpoint-epoch2.pth"),
+    (["{run}/checkpoint-epoch2.pth", "--checkpoint", "best"], "--checkpoint: chooses in a run's folder"),
+    (["{run}", "--checkpoint", "{other}"], "--checkpoint: {run} has no {other}"),
 ])
 def test_a_mistake_is_one_line(args, said, run_copy, call_cli, tmp_path):
-    done = call_cli(["-m", "tools.report", *(arg.replace("{run}", str(run_copy)) for arg in args)])
+    (tmp_path / "checkpoint-epoch2.pth").touch()     # another run's
+    names = {"run": str(run_copy), "other": str(tmp_path / "checkpoint-epoch2.pth")}
+    done = call_cli(["-m", "tools.report", *(arg.format(**names) for arg in args)])
     assert done.returncode == 2
-    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert said.format(**names) in done.stderr and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------- facts and figures, from numbers made here
@@ -247,7 +265,7 @@ def test_names_are_text_and_not_html(tmp_path):
     config = {"arch": {"type": "ResNet32Model"}, "loss": {"type": name}, "trainer": {"epochs": 1},
               "data_loader": {"type": "ImageFolderLTDataLoader", "args": {"data_dir": f"photos {name}"}}}
     run = SimpleNamespace(path=tmp_path / "checkpoint-epoch1.pth", config=config, checkpoint={"epoch": 0}, device="cpu",
-                          model=None)
+                          model=None, about=list)
     loader = SimpleNamespace(raw_image=lambda index: np.zeros((4, 4, 3), np.uint8))
     facts = made_up(class_names=[name] * 10, config=config)
     page = report_page(facts, run, RunPaths(tmp_path, tmp_path), [], loader)

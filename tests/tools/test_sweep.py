@@ -40,6 +40,20 @@ def test_a_grid_is_methods_times_seeds(tmp_path):
     assert command[-2:] == ["-d", "cpu"] and command[command.index("-r") + 1] == "auto"
 
 
+def test_what_the_sweep_gives_a_run_wins(tmp_path):
+    jobs, _ = read_sweep(write(tmp_path, methods={"ce": {}}, set={"trainer": {"epochs": 1, "save_dir": "elsewhere"}}))
+    command = train_command(jobs[0], jobs, None)
+    assert command.index(f"trainer.save_dir={tmp_path / 'saved'}") > next(
+        at for at, word in enumerate(command) if word.startswith("trainer={"))
+
+
+def test_a_range_of_shards_is_no_method(tmp_path):
+    pattern = "photos-{00000..00003}.tar"
+    jobs, _ = read_sweep(write(tmp_path, base="configs/image_folder_ride.json", methods={
+        "ce": {"set": {"data_loader.args.shards": pattern}}}))
+    assert jobs[0].needs == () and f"data_loader.args.shards={pattern}" in train_command(jobs[0], jobs, None)
+
+
 def test_a_start_is_a_new_run(tmp_path):
     jobs, _ = read_sweep(write(tmp_path, methods={
         "ride": {"config": "configs/digits_lt_ride.json"},
@@ -65,6 +79,8 @@ def test_a_start_is_a_new_run(tmp_path):
     ({"methods": {"crt": {"set": {"load_crt": "{cee}"}}, "ce": {}}}, "did you mean 'ce'?"),
     ({"methods": {"a": {"start": "b"}, "b": {"start": "a"}}}, "needs itself"),
     ({"methods": {"a/b": {}}}, "can't name a folder"),
+    ({"methods": {"ce": {"set": {"seed": 7}}}}, "set: seed is the sweep's own; give \"seeds\" beside it"),
+    ({"methods": {"ce": {}}, "set": {"trainer.save_dir": "x"}}, "save_dir is the sweep's own; give \"save_dir\""),
 ])
 def test_a_mistake_in_the_file(tmp_path, change, said):
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):

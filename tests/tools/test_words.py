@@ -45,6 +45,9 @@ def test_nothing_stands_out():
 
 def test_bad_probabilities_are_said_with_what_mends_them():
     assert "12 points off" in said([0.9], [10], 0.9, ece=0.12)[0] and "--calibrate" in said([0.9], [10], 0.9, 0.12)[0]
+    for more in ({"calibration": {"temperature": 2}}, {"classifier": "ncm"}):     # done, or of no use
+        result = {"accuracy": 0.9, "n_samples": 400, "ece": 0.12, "per_class_acc": [0.9], **more}
+        assert "--calibrate" not in in_words(RunFacts({}, result, [10], ["a"]))[0]
 
 
 def test_a_benchmark_or_a_detector_is_left_alone():

@@ -55,6 +55,14 @@ def test_an_early_stop_without_a_figure_to_go_by_is_said(runs, capfd, monitor, w
     assert capfd.readouterr().out.count("warning: trainer.early_stop: trainer.monitor is") == warned
 
 
+def test_a_figure_that_no_image_counts_for_stops_nothing(runs, capfd):
+    flags = ("--set", "trainer.early_stop=1", "--set", "groups.few=0", "--set", "data_loader.args.validation=test")
+    models = runs("unknown", "--epochs", 3, "--set", "trainer.monitor=max val_few_shot_acc", *flags)
+    said = capfd.readouterr().out
+    assert said.count("trainer.monitor: val_few_shot_acc isn't known: no image counts for it") == 1
+    assert (models / "checkpoint-epoch3.pth").exists() and "early stop" not in said
+
+
 def test_an_early_stop_names_the_epoch_it_reached(runs, capsys):
     runs("early", "--epochs", 9, "--set", "trainer.monitor=max val_accuracy", "--set", "trainer.early_stop=1",
          optimizer={"args": {"lr": 1e-12}})

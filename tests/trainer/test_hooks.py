@@ -13,6 +13,7 @@ from tools.opened import open_run
 from trainer.hooks import attention
 from trainer.hooks.attention import AttentionByClass
 from trainer.hooks.averages import WeightAverage
+from trainer.hooks.base import Hook
 from trainer.schedules import build_optimizer
 from utils.errors import ConfigError
 
@@ -196,6 +197,15 @@ def test_a_stopped_run_with_averages_ends_as_if_it_never_stopped(runs, signal_at
     assert all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_the_mean_has_statistics_of_norms_that_were_thawed(runs):
+    one = runs("first", "--epochs", 1) / "checkpoint-epoch1.pth"
+    models = runs("second", "--pretrained", one, trainer={"swa": {"epochs": 1}, "freeze": {"until": 1}, "epochs": 2})
+    mean, last = (torch.load(models / name, weights_only=True)["state_dict"]
+                  for name in ("model_swa.pth", "checkpoint-epoch2.pth"))
+    for name in (name for name in mean if name.endswith("running_mean")):
+        assert not torch.equal(mean[name], last[name]), name      # plain means over an epoch, not moving ones
+
+
 def test_the_last_epochs_mean_has_statistics_of_its_own(runs):
     models = runs("swa", trainer={"swa": {"epochs": 2}})
     mean = torch.load(models / "model_swa.pth", weights_only=True)["state_dict"]
@@ -245,12 +255,24 @@ def test_the_average_is_what_is_tested_and_the_raw_weights_can_be(runs, capsys):
     ({"ema": {"decay": 1.0}}, "trainer.ema.decay"), ({"ema": {"decy": 0.9}}, "decay"),
     ({"ema": {"every": 0}}, "trainer.ema.every"), ({"swa": {"epochs": 0}}, "trainer.swa.epochs"),
     ({"swa": {}}, "trainer.swa.epochs"), ({"swa": {"epochs": 1}, "norm": "MABN"}, "trainer.swa: .*MABN"),
-    ({"hooks": [{"type": "Profilr"}]}, "Profiler")])
+    ({"hooks": [{"type": "Profilr"}]}, "Profiler"),
+    ({"hooks": [{"type": "WeightAverage"}]}, r"trainer\.ema switches on"),
+    ({"hooks": [{"type": "EpochAverage"}]}, r"trainer\.swa switches on")])
 def test_wrong_options_are_named_and_nothing_is_written(runs, options, says):
     options = dict(options)
     with pytest.raises(ConfigError, match=says):
         runs("wrong", arch={"args": {"norm": options.pop("norm", "BatchNorm2d")}}, trainer=options)
     assert not runs.models("wrong").exists()
+
+
+def test_a_hook_with_state_has_a_place_for_it():
+    class Counter(Hook):
+        def state_dict(self):
+            return {"n": 1}
+
+    class Named(Counter):
+        key = "mine"
+    assert (Hook.key, Counter.key, Named.key) == ("", "Counter", "mine")
 
 
 # ---- several batches, one step -------------------------------------------------------------------------------------

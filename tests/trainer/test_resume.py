@@ -189,6 +189,9 @@ def test_an_early_stopped_run_stays_stopped(runs, capfd):
     capfd.readouterr()
     runs(None, "-r", last)
     assert "nothing left to train: val_accuracy hasn't improved for 1 epochs" in capfd.readouterr().out
+    runs(None, "-r", last, "--set", "trainer.early_stop=2")
+    assert "nothing left to train" not in capfd.readouterr().out
+    assert len(list(runs.models("early").glob("checkpoint-*"))) > 2
 
 
 def test_a_run_is_never_written_over(runs):

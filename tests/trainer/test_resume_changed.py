@@ -127,6 +127,27 @@ def test_a_plateau_keeps_what_it_has_come_to(quick, runs) -> None:
     assert rates(runs.log("one")) == pytest.approx([0.05, 0.05, 0.05, 0.1, 0.01])
 
 
+def test_a_plateau_of_another_figure_begins_anew(quick, runs) -> None:
+    """0.7 is the best loss there was; an accuracy, or another figure in the same direction, isn't compared with it."""
+    plateau = {"type": "ReduceLROnPlateau", "args": {"patience": 0, "factor": 0.1}}
+    flags = ("--epochs", 5, "--set", f"lr_scheduler={json.dumps(plateau)}", "--set", "trainer.monitor=min val_loss")
+    models = runs("one", *flags)
+    before = rates(runs.log("one"))[-1]     # by 0.9 and 0.95
+    runs(None, "-r", models / "checkpoint-epoch5.pth", "--epochs", 7, "--set", "trainer.monitor=min loss")
+    assert rates(runs.log("one"))[5:] == pytest.approx([before, before])
+
+
+def test_figures_that_are_asked_for_in_the_middle_of_an_epoch(runs, signal_at) -> None:
+    """Each is a mean over the images that it was computed of; one that is left out is gone."""
+    signal_at(2)
+    models = runs("one", "--epochs", 1, "--set", 'metrics=["accuracy"]')
+    stopped = torch.load(models / "checkpoint-epoch1.pth", weights_only=True)
+    assert stopped["extra"]["means"]["counts"] == {"loss": 12, "accuracy": 12}
+    runs(None, "-r", models / "checkpoint-epoch1.pth", "--set", 'metrics=["top_k_acc"]')
+    row = read_table(runs.log("one") / "metrics.csv")[0]
+    assert row["top_k_acc"] == 1.0 and row.get("accuracy") is None      # of three classes each is among the first five
+
+
 def test_another_figure_begins_anew(quick, runs, capfd) -> None:
     flags = ("--epochs", 4, "--set", "trainer.monitor=min val_loss")
     models = runs("one", *flags)

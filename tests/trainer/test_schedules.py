@@ -190,3 +190,14 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_keeps_its_rates(runs, signal_at
     runs(None, "-r", stopped / "checkpoint-epoch2.pth")
     assert not same_state(whole / "checkpoint-epoch3.pth", stopped / "checkpoint-epoch3.pth")
     assert (runs.log("whole") / "metrics.csv").read_text() == (runs.log("stopped") / "metrics.csv").read_text()
+
+
+def test_a_plateau_without_validation_follows_the_loss_down(runs) -> None:
+    runs("blind", "--epochs", 5, "--lr", 0.01, "--set", "trainer.monitor=max val_accuracy", "--set",
+         "data_loader.args.validation=none", "--set",
+         'lr_scheduler={"type": "ReduceLROnPlateau", "args": {"factor": 0.1, "patience": 0}}')
+    optimizer = sgd(0.01)
+    twin = lr_scheduler.ReduceLROnPlateau(optimizer, mode="min", factor=0.1, patience=0)
+    for row in read_table(runs.log("blind") / "metrics.csv"):
+        assert row["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        twin.step(row["loss"])

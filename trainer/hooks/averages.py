@@ -38,6 +38,8 @@ class WeightAverage(Hook):
 
     def __init__(self, run: Run):
         super().__init__(run)
+        if run.options["ema"] is None:
+            raise ConfigError("trainer.hooks: WeightAverage is what trainer.ema switches on; give that instead")
         self.decay, self.warmup, self.every = ema_options(**check_args(of_callable(ema_options), run.options["ema"],
                                                                        "trainer.ema"))
         self.steps = 0
@@ -91,6 +93,8 @@ class EpochAverage(Hook):
 
     def __init__(self, run: Run):
         super().__init__(run)
+        if run.options["swa"] is None:
+            raise ConfigError("trainer.hooks: EpochAverage is what trainer.swa switches on; give that instead")
         self.count = swa_epochs(**check_args(of_callable(swa_epochs), run.options["swa"], "trainer.swa"))
         tracked = [m for m in run.model.modules() if dict(m.named_buffers(recurse=False)).keys() & {"running_var"}]
         odd = [type(m).__name__ for m in tracked if not isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -126,7 +130,10 @@ class EpochAverage(Hook):
     def make_statistics(self) -> None:
         """The statistics of the norms that trained, as plain means over one epoch's batches. torch's `update_bn` would
         empty frozen norms too."""
-        model = self.average.module.train()
+        model = self.average.module
+        for averaged, trained in zip(model.parameters(), self.run.model.parameters()):
+            averaged.requires_grad_(trained.requires_grad)      # parts may have been thawed since it was made
+        model.train()
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
         if norms:
             momenta = [norm.momentum for norm in norms]

@@ -45,6 +45,11 @@ class Hook:
     #: Under which its state stands in the checkpoint; none where there is nothing to keep.
     key = ""
 
+    def __init_subclass__(cls, **more: Any):
+        super().__init_subclass__(**more)
+        if not cls.key and "state_dict" in vars(cls):
+            cls.key = cls.__name__
+
     def __init__(self, run: Run):
         self.run = run
 

@@ -59,7 +59,8 @@ def classifier_prefixes(model: nn.Module) -> list[str]:
 def is_hidden_matrix(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     """Whether a parameter is a convolution's filters or a matrix inside the network: not of the stem, which sees
     pixels, and not of the classifier, whose rows are classes."""
-    stem = model.stage_prefixes()[0] if hasattr(model, "stage_prefixes") else ()
+    stages = model.stage_prefixes() if hasattr(model, "stage_prefixes") else []
+    stem = stages[0] if len(stages) > 1 else ()     # one stage: which part of it sees pixels isn't known
     outside = (*classifier_prefixes(model), *stem)
 
     def hidden(name: str, parameter: nn.Parameter) -> bool:

@@ -110,8 +110,8 @@ TRAINER = (
     Row("layer_decay", "float | None", None,
         "the rate is multiplied by it once for each stage between a parameter and the classifier", above=0, high=1),
     Row("freeze", "str | float | list[str] | dict | None", None,
-        "what isn't trained: backbone (all but the classifier), norms, beginnings of parameters' names, or a share of "
-        "the stages from the stem on (0.5); {\"until\": \"epoch 3\", \"what\": \"backbone\", \"then\": 0.5}: the "
+        "what isn't trained: backbone (all but classifier and gates), norms, beginnings of parameters' names, or a "
+        "share of the stages from the stem on (0.5); {\"until\": \"epoch 3\", \"what\": \"backbone\", \"then\": 0.5}: the "
         "backbone in epochs 1 to 3, the first half of its stages from epoch 4 on"),
     Row("cache_features", "bool | dict | None", None, "true: features under a frozen classifier are computed once, "
         "unaugmented; {\"views\": 4}: of so many augmented views of each image, which epochs take in turn"),
@@ -132,9 +132,9 @@ TRAINER = (
 )
 
 SECTIONS = {
-    "arch": Section("model", ("model.model:ARCHS", "model.model:ELSEWHERE"), "torch.nn:Module",
+    "arch": Section("model", ("model.model:ARCHS", "model.model:ELSEWHERE"), "base.base_model:BaseModel",
                     provided=("num_classes",)),
-    "distill_arch": Section("model", ("model.model:ARCHS", "model.model:ELSEWHERE"), "torch.nn:Module",
+    "distill_arch": Section("model", ("model.model:ARCHS", "model.model:ELSEWHERE"), "base.base_model:BaseModel",
                             provided=("num_classes",), default=None),
     "data_loader": Section(
         "data loader", ("data_loader.data_loaders",), "base.base_data_loader:BaseDataLoader",
@@ -166,7 +166,7 @@ _IN_ARCH = {
 NESTED = {
     "arch": _IN_ARCH, "distill_arch": _IN_ARCH,
     "data_loader": {"sampler": Section(
-        "sampler", ("data_loader.samplers:SAMPLERS",), "torch.utils.data:Sampler", provided=("epochs",),
+        "sampler", ("data_loader.samplers:SAMPLERS",), "data_loader.samplers:EpochSampler", provided=("epochs",),
         reserved={"targets": "the data", "seed": "the top-level key seed", "rank": "torchrun",
                   "world_size": "torchrun"})},
     "optimizer": {"base": SECTIONS["optimizer"], "others": SECTIONS["optimizer"]},
