@@ -114,17 +114,16 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
 def _plain(paths: Sequence[str], links: bool = False) -> list[str]:
     """One text for each image, however it's written (`a.jpg`, `./a.jpg`, `/all/of/it/a.jpg`) and whichever links its
     folder lies behind. links: those that are links themselves are followed too, which takes a look at each."""
-    plain, real = [], {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if "\0" in path:     # in a shard; Python 3.11 cuts there
-            plain.append(path)
-        elif links and os.path.islink(path):
-            plain.append(os.path.realpath(path))
-        else:
-            if folder not in real:
-                real[folder] = os.path.realpath(folder)
-            plain.append(os.path.join(real[folder], name))
+    # Of an image in a shard a zero byte is part; Python 3.11 cuts there.
+    plain = [path if "\0" in path else os.path.abspath(path) for path in paths]
+    # A look at each folder, not at each of a million files.
+    folders = {path.rpartition(os.sep)[0] for path in plain}
+    moved = {folder: real for folder in folders if "\0" not in folder and (real := os.path.realpath(folder)) != folder}
+    if links:
+        plain = [os.path.realpath(path) if os.path.islink(path) else path for path in plain]
+    if moved:
+        parts = (path.rpartition(os.sep) for path in plain)
+        plain = [f"{moved.get(folder, folder)}{sep}{name}" for folder, sep, name in parts]
     return plain
 
 

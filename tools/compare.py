@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -207,8 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
     table, skipped = compare(folder, sort=args.sort, published="none" if args.readme else args.published,
                              only_means=args.only_means or args.readme, costs=not args.no_costs, aside=not args.readme)
-    for line in skipped:
-        print(f"skipped {line}")
+    for line in skipped:    # beside a table that goes somewhere, not in it
+        print(f"skipped {line}", file=sys.stderr if args.readme or args.markdown == "-" else sys.stdout)
     if not table["kind"].isin(["run", "mean"]).any():
         raise ConfigError(f"{args.folder}: holds no runs (models/<name>/<run_id> with a config.json)")
     if args.readme:

@@ -211,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
+    if (run.config["data_loader"].get("args") or {}).get("crops"):
+        print("the file takes one crop of an image, not data_loader.args.crops; tools.predict --crops gives it several")
     difference, written = export(run, args.format, args.out)
     print(f"largest difference from PyTorch: {difference:.2g} (batches of {', '.join(map(str, CHECKED))} images)")
     for path in written:

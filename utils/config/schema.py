@@ -111,8 +111,8 @@ TRAINER = (
         "the rate is multiplied by it once for each stage between a parameter and the classifier", above=0, high=1),
     Row("freeze", "str | float | list[str] | dict | None", None,
         "what isn't trained: backbone (all but classifier and gates), norms, beginnings of parameters' names, or a "
-        "share of the stages from the stem on (0.5); {\"until\": \"epoch 3\", \"what\": \"backbone\", \"then\": 0.5}: the "
-        "backbone in epochs 1 to 3, the first half of its stages from epoch 4 on"),
+        "share of the stages from the stem on (0.5); {\"until\": \"epoch 3\", \"what\": \"backbone\", \"then\": 0.5}: "
+        "the backbone in epochs 1 to 3, the first half of its stages from epoch 4 on"),
     Row("cache_features", "bool | dict | None", None, "true: features under a frozen classifier are computed once, "
         "unaugmented; {\"views\": 4}: of so many augmented views of each image, which epochs take in turn"),
     Row("no_decay_scale", "bool", False, "no weight decay on NBN's learned scales"),
