@@ -249,3 +249,8 @@ def runs_of_photos(tmp_path):
         "--set", "data_loader.args.image_size=12", "--set", "trainer.tensorboard=false",
         "--set", "data_loader.args.num_workers=0"])
     return tmp_path / "saved" / "models" / "image_folder_ride" / "a", tmp_path / "other"
+
+
+def test_class_means_of_other_images_are_marked(trained):
+    other = figures(trained[0], "--classifier", "ncm", "--set", "data_loader.args.imb_factor=0.05")
+    assert other["changed"] == ["imb_factor=0.05"] and "changed" not in figures(trained[0], "--classifier", "ncm")

@@ -23,6 +23,7 @@ from utils.errors import ConfigError
 
 log = get_logger()
 IMAGES = ("image_size", "crops", "expand")      # of `data_loader.args`: how a test image is seen
+SUBSET = ("imb_factor", "imb_type", "split_seed")   # and which images class means are of
 
 
 def crops_of(loader: Any) -> int | None:
@@ -34,10 +35,10 @@ def changes_of(args: Namespace, run: Any) -> list[str]:
     """What this command has otherwise than the checkpoint's own evaluation would: the model's or the images' settings
     (`use_experts=2`, `crops=5`), other weights of the file, or only some."""
     own = recover_config(run.checkpoint) or {}
-    found = []
+    found, names = [], IMAGES + (SUBSET if args.classifier == "ncm" else ())
     for path, value, *_ in args.overrides:
         name = path.rsplit(".", 1)[-1]
-        if path.startswith(("arch.", "groups")) or (path.startswith("data_loader.args.") and name in IMAGES):
+        if path.startswith(("arch.", "groups")) or (path.startswith("data_loader.args.") and name in names):
             found += [] if value_at(own, path) == value else [f"{name}={value}"]
     return found + ["raw weights"] * (args.weights == "raw") + ["some of the weights"] * bool(args.allow_partial)
 
