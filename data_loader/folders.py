@@ -240,7 +240,7 @@ def once_each(read: dict[str, ImageSet], notes: list[str]) -> None:
         if again:
             notes.append(f"warning: {part}: {count_of(len(again), 'image', 'images')} that links show again left out")
             read[part] = images.subset(np.delete(np.arange(len(images)), list(again)))
-    for part in read.keys() - {"train"}:
+    for part in [part for part in read if part != "train"]:
         both = len(same_files(read["train"].paths, read[part].paths, links=True))
         if both:
             notes.append(f"warning: {count_of(both, 'image is', 'images are')} in train and, through links, in {part}")

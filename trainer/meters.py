@@ -58,7 +58,7 @@ class Means:
     def state_dict(self, reduce: bool = False) -> dict[str, object]:
         """For the checkpoint of an epoch that isn't finished. `reduce` sums over all ranks; all must call it."""
         sums, counts = {name: value.clone() for name, value in self.sums.items()}, self._counted()
-        if reduce:
+        if reduce and sums:
             for value in (*sums.values(), counts):
                 dist.all_reduce_sum(value)
         return {"sums": {name: value.cpu() for name, value in sums.items()},
