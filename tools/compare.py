@@ -70,10 +70,12 @@ def finite(value: Any) -> float | None:
 
 
 def sameness(run: RunRecord) -> str:
-    """Equal for runs that differ only in their seed (and in their names and places, what is logged, compiled layers and
-    how many workers load the images)."""
+    """Equal for runs that differ only in their seed (and in their names and places, what is logged, compiled layers,
+    how many workers load the images, and whether bf16 was asked for or left to "auto")."""
     config = {key: value for key, value in run.config.items() if key not in ("seed", "name", "n_gpu")}
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
+    if config["trainer"].get("amp") == "bf16":      # what "auto" is where the processor has it
+        config["trainer"]["amp"] = "auto"
     loader = config["data_loader"]
     config["data_loader"] = {**loader, "args": {key: value for key, value in (loader.get("args") or {}).items()
                                                 if key != "num_workers"}}

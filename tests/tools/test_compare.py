@@ -184,8 +184,8 @@ def test_only_the_seed_may_differ(tmp_path):
 
 
 def test_how_fast_it_went_does_not_matter(tmp_path):
-    make_run(tmp_path, "a", 0, 0.5)
-    make_run(tmp_path, "b", 1, 0.7, trainer={**CONFIG["trainer"], "compile": "layers"},
+    make_run(tmp_path, "a", 0, 0.5, trainer={**CONFIG["trainer"], "amp": "bf16"})
+    make_run(tmp_path, "b", 1, 0.7, trainer={**CONFIG["trainer"], "compile": "layers", "amp": "auto"},
              data_loader={"type": "DigitsLTDataLoader", "args": {"batch_size": 32, "num_workers": 4}})
     from tools.compare import row_of
     runs, _ = find_runs(tmp_path)
