@@ -135,8 +135,8 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     criterion = session.make_criterion(config, train_loader.cls_num_list)
     teacher = session.make_teacher(start, model.num_classes, device)
     session.check_loss(config, criterion, model, teacher)
-    optimizer = build_optimizer(config["optimizer"], model,
-                                {**options, "amp": choose_precision(options["amp"], device)[0]})
+    amp, _ = choose_precision(options["amp"], device)    # "auto" may be fp16, for which no optimizer is fused
+    optimizer = build_optimizer(config["optimizer"], model, {**options, "amp": amp})
     steps_per_epoch = -(-len(train_loader) // options["accumulate"])
     judged = valid_loader is not None or " val_" not in options["monitor"]
     scheduler = build_scheduler(config["lr_scheduler"], optimizer, options["epochs"], steps_per_epoch,

@@ -232,8 +232,7 @@ def _build_torch(kind: Any, args: dict[str, Any], groups: list[dict[str, Any]], 
                  path: str) -> torch.optim.Optimizer:
     known = inspect.signature(_found(kind, path)).parameters
     # Where fp16's scaler skips the very first step, the fused SGD leaves its momentum uninitialised.
-    half = options["amp"] in ("fp16", "auto")     # "auto" may be that
-    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(args) and not half:
+    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(args) and options["amp"] != "fp16":
         args = {**args, "fused": True}
     try:
         return build(OPTIMIZERS if kind in OPTIMIZERS else torch.optim, {"type": kind, "args": args}, path, groups)
