@@ -11,7 +11,7 @@ import numpy as np
 
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import DATA_DIR, about_tars, check_inside, repeats, same_files
-from data_loader.images import EXTENSIONS, HEIC, is_system, refuse_folder, shown
+from data_loader.images import EXTENSIONS, HEIC, is_image, is_system, refuse_folder, shown, walk
 from data_loader.splitting import Division, match_classes, stranger
 from logger.text import count_of
 from utils.errors import ConfigError
@@ -161,10 +161,6 @@ def left_out(folder: Path | str, what: str) -> str:
     return f"warning: {shown(str(folder))}: left out: {what}"
 
 
-def is_image(name: str) -> bool:
-    return not is_system(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
 def not_images(names: Iterable[str]) -> str:
     """Files that aren't read, by their endings: phones write photos as HEIC, and nobody would miss them before the
     model is trained."""
@@ -184,26 +180,18 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
         own, rest = [], []
         for place in places:
             top = os.path.join(folder, place)
-            walked: set[str] = set()  # a link may lead back
-            for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
-                real = os.path.realpath(where)
-                folders[:] = sorted(inner for inner in folders if not is_system(inner)) if real not in walked else []
-                if real in walked:
-                    continue
+            for where, real, folders, files in walk(top):
                 if leads_up(where, real, real_root):
                     if where == top:
                         raise ConfigError(f"{shown(where)}: a link to a folder above it; remove it")
                     notes.append(left_out(where, "a link to a folder above it"))
                     folders.clear()
                     continue
-                walked.add(real)
                 if files and not allow_outside:
                     check_inside(where, real_root, DATA_DIR, where, root)
                 linked |= real != os.path.normpath(os.path.join(real_root, os.path.relpath(where, root)))
-                for file in sorted(files):
+                for file in files:
                     path = os.path.join(where, file)
-                    if is_system(file):
-                        continue
                     if os.path.islink(path):
                         refuse_dangling(path)
                         linked = True

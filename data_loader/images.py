@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, NoReturn
 
 import numpy as np
@@ -55,6 +55,11 @@ def is_system(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image: it ends like one's and is no system's."""
+    return not is_system(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
 def shown(path: str) -> str:
     """A file name that can be printed, whatever bytes it has; of an image in a shard both names."""
     found = member_of(path)
@@ -87,8 +92,25 @@ def read_rgb(path: str | np.ndarray, plan: Callable[[int, int], int] | None = No
 
 
 def refuse_folder(error: OSError) -> NoReturn:
-    """For `os.walk`, which would pass over a folder that it may not read, photos and all. Raises ConfigError."""
+    """For a folder that can't be read, which nobody may pass over, photos and all. Raises ConfigError."""
     raise ConfigError(f"{shown(str(error.filename))}: can't be read ({error.strerror})") from None
+
+
+def walk(top: str) -> Iterator[tuple[str, str, list[str], list[str]]]:
+    """(folder, where it is in truth, the folders in it, the files in it) of `top` and all below, through links too.
+
+    Each folder once, as a link may lead back; in order of names, without what is a system's (`is_system`). As of
+    `os.walk`, whoever clears the folders goes no deeper. Raises ConfigError for a folder that can't be read.
+    """
+    walked: set[str] = set()
+    for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in walked:
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:] = sorted(name for name in folders if not is_system(name))
+        yield where, real, folders, sorted(name for name in files if not is_system(name))
 
 
 def _unknown(path: str) -> str:

@@ -5,11 +5,13 @@ bytes lie between them, which no file's name can hold, so that no file is taken 
 """
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import posixpath
 import re
+import stat
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
@@ -49,8 +51,18 @@ def open_image(path: str) -> BinaryIO:
     """
     found = member_of(path)
     if found is None:
-        return open(path, "rb")
+        return open(path, "rb", opener=_open_file)
     return io.BytesIO(_opened(found.shard).read(found.offset, found.size))
+
+
+def _open_file(path: str, flags: int) -> int:
+    """A descriptor of a file; a named pipe of an image's name would be waited for without end."""
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    kind = os.fstat(handle).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # of a folder `open` itself says so
+        os.close(handle)
+        raise OSError(errno.EINVAL, "neither a file nor a link to one", path)
+    return handle
 
 
 def file_of(path: str) -> str:

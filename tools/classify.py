@@ -26,20 +26,13 @@ def find_images(paths: Iterable[str], other: list[str] | None = None) -> list[st
     system does (see data_loader.images.is_system). Raises ConfigError for a path that isn't there, and where there is
     no image.
     """
-    from data_loader.images import EXTENSIONS, is_system, refuse_folder, shown
+    from data_loader.images import EXTENSIONS, is_image, shown, walk
     found: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
-            walked: set[str] = set()  # a link may lead back
-            for folder, below, names in os.walk(path, onerror=refuse_folder, followlinks=True):
-                real = os.path.realpath(folder)
-                if real in walked:
-                    below.clear()
-                    continue
-                walked.add(real)
-                below[:] = sorted(name for name in below if not is_system(name))
-                for name in sorted(name for name in names if not is_system(name)):
-                    if os.path.splitext(name)[1].lower() in EXTENSIONS:
+            for folder, _, _, names in walk(path):
+                for name in names:
+                    if is_image(name):
                         found[os.path.join(folder, name)] = None
                     elif other is not None:
                         other.append(name)

@@ -116,6 +116,13 @@ def test_what_is_no_image_is_said(tmp_path: Path, content: bytes, said: str) -> 
         read_rgb(str(tmp_path / "photo.jpg"))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_named_pipe_isnt_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "photo.jpg")
+    with pytest.raises(ConfigError, match=r"photo.jpg: can't be read as an image \(neither a file"):
+        read_rgb(str(tmp_path / "photo.jpg"))
+
+
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
