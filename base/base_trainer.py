@@ -72,8 +72,8 @@ class BaseTrainer(Resumable):
         self.early_stop: float = self.options["early_stop"] or math.inf
         self.best: float | None = None
         self.not_improved, self.told = 0, False      # told: that the monitored figure isn't known
-        self.batches_done = 0
-        self.start_epoch, self.start_batch, self.global_step = 1, 0, 0
+        self.frozen_until: int | None = None         # the last epoch before `trainer.freeze` thaws
+        self.start_epoch, self.start_batch, self.global_step, self.batches_done = 1, 0, 0, 0
         self.start_offset = 0        # images of the first epoch that were done in batches of another size
         self.last_epoch = 0          # the last complete one
         self.epoch_lr: float | None = None  # the rate at the beginning of the epoch
@@ -135,7 +135,7 @@ class BaseTrainer(Resumable):
                 self._step_schedule(figures)
                 ahead = self._ahead_of_best(figures)
                 best = ahead >= 0       # of equal epochs the later one, which has learned for longer
-                known = figures.get(self.monitor) is not None      # an epoch without it counts as neither
+                known = figures.get(self.monitor) is not None and epoch > (self.frozen_until or 0)  # else it's neither
                 self.not_improved = 0 if ahead > 0 or self.monitor_mode == "off" else self.not_improved + known
                 with self._writing():
                     self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began, best)

@@ -71,6 +71,13 @@ def test_an_early_stop_names_the_epoch_it_reached(runs, capsys):
     assert epoch != "9" and f"checkpoint-epoch{epoch}.pth" in said and f"epoch {epoch}/9 " in said
 
 
+def test_an_early_stop_waits_for_a_thaw(runs, capsys):
+    """Of what hasn't been trained yet nobody knows whether it helps."""
+    runs("thaw", "--epochs", 9, "--set", "trainer.monitor=max val_accuracy", "--set", "trainer.early_stop=1",
+         "--set", 'trainer.freeze={"until": 4, "what": "backbone"}', optimizer={"args": {"lr": 1e-30}})
+    assert 4 < int(re.search(r"test, epoch (\d+)", capsys.readouterr().out)[1]) < 9
+
+
 def test_every_ranks_images_are_drawn(monkeypatch):
     mine = {"labels": np.array([0, 1]), "predictions": np.array([0, 0]), "confidences": torch.ones(2).numpy()}
     other = {key: value[:1] for key, value in mine.items()}

@@ -86,7 +86,8 @@ TRAINER = (
     Row("monitor", "str", "off",
         "\"off\", or what makes an epoch the best (of equal ones the later): \"max val_accuracy\", "
         "\"min val_loss\", \"max val_macro_f1\""),
-    Row("early_stop", "int | None", None, "stop after so many epochs without a better one; null or 0 never", low=0),
+    Row("early_stop", "int | None", None, "stop after so many epochs without a better one, those before a thaw apart; "
+        "null or 0 never", low=0),
     Row("tensorboard", "bool", True, "write TensorBoard events"),
     Row("log_step", "int | None", None, "steps between two readings and lines; null chooses, lines 5 s apart", low=1),
     Row("progress", "bool", True, "a progress bar where there is a terminal"),
