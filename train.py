@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_train(argv)
+    args.typed = sys.argv[1:] if argv is None else argv
     config = load_config(args.config, args.overrides) if args.config else None
     if config and not args.dry_run:
         check_second_stage(config)
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     workers = workers_wanted(args, config)
     if workers > 1:
         from tools.launch import run_workers
-        return run_workers(workers, [str(Path(__file__).resolve()), *(sys.argv[1:] if argv is None else argv)])
+        return run_workers(workers, [str(Path(__file__).resolve()), *args.typed])
     stop = StopRequest()
     # Heard from here on: what isn't begun yet is saved as such. A dry run has nothing to save.
     with contextlib.nullcontext() if args.dry_run else stop:
@@ -155,7 +156,8 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     trainer.paths = paths = run_folders(args, start)
     stopped = of_features and not start_on_features(trainer, starts)
     if stopped:
-        log.info("stopped on request before the first step; the features so far are in %s", paths.models / "features")
+        log.info("stopped on request before the first step, with the features so far in %s; go on with: %s",
+                 paths.models / "features", once_more(args, paths))
     checkpoint = None if stopped else trainer.train() or start.path
     if stopped or not trainer.finished:
         note_stop()
@@ -229,6 +231,13 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
                               f"(-r auto --run_id {args.run_id}) or choose another name")
         return paths
     return dist.on_main(claim)
+
+
+def once_more(args: Namespace, paths: RunPaths) -> str:
+    """The command that was typed, to begin again in the same folder."""
+    from utils.dist import command
+    same = [] if args.resume else ["-r", "auto"] if args.run_id else ["-r", "auto", "--run_id", paths.models.name]
+    return f"{command('train.py')} {shlex.join([*args.typed, *same])}"
 
 
 def describe_data(loader: Any, config: dict[str, Any]) -> None:

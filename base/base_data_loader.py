@@ -74,6 +74,11 @@ class BaseDataLoader:
         start, stop = self.span(batch)
         return len(range(start + self.rank, stop, self.world_size)), stop - start
 
+    def least_share(self) -> int:
+        """The fewest images that a rank has in any batch of an epoch, repeated ones too."""
+        sizes = (stop - start for start, stop in map(self.span, {0, len(self) - 1}))
+        return min(max(size // self.world_size, 1) for size in sizes)
+
     def positions(self, batch: int) -> np.ndarray:
         """This rank's positions of global batch `batch`, never empty."""
         start, stop = self.span(batch)

@@ -50,6 +50,8 @@ class BaseModel(nn.Module):
     force_all = False
     #: Names of parameters that are frozen for some epochs only: `thaw` ends that.
     waiting: tuple[str, ...] = ()
+    #: Whether norms without parameters keep their statistics, as frozen ones do; and whether `thaw` ends that.
+    norms_kept, norms_wait = False, False
     #: Whether every trained parameter takes part in every step (data parallel training must be told where not).
     uses_all_parameters = True
 
@@ -127,6 +129,7 @@ class BaseModel(nn.Module):
             after = tuple(self.feature_prefixes())    # of these stays frozen what is: LWS's classifier, say
             self._set_trained([name for name, _ in self.named_parameters() if not name.startswith(after)], False)
         elif what == "norms":
+            self.norms_kept = True
             self._set_trained(self._norm_parameters(), False)
         elif isinstance(what, float):
             self._set_trained(self._first_stages(what), False)
@@ -136,8 +139,9 @@ class BaseModel(nn.Module):
     def _freeze_for_a_while(self, plan: Freeze) -> None:
         if plan.then is not None:
             self.freeze(plan.then)
-        before = self.frozen
+        before, kept = self.frozen, self.norms_kept
         self.freeze(plan.what)
+        self.norms_wait = self.norms_kept and not kept
         self._set_trained(before, False)
         self.waiting = tuple(name for name in self.frozen if name not in set(before))
         if not self.waiting:
@@ -188,6 +192,7 @@ class BaseModel(nn.Module):
 
     def thaw(self) -> None:
         """Train what was `waiting`."""
+        self.norms_kept = self.norms_kept and not self.norms_wait
         self._set_trained(self.waiting, True)
         self.waiting = ()
 
@@ -225,10 +230,11 @@ class BaseModel(nn.Module):
     def train(self, mode: bool = True) -> BaseModel:
         """Training mode for all parts that learn, evaluation mode for those that are frozen whole."""
         super().train(mode)
-        if mode and self.frozen:
+        if mode and (self.frozen or self.norms_kept):
             for module in self.modules():
                 parameters = list(module.parameters())
-                if parameters and not any(p.requires_grad for p in parameters):
+                kept = self.norms_kept and hasattr(module, "running_var")
+                if not any(p.requires_grad for p in parameters) if parameters else kept:
                     module.eval()
         return self
 

@@ -265,8 +265,8 @@ class BaseTrainer(Resumable):
         below 0 where it is worse, or isn't known."""
         if self.monitor_mode == "off":
             return -math.inf
-        if self.monitor not in figures:
-            if self.valid_loader is None and self.monitor.startswith("val_"):
+        if (unseen := self.valid_loader is None and self.monitor.startswith("val_")) or self.monitor not in figures:
+            if unseen:
                 log.warning("trainer.monitor: no validation split, so %s isn't known; nothing is monitored",
                             self.monitor)
             else:

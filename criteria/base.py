@@ -196,6 +196,14 @@ def cross_entropies(z: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(z, target, reduction="none")
 
 
+def plain_loss(z: Tensor, target: Tensor | MixedLabels) -> Tensor:
+    """The mean cross-entropy of logits [N, C] to labels [N] or mixed ones: what losses of experts are in evaluation."""
+    if not isinstance(target, MixedLabels):
+        return F.cross_entropy(z, target)
+    first, second = (cross_entropies(z, labels) for labels in (target.first, target.second))
+    return (target.weight * first + (1 - target.weight) * second).mean()
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.labels import MixedLabels, WholeBatch
-from criteria.base import LongTailLoss, cross_entropies, finite, temperature_factors
+from criteria.base import LongTailLoss, cross_entropies, finite, plain_loss, temperature_factors
 from criteria.plain import BalancedSoftmaxLoss, LDAMLoss
 from utils.errors import ConfigError
 
@@ -34,7 +34,7 @@ class PerExpert(LongTailLoss):
                     whole: WholeBatch | None = None) -> Tensor:
         mean = stream["output"]
         if self.evaluates(stream):
-            return F.cross_entropy(mean, target)
+            return plain_loss(mean, target)
         experts = stream["logits"]
         num_experts = experts.shape[1]
         base = self.mean_loss(mean if self.collaborative else experts, target, whole)
@@ -166,7 +166,7 @@ class ShiftedExperts(LongTailLoss):
     def stream_loss(self, stream: Mapping[str, Tensor], target: Tensor | MixedLabels,
                     whole: WholeBatch | None = None) -> Tensor:
         if self.evaluates(stream):
-            return F.cross_entropy(stream["output"], target)
+            return plain_loss(stream["output"], target)
         experts = stream["logits"]
         loss = self.mean_loss(experts + self.table("offsets", experts, experts.shape[1]), target, whole)
         return loss * experts.shape[1] if self.sums else loss

@@ -26,6 +26,7 @@ class DigitsLTDataLoader(_ImageDataLoader):
     default_size = 32
     flips = False
     holdout_cap = 30
+    holdout_fewest = 10
     draws_tests = True
 
     def __init__(self, data_dir: str | None = None, *more: _Any, imb_factor: float | None = 0.02, **args: _Any):

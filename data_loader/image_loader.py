@@ -84,6 +84,7 @@ class ImageDataLoader(PixelLoader):
     flips = True
     jitter = 0.0                 # of large training images; an own value by data set
     holdout_cap = 50             # validation images a class at most, where they cost no training image
+    holdout_fewest = 1           # of which fewer a class are too few to be worth their balance
     degrees = 15.0
     takes_shards = False
     draws_tests = False          # of images in memory: whether split_seed decides which of them are for testing
@@ -236,7 +237,8 @@ class ImageDataLoader(PixelLoader):
                                         "published code does; the last epoch's figures are the honest ones")
         self.draws_validation = True
         if self.has_spare:
-            chosen, missing = holdout_of_spare(spare.targets, self.num_classes, self.holdout_cap, self.split_seed)
+            chosen, missing = holdout_of_spare(spare.targets, self.num_classes, self.holdout_cap, self.split_seed,
+                                               self.holdout_fewest)
             note = f"validation: \"holdout\": {len(chosen)} images that neither training nor test uses"
             if missing:
                 note += f"; {missing} of {self.num_classes} classes have none left over"

@@ -221,16 +221,17 @@ def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool)
         splits.class_names, splits.num_classes = list(wanted), len(wanted)
 
 
-def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, seed: int) -> tuple[np.ndarray, int]:
+def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, seed: int,
+                     fewest: int = 1) -> tuple[np.ndarray, int]:
     """A validation split out of images that no split uses: (indices, number of classes without any).
 
-    Balanced: every class that has images left gives as many as the poorest of them, or, where that would be a handful
-    only (under 10), up to `cap` each.
+    Balanced: every class that has images left gives as many as the poorest of them, `cap` at most. Where that would be
+    under `fewest`, each gives up to `cap`.
     """
     rng = np.random.RandomState(seed)
     counts = np.bincount(targets, minlength=num_classes)
     poorest = int(counts[counts > 0].min())
-    count = min(poorest, cap or poorest) if poorest >= 10 or cap is None else cap
+    count = min(poorest, cap or poorest) if poorest >= fewest or cap is None else cap
     chosen = [rng.permutation(np.flatnonzero(targets == label))[:count] for label in range(num_classes)]
     return np.concatenate(chosen), int((counts == 0).sum())
 

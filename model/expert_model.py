@@ -121,6 +121,9 @@ class ExpertModel(BaseModel):
         self.backbone.force_all = value
 
     def gather_batches(self) -> None:
+        if self.backbone.use_experts == "rand":
+            raise ConfigError("trainer.bt_gather: with arch.args.use_experts \"rand\" each process leaves out another "
+                              "expert, whose features would meet in one attention; leave one of them out")
         self.backbone.bt_gather = True
 
     def heads(self) -> list[torch.nn.Module]:

@@ -1,6 +1,9 @@
 """What a network with experts does with its features: heads, BatchFormer, the dict of outputs; its trunk is its own."""
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -17,6 +20,19 @@ def nbn_stages(where: str | list[int], stages: list[int]) -> list[int]:
         raise ConfigError(f"arch.args.norm.args.where: {where!r} should be 'last', 'all' or a list of stages "
                           f"out of {stages}")
     return sorted(set(chosen))
+
+
+@contextlib.contextmanager
+def statistics_kept(heads: list[nn.Module]) -> Iterator[None]:
+    """Batch norms in heads (NBN's logit rectification) normalise by the batch and don't remember it."""
+    norms = [part for head in heads for part in head.modules() if getattr(part, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class ExpertNet(nn.Module):
@@ -102,9 +118,13 @@ class ExpertNet(nn.Module):
             logits = self.classify(feats, experts)
             return {"output": logits.mean(1), "logits": logits, "feat": feats}
         related = batchformer.across_ranks(block, feats) if self.bt_gather else block(feats)
-        logits = self.classify(related, experts)
+        both = self.shared_classifier and block.training
+        # What a head's norm remembers is for evaluation, whose stream is one of the two.
+        with statistics_kept(self.heads if both and not self.eval_bt else []):
+            logits = self.classify(related, experts)
         outputs = {"output": logits.mean(1), "logits": logits, "feat": feats}
-        if self.shared_classifier and block.training:
-            before = self.classify(feats, experts)
+        if both:
+            with statistics_kept(self.heads if self.eval_bt else []):
+                before = self.classify(feats, experts)
             outputs.update(output_old=before.mean(1), logits_old=before, bt_weights=self.bt_weights)
         return outputs

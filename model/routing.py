@@ -22,9 +22,9 @@ class Routed(ExpertNet):
     of the mean over experts 1..i, and gives one logit: "a further expert would help".
 
     Training: only the gates learn; everything else is frozen, in evaluation mode and untouched (`force_all`: all of it
-    learns). Given `target` `[N]` the dict adds `loss`, the mean over gates of the binary cross-entropy, weighted by
-    `pos_weight`, with the truth "wrong so far, and the mean after some later expert is right". `output` `[N, C]` is
-    the mean over all experts.
+    learns but the last expert, which no gate looks at). Given `target` `[N]` the dict adds `loss`, the mean over gates
+    of the binary cross-entropy, weighted by `pos_weight`, with the truth "wrong so far, and the mean after some later
+    expert is right". `output` `[N, C]` is the mean over all experts.
 
     Evaluation: an image goes on to the next expert while sigmoid(gate) > `route_threshold`. The dict has `output`
     `[N, C]`, its mean over the experts it used, and `sample_num_experts` `[N]`. With `route = False` all experts run

@@ -11,6 +11,7 @@ from model.metric import EvalState
 from tools.flags import parse_test
 from tools.opened import Run, open_run
 from tools.report_page import report_name
+from trainer import classifiers
 from utils.checkpoint.store import load_checkpoint, save_checkpoint
 from utils.errors import ConfigError
 
@@ -94,6 +95,13 @@ def test_a_prior_is_for_the_experts_that_are_asked(trained):
     assert learned["accuracy"] == right(*prior_figures(found, learned["expert_weights"]))
 
 
+def test_a_prior_knows_the_loss_that_trained_them(trained):
+    """Not the one that the command line names."""
+    checkpoint, found = trained
+    got = figures(checkpoint, "--prior", "uniform", "--set", "loss.type=CrossEntropyLoss", "--set", "loss.args={}")
+    assert got["accuracy"] == right(*prior_figures(found, [1 / 3] * 3))
+
+
 def test_a_prior_knows_which_experts_were_trained(trained):
     """Two of three, with a strength each; the third's logits are right for nothing that is known."""
     checkpoint, found = trained
@@ -118,6 +126,20 @@ def test_learned_weights_of_experts(trained):
     assert len(weights) == 3 and float(weights.sum()) == pytest.approx(1) and weights.min() > 0.01
     assert first["accuracy"] == right(torch.einsum("nec,e->nc", logits, weights), labels)
     assert figures(checkpoint, "--expert_weights", "learn")["expert_weights"] == first["expert_weights"]
+
+
+@pytest.mark.parametrize("flip", [True, False, "alternate"])
+def test_images_that_mustnt_be_mirrored_arent(monkeypatch, flip):
+    """Ramps that rise to the right fall where they are flipped; the zeros that a move lets in are left out."""
+    images, views = torch.arange(1.0, 17).repeat(32, 3, 16, 1), []
+
+    def outputs_of(model, loader, head, view):
+        views.append(view(images))
+        return torch.randn(32, 2, 3), None
+    monkeypatch.setattr(classifiers, "outputs_of", outputs_of)
+    classifiers.learned_expert_weights(None, SimpleNamespace(flip=flip))
+    rise = (views[1][:, 0, 8, 4:12].diff() > 0).all(1)
+    assert rise.all() if flip is False else 0 < rise.sum() < 32
 
 
 def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):

@@ -19,6 +19,7 @@ from trainer import classifiers
 from trainer.precision import choose_precision
 from utils import dist
 from utils.checkpoint.store import recover_config
+from utils.config.outside import is_outside
 from utils.errors import ConfigError
 
 log = get_logger()
@@ -115,10 +116,12 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
             if run.model.routed and not run.model.force_all:
                 raise ConfigError(f"--prior: the experts of {run.path} were trained in stage 1, by a loss and a "
                                   "sampler that it doesn't know; give stage 1's checkpoint")
-            criterion = make_criterion(run.config, counts)
+            own = recover_config(run.checkpoint) or {}   # what trained it, whatever -c and --set say now
+            known = "loss" in own and not is_outside(own["loss"].get("type"))
+            criterion = make_criterion(own if known else run.config, counts)
             if hasattr(criterion, "set_epoch"):
                 criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
-            power = power_of(run.config["data_loader"].get("args") or {})
+            power = power_of((own.get("data_loader") or run.config["data_loader"]).get("args") or {})
             learned = classifiers.learned_prior(criterion, counts, power, shares_of_experts(run, note))
         if args.classifier == "la":     # logits less tau * log of the frequencies
             learned = learned / frequencies(counts) ** note["tau"]

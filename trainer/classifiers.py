@@ -167,14 +167,14 @@ def estimated_prior(model: nn.Module, loader: Any, head: Head, learned: torch.Te
 
 
 def learned_expert_weights(model: nn.Module, loader: Any, seed: int = 0) -> torch.Tensor:
-    """Weights of the experts, [E], from each image as it is and once flipped or moved by up to an eighth of its side:
-    see `model.shift.learn_expert_weights`. No label is looked at."""
-    generator = torch.Generator().manual_seed(seed)
+    """Weights of the experts, [E], from each image as it is and once flipped (unless the data mustn't be) or moved by
+    up to an eighth of its side: see `model.shift.learn_expert_weights`. No label is looked at."""
+    generator, flips = torch.Generator().manual_seed(seed), bool(getattr(loader, "flip", True))
 
     def moved(images: torch.Tensor) -> torch.Tensor:
         far = max(1, images.shape[-1] // 8)
         down, right = torch.randint(2 * far + 1, (2,), generator=generator).tolist()
-        flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+        flipped = (torch.rand(len(images), generator=generator) < 0.5 * flips).to(images.device)
         images = torch.where(flipped[:, None, None, None], images.flip(3), images)
         return nn.functional.pad(images, (far,) * 4)[:, :, down:down + images.shape[2], right:right + images.shape[3]]
 

@@ -50,7 +50,7 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
         return _own(kind, args, optimizer, epochs, steps_per_epoch, path)
     if kind in BY_STEP:
         args, unit = _by_step(kind, args, epochs, steps_per_epoch, path)
-        args = _in_proportion(args, optimizer)
+        args = _in_proportion(_with_peak(args, optimizer, path) if kind == "OneCycleLR" else args, optimizer)
     elif kind in BY_FIGURE:
         args, unit = _by_figure(args, monitor, path), "figure"
         for group in optimizer.param_groups:   # torch's plateau doesn't keep what it began with; going on asks for it
@@ -121,6 +121,15 @@ def _by_step(kind: str, args: dict[str, Any], epochs: int, steps: int, path: str
         return args, "epoch"
     raise ConfigError(f"{path}.args: OneCycleLR ends after {total} steps, and the run has {epochs} epochs of {steps}; "
                       "leave total_steps out")
+
+
+def _with_peak(args: dict[str, Any], optimizer: torch.optim.Optimizer, path: str) -> dict[str, Any]:
+    """One cycle's peak is the optimizer's own rate, unless the arguments give another."""
+    own, peak = optimizer.defaults["lr"], args.get("max_lr")
+    if isinstance(peak, int | float) and peak != own:
+        log.warning("%s.args.max_lr: %g is where the rate goes up to; the optimizer's own, %g, is without effect "
+                    "(without max_lr it is the peak)", path, peak, own)
+    return {"max_lr": own, **args}
 
 
 def _in_proportion(args: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from logger.log import get_logger
 from model.native.build import compiler, keeps_up
 from model.native.winograd import compile_convolutions, suitable
 from model.norm.act import compile_norms
+from trainer.batch_of_one import one_value_told
 from trainer.hooks import HOOKS, make_hooks
 from trainer.meters import Means
 from trainer.optim.sam import SAM
@@ -23,7 +24,7 @@ from utils.config.build import lookup
 from utils.config.check import metric_kind, metric_table
 from utils.config.outside import short_name
 from utils.config.schema import TOP, defaults
-from utils.errors import ConfigError, RunError
+from utils.errors import RunError
 
 log = get_logger()
 _MANY_CONVOLUTIONS = 10    # from which on compiling them is worth a hint
@@ -142,14 +143,8 @@ class StepTrainer(BaseTrainer):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         """The model's dict for a training batch (images [N, 3, H, W], labels [N])."""
-        try:
+        with one_value_told():
             outputs = self.step_model(images)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ConfigError("data_loader.args.batch_size: this step has one image on a process, whose maps end "
-                              "1 x 1, and batch norm can't learn from one value; give a --bs that leaves two or more, "
-                              "or a larger image_size") from None
         if self.teacher is not None:
             with torch.no_grad():
                 outputs["teacher"] = self.teacher(images)["output"]

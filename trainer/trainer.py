@@ -11,6 +11,7 @@ from torch import nn
 from base.freezing import freeze_plan
 from logger.log import get_logger
 from model.native import winograd
+from trainer.batch_of_one import check_least_share
 from trainer.cached import CachedFeatures, OnFeatures
 from trainer.evaluate import evaluate
 from trainer.precision import in_float32
@@ -40,6 +41,8 @@ class Trainer(StepTrainer):
         self.on_features = False
         self.accuracy_so_far: float | None = None
         self.next_line = 0.0
+        if self.train_loader.task == "classification" and "preprocess" in self.data_facts:
+            check_least_share(self.model, self.train_loader, self.data_facts["preprocess"]["image_size"])
 
     # ------------------------------------------------------------------ one epoch
 
@@ -83,9 +86,10 @@ class Trainer(StepTrainer):
                     return None
         for hook in self.hooks:
             hook.epoch_trained(epoch)
-        # Those of a whole split are validation's alone.
+        # Those of a whole split are validation's alone; validation's have their columns without it too.
         return {**self.means.read(reduce=True),
-                **{name: None for name in self.metrics if name not in self.batch_metrics}}
+                **{name: None for name in self.metrics if name not in self.batch_metrics},
+                **{f"val_{name}": None for name in self.metrics if self.valid_loader is None}}
 
     def _start_epoch(self, epoch: int, start_batch: int) -> None:
         self.epoch = epoch

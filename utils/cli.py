@@ -36,7 +36,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
         if not error.told:
             _fail(str(error), status)
     except KeyboardInterrupt:
-        status = _fail("interrupted", 130)
+        status = _fail("interrupted", 1)
     except OSError as error:
         if error.errno == errno.EPIPE and not _flush("\n"):
             status = 0

@@ -5,6 +5,7 @@ from torch import nn
 
 from model.batchformer import BatchFormerLayer, BatchFormerStack, across_ranks, make_block
 from model.model import build_model
+from utils.errors import ConfigError
 
 
 def model_of(kind="ResNet32Model", **args):
@@ -106,6 +107,25 @@ def test_evaluation_is_the_same_alone_and_in_any_batch(add_bt):
         alone = torch.cat([model(image[None])["logits"] for image in images])
     torch.testing.assert_close(together["logits"], alone, rtol=1e-4, atol=1e-4)
     assert "logits_old" not in together
+
+
+@pytest.mark.parametrize("eval_bt", [False, True])
+def test_a_norm_in_the_classifier_remembers_the_stream_of_evaluation(eval_bt):
+    """Both go through one head in training."""
+    model = model_of(add_bt=1, classifier="linear_fcbn_notaffine", eval_bt=eval_bt).train()
+    norm, streams = model.backbone.linear.bn, []
+    norm.momentum = 1.0
+    norm.register_forward_hook(lambda module, inputs, output: streams.append(inputs[0].mean(0)))
+    assert "output_old" in model(torch.randn(8, 3, 16, 16))
+    after, before = streams
+    torch.testing.assert_close(norm.running_mean, (after if eval_bt else before).detach())
+    assert norm.track_running_stats and norm.num_batches_tracked == 1
+
+
+def test_gathering_refuses_experts_left_out_by_chance():
+    model = model_of(num_experts=3, use_experts="rand", add_bt=1)
+    with pytest.raises(ConfigError, match=r"trainer\.bt_gather: with arch\.args\.use_experts"):
+        model.gather_batches()
 
 
 def test_eval_bt_applies_the_block():

@@ -487,6 +487,22 @@ def test_mixed_labels_are_a_weighted_sum(name, kind):
     assert criterion(outputs, MixedLabels(first, second, weight)).item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["RIDELoss", "RIDELossWithDistill", "RIDEBalancedSoftmaxLoss", "BalPoELoss",
+                                  "SADELoss"])
+@pytest.mark.parametrize("weight", [0.3, torch.tensor([0.1, 0.9, 0.4, 1.0])])
+def test_mixed_labels_of_a_mean_of_experts(name, weight):
+    """In evaluation, and where the outputs have no logits of each expert, these are cross-entropy."""
+    torch.manual_seed(0)
+    output, first, second = torch.randn(4, 6), torch.tensor([0, 1, 5, 3]), torch.tensor([2, 1, 0, 4])
+    criterion = build_loss({"type": name}, cls_num_list=COUNTS)
+    log = output.double().log_softmax(1)
+    w = torch.as_tensor(weight, dtype=torch.float64)
+    expected = -(w * log[range(4), first] + (1 - w) * log[range(4), second]).mean()
+    for outputs, mode in (({"output": output}, True), ({"output": output, "logits": torch.randn(4, 3, 6)}, False)):
+        found = criterion.train(mode)(outputs, MixedLabels(first, second, weight))
+        assert found.item() == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_clouds_lower_rare_classes_logits_in_training_only():
     criterion = LOSSES["GCLLoss"](cls_num_list=COUNTS, s=5, noise=0.8)
     outputs, target = make(n=4000)

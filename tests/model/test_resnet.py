@@ -131,6 +131,18 @@ def test_a_classifier_with_a_norm_is_no_norm(classifier):
     assert "backbone.bn1.weight" in model.frozen
 
 
+@pytest.mark.parametrize("classifier", ["linear_fcbn", "linear_fcbn_notaffine"])
+def test_frozen_norms_without_weights_keep_their_statistics_until_a_thaw(classifier):
+    model = model_of(classifier=classifier)
+    model.freeze({"until": 1, "what": "norms"})
+    norm = model.train().backbone.linear.bn
+    assert not norm.training
+    model.thaw()
+    assert model.train().backbone.linear.bn.training
+    model.freeze("backbone")        # not the classifier's
+    assert norm.training and not model.backbone.bn1.training
+
+
 class Plain(BaseModel):
     """A backbone of somebody's own: one stage, and heads with names of their own."""
 

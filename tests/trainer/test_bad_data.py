@@ -123,5 +123,6 @@ def test_a_label_beyond_the_models_classes_is_named_by_file_and_line(runs, tmp_p
 def test_one_image_whose_maps_end_1_x_1(runs, data):
     sections = {**settings(data), "arch": {"type": "ResNet10Model", "args": {"layer2_output_dim": None,
                                                                              "layer3_output_dim": None}}}
-    with pytest.raises(ConfigError, match=r"batch_size: this step has one image on a process, .* give a --bs"):
+    with pytest.raises(ConfigError, match=r"batch_size: a step has one image on a process, .* give a --bs"):
         runs("one", "--bs", 1, **sections)
+    assert not runs.models("one").exists()

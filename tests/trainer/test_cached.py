@@ -1,6 +1,7 @@
 """Training on features that were computed once, and parts that are frozen until an epoch."""
 
 import json
+import re
 import signal
 
 import numpy as np
@@ -379,7 +380,7 @@ def test_features_of_other_layers_arent_taken(stage1):
     assert feature_store.feature_key(run.model, loader, 1, "off") != before
 
 
-def test_a_start_from_class_means_is_of_the_features_that_are_kept(runs, stage1, monkeypatch, same_state):
+def test_a_start_from_class_means_is_of_the_features_that_are_kept(runs, stage1, monkeypatch, same_state, capsys):
     """One pass over the training images, one over the validation images; averages begin there too."""
     passes = []
     features = feature_store.FeatureStore._features
@@ -403,5 +404,6 @@ def test_a_start_from_class_means_is_of_the_features_that_are_kept(runs, stage1,
                       lambda self, *args: signal.raise_signal(signal.SIGTERM) or features(self, *args))
         stopped = runs("stopped", *flags, **sections)
     assert not list(stopped.glob("*.pth"))
+    assert re.search(r"go on with: python train\.py -c \S+ --run_id stopped .* -r auto\n", capsys.readouterr().out)
     runs("stopped", "-r", "auto", *flags, **sections)
     assert same_state(kept / "checkpoint-epoch1.pth", stopped / "checkpoint-epoch1.pth") == []

@@ -158,6 +158,19 @@ def test_groups_with_rates_of_their_own_keep_their_proportion(kind: str, args: d
     assert [other for _, other in apart] == pytest.approx([own / 4 for own, _ in apart])
 
 
+@pytest.mark.parametrize(("args", "peak"), [({}, 0.1), ({"max_lr": 0.1}, 0.1), ({"max_lr": 1.0}, 1.0)])
+def test_one_cycles_peak_is_the_optimizers_rate(caplog: pytest.LogCaptureFixture, capsys, args, peak) -> None:
+    optimizer, rates = sgd(0.1), []
+    schedule = build_scheduler({"type": "OneCycleLR", "args": args}, optimizer, EPOCHS, STEPS)
+    for _ in range(EPOCHS * STEPS - 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(peak, rel=0.02)
+    said = caplog.text + "".join(capsys.readouterr())
+    assert ("the optimizer's own, 0.1, is without effect" in said) == (peak != 0.1)
+
+
 @pytest.mark.parametrize(("epochs", "by", "says"), [(1, "epoch", "1"), (0.5, "epoch", "0.5"), (0, "epoch", None),
                                                     (1.5, "epoch", None), (0.5, "step", None)])
 def test_no_warm_up_by_another_name_is_said(caplog: pytest.LogCaptureFixture, capsys, epochs, by, says) -> None:
@@ -199,5 +212,6 @@ def test_a_plateau_without_validation_follows_the_loss_down(runs) -> None:
     optimizer = sgd(0.01)
     twin = lr_scheduler.ReduceLROnPlateau(optimizer, mode="min", factor=0.1, patience=0)
     for row in read_table(runs.log("blind") / "metrics.csv"):
+        assert row["val_accuracy"] is row["val_loss"] is None      # which have their columns all the same
         assert row["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
         twin.step(row["loss"])

@@ -21,7 +21,7 @@ def fails_with(error):
     (ConfigError("loss.type: unknown"), 2, "loss.type: unknown\n"),
     (ConfigError("Caught ConfigError in DataLoader worker process 0. Original Traceback (most recent call last): "
                  "x utils.errors.ConfigError: a/b.png: unreadable"), 2, "a/b.png: unreadable\n"),
-    (RunError("loss is nan"), 1, "loss is nan\n"), (KeyboardInterrupt(), 130, "interrupted\n"),
+    (RunError("loss is nan"), 1, "loss is nan\n"), (KeyboardInterrupt(), 1, "interrupted\n"),
     (OSError(28, "No space left on device", "saved/x"), 1, "saved/x: No space left on device\n"),
 ])
 def test_run_main_says_one_line(error, status, said, capsys):
