@@ -31,7 +31,8 @@ def test(args: Namespace) -> dict[str, Any]:
     from tools.heads import adapt, changes_of, choose_classifier, crops_of
     from tools.open_set import open_set
     from tools.opened import open_run
-    from tools.words import words_for
+    from tools.words import refuse_nonfinite, words_for
+    from trainer.evaluate import with_all_experts
     from trainer.precision import choose_precision
     from trainer.tasks import task_of, write_figures
     from utils import dist
@@ -72,8 +73,10 @@ def test(args: Namespace) -> dict[str, Any]:
         result["changed"] = changes
     if crops_of(loader):
         result["crops"] = crops_of(loader)
-    if "expert_share" in result and "expert_acc" not in result:
-        result.update(with_all_experts(run, loader, amp, args.report, **more))
+    if task.classifies:
+        refuse_nonfinite(result, args.resume)
+        result = with_all_experts(run.model, loader, result, groups=run.config["groups"], amp=amp, keep=args.report,
+                                  **more)
     if args.open_set:
         result["open_set"] = open_set(args, run, head, result)
     everything = dict(result)
@@ -107,19 +110,6 @@ def check_classes(run: Any, loader: Any) -> None:
     if run.model.num_classes != loader.num_classes:
         raise ConfigError(f"data_loader: the data has {loader.num_classes} classes, the model of {run.path} knows "
                           f"{run.model.num_classes}; give the data it was trained for")
-
-
-def with_all_experts(run: Any, loader: Any, amp: str, keep: bool, **more: Any) -> dict[str, Any]:
-    """What routing leaves unseen, from a second pass that asks every expert for every image: `all_experts_acc` of
-    their mean, `expert_acc` of each alone, `expert_disagreement`, and with `keep` `expert_predictions` [N, E]."""
-    from trainer.evaluate import evaluate
-    run.model.force_all = True
-    try:
-        everyone = evaluate(run.model, loader, groups=run.config["groups"], amp=amp, keep=keep, **more)
-    finally:
-        run.model.force_all = False
-    names = ("expert_acc", "expert_disagreement", "expert_predictions")
-    return {"all_experts_acc": everyone["accuracy"], **{name: everyone[name] for name in names if name in everyone}}
 
 
 if __name__ == "__main__":

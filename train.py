@@ -174,11 +174,11 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
             log.info(line)
         trainer.run_ended(result)
         if dist.is_main():
+            write_figures(task, checkpoint.parent / "test_metrics.json", {**result, "checkpoint": checkpoint.name})
             if options["report"]:
                 about = {"epoch": trainer.last_epoch, "data": trainer.data_facts}
                 run = Run(checkpoint, config, about, trainer.judged_model, device)
                 write_report(run, dict(result), test_loader)
-            write_figures(task, checkpoint.parent / "test_metrics.json", {**result, "checkpoint": checkpoint.name})
     trainer.close()
     log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies, outside_flags(config),
                                 options["report"]))

@@ -8,6 +8,7 @@ import torch
 
 import test as test_script
 from model.metric import EvalState
+from tools import report as report_script
 from tools.flags import parse_test
 from tools.opened import Run, open_run
 from tools.report_page import report_name
@@ -116,6 +117,19 @@ def test_a_prior_knows_which_experts_were_trained(trained):
         == right(*prior_figures(found, [0, 0, 1], (0, 0, 1.5)))
     with pytest.raises(ConfigError, match=r"--prior: expert 1 took no part in the training of .*use_experts=2,0"):
         figures(other, "--prior", "uniform", "--set", "arch.args.use_experts=0,1")
+
+
+def test_outputs_that_arent_numbers_are_no_accuracy(trained, tmp_path):
+    """The first class would seem to be predicted."""
+    contents = load_checkpoint(trained[0])
+    contents["state_dict"]["backbone.conv1.weight"].fill_(float("nan"))
+    broken = tmp_path / trained[0].name
+    save_checkpoint(broken, contents)
+    with pytest.raises(ConfigError, match="its outputs aren't finite numbers"):
+        figures(broken)
+    with pytest.raises(ConfigError, match="its outputs aren't finite numbers"):
+        report_script.main([str(tmp_path), "-d", "cpu"])
+    assert [path.name for path in tmp_path.iterdir()] == [broken.name]
 
 
 def test_learned_weights_of_experts(trained):

@@ -164,6 +164,7 @@ def test_the_whole_chain(bench, call_cli, monkeypatch):
     assert stage1.keys() == {key for key in gated if not key.startswith(GATES)}
     assert changed(stage1, gated) == {key for key in gated if key.startswith(GATES)}
     assert any("running_mean" in key for key in stage1)
+    ended = json.loads((ea.parent / "test_metrics.json").read_text())
     done = call_cli(["test.py", "-r", ea, "-d", "cpu"], check=True)
     figures = json.loads((ea.parent / "test_metrics.json").read_text())
     assert set(figures["expert_share"]) == {"all", "many", "medium", "few"}
@@ -171,7 +172,8 @@ def test_the_whole_chain(bench, call_cli, monkeypatch):
         assert len(shares) == 3 and sum(shares) == pytest.approx(1)
     everyone = bench.test(ride)
     assert figures["expert_acc"] == everyone["expert_acc"]
-    assert figures["all_experts_acc"] == everyone["accuracy"]
+    assert figures["all_experts_acc"] == ended["all_experts_acc"] == everyone["accuracy"]
+    assert figures["all_experts_shot_acc"] == {g: everyone[f"{g}_shot_acc"] for g in ("many", "medium", "few")}
     for word in ("used 1 %", "used 3 %", "each expert %"):
         assert word in done.stdout
     # The threshold is a choice of use: at 1 nobody asks further, at 0 everybody does.

@@ -177,9 +177,12 @@ def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | Non
             for i, (path, classes, probabilities) in enumerate(zip(paths, best.indices.tolist(), best.values.tolist()))]
 
 
-def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, threshold: float = 0.5,
+def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, threshold: float = 0.5, masks: int = 0,
            advance: Callable[[int], Any] = lambda n: None) -> Predictions:
-    """A detector on image files: (path, {"boxes", "labels", "scores", "masks"} on the CPU, of `threshold` or more)."""
+    """A detector on image files: (path, {"boxes", "labels", "scores"} on the CPU, of `threshold` or more).
+
+    masks: of so many images also "masks", bool: each is as large as its image.
+    """
     import numpy as np
     import torch
 
@@ -187,13 +190,18 @@ def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, thre
     from data_loader.workers import worker_count
     device, done = next(model.parameters()).device, Predictions()
     with torch.inference_mode():
-        for [(path, image, reason)] in decoded(paths, read_rgb, 1, worker_count(threads, 1)):
+        threads = worker_count(None, 1) if threads is None else max(1, threads)
+        for [(path, image, reason)] in decoded(paths, read_rgb, 1, threads):
             if reason is not None:
                 done.unreadable.append((path, reason))
             else:
                 pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
                 found = model([pixels.to(device)])["detections"][0]
                 keep = found["scores"] >= threshold
+                if "masks" in found:
+                    found = {**found, "masks": found["masks"] > 0.5}
+                if len(done.found) >= masks:
+                    found.pop("masks", None)
                 done.found.append((path, {key: value[keep].cpu() for key, value in found.items()}))
             advance(1)
     return done

@@ -150,7 +150,8 @@ def predict(args: Namespace) -> None:
     with tqdm(total=len(paths), unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:
         if facts["preprocess"].get("task") == "detection":
             least = 0.5 if args.threshold is None else args.threshold
-            done = detect(model, paths, threads=args.num_workers, threshold=least, advance=bar.update)
+            done = detect(model, paths, threads=args.num_workers, threshold=least,
+                          masks=most_pictures(args.gallery), advance=bar.update)
         elif args.threshold is not None:
             raise ConfigError(f"--threshold: is for detectors; {args.resume} classifies, leave it out")
         else:
@@ -222,6 +223,14 @@ def report(args: Namespace, done: Predictions, table: list[dict[str, Any]], name
                 raise ConfigError(f"{path}: can't be written: {error.strerror or error}") from None
             print(("" if written == len(done.found) else f"the first {written:,} of ")
                   + f"{count_of(len(done.found), 'image', 'images')}, written to {path}")
+
+
+def most_pictures(path: str | None) -> int:
+    """Of how many images a gallery shows what was seen."""
+    if not path:
+        return 0
+    from tools.gallery import MOST
+    return MOST
 
 
 def write_gallery(path: str, done: Predictions, names: Sequence[str] | None) -> int:

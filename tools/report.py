@@ -58,13 +58,21 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any, paths: RunPaths
     from logger.figures.facts import BY_IMAGE, RunFacts
     from logger.figures.norms import norm_facts
     from logger.metrics_csv import read_table
+    from tools.words import refuse_nonfinite
+    from trainer.evaluate import with_all_experts
     from trainer.precision import in_float32
     from trainer.tasks import task_of
     task = task_of(loader)
-    if result is None or ("predictions" not in result and result.get("classifier", "joint") == "joint"):
+    lacks = task.classifies and "predictions" not in (result or {}) and (result or {}).get("classifier",
+                                                                                           "joint") == "joint"
+    if result is None or lacks:
+        how = {"groups": run.config.get("groups"), "keep": task.classifies, "amp": "off"}
         with in_float32():
-            found = task.evaluate(run.model, loader, groups=run.config.get("groups"), keep=task.classifies, amp="off")
+            found = task.evaluate(run.model, loader, **how)
+            found = with_all_experts(run.model, loader, found, **how) if task.classifies else found
         result = {**(result or {}), **found}
+    if task.classifies:
+        refuse_nonfinite(result, run.path)
     if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
         result = {key: value for key, value in result.items() if key not in BY_IMAGE}
     data = run.data

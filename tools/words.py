@@ -7,6 +7,7 @@ from typing import Any
 
 from logger.figures.facts import RunFacts
 from logger.text import count_of
+from utils.errors import ConfigError
 
 MOST = 5            # classes that are named
 CLEARLY = 0.10      # how far under the accuracy of all photos a class must lie to be named
@@ -35,6 +36,13 @@ def words_for(config: dict[str, Any], result: dict[str, Any], loader: Any) -> li
     if not getattr(loader, "own_images", False):
         return []
     return in_words(RunFacts(config, result, list(loader.cls_num_list), loader.class_names))
+
+
+def refuse_nonfinite(result: dict[str, Any], checkpoint: Any) -> None:
+    """Of outputs that aren't numbers the first class would seem to be predicted. Raises ConfigError."""
+    if result.get("n_samples") and result.get("loss", 0.0) is None:
+        raise ConfigError(f"-r {checkpoint}: its outputs aren't finite numbers; give a checkpoint from before its "
+                          "training went wrong")
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

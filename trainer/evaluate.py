@@ -112,6 +112,26 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
     return result
 
 
+def with_all_experts(model: nn.Module, loader: Any, result: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """The figures of a model that routes and what routing leaves unseen, from a second pass in which every image asks
+    every expert: `all_experts_acc` and, by group, `all_experts_shot_acc` of their mean, `expert_acc` of each alone,
+    `expert_disagreement`, and with `keep` `expert_predictions` [N, E]. Those of any other model as they are.
+
+    how: the arguments of `evaluate`, as for the first pass. Every rank calls it.
+    """
+    if "expert_share" not in result or "expert_acc" in result:
+        return result
+    model.force_all = True
+    try:
+        everyone = evaluate(model, loader, **how)
+    finally:
+        model.force_all = False
+    names = ("expert_acc", "expert_disagreement", "expert_predictions")
+    return {**result, "all_experts_acc": everyone["accuracy"],
+            "all_experts_shot_acc": {group: everyone[f"{group}_shot_acc"] for group in GROUPS},
+            **{name: everyone[name] for name in names if name in everyone}}
+
+
 def format_result(result: dict[str, Any], title: str = "") -> str:
     """The figures a person looks for first, in percent: all, many, medium, few, and what each expert has to do with it.
     """

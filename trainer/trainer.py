@@ -13,7 +13,7 @@ from logger.log import get_logger
 from model.native import winograd
 from trainer.batch_of_one import check_least_share
 from trainer.cached import CachedFeatures, OnFeatures
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate, with_all_experts
 from trainer.precision import in_float32
 from trainer.schedules import bring_to
 from trainer.step import Part, StepTrainer
@@ -184,7 +184,9 @@ class Trainer(StepTrainer):
         """The figures of the weights as they are on another split, in float32 like test.py's; with `keep` also by
         image, as far as known."""
         with in_float32():
-            return self.evaluate(loader, keep=keep)
+            result = self.evaluate(loader, keep=keep)
+            return with_all_experts(self.judged_model, loader, result, groups=self.config.get("groups"), keep=keep,
+                                    amp="off", memory_format=self.memory_format)
 
     @property
     def wants_images(self) -> bool:

@@ -157,7 +157,7 @@ def _reliability_text(facts: RunFacts) -> str:
 
 
 def _experts_text(facts: RunFacts, own: dict[str, list[float | None]]) -> str:
-    together, best = facts.result["accuracy"], max(own["all"])
+    together, best = facts.together()["all"], max(own["all"])
     gain = 100 * (together - best)
     text = (f"All {len(own['all'])} experts together get {points(together)} right, "
             f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'} than the best one alone.")

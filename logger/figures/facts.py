@@ -137,7 +137,9 @@ class RunFacts:
         return accuracy
 
     def together(self) -> dict[str, float | None]:
-        """The whole model's accuracy under the same keys."""
+        """All experts' together under the same keys, also of a model that asks fewer for most images."""
+        if "all_experts_acc" in self.result:
+            return {"all": self.result["all_experts_acc"], **(self.result.get("all_experts_shot_acc") or {})}
         return {"all": self.result.get("accuracy"), **{g: self.result.get(f"{g}_shot_acc") for g in GROUPS}}
 
     def disagreement(self) -> np.ndarray | None:

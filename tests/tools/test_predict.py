@@ -206,7 +206,8 @@ class Finder(torch.nn.Module):
 
 def test_detections_become_rows_and_pictures(photos, tmp_path):
     from tools.gallery import gallery
-    done = detect(Finder(), find_images([str(photos[0])]), threshold=0.5)
+    done = detect(Finder(), find_images([str(photos[0])]), threshold=0.5, threads=0, masks=4)
+    assert ["masks" in found for _, found in done.found] == [True] * 4 + [False] * 6
     table = rows(done, ["cat", "dog"])
     assert len(table) == 10 and len(done.unreadable) == 1
     assert {key: table[0][key] for key in ("class", "left", "right")} == {"class": "dog", "left": 0.0, "right": 16.0}

@@ -12,11 +12,12 @@ import torch
 
 from data_loader.data_loaders import DigitsLTDataLoader
 from logger.figures.classes import group_bars
-from logger.figures.drawings import drawings, figures_to_tensorboard
+from logger.figures.drawings import _experts_text, drawings, figures_to_tensorboard
 from logger.figures.facts import RunFacts
 from logger.figures.style import LIGHT, to_array, to_svg
 from model.model import build_model
 from tools.flags import parse_test
+from tools.report import gather
 from tools.runs import evaluation_flags
 from trainer.evaluate import evaluate
 
@@ -44,6 +45,24 @@ def test_one_page_that_needs_no_network(page, run_copy):
     assert "prefers-color-scheme:dark" in page and "<meta name=\"viewport\"" in page
     pictures = {path.stem for path in (run_copy / "report").glob("*.png")}
     assert {"groups", "classes", "training", "confusion", "reliability", "experts", "group_confusion"} <= pictures
+
+
+def test_all_experts_together_are_those_of_every_image():
+    """Not the few that routing asks."""
+    own = {"all": [0.5, 0.4]}
+    result = {"accuracy": 0.49, "few_shot_acc": 0.3, "all_experts_acc": 0.52,
+              "all_experts_shot_acc": {"many": 0.7, "medium": 0.5, "few": 0.35}}
+    facts = RunFacts({}, result, [3, 2], None)
+    assert facts.together() == {"all": 0.52, "many": 0.7, "medium": 0.5, "few": 0.35}
+    assert "get 52.0 % right, 2.0 points more" in _experts_text(facts, own)
+
+
+def test_a_detectors_figures_arent_made_twice(monkeypatch, tmp_path):
+    """Of several processes one writes the report, and would wait for the others."""
+    monkeypatch.setattr("trainer.tasks.task_of", lambda loader: SimpleNamespace(classifies=False))
+    run = SimpleNamespace(config={}, data={}, model=torch.nn.Linear(1, 1))
+    facts = gather(run, {"bbox_AP": 0.5}, SimpleNamespace(n_samples=3), SimpleNamespace(log=tmp_path), "test")
+    assert facts.result == {"bbox_AP": 0.5}
 
 
 def test_its_numbers_are_test_pys(page, run_copy, call_cli):
