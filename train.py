@@ -134,7 +134,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         start_classifier(model, train_loader, starts, max_batches=1 if args.dry_run else None)
 
     criterion = session.make_criterion(config, train_loader.cls_num_list)
-    teacher = session.make_teacher(start, model.num_classes, device)
+    teacher = session.make_teacher(start, model.num_classes, device, getattr(train_loader, "preprocess", None))
     session.check_loss(config, criterion, model, teacher)
     amp, _ = choose_precision(options["amp"], device)    # "auto" may be fp16, for which no optimizer is fused
     optimizer = build_optimizer(config["optimizer"], model, {**options, "amp": amp})

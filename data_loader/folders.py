@@ -146,15 +146,20 @@ def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
     for name in folders_in(root):
         if root / name in known or is_system(name):
             continue
-        count = sum(is_image(file) for _, _, files in os.walk(root / name) for file in files)
+        count = sum(is_photo(file) for _, _, files in os.walk(root / name) for file in files)
         if count:
             notes.append(left_out(root / name, f"{count_of(count, 'image', 'images')} in no split"))
 
 
 def loose_images(folder: Path) -> int:
-    """How many images lie in a folder itself."""
+    """How many images lie in a folder itself, with those that can't be read as they are."""
     with os.scandir(folder) as entries:
-        return sum(entry.is_file() and is_image(entry.name) for entry in entries)
+        return sum(entry.is_file() and is_photo(entry.name) for entry in entries)
+
+
+def is_photo(name: str) -> bool:
+    """Whether a file of this name is somebody's photo, if one that must be converted first."""
+    return is_image(name) or (not is_system(name) and os.path.splitext(name)[1].lower() in HEIC)
 
 
 def left_out(folder: Path | str, what: str) -> str:

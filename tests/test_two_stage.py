@@ -12,7 +12,7 @@ import test as test_script
 import train
 from model.loss import RIDELossWithDistill
 from tools.opened import open_run
-from trainer.distill_trainer import DistillTrainer
+from trainer.distill_trainer import DistillTrainer, Renormalised
 from utils.errors import ConfigError
 
 # Digits as they are (8x8) and narrow stages: what is tested is who learns what, not how well.
@@ -322,3 +322,15 @@ def test_validation_images_that_stage_1_learned_from_are_said(bench, tmp_path, c
         capsys.readouterr()
         train.main([*again, "--set", f"data_loader.args.validation={validation}", "--set", "trainer.monitor=off"])
         assert ("validation figures will be too good" in capsys.readouterr().out) == said
+
+
+def test_a_teacher_sees_images_normalised_as_in_its_training():
+    def normalised(facts):
+        return (pixels - torch.tensor(facts["mean"]).view(3, 1, 1)) / torch.tensor(facts["std"]).view(3, 1, 1)
+    pixels, network = torch.rand(2, 3, 8, 8), torch.nn.Conv2d(3, 4, 3)
+    network.num_classes = 4
+    ours = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+    theirs = {"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}
+    teacher = Renormalised(network, ours, theirs)
+    torch.testing.assert_close(teacher(normalised(ours)), network(normalised(theirs)), rtol=1e-4, atol=1e-5)
+    assert teacher.num_classes == 4

@@ -20,6 +20,7 @@ from logger.log import get_logger
 from model import routing
 from model.weights.files import load_file
 from model.weights.remap import load_weights
+from tools.fallback import value_at
 from tools.parts import (  # noqa: F401  names of this module too
     check_loss,
     input_of,
@@ -36,6 +37,8 @@ log = get_logger()
 GATES = f"backbone.{routing.GATES}"
 #: What names a file of weights to begin from, and what names a run's folder, in which it stays.
 FILES, PLACE = ("pretrained", "load_crt"), ("name", "trainer.save_dir")
+#: What a model is when its run begins, and never looked at again.
+AT_START = ("init_classifier", "arch.args.weights")
 
 
 # ---------------------------------------------------------------------- configs of checkpoints
@@ -107,6 +110,12 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
             raise ConfigError(f"{flag}: a run begins from one file, and -r {path} has its weights; leave one out")
     if new:
         return Start(config, checkpoint, path)
+    for key, value, flag in given:
+        old = value_at(before, key)
+        same = value in (None, old) or (isinstance(old, dict) and old.get("type") == value)
+        if any(f"{key}.".startswith(f"{first}.") for first in AT_START) and not same:
+            raise ConfigError(f"{flag} {key}: has its effect where a run begins, and -r {path} goes on with one; leave "
+                              f"it out, or start a new run with --pretrained {path}")
     if re.match(r"superseded\d*-", path.name):
         raise ConfigError(f"-r {path}: is of a course that its run has left; to go on with it, copy it to a folder of "
                           f"its own as {path.name.partition('-')[2]}, or start a new run with --pretrained {path}")
@@ -120,13 +129,24 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
 
 # ---------------------------------------------------------------------- data, model, loss
 
-def make_teacher(start: Start, num_classes: int, device: torch.device | str) -> nn.Module | None:
-    """The teacher of a config that distils, with its weights, in evaluation mode."""
+def make_teacher(start: Start, num_classes: int, device: torch.device | str,
+                 preprocess: dict[str, Any] | None = None) -> nn.Module | None:
+    """The teacher of a config that distils, with its weights, in evaluation mode.
+
+    preprocess: how the images that it gets are normalised, where that may not be as in its own training.
+    """
+    from trainer.distill_trainer import Renormalised
     config = start.config
     if not config.get("distill"):
         return None
     teacher = make_model(config, num_classes, "distill_arch", bare=True)
-    load_weights(teacher, start.take(config["distill_checkpoint"]), name=config["distill_checkpoint"], exact=True)
+    file = start.take(config["distill_checkpoint"])
+    load_weights(teacher, file, name=config["distill_checkpoint"], exact=True)
+    theirs = (facts_of_checkpoint(file) or {}).get("preprocess") or {}
+    if preprocess and any(theirs.get(key, preprocess[key]) != preprocess[key] for key in ("mean", "std")):
+        log.info("distill: the teacher's images are normalised as in its own training (mean %s, std %s)",
+                 theirs["mean"], theirs["std"])
+        teacher = Renormalised(teacher, preprocess, theirs)
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -171,6 +191,8 @@ def warn_of_seen(start: Start, loader: BaseDataLoader) -> None:
     """Say so where validation images may be among those that the weights to start from learned from."""
     source = start.config.get("load_crt") or start.config.get("pretrained")
     file = start._opened.get(source) if source else None
+    if start.goes_on:
+        source, file = start.path, start.checkpoint
     facts, before = facts_of_checkpoint(file), (recover_config(file or {}) or {}).get("data_loader")
     if not facts or not before:
         return

@@ -107,7 +107,9 @@ class CachedFeatures:
                 progress: bool = True) -> bool:
         """Make the loaders, computing what isn't in `folder` yet; False where `stop` ended it. For every rank."""
         for name, loader in self.sources.items():
-            if loader is None or getattr(self, name) is not None or "crops" in getattr(loader, "views", {}):
+            if loader is None or getattr(self, name) is not None:
+                continue
+            if name == "valid" and "crops" in getattr(loader, "views", {}):
                 continue    # several crops' logits are averaged, not their features
             plain = name == "valid" or self.views == 0
             source = loader.feature_loader(augment=not plain)

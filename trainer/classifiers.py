@@ -35,9 +35,10 @@ def features_once(model: nn.Module, loader: Any, kept: tuple[Path, object] | Non
     """`features` for several passes over them, of which the first alone computes any; the others read a temporary file.
 
     kept: (file, precision) of the features of this split that a training kept (`trainer.cache_features`). They are
-    taken where they are of these weights and these images.
+    taken where they are of these weights and these images, each seen in one crop as there.
     """
-    if kept is not None and kept[0].with_suffix(".json").is_file() and hasattr(loader, "feature_loader"):
+    one_crop = "crops" not in getattr(loader, "views", {})
+    if one_crop and kept is not None and kept[0].with_suffix(".json").is_file() and hasattr(loader, "feature_loader"):
         store = store_of(model, loader.feature_loader(), kept[0], 1, kept[1])
         if store.complete:
             again = FeatureLoader(loader, store)

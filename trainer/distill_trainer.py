@@ -1,12 +1,32 @@
 """Training with a teacher's logits beside the model's own (RIDE's distillation, Wang 2021)."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from trainer.trainer import Trainer
 from utils.errors import ConfigError
+
+
+class Renormalised(nn.Module):
+    """A model that was trained on images normalised as `theirs` says, for x [N, 3, H, W] normalised as `ours` says.
+
+    ours, theirs: `mean` and `std`, each of three numbers.
+    """
+
+    def __init__(self, model: nn.Module, ours: Mapping[str, Any], theirs: Mapping[str, Any]):
+        super().__init__()
+        self.model, self.num_classes = model, model.num_classes
+        mean, std, their_mean, their_std = (torch.tensor(facts[key], dtype=torch.float64).view(3, 1, 1)
+                                            for facts in (ours, theirs) for key in ("mean", "std"))
+        self.register_buffer("scale", (std / their_std).float())
+        self.register_buffer("shift", ((mean - their_mean) / their_std).float())
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.model(x * self.scale + self.shift)
 
 
 class DistillTrainer(Trainer):

@@ -146,6 +146,16 @@ def test_other_files_are_left_out_and_said(tmp_path: Path) -> None:
     assert loader.cls_num_list == [3, 3] and any("1 file not named as images are" in line for line in loader.summary())
 
 
+def test_heic_beside_the_folders_is_counted(tmp_path: Path) -> None:
+    data = folders(tmp_path, train=[3, 3], test=[1, 1])
+    (tmp_path / "unsorted").mkdir()
+    for place in ("IMG_0.HEIC", "train/IMG_1.heic", "unsorted/IMG_2.HEIC", "unsorted/._IMG_2.HEIC", "unsorted/a.txt"):
+        (tmp_path / place).write_bytes(b"x")
+    notes = "\n".join(ImageFolderLTDataLoader(data, **SMALL).notes)
+    for said in ("1 image beside the folders of splits", "1 image beside the class folders", "1 image in no split"):
+        assert said in notes
+
+
 def test_a_class_of_nothing_but_heic(tmp_path: Path) -> None:
     data = folders(tmp_path, train=[3, 3], test=[1, 1])
     for number in range(3):

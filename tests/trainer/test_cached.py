@@ -13,7 +13,7 @@ from model.model import build_model
 from tests.trainer.conftest import load
 from tests.trainer.ranks import run_ranks, train_and_record
 from tools import opened, session
-from trainer import feature_store
+from trainer import classifiers, feature_store
 from trainer.cached import OnFeatures, store_of
 from trainer.feature_store import FeatureLoader
 from utils.errors import ConfigError, RunError
@@ -337,7 +337,6 @@ def test_two_ranks_share_the_work_and_take_one_process_s_steps(shared_runs, stag
 
 def test_class_means_take_one_pass_and_none_where_features_are_kept(runs, stage1, monkeypatch):
     """cl2n means look at the features twice."""
-    from trainer import classifiers
     folder = runs("kept", "--load_crt", stage1[1], "--epochs", 1, trainer=CACHED)
     run = opened.open_run(folder / "checkpoint-epoch1.pth")
     images, seen = torch.randn(4, 3, 16, 16), []
@@ -357,6 +356,33 @@ def test_class_means_take_one_pass_and_none_where_features_are_kept(runs, stage1
         run.model.backbone.conv1.weight.mul_(2)     # not the network whose features they are
     classifiers.ncm_head(run.model, loader, 3, "l2n", (folder / "features" / "train.f16", "off"))
     assert len(seen) == 11
+
+
+def test_several_crops_of_validation_images_leave_training_on_features(runs, stage1, capsys):
+    """Their logits are averaged, so these aren't cached; a training image has one crop."""
+    runs("crops", "--load_crt", stage1[1], "--epochs", 1, data_loader={"args": {"crops": 5}}, trainer=CACHED)
+    said = capsys.readouterr().out
+    assert "features of 23 train images" in said and "valid images" not in said
+
+
+def test_kept_features_are_of_one_crop(tmp_path):
+    (tmp_path / "train.json").write_text("{}")
+    model = build_model({"type": "ResNet32Model", "args": SMALL}, num_classes=3).eval()
+    images = torch.randn(2, 5, 3, 16, 16)
+
+    class Loader(list):
+        views = {"crops": 5}
+
+        def share(self, batch):
+            return 2, 2
+
+        def feature_loader(self):
+            raise AssertionError("takes what was kept")
+    labels = torch.tensor([0, 1])
+    [(feats, _)] = classifiers.features_once(model, Loader([(images, labels)]), (tmp_path / "train.f16", "off"))()
+    with torch.no_grad():
+        means = torch.stack([model(part)["feat"].mean(0) for part in images])
+    torch.testing.assert_close(feats, means, rtol=1e-3, atol=1e-4)
 
 
 def test_features_of_one_expert_arent_taken_for_anothers(stage1):

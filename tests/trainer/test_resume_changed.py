@@ -98,9 +98,21 @@ def test_what_was_asked_is_in_force_and_recorded(quick, runs, capfd, what: str) 
         assert group[key] == file["config"]["optimizer"]["args"][key]
 
 
+def test_validation_images_that_were_trained_on_are_said(quick, runs, capfd) -> None:
+    """Not those of the run as it was."""
+    models = runs("seen", "--epochs", 1, "--set", "data_loader.args.validation=none")
+    for split, seen in (("none", 0), ("holdout", 1)):
+        capfd.readouterr()
+        runs(None, "-r", models / "checkpoint-epoch1.pth", "--epochs", 2, "--set",
+             f"data_loader.args.validation={split}")
+        assert capfd.readouterr().out.count("checkpoint-epoch1.pth may have learned from these images") == seen
+
+
 @pytest.mark.parametrize(("flags", "says"), [
     (["--set", 'optimizer={"type": "AdamW", "args": {"lr": 0.01}}'], r"optimizer\.type.*SGD.*AdamW"),
     (["--set", 'trainer.freeze="norms"'], r"trainer\.freeze"), (["--set", "trainer.layer_decay=0.5"], "layer_decay"),
+    (["--set", "init_classifier=class_means"], "init_classifier: has its effect where a run begins"),
+    (["--set", "arch.args.weights=/gone.pth"], r"arch\.args\.weights: has its effect where a run begins"),
     (["--set", "trainer.no_decay=norm_bias"], "no_decay"), (["--set", "loss.type=SADELoss"], "for 3 experts"),
     (["--set", 'lr_scheduler={"type": "OneCycleLR", "args": {"max_lr": 1, "total_steps": 1}}'], "total_steps")])
 def test_what_cant_be_gone_on_with_is_refused(quick, runs, flags: list, says: str) -> None:
