@@ -31,8 +31,8 @@ class TimmModel(ExpertModel):
     Args:
         model_name: with timm, optionally a tag: which of the pretrained weights.
         weights: true: the package's own, from its cache or the network; false: none; text: a file of weights, of
-            timm's, torchvision's, lukemelas' EfficientNets (.pth or .safetensors) or a checkpoint of this project.
-            A classifier of another number of classes is left new.
+            timm's, torchvision's, lukemelas' EfficientNets (.pth or .safetensors), one in which others have put the
+            network under a prefix, or a checkpoint of this project. A classifier of other classes is left new.
         norm: exchanges batch norms, in networks that have them. NBN's `where` counts the network's stages.
         tuning: fine-tuning with few parameters: a name of `model.tuning.TUNINGS` or {"type": name, "args": {...}}; all
             else of the network is frozen. It comes after the weights, whose names stay.
@@ -101,7 +101,7 @@ class TimmModel(ExpertModel):
 
     def own_names(self, weights: dict[str, torch.Tensor], origin: str, spread: bool) -> dict[str, torch.Tensor]:
         """Weights of the network, as timm, torchvision or this project names them, under this model's names."""
-        return timm_names(self, weights, origin, spread)
+        return timm_names(self, weights, spread)
 
     @property
     def new_prefixes(self) -> tuple[str, ...]:

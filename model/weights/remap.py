@@ -22,6 +22,7 @@ from logger.log import get_logger
 from model.norm import MABN2d
 from model.weights.adapt import has_own_names, tell_apart, without_statistics
 from model.weights.efficientnet import from_efficientnet
+from model.weights.wrapped import find_trunk
 from utils.checkpoint.store import find_weights, load_checkpoint, strip_module
 from utils.errors import ConfigError
 
@@ -57,32 +58,10 @@ def from_encoder(weights: Weights) -> Weights:
 
     What lies elsewhere (a second encoder, a queue, a projection) keeps its name.
     """
-    prefix, parts = _trunk(weights)
+    prefix, parts = find_trunk(weights)
     inside = {key: key[len(prefix):].partition(".") for key in weights if key.startswith(prefix)}
     named = from_resnet({f"{parts.get(first, first)}.{rest}": weights[key] for key, (first, _, rest) in inside.items()})
     return named | {key: value for key, value in weights.items() if key not in inside}
-
-
-# Encoders that follow another slowly; what is trained on begins from the one that they follow.
-_FOLLOWERS = re.compile(r"encoder_k|momentum|target|teacher|ema\b|_ema|key_encoder")
-
-
-def _trunk(weights: Iterable[str]) -> tuple[str, dict[str, str]] | None:
-    """(prefix, {name in the file: ours}) of the ResNet in `weights`: the first that follows no other, else the first.
-
-    The names are empty but for a numbered one: "0" is conv1, "1" is bn1, those that hold blocks are the layers.
-    """
-    keys, found = list(weights), []
-    for key in keys:
-        if match := re.fullmatch(r"(.*?)(\w+)\.0\.conv1\.weight", key):
-            prefix, first = match.groups()
-            if first == "layer1" and f"{prefix}conv1.weight" in keys:
-                found.append((prefix, {}))
-            elif first.isdigit() and f"{prefix}0.weight" in keys and prefix not in [known for known, _ in found]:
-                blocks = re.compile(re.escape(prefix) + r"(\d+)\.0\.conv1\.weight")
-                layers = [block[1] for other in keys if (block := blocks.fullmatch(other))]
-                found.append((prefix, {"0": "conv1", "1": "bn1"} | {n: f"layer{i}" for i, n in enumerate(layers, 1)}))
-    return min(found, key=lambda trunk: bool(_FOLLOWERS.search(trunk[0])), default=None)
 
 
 def from_classifier_balancing(weights: dict[str, Weights]) -> Weights:
@@ -148,7 +127,7 @@ def _read(checkpoint: dict) -> tuple[str, dict]:
         return "MABN", weights
     if "_conv_stem.weight" in weights:
         return "EfficientNet", weights
-    trunk = _trunk(weights)
+    trunk = find_trunk(weights)
     if trunk and (trunk[1] or trunk[0] not in ("", PREFIX, "model." + PREFIX, "backbone.body.")):  # the last: detectors
         return "encoder", weights
     if not any(key.startswith((PREFIX, "model." + PREFIX)) for key in weights):
