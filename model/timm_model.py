@@ -13,6 +13,7 @@ from model.routing import Routed
 from model.timm_net import TimmNet, check_name
 from model.timm_size import size_problem
 from model.tuning import install_tuning
+from model.tuning_parts import added_names
 from model.weights.pretrained import input_of, load_pretrained, timm_names
 
 
@@ -107,6 +108,11 @@ class TimmModel(ExpertModel):
     def new_prefixes(self) -> tuple[str, ...]:
         """Beginnings of the names of what no network has that weights to start from are of: the experts' own blocks."""
         return () if self.num_experts == 1 or self.backbone.private else ("backbone.experts.",)
+
+    @property
+    def added_names(self) -> set[str]:
+        """The names of what `tuning` has added: weights to start from have all of it, or none and it starts anew."""
+        return {f"backbone.{name}" for name in added_names(self.backbone)}
 
     def stage_prefixes(self) -> list[tuple[str, ...]]:
         modules = dict(self.backbone.named_modules())

@@ -199,8 +199,9 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
         name: what errors call the checkpoint; its path, where one is given.
         skip_prefixes: keys of the model that begin so are neither loaded nor missed.
         allow_partial: keys that don't fit are left out and logged instead of refused.
-        new_head: weights to start from: a classifier of another kind or number of classes stays new, as do NBN's scale
-            and BatchFormer's block where the file has none; one expert's weights fill all of several (`tell_apart`).
+        new_head: weights to start from: a classifier of another kind or number of classes stays new, as do NBN's scale,
+            BatchFormer's block and what tuning adds where the file has none; one expert's weights fill all of several
+            (`tell_apart`).
         exact: the model must compute what the file's did: no batch norm's statistics for MABN, which takes no mean off.
     Raises:
         ConfigError: unreadable file; keys that don't fit (missing, unexpected, of another shape), in one line.
@@ -248,15 +249,22 @@ def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
     heads = tuple(model.classifier_prefixes()) if hasattr(model, "classifier_prefixes") else ("backbone.linear",)
     optional = (f"{PREFIX}scale_factor", BLOCK, *getattr(model, "new_prefixes", ()))
     fresh = [key for key in (*report.missing, *report.mismatched) if key.startswith(heads)]
+    # What tuning adds starts anew as a whole: a file that has some of it must have it all, of the same shapes.
+    there = {*report.loaded, *(text.split(" ", 1)[0] for text in report.mismatched)}
+    added = getattr(model, "added_names", set())
+    added = added if added.isdisjoint(there) else set()
+    tuned = [key for key in report.missing if key in added]
     fresh += [key for key in report.missing if key.startswith(optional)]
-    report.missing = [key for key in report.missing if not key.startswith(heads + optional)]
+    report.missing = [key for key in report.missing if not key.startswith(heads + optional) and key not in added]
     report.mismatched = [key for key in report.mismatched if not key.startswith(heads)]
     report.unexpected = [key for key in report.unexpected if not key.startswith((f"{PREFIX}linear", *heads))]
     # What no ResNet has lies beside it: a projection, a queue, another network. Its own parts must fit.
     own = re.compile(re.escape(PREFIX) + r"(body|experts|conv|bn|layer|encoder|scale_factor)")
     beside = [key for key in report.unexpected if not own.match(key)]
     report.unexpected = [key for key in report.unexpected if own.match(key)]
-    said = [f"these start anew: {', '.join(key.split(' ', 1)[0] for key in fresh[:4])}"] if fresh else []
+    anew = [key.split(" ", 1)[0] for key in fresh[:4]] + (["..."] if len(fresh) > 4 else [])
+    anew += [f"what tuning adds ({len(tuned)} tensors)"] if tuned else []
+    said = [f"these start anew: {', '.join(anew)}"] if anew else []
     if beside:
         parts = list(dict.fromkeys(key.removeprefix(PREFIX).partition(".")[0] for key in beside))
         said.append(f"left out of the file: {', '.join(parts[:4])}{', ...' if len(parts) > 4 else ''}")
