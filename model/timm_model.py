@@ -13,6 +13,7 @@ from model.routing import Routed
 from model.timm_net import TimmNet, check_name
 from model.timm_size import size_problem
 from model.tuning import install_tuning
+from model.tuning_parts import added_names
 from model.weights.pretrained import input_of, load_pretrained, timm_names
 
 
@@ -31,8 +32,8 @@ class TimmModel(ExpertModel):
     Args:
         model_name: with timm, optionally a tag: which of the pretrained weights.
         weights: true: the package's own, from its cache or the network; false: none; text: a file of weights, of
-            timm's, torchvision's, lukemelas' EfficientNets (.pth or .safetensors) or a checkpoint of this project.
-            A classifier of another number of classes is left new.
+            timm's, torchvision's, lukemelas' EfficientNets (.pth or .safetensors), one in which others have put the
+            network under a prefix, or a checkpoint of this project. A classifier of other classes is left new.
         norm: exchanges batch norms, in networks that have them. NBN's `where` counts the network's stages.
         tuning: fine-tuning with few parameters: a name of `model.tuning.TUNINGS` or {"type": name, "args": {...}}; all
             else of the network is frozen. It comes after the weights, whose names stay.
@@ -101,12 +102,17 @@ class TimmModel(ExpertModel):
 
     def own_names(self, weights: dict[str, torch.Tensor], origin: str, spread: bool) -> dict[str, torch.Tensor]:
         """Weights of the network, as timm, torchvision or this project names them, under this model's names."""
-        return timm_names(self, weights, origin, spread)
+        return timm_names(self, weights, spread)
 
     @property
     def new_prefixes(self) -> tuple[str, ...]:
         """Beginnings of the names of what no network has that weights to start from are of: the experts' own blocks."""
         return () if self.num_experts == 1 or self.backbone.private else ("backbone.experts.",)
+
+    @property
+    def added_names(self) -> set[str]:
+        """The names of what `tuning` has added: weights to start from have all of it, or none and it starts anew."""
+        return {f"backbone.{name}" for name in added_names(self.backbone)}
 
     def stage_prefixes(self) -> list[tuple[str, ...]]:
         modules = dict(self.backbone.named_modules())

@@ -115,3 +115,13 @@ class PromptedBlocks(nn.Sequential):
                 x = torch.cat([x[:, :own], self.prompts[i].expand(x.shape[0], -1, -1).to(x.dtype)], 1)
             x = block(x)
         return x[:, :own]
+
+
+#: Beginnings of the names in each part of what it adds to the network's own.
+_ADDED = {AdaptedBlock: ("adapter.",), LoRALinear: ("lora_a.", "lora_b."), PromptedBlocks: ("prompts",)}
+
+
+def added_names(network: nn.Module) -> set[str]:
+    """The names in a network's state dict of what tuning has added, which no weights of the network alone have."""
+    return {f"{place}.{name}" for place, part in network.named_modules() if type(part) in _ADDED
+            for name in part.state_dict() if name.startswith(_ADDED[type(part)])}

@@ -15,9 +15,11 @@ import torch
 
 from model.norm.norm_act import NormAct, is_fused
 from model.timm_net import TORCHVISION, check_name, check_package, classifier_of
+from model.tuning_parts import added_names
 from model.weights.efficientnet import from_efficientnet
 from model.weights.files import load_file
 from model.weights.remap import load_weights
+from model.weights.wrapped import prefix_of
 from utils.errors import ConfigError, brief
 
 Weights = dict[str, torch.Tensor]
@@ -166,12 +168,11 @@ def _missing(model_name: str, where: str, reason: str) -> MissingWeights:
 
 # ---- their names -----------------------------------------------------------------------------------------------------
 
-def timm_names(model: Any, weights: Weights, origin: str, spread: bool) -> Weights:
+def timm_names(model: Any, weights: Weights, spread: bool) -> Weights:
     """A network's weights under a TimmModel's names: `backbone.body.*`, an expert's `backbone.experts.{i}.*`, and the
     classifier's `backbone.linear.*`. spread: weights of one expert fill all of several."""
     net = model.backbone
-    if not any(key.startswith(PREFIX) for key in weights):
-        weights = _bare(model, from_efficientnet(weights) if origin == "EfficientNet" else weights)
+    weights = _under_ours(model, weights)
     # The norms that timm has as one with their activation, and those taken apart since the norm was exchanged.
     fused, apart = ({PREFIX + name for name, module in net.named_modules() if is_kind(module)}
                     for is_kind in (is_fused, lambda module: isinstance(module, NormAct)))
@@ -192,33 +193,74 @@ def timm_names(model: Any, weights: Weights, origin: str, spread: bool) -> Weigh
     return named
 
 
+def _under_ours(model: Any, weights: Weights) -> Weights:
+    """The package's names or ours, whatever prefix others have put before them, as ours; what lies beside the network
+    (a second encoder, a queue, a projection) under names that no part of the model has."""
+    body = model.backbone.body
+    # Others may have gone with a norm that was exchanged, or come with tuning.
+    names = {name for name, value in body.named_parameters() if value.dim() > 1} - added_names(body)
+    prefix = prefix_of(weights, names)
+    if prefix in (f"{PREFIX}body.", f"{PREFIX}experts.0."):
+        return weights
+    respelt = _respelt(model, weights)              # timm's own filter knows some prefixes, of CLIP and the like
+    if prefix_of(respelt, names) == "":
+        return _bare(model, respelt)
+    children = [name for name, _ in body.named_children()]
+    numbers = {}
+    if prefix is None:      # `nn.Sequential(*network.children())` numbers the network's parts
+        numbers = {str(i): name for i, name in enumerate(children)}
+        prefix = prefix_of(weights, {f"{children.index(first)}.{rest}" for name in names
+                                     for first, _, rest in [name.partition(".")] if first in children})
+    if prefix is None:      # an EfficientNet that isn't named as timm's
+        numbers, prefix = {}, prefix_of(weights, {"_conv_stem.weight"})
+    if prefix is None:      # another network, whose names the refusal tells
+        return weights if any(key.startswith(PREFIX) for key in weights) else _bare(model, respelt)
+    around = prefix[:prefix.rfind(".", 0, -1) + 1]
+    inside, beside = {}, {}
+    for key, value in weights.items():
+        if key.startswith(prefix):
+            first, dot, rest = key.removeprefix(prefix).partition(".")
+            inside[f"{numbers.get(first, first)}{dot}{rest}"] = value
+        else:
+            beside[key.removeprefix(around).removeprefix(PREFIX)] = value
+    return beside | _bare(model, _respelt(model, inside))
+
+
 def _bare(model: Any, weights: Weights) -> Weights:
-    """The package's names, brought to its newest spelling, under `backbone.body`; the classifier's under ours."""
+    """The package's names in its newest spelling under `backbone.body`; the classifier's under ours."""
     body, name = model.backbone.body, model.model_name
     if name.startswith(TORCHVISION):
         heads = (classifier_of(check_package(name).get_model(name.removeprefix(TORCHVISION), weights=None)),)
     else:
         heads = getattr(body, "default_cfg", {}).get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        weights = _respelt(body, weights)
-    # A classifier of more than a linear layer (LeViT's has a norm) went with its holder: no part of it fits.
-    holders = tuple({f"{head.rpartition('.')[0]}." for head in heads if "." in head})
+    # A classifier of more than a linear layer (LeViT's has a norm) went with its holder: no part of it fits. Nor does
+    # one in the classifier's place (MoCo's projection).
+    holders = tuple({f"{holder}." for head in heads for holder in (head, head.rpartition(".")[0]) if holder})
     own = body.state_dict()
-    beside = {key for key in weights
+    apart = {key for key in weights
               if key.startswith(holders) and key not in own and key.rpartition(".")[0] not in heads}
     named = {}
     for key, value in weights.items():
         layer, _, last = key.rpartition(".")
-        if layer in heads or key in beside:
+        if layer in heads or key in apart:
             # A second classifier (of distillation) has no place here.
-            named[f"{PREFIX}linear.{last}" if layer == heads[0] and not beside else key] = value
+            named[f"{PREFIX}linear.{last}" if layer == heads[0] and not apart else key] = value
+        elif layer and not hasattr(body, key.partition(".")[0]):    # a projection, prototypes: no part of the network
+            named[key.removeprefix(PREFIX)] = value
         else:
             named[f"{PREFIX}body.{key}"] = value
     return named
 
 
-def _respelt(body: Any, weights: Weights) -> Weights:
-    """timm's own filter of old names and of embeddings of another image size, where the network has one."""
+def _respelt(model: Any, weights: Weights) -> Weights:
+    """EfficientNets of others as timm has them; then timm's own filter of old names and of embeddings of another image
+    size, where the network has one."""
+    if "_conv_stem.weight" in weights:
+        weights = from_efficientnet(weights)
+    if model.model_name.startswith(TORCHVISION):
+        return weights
+    body = model.backbone.body
     whole = sys.modules[type(body).__module__]
     respell = getattr(whole, "checkpoint_filter_fn", None)
     if respell is None:

@@ -22,6 +22,7 @@ from logger.log import get_logger
 from model.norm import MABN2d
 from model.weights.adapt import has_own_names, tell_apart, without_statistics
 from model.weights.efficientnet import from_efficientnet
+from model.weights.wrapped import find_trunk
 from utils.checkpoint.store import find_weights, load_checkpoint, strip_module
 from utils.errors import ConfigError
 
@@ -57,32 +58,10 @@ def from_encoder(weights: Weights) -> Weights:
 
     What lies elsewhere (a second encoder, a queue, a projection) keeps its name.
     """
-    prefix, parts = _trunk(weights)
+    prefix, parts = find_trunk(weights)
     inside = {key: key[len(prefix):].partition(".") for key in weights if key.startswith(prefix)}
     named = from_resnet({f"{parts.get(first, first)}.{rest}": weights[key] for key, (first, _, rest) in inside.items()})
     return named | {key: value for key, value in weights.items() if key not in inside}
-
-
-# Encoders that follow another slowly; what is trained on begins from the one that they follow.
-_FOLLOWERS = re.compile(r"encoder_k|momentum|target|teacher|ema\b|_ema|key_encoder")
-
-
-def _trunk(weights: Iterable[str]) -> tuple[str, dict[str, str]] | None:
-    """(prefix, {name in the file: ours}) of the ResNet in `weights`: the first that follows no other, else the first.
-
-    The names are empty but for a numbered one: "0" is conv1, "1" is bn1, those that hold blocks are the layers.
-    """
-    keys, found = list(weights), []
-    for key in keys:
-        if match := re.fullmatch(r"(.*?)(\w+)\.0\.conv1\.weight", key):
-            prefix, first = match.groups()
-            if first == "layer1" and f"{prefix}conv1.weight" in keys:
-                found.append((prefix, {}))
-            elif first.isdigit() and f"{prefix}0.weight" in keys and prefix not in [known for known, _ in found]:
-                blocks = re.compile(re.escape(prefix) + r"(\d+)\.0\.conv1\.weight")
-                layers = [block[1] for other in keys if (block := blocks.fullmatch(other))]
-                found.append((prefix, {"0": "conv1", "1": "bn1"} | {n: f"layer{i}" for i, n in enumerate(layers, 1)}))
-    return min(found, key=lambda trunk: bool(_FOLLOWERS.search(trunk[0])), default=None)
 
 
 def from_classifier_balancing(weights: dict[str, Weights]) -> Weights:
@@ -148,7 +127,7 @@ def _read(checkpoint: dict) -> tuple[str, dict]:
         return "MABN", weights
     if "_conv_stem.weight" in weights:
         return "EfficientNet", weights
-    trunk = _trunk(weights)
+    trunk = find_trunk(weights)
     if trunk and (trunk[1] or trunk[0] not in ("", PREFIX, "model." + PREFIX, "backbone.body.")):  # the last: detectors
         return "encoder", weights
     if not any(key.startswith((PREFIX, "model." + PREFIX)) for key in weights):
@@ -220,8 +199,9 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
         name: what errors call the checkpoint; its path, where one is given.
         skip_prefixes: keys of the model that begin so are neither loaded nor missed.
         allow_partial: keys that don't fit are left out and logged instead of refused.
-        new_head: weights to start from: a classifier of another kind or number of classes stays new, as do NBN's scale
-            and BatchFormer's block where the file has none; one expert's weights fill all of several (`tell_apart`).
+        new_head: weights to start from: a classifier of another kind or number of classes stays new, as do NBN's scale,
+            BatchFormer's block and what tuning adds where the file has none; one expert's weights fill all of several
+            (`tell_apart`).
         exact: the model must compute what the file's did: no batch norm's statistics for MABN, which takes no mean off.
     Raises:
         ConfigError: unreadable file; keys that don't fit (missing, unexpected, of another shape), in one line.
@@ -269,15 +249,22 @@ def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
     heads = tuple(model.classifier_prefixes()) if hasattr(model, "classifier_prefixes") else ("backbone.linear",)
     optional = (f"{PREFIX}scale_factor", BLOCK, *getattr(model, "new_prefixes", ()))
     fresh = [key for key in (*report.missing, *report.mismatched) if key.startswith(heads)]
+    # What tuning adds starts anew as a whole: a file that has some of it must have it all, of the same shapes.
+    there = {*report.loaded, *(text.split(" ", 1)[0] for text in report.mismatched)}
+    added = getattr(model, "added_names", set())
+    added = added if added.isdisjoint(there) else set()
+    tuned = [key for key in report.missing if key in added]
     fresh += [key for key in report.missing if key.startswith(optional)]
-    report.missing = [key for key in report.missing if not key.startswith(heads + optional)]
+    report.missing = [key for key in report.missing if not key.startswith(heads + optional) and key not in added]
     report.mismatched = [key for key in report.mismatched if not key.startswith(heads)]
     report.unexpected = [key for key in report.unexpected if not key.startswith((f"{PREFIX}linear", *heads))]
     # What no ResNet has lies beside it: a projection, a queue, another network. Its own parts must fit.
     own = re.compile(re.escape(PREFIX) + r"(body|experts|conv|bn|layer|encoder|scale_factor)")
     beside = [key for key in report.unexpected if not own.match(key)]
     report.unexpected = [key for key in report.unexpected if own.match(key)]
-    said = [f"these start anew: {', '.join(key.split(' ', 1)[0] for key in fresh[:4])}"] if fresh else []
+    anew = [key.split(" ", 1)[0] for key in fresh[:4]] + (["..."] if len(fresh) > 4 else [])
+    anew += [f"what tuning adds ({len(tuned)} tensors)"] if tuned else []
+    said = [f"these start anew: {', '.join(anew)}"] if anew else []
     if beside:
         parts = list(dict.fromkeys(key.removeprefix(PREFIX).partition(".")[0] for key in beside))
         said.append(f"left out of the file: {', '.join(parts[:4])}{', ...' if len(parts) > 4 else ''}")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import logging
+import re
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import train
 from model.model import build_model
 from model.tuning import TUNINGS, default_width, install_tuning
 from model.tuning_parts import merge_lora
+from model.weights.remap import load_weights
 from tools import export, gflops
 from tools.opened import open_run
 from utils.errors import ConfigError
@@ -254,6 +257,46 @@ def test_a_tuned_model(kind, num_experts):
     state, other = model.state_dict(), model_of(kind, num_experts, add_bt=1)
     other.load_state_dict(state)
     assert set(model_of(None, num_experts, add_bt=1).state_dict()) <= set(state)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "backbone.body."])      # timm's own, wrapped, a run's of ours
+@pytest.mark.parametrize("num_experts", [1, 3])
+@pytest.mark.parametrize("kind", TUNINGS)
+def test_plain_weights_are_a_start(kind, num_experts, prefix, caplog, monkeypatch):
+    """What tuning adds starts anew, as it does where the weights come with the network (`arch.args.weights`)."""
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
+    plain = timm.create_model("test_vit", num_classes=0).state_dict()
+    model = model_of(kind, num_experts).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with caplog.at_level("INFO", "ltr"):
+        load_weights(model, {"state_dict": {prefix + key: value for key, value in plain.items()}}, new_head=True)
+    after = model.state_dict()
+    added = {key for key in after if re.search(r"\.adapter\.|\.lora_[ab]\.|\.prompts$", key)}
+    assert model.added_names == added and bool(added) == (kind not in ("bias", "norm"))
+    assert all(torch.equal(after[key], before[key]) for key in added)
+    assert not added or f"what tuning adds ({len(added)} tensors)" in caplog.text
+    first = "backbone.experts.0." if num_experts > 1 else "backbone.body."
+    assert all(torch.equal(after.get(first + key, after.get("backbone.body." + key)), value)
+               for key, value in plain.items())
+
+
+def test_tuned_weights_must_fit():
+    """All of what tuning adds, or nothing: the rest of a half would be random beside what was trained."""
+    def load(state, into):
+        load_weights(into, {"state_dict": state}, name="a.pth", new_head=True)
+        return into
+
+    tuned = model_of({"type": "adaptformer", "args": {"dim": 2}}).state_dict()
+    again = load(tuned, model_of({"type": "adaptformer", "args": {"dim": 2}})).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in tuned.items())
+    with pytest.raises(ConfigError, match=r"a\.pth: .*1 missing: backbone\.body\.blocks\.0\.adapter\.scale"):
+        load({key: value for key, value in tuned.items() if key != "backbone.body.blocks.0.adapter.scale"},
+             model_of({"type": "adaptformer", "args": {"dim": 2}}))
+    with pytest.raises(ConfigError, match=r"of another shape: backbone\.body\.blocks\.0\.adapter\.down"):
+        load(tuned, model_of({"type": "adaptformer", "args": {"dim": 4}}))
+    for kind in ("lora", None):
+        with pytest.raises(ConfigError, match=r"unexpected: backbone\.body\.blocks\.0\.adapter"):
+            load(tuned, model_of(kind))
 
 
 def test_the_gates_alone_learn_in_a_tuned_network():

@@ -1,4 +1,5 @@
 """Pretrained weights of timm's networks: their files, what they expect of images, and without them."""
+import logging
 import socket
 from pathlib import Path
 
@@ -90,6 +91,101 @@ def test_old_names_of_timm_are_known(tmp_path):
     assert make("test_vit", weights=str(tmp_path / "own.pth")).eval()(images())["output"].isfinite().all()
 
 
+# ---- in files of others ----------------------------------------------------------------------------------------------
+
+def under(weights, prefix, **more):
+    return {**{prefix + key: value for key, value in weights.items()}, **more}
+
+
+def with_projection(weights, head):
+    """A network with MoCo's projection in its classifier's place."""
+    kept = {key: value for key, value in weights.items() if not key.startswith(head)}
+    return kept | {f"{head}.{layer}.weight": torch.ones(4, 4) for layer in (0, 2)}
+
+
+def with_follower(weights, prefix, follower, **more):
+    """A slow encoder first, whose weights are others."""
+    return {**under({key: value + 1 for key, value in weights.items()}, follower), **under(weights, prefix, **more)}
+
+
+ONE = torch.ones(2, 2)
+ENCODERS = {  # (weights, the classifier's name) -> file, whether the classifier comes along, what is left out
+    "Lightning": lambda w, head: ({"state_dict": under(w, "model.", **{"criterion.weight": ONE})}, True, "criterion"),
+    "Lightning, deeper": lambda w, head: ({"state_dict": under(w, "net.encoder.")}, True, ""),
+    "mmpretrain": lambda w, head: ({"state_dict": under(w, "backbone.", **{"head.mlp.weight": ONE})}, True, "head"),
+    "SupCon": lambda w, head: ({"model": under(w, "encoder.module.", **{"head.0.weight": ONE})}, True, "head"),
+    "MoCo": lambda w, head: ({"state_dict": with_follower(
+        with_projection(w, head), "module.encoder_q.", "module.encoder_k.", **{"module.queue": ONE})}, False,
+        f"encoder_k, queue, {head}"),
+    "MoCo in Lightning": lambda w, head: ({"state_dict": with_follower(w, "model.encoder_q.", "model.encoder_k.")},
+                                          True, "encoder_k"),
+    "solo-learn": lambda w, head: ({"state_dict": with_follower(
+        w, "backbone.", "momentum_backbone.", **{"projector.0.weight": ONE})}, True, "momentum_backbone, projector"),
+    "SwAV": lambda w, head: (under(w, "module.", **{"module.prototypes.weight": ONE}), True, "prototypes"),
+}
+
+
+def left_out(caplog):
+    said = {id(record): record.getMessage() for record in caplog.records}
+    return [line.rpartition("file: ")[2] for line in said.values() if "left out of the file" in line]
+
+
+@pytest.mark.parametrize("origin, name, head", (
+    *((origin, *net) for origin in ENCODERS for net in (("test_efficientnet", "classifier"), ("test_vit", "head"))),
+    ("Lightning", "torchvision/resnet18", "fc"), ("MoCo", "test_resnet", "fc")))
+def test_networks_that_others_have_wrapped_are_a_start(origin, name, head, tmp_path, caplog, monkeypatch):
+    """One prefix is taken off; what isn't the network is left out, and named in one line."""
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
+    theirs = make(name).backbone
+    weights = theirs.body.state_dict() | {f"{head}.{key}": value for key, value in theirs.linear.state_dict().items()}
+    file, known, left = ENCODERS[origin](weights, head)
+    torch.save(file, tmp_path / "own.pth")
+    with caplog.at_level("INFO", "ltr"):
+        ours = make(name, weights=str(tmp_path / "own.pth")).backbone
+    assert all(torch.equal(value, ours.body.state_dict()[key]) for key, value in theirs.body.state_dict().items())
+    assert torch.equal(ours.linear.weight, theirs.linear.weight) is known
+    assert left_out(caplog) == ([left] if left else [])
+
+
+@pytest.mark.parametrize("args", (dict(num_experts=3, add_bt=1), dict(norm="NBN"),
+                                  dict(norm={"type": "MABN", "args": {"B": 4}})))
+def test_wrapped_networks_fill_every_kind_of_model(network, tmp_path, args):
+    torch.save({"state_dict": under(network.state_dict(), "model.")}, tmp_path / "wrapped.pth")
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    states = []
+    for file in ("wrapped.pth", "own.pth"):
+        torch.manual_seed(0)
+        states.append(make(weights=str(tmp_path / file), **args).state_dict())
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+
+
+def test_numbered_parts_of_a_network_are_known(tmp_path):
+    """`nn.Sequential(*network.children())`, as encoders are cut out of torchvision's ResNets."""
+    theirs = timm.create_model("test_resnet", num_classes=5)
+    numbers = {name: str(i) for i, (name, _) in enumerate(theirs.named_children())}
+    weights = {f"backbone.{numbers[first]}.{rest}": value for key, value in theirs.state_dict().items()
+               for first, _, rest in [key.partition(".")]}
+    torch.save({"state_dict": weights | {"projection_head.0.weight": ONE}}, tmp_path / "own.pth")
+    model = make("test_resnet", weights=str(tmp_path / "own.pth")).eval()
+    assert torch.equal(model(images(64))["output"], theirs.eval()(images(64)))
+
+
+def test_a_wrapped_network_of_another_depth_is_refused(tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    torch.save({"state_dict": under(torchvision.models.resnet34().state_dict(), "model.")}, tmp_path / "own.pth")
+    with pytest.raises(ConfigError, match=r"unexpected: backbone\.body\.layer1\.2"):
+        make("torchvision/resnet18", weights=str(tmp_path / "own.pth"))
+
+
+def test_what_computes_something_else_is_not_left_out(network, tmp_path):
+    """A token or an embedding beside the network's parts is of another network; so is a part within one of them."""
+    vit = timm.create_model("test_vit", num_classes=5)
+    for more in ("reg_token", "blocks.6.norm1.weight"):
+        torch.save({"state_dict": under(vit.state_dict(), "model.", **{f"model.{more}": ONE})}, tmp_path / "own.pth")
+        with pytest.raises(ConfigError, match=f"unexpected: backbone.body.{more}"):
+            make("test_vit", weights=str(tmp_path / "own.pth"))
+
+
 # ---- out of reach ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -175,13 +271,16 @@ def lite0():
 
 
 @pytest.mark.slow
-def test_efficientnet_lite0s_file_is_timms_network():
+def test_efficientnet_lite0s_file_is_timms_network(tmp_path):
     """Its 296 tensors are those of timm's tf_efficientnet_lite0, in the same order."""
     raw = torch.load(lite0(), weights_only=True)
     network = timm.create_model("tf_efficientnet_lite0").eval()
     network.load_state_dict(dict(zip(network.state_dict(), raw.values(), strict=True)))
     model = make("tf_efficientnet_lite0", 1000, weights=str(lite0())).eval()
     assert torch.equal(model(images(96))["output"], network(images(96)))
+    torch.save({"state_dict": under(raw, "net.model.", **{"net.loss.weight": ONE})}, tmp_path / "wrapped.pth")
+    wrapped = make("tf_efficientnet_lite0", 1000, weights=str(tmp_path / "wrapped.pth")).eval()
+    assert torch.equal(wrapped(images(96))["output"], network(images(96)))
     several = make("tf_efficientnet_lite0", 20, weights=str(lite0()), num_experts=3).eval()
     feats = network.forward_head(network.forward_features(images(96)), pre_logits=True)
     found = several(images(96))["feat"]
