@@ -103,6 +103,8 @@ def _own(kind: str, args: dict[str, Any], optimizer: torch.optim.Optimizer, epoc
 def _by_step(kind: str, args: dict[str, Any], epochs: int, steps: int, path: str) -> tuple[dict[str, Any], str]:
     """(arguments, when it is called) of torch's schedules that count steps."""
     if kind == "CyclicLR":
+        if "max_lr" not in args:
+            raise ConfigError(f"{path}.args.max_lr: missing; CyclicLR needs it")
         if "step_size_up" not in args:  # torch's 2,000 is longer than many a whole run
             args["step_size_up"] = max(1, min(2 * steps, epochs * steps // 2))
             log.info("%s: CyclicLR rises over %d steps, two epochs (Smith, WACV 2017); set args.step_size_up for "

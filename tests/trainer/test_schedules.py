@@ -133,6 +133,7 @@ def test_our_schedules_equal_their_formulas(kind: str, args: dict, factor) -> No
     ({"type": "CosLR", "args": {"restart": 0}}, "off", r"args\.restart: must be the last epoch"),
     ({"type": "CosLR", "args": {"restart": [3, 2]}}, "off", r"args\.restart.*in order"),
     ({"type": "LinearLR0", "args": {"restart": "3"}}, "off", r"args\.restart"),
+    ({"type": "CyclicLR", "args": {"base_lr": 0.1}}, "off", r"args\.max_lr: missing"),
     ({"type": "SequentialLR", "args": {}}, "off", "SequentialLR")])
 def test_what_cant_be_served_is_named(spec: dict, monitor: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

@@ -151,9 +151,10 @@ SECTIONS = {
     "loss": Section("loss", ("model.loss:LOSSES",), "torch.nn:Module", provided=("cls_num_list",),
                     default={"type": "CrossEntropyLoss", "args": {}}),
     "lr_scheduler": Section("schedule", ("trainer.rates:SCHEDULES", "torch.optim.lr_scheduler"),
-                            "torch.optim.lr_scheduler:LRScheduler", skip=("LRScheduler",), provided=("optimizer",),
-                            reserved={"last_epoch": "-r, which resumes the schedule", "run_epochs": "trainer.epochs",
-                                      "unit": "args.by"},
+                            "torch.optim.lr_scheduler:LRScheduler", skip=("LRScheduler",),
+                            provided=("optimizer", "max_lr"), reserved={"last_epoch": "-r, which resumes the schedule",
+                                                                        "run_epochs": "trainer.epochs",
+                                                                        "unit": "args.by"},
                             dropped={kind: {"step1": "int", "step2": "int", "gamma": "float"}
                                      for kind in ("CosLR", "LinearLR0")}, default={}),
 }
