@@ -20,7 +20,7 @@ from data_loader.detection.coco import CocoSplit, read_coco
 from data_loader.detection.dataset import DetectionDataset, RepeatFactor
 from data_loader.detection.digit_scenes import make_scenes
 from data_loader.detection.masks import mask_tools
-from data_loader.workers import leave_stops_to_parent
+from data_loader.workers import leave_stops_to_parent, loaded
 from logger.log import get_logger
 from logger.text import count_of
 from utils.class_counts import FEW
@@ -233,7 +233,7 @@ class CocoDataLoader(BaseDataLoader):
         loader = DataLoader(self.dataset, batch_sampler=keys, num_workers=self.options["num_workers"],
                             collate_fn=list, generator=generator(self.seed, epoch),
                             worker_init_fn=leave_stops_to_parent)
-        for samples in loader:
+        for samples in loaded(loader):
             for sample in samples:
                 if isinstance(sample, ConfigError):
                     raise sample

@@ -1,6 +1,8 @@
 """COCO files and scenes: what is refused, what a batch holds, and that it is a function of seed, epoch and position."""
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -10,13 +12,14 @@ from PIL import Image
 pytest.importorskip("pycocotools")
 
 from data_loader.detection.coco import read_coco
+from data_loader.detection.dataset import DetectionDataset
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
 from data_loader.detection.masks import decode
 from data_loader.held_out import check_held_out
 from logger.log import get_logger
 from tests.conftest import run_python
 from tests.scenes import SCENES, coco_content
-from utils.errors import ConfigError
+from utils.errors import ConfigError, RunError
 
 log = get_logger()
 
@@ -241,6 +244,12 @@ def test_validation_categories_must_be_the_training_ones(coco_folder):
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"instances_val2017.json: unknown category 9 \('cow'\)"):
         CocoDataLoader(str(root)).split_validation()
+
+
+def test_a_killed_loader_process_is_one_line(coco_folder, monkeypatch):
+    monkeypatch.setattr(DetectionDataset, "__getitem__", lambda self, key: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RunError, match=r"^DataLoader worker .*data_loader\.args\.num_workers\)$"):
+        list(CocoDataLoader(str(coco_folder()), batch_size=2, num_workers=1))
 
 
 def test_splits(scenes):
