@@ -131,14 +131,15 @@ class CocoEvaluator:
         truth = {**self.ground_truth, "images": images}
         # As the tool itself reads a results file, which it can't if there is no result in it.
         area = box_area if kind == "bbox" else mask_area
-        found = [{**entry, "id": n + 1, "iscrowd": 0, "area": area(entry)} for n, entry in
-                 enumerate(results_of(self.results, kind))]
+        found = [{**entry, "iscrowd": 0, "area": area(entry)} for entry in results_of(self.results, kind)]
         with contextlib.redirect_stdout(io.StringIO()):
             pair = []
             for content in (truth, {**truth, "annotations": found}):
                 coco = COCO()
-                # The tool writes into the entries it is given.
-                coco.dataset = {**content, "annotations": [dict(a) for a in content["annotations"]]}
+                # The tool writes into the entries it is given, and takes an object with the id 0 for one that no
+                # detection met: ids are its own business, from 1.
+                coco.dataset = {**content, "annotations": [{**a, "id": n} for n, a in
+                                                           enumerate(content["annotations"], 1)]}
                 coco.createIndex()
                 pair.append(coco)
             evaluation = COCOeval(*pair, kind)

@@ -55,8 +55,8 @@ def truth_as_detections(loader, noise=0.0, seed=0):
     return ids, detections
 
 
-def score(loader, ids, detections, **more):
-    evaluator = CocoEvaluator(loader.ground_truth(), loader.cls_num_list, **more)
+def score(loader, ids, detections, truth=None, **more):
+    evaluator = CocoEvaluator(truth or loader.ground_truth(), loader.cls_num_list, **more)
     evaluator.update(ids, detections)
     evaluator.gather()
     return evaluator.compute(), evaluator.results
@@ -67,6 +67,10 @@ def test_a_perfect_detector_scores_one_and_an_empty_one_zero(split):
     perfect, _ = score(split, ids, detections)
     empty, results = score(split, ids, [{key: value[:0] for key, value in d.items()} for d in detections])
     assert results == []
+    # pycocotools takes what a detection met for unmet where its id is 0.
+    truth = split.ground_truth()
+    truth["annotations"] = [{**a, "id": n} for n, a in enumerate(truth["annotations"])]
+    assert score(split, ids, detections, truth)[0] == perfect
     for kind in ("bbox", "segm"):
         for name in ("AP", "AP50", "AP75", "APs", "AP_few"):
             assert perfect[f"{kind}_{name}"] == pytest.approx(1.0) and empty[f"{kind}_{name}"] == 0.0
