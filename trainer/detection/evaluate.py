@@ -236,13 +236,19 @@ def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, 
     return figures
 
 
-def write_results(folder: Path, figures: dict[str, Any]) -> list[Path]:
-    """Write detections_bbox.json and detections_segm.json, which COCO tools score, and take `detections` out of the
-    figures; returns their paths."""
+def write_results(target: Path, figures: dict[str, Any]) -> list[Path]:
+    """Write what COCO tools score and take `detections` out of the figures; returns the files' paths.
+
+    They are named as `target`, the figures' file, is: beside test_metrics.json detections_bbox.json and
+    detections_segm.json, beside val_metrics.json val_detections_bbox.json, beside test_metrics.DATA.CHECKPOINT.json
+    detections_bbox.DATA.CHECKPOINT.json; else one split's or data set's would take another's place.
+    """
     results = figures.pop("detections")
+    split, _, about = target.stem.partition("_metrics")
+    prefix = "" if split == "test" else f"{split}_"
     paths = []
     for kind in KINDS:
-        paths.append(folder / f"detections_{kind}.json")
+        paths.append(target.with_name(f"{prefix}detections_{kind}{about}.json"))
         write_text(paths[-1], json.dumps(results_of(results, kind), allow_nan=False))
     return paths
 

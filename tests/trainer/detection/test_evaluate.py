@@ -86,7 +86,8 @@ def test_saved_detections_score_the_same_with_pycocotools_alone(split, tmp_path)
     figures, results = score(split, *truth_as_detections(split, noise=1.0))
     assert 0.05 < figures["bbox_AP"] < 0.9 and 0.05 < figures["segm_AP"] < 0.95
     (tmp_path / "truth.json").write_text(json.dumps(split.ground_truth()))
-    for kind, path in zip(("bbox", "segm"), write_results(tmp_path, {"detections": results}), strict=True):
+    written = write_results(tmp_path / "test_metrics.json", {"detections": results})
+    for kind, path in zip(("bbox", "segm"), written, strict=True):
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(tmp_path / "truth.json"))
             evaluation = COCOeval(truth, truth.loadRes(str(path)), kind)
@@ -95,6 +96,15 @@ def test_saved_detections_score_the_same_with_pycocotools_alone(split, tmp_path)
             evaluation.summarize()
         ours = [figures[f"{kind}_{name}"] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
         assert [-1.0 if value is None else value for value in ours] == pytest.approx(evaluation.stats[:6].tolist())
+
+
+@pytest.mark.parametrize("figures, bbox", [
+    ("test_metrics.json", "detections_bbox.json"), ("val_metrics.json", "val_detections_bbox.json"),
+    ("test_metrics.other.model_best.json", "detections_bbox.other.model_best.json"),
+    ("val_metrics.a_metrics.v1.2.json", "val_detections_bbox.a_metrics.v1.2.json")])
+def test_detections_are_named_as_their_figures_are(figures, bbox, tmp_path):
+    paths = write_results(tmp_path / figures, {"detections": []})
+    assert [path.name for path in paths] == [bbox, bbox.replace("bbox", "segm")] and all(p.is_file() for p in paths)
 
 
 def test_crowds_count_neither_way(coco_folder):
