@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_loader.detection.masks import area, decode
+from data_loader.files import Look, outside
 from utils.errors import ConfigError
 
 #: Annotators' boxes stick out of real pictures by fractions of a pixel; more than this is a mistake.
@@ -69,20 +70,24 @@ class CocoSplit:
 
 
 def read_coco(file: str | os.PathLike, folder: str | os.PathLike, *, categories: list[dict[str, Any]] | None = None,
-              skip_degenerate: bool = False) -> CocoSplit:
+              skip_degenerate: bool = False, data_dir: str | os.PathLike | None = None,
+              allow_outside: bool = False) -> CocoSplit:
     """Read and check an annotation file.
 
     Args:
         folder: where its pictures are.
         categories: those of the training file, which this file's must be among.
         skip_degenerate: leave boxes without width or height out instead of refusing the file.
+        data_dir: pictures must lie in it or in `folder`, links followed, unless `allow_outside`.
     Raises:
         ConfigError: one line that names the file and the entry that is wrong.
     """
     file, folder = Path(file), Path(folder)
     data = _load(file)
     found = _categories(file, data["categories"], categories)
-    images = _images(file, folder, data["images"])
+    # Where the config itself leads out of data_dir, to a linked folder of pictures, that is meant; names in a file of
+    # somebody's aren't.
+    images = _images(file, folder, data["images"], None if allow_outside else [Path(data_dir or folder), folder])
     place = {image["id"]: i for i, image in enumerate(images)}
     known = {category["id"] for category in found}
     per_image: list[list[dict[str, Any]]] = [[] for _ in images]
@@ -166,11 +171,10 @@ def _categories(file: Path, entries: list, reference: list[dict] | None) -> list
     return reference
 
 
-def _images(file: Path, folder: Path, entries: list) -> list[dict[str, Any]]:
+def _images(file: Path, folder: Path, entries: list, within: list[Path] | None) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise ConfigError(f"data_loader.args.data_dir: no image folder {folder}")
-    # One listing instead of a look at every file: COCO has 118,287 of them.
-    there = {entry.name for entry in os.scandir(folder)}
+    look = Look(folder, within)
     images, seen = [], set()
     for n, entry in enumerate(entries):
         where = _where(file, "image", n, entry)
@@ -181,12 +185,23 @@ def _images(file: Path, folder: Path, entries: list) -> list[dict[str, Any]]:
             if not _is_id(entry.get(side)) or entry[side] < 1:
                 raise ConfigError(f"{where}: {side} {entry.get(side)!r}; it must be a whole number of pixels")
         name = entry["file_name"]
-        if name not in there and not (folder / name).is_file():
-            raise ConfigError(f"{where}: missing image {folder / name}")
+        there = _is_name(name) and look(name)
+        if there is None:
+            raise outside(where, name, within[0])
+        if not there:
+            raise ConfigError(f"{where}: missing image {str(folder / name)!r}")
         images.append({key: entry[key] for key in ("id", "file_name", "height", "width")})
     if not images:
         raise ConfigError(f"{file}: images is empty")
     return images
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file can be called so."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _annotation(where: str, entry: dict, image: dict, skip_degenerate: bool) -> dict[str, Any] | None:

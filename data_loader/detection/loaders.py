@@ -49,6 +49,7 @@ class CocoDataLoader(BaseDataLoader):
             were made, see DetectionDataset.
         validation: `test` (the val split), `holdout` (`holdout_fraction` of the training images) or `none`.
         split_seed: which images are held out, whatever `seed` is.
+        allow_outside: the annotation files may name images outside data_dir and the folders of images.
     """
 
     task = "detection"
@@ -65,7 +66,7 @@ class CocoDataLoader(BaseDataLoader):
                  train_images: str = "train2017", val_annotations: str = "annotations/instances_val2017.json",
                  val_images: str = "val2017", validation: str = "test", holdout_fraction: float = 0.1,
                  seed: int = 0, device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1,
-                 annotated_on: str = "auto", split_seed: int = 0):
+                 annotated_on: str = "auto", split_seed: int = 0, allow_outside: bool = False):
         self.options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)
         _check(self.options, self.min_size)
@@ -110,7 +111,8 @@ class CocoDataLoader(BaseDataLoader):
         if self._train is None:
             options = self.options
             self._train = read_coco(self.root / options["train_annotations"], self.root / options["train_images"],
-                                    skip_degenerate=options["skip_degenerate"])
+                                    skip_degenerate=options["skip_degenerate"], data_dir=self.root,
+                                    allow_outside=options["allow_outside"])
         return self._train
 
     def _validation_split(self) -> CocoSplit:
@@ -119,7 +121,8 @@ class CocoDataLoader(BaseDataLoader):
         has_train = (self.root / options["train_annotations"]).is_file()
         categories = self._training_split().categories if has_train else None
         return read_coco(self.root / options["val_annotations"], self.root / options["val_images"],
-                         categories=categories, skip_degenerate=options["skip_degenerate"])
+                         categories=categories, skip_degenerate=options["skip_degenerate"], data_dir=self.root,
+                         allow_outside=options["allow_outside"])
 
     def _held_out(self, split: CocoSplit) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the held-out and of the kept images, each in order."""

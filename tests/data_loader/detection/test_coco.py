@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -244,6 +245,55 @@ def test_validation_categories_must_be_the_training_ones(coco_folder):
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"instances_val2017.json: unknown category 9 \('cow'\)"):
         CocoDataLoader(str(root)).split_validation()
+
+
+OUTSIDE = {"up": "../../secret.png", "from the root": "{}/secret.png", "link": "link.png",
+           "through a link": "far/secret.png"}
+
+
+@pytest.mark.parametrize("kind", [*OUTSIDE, "not there"])
+def test_a_file_mustnt_name_images_elsewhere(kind, coco_folder, tmp_path_factory):
+    root, elsewhere = coco_folder() / "data", tmp_path_factory.mktemp("elsewhere")
+    name = OUTSIDE.get(kind, "../../gone.png").format(elsewhere)
+    coco_folder(broken(images=lambda i: i[0].update(file_name=name)))
+    root.mkdir()
+    for folder in ("annotations", "train2017", "val2017"):
+        shutil.move(root.parent / folder, root / folder)
+    for place in (elsewhere, root.parent):
+        shutil.copy(root / "train2017/1.png", place / "secret.png")
+    (root / "train2017/link.png").symlink_to(elsewhere / "secret.png")
+    (root / "train2017/far").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=r"train2017\.json: image 10: .*\.png leads outside .*allow_outside"):
+        CocoDataLoader(str(root))
+    if kind == "not there":
+        with pytest.raises(ConfigError, match=r"image 10: missing image .*gone\.png"):
+            CocoDataLoader(str(root), allow_outside=True)
+    else:
+        assert len(list(CocoDataLoader(str(root), batch_size=1, min_size=48, allow_outside=True))) == 2
+
+
+def test_images_may_lie_in_other_folders_of_the_data(coco_folder, tmp_path_factory):
+    """Below data_dir, and where the config's own folder of images is: data sets are often linked."""
+    content = coco_content()
+    for image, name in zip(content["images"], ("../val2017/0.png", "deep/er/1.png", "2.png"), strict=True):
+        image["file_name"] = name
+    root, elsewhere = coco_folder(content), tmp_path_factory.mktemp("elsewhere") / "pictures"
+    (root / "train2017/deep/er").mkdir(parents=True)
+    shutil.move(root / "train2017/1.png", root / "train2017/deep/er/1.png")
+    assert CocoDataLoader(str(root)).n_samples == 2
+    content["images"][0]["file_name"] = "0.png"
+    coco_folder(content)
+    shutil.move(root / "train2017", elsewhere)
+    (root / "train2017").symlink_to(elsewhere)
+    assert CocoDataLoader(str(root)).n_samples == 2
+
+
+@pytest.mark.parametrize("name", ["a\0/b.png", "../a\0/b.png", "\ud800/b.png", "deep", "", ".."])
+def test_names_that_no_image_has_are_missing(name, coco_folder):
+    root = coco_folder(broken(images=lambda i: i[0].update(file_name=name)))
+    (root / "train2017/deep").mkdir()
+    with pytest.raises(ConfigError, match=r"image 10: (missing image|.* leads outside)"):
+        CocoDataLoader(str(root))
 
 
 def test_a_killed_loader_process_is_one_line(coco_folder, monkeypatch):
