@@ -4,6 +4,7 @@ The format: https://cocodataset.org/#format-data, object detection. Boxes there 
 """
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import numpy as np
 
 from data_loader.detection.masks import area, decode
 from data_loader.files import Look, outside
+from data_loader.splitting import class_numbers
 from utils.errors import ConfigError
 
 #: Annotators' boxes stick out of real pictures by fractions of a pixel; more than this is a mistake.
@@ -31,8 +33,10 @@ class CocoSplit:
         images: {"id", "file_name", "height", "width"}, in the file's order.
         annotations: for each picture, its annotations: {"id", "bbox", "category_id", "segmentation", "area",
             "iscrowd"}; boxes are clipped to the picture.
-        categories: {"id", "name"}, by id; class k (0, 1, ...) is the k-th, label k + 1 (0 is the background).
+        categories: {"id", "name"}, by id, or in a checkpoint's order (`number_as`); class k (0, 1, ...) is the k-th,
+            label k + 1 (0 is the background).
         notes: lines for the log: what was left out.
+        names: the classes' as a checkpoint spells them; None: the file's.
     """
 
     file: Path
@@ -41,10 +45,11 @@ class CocoSplit:
     annotations: list[list[dict[str, Any]]]
     categories: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    names: list[str] | None = None
 
     @property
     def class_names(self) -> list[str]:
-        return [category["name"] for category in self.categories]
+        return self.names or [category["name"] for category in self.categories]
 
     @property
     def labels(self) -> dict[int, int]:
@@ -56,11 +61,26 @@ class CocoSplit:
         seen = Counter(a["category_id"] for found in self.annotations for a in found if not a["iscrowd"])
         return [seen[category["id"]] for category in self.categories]
 
+    def number_as(self, wanted: list[str], data_dir: str, some: bool) -> None:
+        """Put the classes in the order of a checkpoint's, by name. some: the split may lack classes.
+
+        Raises ConfigError where names don't fit.
+        """
+        numbers = class_numbers(self.class_names, wanted, data_dir, some)
+        if numbers != list(range(len(numbers))):
+            self.notes = [*self.notes, "classes are numbered as in the checkpoint, by their names"]
+        # A class that the split lacks gets an id that no other has: the model may find it, nothing is it.
+        free = itertools.count(self.categories[-1]["id"] + 1)
+        found = dict(zip(numbers, self.categories))
+        self.categories = [found[k] if k in found else {"id": next(free), "name": name}
+                           for k, name in enumerate(wanted)]
+        self.names = wanted
+
     def subset(self, indices: Iterable[int]) -> CocoSplit:
         """The same split with only these pictures."""
         indices = list(indices)
         return CocoSplit(self.file, self.folder, [self.images[i] for i in indices],
-                         [self.annotations[i] for i in indices], self.categories, self.notes)
+                         [self.annotations[i] for i in indices], self.categories, self.notes, self.names)
 
     def ground_truth(self) -> dict[str, Any]:
         """The split as one COCO dict, crowds included, for the evaluation."""

@@ -147,8 +147,10 @@ class CocoEvaluator:
             evaluation.params.catIds = self.category_ids
             evaluation.evaluate()
             evaluation.accumulate()
+        # The tool sorts the ids; the classes may be in a checkpoint's order.
+        columns = [evaluation.params.catIds.index(category) for category in self.category_ids]
         parameters = {"iou": np.asarray(evaluation.params.iouThrs), "areas": list(evaluation.params.areaRngLbl)}
-        return np.asarray(evaluation.eval["precision"])[..., -1], parameters
+        return np.asarray(evaluation.eval["precision"])[..., -1][:, :, columns], parameters
 
 
 def results_of(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ from data_loader.detection.coco import read_coco
 from data_loader.detection.dataset import DetectionDataset
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
 from data_loader.detection.masks import decode
-from data_loader.held_out import check_held_out
+from data_loader.held_out import check_held_out, of_same_data
+from data_loader.splitting import is_same_place
 from logger.log import get_logger
 from tests.conftest import run_python
 from tests.scenes import SCENES, coco_content
@@ -245,6 +246,63 @@ def test_validation_categories_must_be_the_training_ones(coco_folder):
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"instances_val2017.json: unknown category 9 \('cow'\)"):
         CocoDataLoader(str(root)).split_validation()
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], ["CAT", "dog "]], ids=["another order", "and spelling"])
+def test_classes_are_a_checkpoints_by_their_names(names, coco_folder):
+    facts = {"class_names": names, "cls_num_list": [150, 2]}
+    loader = CocoDataLoader(str(coco_folder()), batch_size=2, shuffle=False, min_size=48, flip=0.0, facts=facts)
+    (_, targets), = list(loader)
+    assert targets[0]["labels"].tolist() == [1, 2]              # a cat, a dog
+    assert loader.class_names == names and loader.cls_num_list == [2, 1]      # a training's groups are its own
+    assert "classes are numbered as in the checkpoint, by their names" in loader.summary()
+    held = loader.split_validation()
+    assert held.class_names == names and held.cls_num_list == [2, 1]
+    test = CocoDataLoader(str(coco_folder()), training=False, facts=facts)
+    assert test.class_names == names and test.cls_num_list == [150, 2] and list(test.split.labels) == [7, 3]
+
+
+@pytest.mark.parametrize("names", [["cat", "cow"], ["cow", "pig"], ["cat"], ["cat", "cow", "dog"]])
+def test_other_classes_than_a_checkpoints_are_refused_in_training(names, coco_folder):
+    root, facts = str(coco_folder()), {"class_names": names, "cls_num_list": [1] * len(names)}
+    with pytest.raises(ConfigError, match=r"data_loader\.args\.data_dir: .* has the classes dog, cat, and .* knows c"):
+        CocoDataLoader(root, facts=facts)
+    assert CocoDataLoader(root, facts={**facts, "optional": True}).class_names == ["dog", "cat"]
+    if len(names) < 3:
+        with pytest.raises(ConfigError, match="--pretrained"):
+            CocoDataLoader(root, training=False, facts=facts)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["with training annotations", "test alone"])
+def test_a_test_split_may_lack_classes(trained, coco_folder):
+    root = coco_folder()
+    if not trained:
+        (root / "annotations/instances_train2017.json").unlink()
+    facts = {"class_names": ["ant", "cat", "dog"], "cls_num_list": [120, 50, 3]}
+    loader = CocoDataLoader(str(root), training=False, batch_size=3, facts=facts)
+    assert loader.num_classes == 3 and loader.class_names == facts["class_names"]
+    assert loader.cls_num_list == facts["cls_num_list"]
+    assert next(iter(loader))[1][0]["labels"].tolist() == [2, 3]
+    assert len({category["id"] for category in loader.ground_truth()["categories"]}) == 3
+
+
+def test_a_checkpoint_knows_its_images_again(coco_folder, scenes, tmp_path):
+    root = coco_folder()
+    memory = CocoDataLoader(str(root)).split_memory
+    assert list(memory["sample"]) == ["train2017/0.png", "train2017/1.png"]
+    for name in ("same", "other"):
+        shutil.copytree(root / "train2017", tmp_path / name / "train2017")
+    for image in (tmp_path / "other/train2017").iterdir():
+        Image.new("RGB", (64, 48)).save(image)
+    assert is_same_place(str(tmp_path / "same"), memory) and not is_same_place(str(tmp_path / "other"), memory)
+    # An older version's checkpoint remembers none: only the folder tells.
+    spec, facts = {"type": "CocoDataLoader"}, {"split": {"rule": "names"}, "preprocess": {"task": "detection"}}
+    before, now = ({**spec, "args": {"data_dir": str(root)}}, {**spec, "args": {"data_dir": str(tmp_path / "other")}})
+    assert of_same_data(before, now, facts) and not of_same_data(before, now, facts, doubt=False)
+    assert of_same_data(before, before, facts, doubt=False)
+    # Below what the config names, not below the folder that the settings make there.
+    sample = DigitScenesDataLoader(str(scenes), **SCENES).split_memory
+    assert is_same_place(str(scenes), sample) and not is_same_place(str(tmp_path), sample)
 
 
 OUTSIDE = {"up": "../../secret.png", "from the root": "{}/secret.png", "link": "link.png",

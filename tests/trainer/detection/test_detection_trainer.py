@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,56 @@ def test_train_and_test_from_the_command_line(scenes, tmp_path):
     assert "bbox AP50" in (models / "report.html").read_text()
     refused = call_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu", "--classifier", "ncm"])
     assert refused.returncode == 2 and "--classifier" in refused.stderr
+
+
+def test_other_data_and_splits_have_files_of_their_own(coco_folder, tmp_path, tmp_path_factory):
+    """And classes are matched by name, groups the training's."""
+    from utils.checkpoint.store import load_checkpoint, save_checkpoint
+    data, save_dir = coco_folder(), tmp_path_factory.mktemp("saved")
+    call_python(["train.py", "-c", f"configs/{CONFIGS[2]}.json", "--data_dir", data, "--save_dir", save_dir, "--name",
+                 "coco", "--run_id", "a", "--epochs", 1, "-d", "cpu", *flags(**{
+                     "trainer.tensorboard": False, "data_loader.args.batch_size": 2, "trainer.figures": False,
+                     "data_loader.args.min_size": 48})], check=True)
+    models = save_dir / "models/coco/a"
+    checkpoint = models / "checkpoint-epoch1.pth"
+    own = {name: (models / name).read_text() for name in ("test_metrics.json", "detections_bbox.json",
+                                                          "detections_segm.json")}
+    others = tmp_path_factory.mktemp("others")
+    for name in ("swapped", "else"):
+        shutil.copytree(data, others / name)
+        for image in (others / name).glob("*2017/*.png"):
+            image.write_bytes(image.read_bytes() + b" ")
+        for file in (others / name / "annotations").iterdir():
+            content = json.loads(file.read_text())
+            for category in content["categories"]:      # the ids the other way round, or other names
+                category["name"] = {"swapped": {"cat": "dog", "dog": "cat"}, "else": {"cat": "ant", "dog": "bee"}}[
+                    name][category["name"]]
+            file.write_text(json.dumps(content))
+    call_python(["test.py", "-r", checkpoint, "-d", "cpu", "-q", "--split", "val"], check=True)
+    call_python(["test.py", "-r", checkpoint, "-d", "cpu", "-q", "--data_dir", others / "swapped"], check=True)
+    assert {name: (models / name).read_text() for name in own} == own
+    for part in ("val_metrics", "val_detections_bbox", "val_detections_segm", "test_metrics.swapped.checkpoint-epoch1",
+                 "detections_bbox.swapped.checkpoint-epoch1", "detections_segm.swapped.checkpoint-epoch1"):
+        assert (models / f"{part}.json").is_file(), part
+    for command in (["test.py", "-r", checkpoint], ["train.py", "-r", checkpoint, "--epochs", 2]):
+        refused = call_python([*command, "-d", "cpu", "--data_dir", others / "else"])
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert "has the classes bee, ant, and the checkpoint's model knows dog, cat" in refused.stderr
+    for name, new in (("swapped", False), ("else", True)):
+        done = call_python(["train.py", "-c", models / "config.json", "--pretrained", checkpoint, "--data_dir",
+                            others / name, "--dry_run", "-d", "cpu"], check=True)
+        assert ("new for these classes: roi_heads.box_predictor" in done.stdout) is new
+    # A checkpoint of a version that remembered none of its images.
+    older = load_checkpoint(checkpoint)
+    older["data"]["split"] = {"rule": "names"}
+    save_checkpoint(checkpoint, older)
+    shutil.rmtree(others / "else")
+    shutil.copytree(others / "swapped", others / "else")
+    call_python(["test.py", "-r", checkpoint, "-d", "cpu", "-q", "--data_dir", others / "else"], check=True)
+    assert (models / "test_metrics.json").read_text() == own["test_metrics.json"]
+    assert (models / "test_metrics.else.checkpoint-epoch1.json").is_file()
+    done = call_python(["train.py", "-r", checkpoint, "--epochs", 2, "-d", "cpu"], check=True)
+    assert (models / "checkpoint-epoch2.pth").is_file(), done.stdout
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")

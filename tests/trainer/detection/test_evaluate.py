@@ -107,6 +107,22 @@ def test_detections_are_named_as_their_figures_are(figures, bbox, tmp_path):
     assert [path.name for path in paths] == [bbox, bbox.replace("bbox", "segm")] and all(p.is_file() for p in paths)
 
 
+def test_a_class_keeps_its_figures_in_whatever_order_classes_are(coco_folder):
+    """pycocotools sorts categories by id; a checkpoint's order may be another."""
+    root, found = str(coco_folder()), []
+    for facts in (None, {"class_names": ["cat", "dog"], "cls_num_list": [200, 5]},
+                  {"class_names": ["Cat", "cow", "dog"], "cls_num_list": [200, 50, 5]}):
+        loader = CocoDataLoader(root, training=False, facts=facts)
+        ids, detections = truth_as_detections(loader)
+        cat = loader.split.labels[7]
+        cats = [{key: value[d["labels"] == cat] for key, value in d.items()} for d in detections]
+        found.append(score(loader, ids, cats)[0])
+    assert [figures["bbox_per_class_AP"] for figures in found] == [
+        [0, pytest.approx(1)], [pytest.approx(1), 0], [pytest.approx(1), None, 0]]
+    assert (found[1]["bbox_AP_many"], found[1]["segm_AP_few"]) == (pytest.approx(1), 0)     # the checkpoint's counts
+    assert found[2]["bbox_AP"] == pytest.approx(0.5) and found[2]["medium_class_num"] == 1
+
+
 def test_crowds_count_neither_way(coco_folder):
     loader = CocoDataLoader(str(coco_folder()), training=False)
     ids, detections = truth_as_detections(loader)
