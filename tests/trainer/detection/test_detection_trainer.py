@@ -18,6 +18,7 @@ from trainer.detection.trainer import DetectionTrainer
 from trainer.hooks.curves import Statistics
 from trainer.schedules import build_optimizer, build_scheduler
 from utils.config.load import check_config
+from utils.errors import ConfigError
 from utils.seed import seed_everything
 
 pytest.importorskip("pycocotools")
@@ -91,6 +92,39 @@ def test_iterations_end_the_run_and_the_schedule_follows_steps(scenes, tmp_path)
     rows = list(csv.DictReader((tmp_path / "log/scenes/short/metrics.csv").read_text().splitlines()))
     assert len(rows) == trainer.epochs
     assert {"epoch", "lr", "loss", "val_loss", "loss_mask", "val_bbox_AP", "val_segm_AP"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("kind", ["now", "of an older version"])
+def test_more_iterations_go_on_inside_the_epoch_that_fewer_cut_short(kind, scenes, tmp_path):
+    from utils.checkpoint.store import load_checkpoint
+    more = {"epochs": 9, "monitor": "max val_bbox_AP"}
+    whole = make(config_for(scenes, tmp_path, iterations=6, **more), "whole")
+    assert 2 < whole.steps_an_epoch < 6
+    whole.train()
+    short = make(config_for(scenes, tmp_path, iterations=2, **more), "short")
+    checkpoint = load_checkpoint(short.train())
+    assert checkpoint["batch"] is None and checkpoint["cut"]["batch"] == 2      # whole, for all but a longer run
+    if kind != "now":
+        del checkpoint["cut"]
+    resumed = make(config_for(scenes, tmp_path, iterations=6, **more), "resumed", checkpoint)
+    assert (resumed.start_epoch, resumed.start_batch, resumed.global_step) == (1, 2, 2)
+    resumed.train()
+    assert resumed.global_step == 6
+    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    files = [(tmp_path / f"log/scenes/{run}/metrics.csv").read_text().splitlines() for run in ("whole", "resumed")]
+    assert files[0] == files[1]
+    rates = [trainer.optimizer.param_groups[0]["lr"] for trainer in (whole, resumed)]
+    assert rates[0] == rates[1]
+    if kind == "now":
+        assert make(config_for(scenes, tmp_path, **more), "free", checkpoint, dry=True).start_batch == 2
+    same = make(config_for(scenes, tmp_path, iterations=2, **more), "same", checkpoint, dry=True)
+    assert not same._epochs_left() and same.last_epoch == 1
+    if kind != "now":
+        wider = config_for(scenes, tmp_path, iterations=6, **more)
+        wider["data_loader"]["args"]["batch_size"] = 3
+        with pytest.raises(ConfigError, match=r"data_loader\.args\.batch_size: 3, but .* cut short .* go on with 2"):
+            make(wider, "wider", checkpoint, dry=True)
 
 
 def test_losses_and_pictures_go_to_tensorboard(scenes, tmp_path):
