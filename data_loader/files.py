@@ -191,30 +191,52 @@ def about_tars(root: Path) -> str:
 
 
 def check_paths(root: Path, names: list[str], allow_outside: bool, source: str, lines: list[int]) -> list[str]:
-    """`names` below `root` as full paths. Raises ConfigError where one is missing or leaves `root`.
-
-    Looks at each folder once, not at each file: a million names take seconds, not minutes.
-    """
-    real_root = os.path.realpath(root)
-    folders: dict[str, dict[str, bool] | None] = {}
+    """`names` below `root` as full paths. Raises ConfigError where one is missing or leaves `root`."""
+    look = Look(root, None if allow_outside else [root])
     missing: list[int] = []
     for at, name in enumerate(names):
-        folder, base = os.path.split(name)
-        if folder not in folders:
-            folders[folder] = _entries(os.path.join(root, folder))
-            far = os.path.isabs(name) or ".." in Path(name).parts  # refused unseen: what is there is nobody's business
-            if not allow_outside and (far or folders[folder] is not None):
-                check_inside(os.path.join(root, folder), real_root, f"{source}, line {lines[at]}", name, root)
-        entries = folders[folder]
-        if entries is None or base not in entries:
-            missing.append(at)
-        elif entries[base] and not allow_outside:
-            check_inside(os.path.join(root, name), real_root, f"{source}, line {lines[at]}", name, root)
+        there = look(name)
+        if there:
+            continue
+        if there is None:
+            raise outside(f"{source}, line {lines[at]}", name, root)
+        missing.append(at)
     if missing:
         at = missing[0]
         more = f"; {len(missing) - 1} more are missing" if len(missing) > 1 else ""
         raise ConfigError(f"{shown(os.path.join(root, names[at]))}: no such image ({source}, line {lines[at]}{more})")
     return [os.path.join(root, name) for name in names]
+
+
+class Look:
+    """Whether a file is there: `look(name)`, a name below `root`, is True, False, or None where it leads out of all the
+    folders `within` (None: it may lead anywhere).
+
+    Looks at each folder once, not at each file: a million names take seconds, not minutes.
+    """
+
+    def __init__(self, root: Path, within: Sequence[Path] | None):
+        self.root, self.within = root, within and [os.path.realpath(folder) for folder in within]
+        self.folders: dict[str, dict[str, bool] | None] = {}    # what each holds; None of one that leads out
+
+    def __call__(self, name: str) -> bool | None:
+        folder, base = os.path.split(name)
+        if folder not in self.folders:
+            entries = _entries(os.path.join(self.root, folder))
+            far = os.path.isabs(name) or ".." in Path(name).parts  # refused unseen: what is there is nobody's business
+            out = (far or entries is not None) and self._leads_out(folder)
+            self.folders[folder] = None if out else entries or {}
+        entries = self.folders[folder]
+        if entries is None:
+            return None
+        link = entries.get(base)
+        if not link:
+            return link is not None
+        return None if self._leads_out(name) else True
+
+    def _leads_out(self, name: str) -> bool:
+        return self.within is not None and not any(is_inside(os.path.join(self.root, name), folder)
+                                                   for folder in self.within)
 
 
 def _entries(folder: str) -> dict[str, bool] | None:
@@ -226,12 +248,19 @@ def _entries(folder: str) -> dict[str, bool] | None:
         return None
 
 
-def check_inside(path: str, real_root: str, where: str, name: str, root: Path) -> None:
+def is_inside(path: str, real_root: str) -> bool:
+    """Whether a path, links followed, is `real_root` or lies in it."""
     real = os.path.realpath(path)
-    if real != real_root and not real.startswith(os.path.join(real_root, "")):
-        raise _outside(where, name, root)
+    return real == real_root or real.startswith(os.path.join(real_root, ""))
 
 
-def _outside(where: str, name: str, root: Path) -> ConfigError:
+def check_inside(path: str, real_root: str, where: str, name: str, root: Path) -> None:
+    """Raises ConfigError where a path, links followed, lies outside `real_root`."""
+    if not is_inside(path, real_root):
+        raise outside(where, name, root)
+
+
+def outside(where: str, name: str, root: Path) -> ConfigError:
+    """The error for a name that leads out of `root`; where: what names it."""
     return ConfigError(f"{where}: {shown(name)} leads outside {shown(str(root))}; "
                        "set data_loader.args.allow_outside to true (of tools.shard: --allow_outside) if that is meant")

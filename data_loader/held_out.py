@@ -32,15 +32,22 @@ def check_held_out(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, 
                           "trained on: leave the loader and its arguments as they were")
 
 
-def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mapping[str, Any] | None) -> bool:
+def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mapping[str, Any] | None,
+                 doubt: bool = True) -> bool:
     """Whether two configs' `data_loader` are of the same data, there or elsewhere; facts: what the first one's
-    checkpoint knows of them."""
+    checkpoint knows of them.
+
+    doubt: the answer where a detector's checkpoint, an older version's, remembers none of its images.
+    """
     places = [(spec.get("args") or {}).get("data_dir") for spec in (before, now)]
     if before.get("type", now.get("type")) != now.get("type"):
         return False
     if None in places or os.path.realpath(places[0]) == os.path.realpath(places[1]):
         return True
-    return is_same_place(places[1], (facts or {}).get("split"))
+    split = (facts or {}).get("split") or {}
+    if not split.get("sample") and ((facts or {}).get("preprocess") or {}).get("task") == "detection":
+        return doubt
+    return is_same_place(places[1], split)
 
 
 def _check_arguments(loader: Any, trained: Mapping[str, Any], now: Mapping[str, Any]) -> None:

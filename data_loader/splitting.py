@@ -122,9 +122,7 @@ class Division:
         Images in memory have no names: of them the seed is all there is to know."""
         if images.paths is None:
             return {"rule": self.rule, "seed": self.seed}
-        step = max(1, len(images.paths) // 64)
-        files = dict.fromkeys(file_of(path) for path in images.paths[::step][:64])
-        sample = {relative_name(path, self.root): os.path.getsize(path) for path in files if "://" not in path}
+        sample = sample_of(images.paths, self.root)
         return {"rule": self.rule, "seed": self.seed, "test_share": self.test_share, "val_share": self.val_share,
                 "kept": sorted(self.kept), "taken": sorted((self.taken or set()) | self.forced), "sample": sample}
 
@@ -144,6 +142,14 @@ class Division:
             if before != own:
                 raise ConfigError(f"data_loader.args.{key}: {own}, but the checkpoint's split was made with {before}, "
                                   "and another one would test images that were trained on; leave it as it was")
+
+
+def sample_of(paths: Sequence[str], root: str) -> dict[str, int]:
+    """The sizes of 64 images at most (of images in shards, their shards), by names below `root`: by these the same
+    photos are known again."""
+    step = max(1, len(paths) // 64)
+    files = dict.fromkeys(file_of(path) for path in paths[::step][:64])
+    return {relative_name(path, root): os.path.getsize(path) for path in files if "://" not in path}
 
 
 def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
@@ -201,16 +207,28 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def class_numbers(own: Sequence[str], wanted: Sequence[str], data_dir: str, some: bool) -> list[int]:
+    """For each class of the data in `data_dir`, its number in a checkpoint's `wanted`, by name. some: the data may lack
+    classes.
+
+    Raises ConfigError where names don't fit.
+    """
+    if list(own) == list(wanted):       # as they are, be one there twice
+        return list(range(len(wanted)))
+    numbers = match_classes(own, wanted, some)
+    if numbers is None:
+        raise ConfigError(f"data_loader.args.data_dir: {data_dir} has the classes {_first(own)}, and the checkpoint's "
+                          f"model knows {_first(wanted)}; give the data it was trained for, or start a new classifier "
+                          "with --pretrained")
+    return numbers
+
+
 def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool) -> None:
     """Number the splits' classes as `wanted` does, by name, in place. some: the data may lack classes.
 
     Raises ConfigError where names don't fit.
     """
-    numbers = match_classes(splits.class_names, wanted, some)
-    if numbers is None:
-        raise ConfigError(f"data_loader.args.data_dir: {data_dir} has the classes {_first(splits.class_names)}, and "
-                          f"the checkpoint's model knows {_first(wanted)}; give the data it was trained for, or start "
-                          "a new classifier with --pretrained")
+    numbers = class_numbers(splits.class_names, wanted, data_dir, some)
     if splits.class_names != list(wanted):
         if numbers != list(range(len(wanted))):
             splits.notes.append("classes are numbered as in the checkpoint, by their names")

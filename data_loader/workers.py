@@ -154,7 +154,7 @@ class FileBatches:
         self.keys.batches = ([(epoch, int(p), int(i)) for p, i in zip(positions, indices, strict=True)]
                              for epoch, positions, indices in keys)
         try:
-            for batch in self._loaded():
+            for batch in loaded(self.loader):
                 if isinstance(batch, Failure):
                     raise ConfigError(batch.message + self.others_like(batch))
                 pixels, indices, positions = batch
@@ -183,19 +183,21 @@ class FileBatches:
             return name_others([name for name in pool.map(unreadable, paths)
                                 if name is not None and not failure.message.startswith(f"{name}: ")])
 
-    def _loaded(self) -> Iterator[Any]:
-        batches = iter(self.loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:  # torch's, where a worker process has gone
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise RunError(f"{str(error).splitlines()[0]} (often for want of memory: try a smaller "
-                               "data_loader.args.num_workers)") from None
-            yield batch
+
+def loaded(loader: DataLoader) -> Iterator[Any]:
+    """A torch DataLoader's batches. Raises RunError, one line that names num_workers, where a worker is killed."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # torch's, where a worker process has gone
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(f"{str(error).splitlines()[0]} (often for want of memory: try a smaller "
+                           "data_loader.args.num_workers)") from None
+        yield batch
 
 
 def leave_stops_to_parent(worker: int) -> None:

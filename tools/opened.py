@@ -44,7 +44,7 @@ class Run:
     @property
     def is_own_data(self) -> bool:
         """Whether the config's data are those that the model was trained for, there or elsewhere."""
-        return of_same_data(*self._loader_specs(), self.facts)
+        return of_same_data(*self._loader_specs(), self.facts, doubt=False)     # its figures might be another's
 
     def _loader_specs(self) -> list[dict[str, Any]]:
         """`data_loader` as the checkpoint has it (empty where it has no config), and as it is now."""
@@ -98,7 +98,7 @@ class Run:
                 specs = self._loader_specs()
                 if self.facts is not None and specs[0]:
                     before, now = (spec.get("args") or {} for spec in specs)
-                    check_held_out(loader, self.facts, before if self.is_own_data else None, now)
+                    check_held_out(loader, self.facts, before if of_same_data(*specs, self.facts) else None, now)
                 found = loader.split_validation()
                 if found is None:
                     why = "no class has the images that \"holdout\" takes; give some (val/, a list)" \

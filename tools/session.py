@@ -220,16 +220,17 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
         stage1 = not start.goes_on and not any(GATES in key for key in start.checkpoint.get("state_dict") or {})
         load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=(GATES,) if stage1 else (),
                      exact=start.goes_on or model.routed)
-    elif config.get("pretrained") and hasattr(model, "load_pretrained"):
-        log.info(model.load_pretrained(start.take(config["pretrained"]), config["pretrained"]))
     elif config.get("pretrained"):
         file = start.take(config["pretrained"])
         known = (facts_of_checkpoint(file) or {}).get("class_names")
         other = None not in (known, class_names) and list(known) != list(class_names)
-        if other:
-            log.info("%s knows other classes: the classifier is left new", config["pretrained"])
-        load_weights(model, file, name=config["pretrained"], new_head=True,
-                     skip_prefixes=(GATES, *(model.classifier_prefixes() if other else ())))
+        if hasattr(model, "load_pretrained"):
+            log.info(model.load_pretrained(file, config["pretrained"], other))
+        else:
+            if other:
+                log.info("%s knows other classes: the classifier is left new", config["pretrained"])
+            load_weights(model, file, name=config["pretrained"], new_head=True,
+                         skip_prefixes=(GATES, *(model.classifier_prefixes() if other else ())))
     elif model.routed and not model.force_all:
         log.warning("the gates learn when experts that nobody trained are right; give the trained model with "
                     "-r STAGE1")

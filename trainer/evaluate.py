@@ -153,4 +153,4 @@ def format_result(result: dict[str, Any], title: str = "") -> str:
     return "\n".join(lines)
 
 
-TASK = Task("classification", evaluate, format_result, lambda folder, result: [], keeps=False, classifies=True)
+TASK = Task("classification", evaluate, format_result, lambda target, result: [], keeps=False, classifies=True)

@@ -15,9 +15,9 @@ from utils.files import write_json
 @dataclass(frozen=True)
 class Task:
     """evaluate: (model, loader, groups=, amp=, keep=, max_batches=, ...) -> figures. format_result: (figures, title) ->
-    text. write_extras: (folder, figures) -> paths of what is written beside test_metrics.json, whose part it takes out
-    of the figures. keeps: test.py always asks for what evaluate(keep=True) gives. classifies: each image has one class,
-    so there are classifiers to choose, images to predict and a model to export.
+    text. write_extras: (path of the figures' file, figures) -> paths of what is written beside that file and named
+    after it, whose part it takes out of the figures. keeps: test.py always asks for what evaluate(keep=True) gives.
+    classifies: each image has one class, so there are classifiers to choose, images to predict and a model to export.
     """
 
     name: str
@@ -46,7 +46,7 @@ def write_figures(task: Task, target: Path, figures: dict[str, Any]) -> list[Pat
     for key in BY_IMAGE:
         figures.pop(key, None)
     try:
-        extras = task.write_extras(target.parent, figures)
+        extras = task.write_extras(target, figures)
         write_json(target, figures)
     except OSError as error:
         raise ConfigError(f"{target}: can't be written: {error.strerror}") from None

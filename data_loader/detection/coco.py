@@ -4,6 +4,7 @@ The format: https://cocodataset.org/#format-data, object detection. Boxes there 
 """
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from data_loader.detection.masks import area, decode
+from data_loader.files import Look, outside
+from data_loader.splitting import class_numbers
 from utils.errors import ConfigError
 
 #: Annotators' boxes stick out of real pictures by fractions of a pixel; more than this is a mistake.
@@ -30,8 +33,10 @@ class CocoSplit:
         images: {"id", "file_name", "height", "width"}, in the file's order.
         annotations: for each picture, its annotations: {"id", "bbox", "category_id", "segmentation", "area",
             "iscrowd"}; boxes are clipped to the picture.
-        categories: {"id", "name"}, by id; class k (0, 1, ...) is the k-th, label k + 1 (0 is the background).
+        categories: {"id", "name"}, by id, or in a checkpoint's order (`number_as`); class k (0, 1, ...) is the k-th,
+            label k + 1 (0 is the background).
         notes: lines for the log: what was left out.
+        names: the classes' as a checkpoint spells them; None: the file's.
     """
 
     file: Path
@@ -40,10 +45,11 @@ class CocoSplit:
     annotations: list[list[dict[str, Any]]]
     categories: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    names: list[str] | None = None
 
     @property
     def class_names(self) -> list[str]:
-        return [category["name"] for category in self.categories]
+        return self.names or [category["name"] for category in self.categories]
 
     @property
     def labels(self) -> dict[int, int]:
@@ -55,11 +61,26 @@ class CocoSplit:
         seen = Counter(a["category_id"] for found in self.annotations for a in found if not a["iscrowd"])
         return [seen[category["id"]] for category in self.categories]
 
+    def number_as(self, wanted: list[str], data_dir: str, some: bool) -> None:
+        """Put the classes in the order of a checkpoint's, by name. some: the split may lack classes.
+
+        Raises ConfigError where names don't fit.
+        """
+        numbers = class_numbers(self.class_names, wanted, data_dir, some)
+        if numbers != list(range(len(numbers))):
+            self.notes = [*self.notes, "classes are numbered as in the checkpoint, by their names"]
+        # A class that the split lacks gets an id that no other has: the model may find it, nothing is it.
+        free = itertools.count(self.categories[-1]["id"] + 1)
+        found = dict(zip(numbers, self.categories))
+        self.categories = [found[k] if k in found else {"id": next(free), "name": name}
+                           for k, name in enumerate(wanted)]
+        self.names = wanted
+
     def subset(self, indices: Iterable[int]) -> CocoSplit:
         """The same split with only these pictures."""
         indices = list(indices)
         return CocoSplit(self.file, self.folder, [self.images[i] for i in indices],
-                         [self.annotations[i] for i in indices], self.categories, self.notes)
+                         [self.annotations[i] for i in indices], self.categories, self.notes, self.names)
 
     def ground_truth(self) -> dict[str, Any]:
         """The split as one COCO dict, crowds included, for the evaluation."""
@@ -69,20 +90,24 @@ class CocoSplit:
 
 
 def read_coco(file: str | os.PathLike, folder: str | os.PathLike, *, categories: list[dict[str, Any]] | None = None,
-              skip_degenerate: bool = False) -> CocoSplit:
+              skip_degenerate: bool = False, data_dir: str | os.PathLike | None = None,
+              allow_outside: bool = False) -> CocoSplit:
     """Read and check an annotation file.
 
     Args:
         folder: where its pictures are.
         categories: those of the training file, which this file's must be among.
         skip_degenerate: leave boxes without width or height out instead of refusing the file.
+        data_dir: pictures must lie in it or in `folder`, links followed, unless `allow_outside`.
     Raises:
         ConfigError: one line that names the file and the entry that is wrong.
     """
     file, folder = Path(file), Path(folder)
     data = _load(file)
     found = _categories(file, data["categories"], categories)
-    images = _images(file, folder, data["images"])
+    # Where the config itself leads out of data_dir, to a linked folder of pictures, that is meant; names in a file of
+    # somebody's aren't.
+    images = _images(file, folder, data["images"], None if allow_outside else [Path(data_dir or folder), folder])
     place = {image["id"]: i for i, image in enumerate(images)}
     known = {category["id"] for category in found}
     per_image: list[list[dict[str, Any]]] = [[] for _ in images]
@@ -166,11 +191,10 @@ def _categories(file: Path, entries: list, reference: list[dict] | None) -> list
     return reference
 
 
-def _images(file: Path, folder: Path, entries: list) -> list[dict[str, Any]]:
+def _images(file: Path, folder: Path, entries: list, within: list[Path] | None) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise ConfigError(f"data_loader.args.data_dir: no image folder {folder}")
-    # One listing instead of a look at every file: COCO has 118,287 of them.
-    there = {entry.name for entry in os.scandir(folder)}
+    look = Look(folder, within)
     images, seen = [], set()
     for n, entry in enumerate(entries):
         where = _where(file, "image", n, entry)
@@ -181,12 +205,23 @@ def _images(file: Path, folder: Path, entries: list) -> list[dict[str, Any]]:
             if not _is_id(entry.get(side)) or entry[side] < 1:
                 raise ConfigError(f"{where}: {side} {entry.get(side)!r}; it must be a whole number of pixels")
         name = entry["file_name"]
-        if name not in there and not (folder / name).is_file():
-            raise ConfigError(f"{where}: missing image {folder / name}")
+        there = _is_name(name) and look(name)
+        if there is None:
+            raise outside(where, name, within[0])
+        if not there:
+            raise ConfigError(f"{where}: missing image {str(folder / name)!r}")
         images.append({key: entry[key] for key in ("id", "file_name", "height", "width")})
     if not images:
         raise ConfigError(f"{file}: images is empty")
     return images
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file can be called so."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _annotation(where: str, entry: dict, image: dict, skip_degenerate: bool) -> dict[str, Any] | None:

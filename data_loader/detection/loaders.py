@@ -16,15 +16,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from base.base_data_loader import BaseDataLoader
+from data_loader.detection.arguments import check_arguments
 from data_loader.detection.coco import CocoSplit, read_coco
 from data_loader.detection.dataset import DetectionDataset, RepeatFactor
 from data_loader.detection.digit_scenes import make_scenes
 from data_loader.detection.masks import mask_tools
-from data_loader.workers import leave_stops_to_parent
+from data_loader.splitting import match_classes, sample_of
+from data_loader.workers import leave_stops_to_parent, loaded
 from logger.log import get_logger
 from logger.text import count_of
 from utils.class_counts import FEW
-from utils.errors import ConfigError, unknown
+from utils.errors import ConfigError
 from utils.seed import generator, numpy_rng
 
 log = get_logger()
@@ -49,6 +51,9 @@ class CocoDataLoader(BaseDataLoader):
             were made, see DetectionDataset.
         validation: `test` (the val split), `holdout` (`holdout_fraction` of the training images) or `none`.
         split_seed: which images are held out, whatever `seed` is.
+        allow_outside: the annotation files may name images outside data_dir and the folders of images.
+        facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, and in
+            testing groups follow its training counts.
     """
 
     task = "detection"
@@ -65,10 +70,11 @@ class CocoDataLoader(BaseDataLoader):
                  train_images: str = "train2017", val_annotations: str = "annotations/instances_val2017.json",
                  val_images: str = "val2017", validation: str = "test", holdout_fraction: float = 0.1,
                  seed: int = 0, device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1,
-                 annotated_on: str = "auto", split_seed: int = 0):
-        self.options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+                 annotated_on: str = "auto", split_seed: int = 0, allow_outside: bool = False, facts: Any = None):
+        self.options = {key: value for key, value in locals().items() if key not in ("self", "__class__", "facts")}
+        self.data_dir, self.facts = data_dir, facts or {}
         self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)
-        _check(self.options, self.min_size)
+        check_arguments(self.options, self.min_size)
         #: Whether validation images are drawn here, and whether out of what would be trained on.
         self.draws_validation = self.holds_out = validation == "holdout"
         mask_tools()  # that it is missing is said before anything is read or written
@@ -94,9 +100,11 @@ class CocoDataLoader(BaseDataLoader):
                 split.notes = [*split.notes, f"{empty} training images without instances left out"]
         self.split = split
         self.seed = options["seed"]
+        repeats = training and options["balanced"]
         super().__init__(np.zeros(len(split.images)), options["batch_size"], shuffle=options["shuffle"],
                          training=training, seed=self.seed, device=options["device"], rank=options["rank"],
-                         world_size=options["world_size"], sampler=self._sampler(split) if training else None)
+                         world_size=options["world_size"],
+                         sampler=RepeatFactor(split, options["repeat_threshold"], self.seed) if repeats else None)
         self.dataset = DetectionDataset(split, training, self.min_size, options["max_size"], options["flip"],
                                         options["seed"], options["annotated_on"])
         self.class_names, self.num_classes = split.class_names, len(split.categories)
@@ -108,18 +116,34 @@ class CocoDataLoader(BaseDataLoader):
 
     def _training_split(self) -> CocoSplit:
         if self._train is None:
-            options = self.options
-            self._train = read_coco(self.root / options["train_annotations"], self.root / options["train_images"],
-                                    skip_degenerate=options["skip_degenerate"])
+            self._train = self._read("train", None)
+            self._number(self._train)
         return self._train
 
     def _validation_split(self) -> CocoSplit:
-        options = self.options
         # The training file's categories are the classes; without one the val file speaks for itself.
-        has_train = (self.root / options["train_annotations"]).is_file()
-        categories = self._training_split().categories if has_train else None
-        return read_coco(self.root / options["val_annotations"], self.root / options["val_images"],
-                         categories=categories, skip_degenerate=options["skip_degenerate"])
+        if (self.root / self.options["train_annotations"]).is_file():
+            whole = self._training_split()
+            split = self._read("val", whole.categories)
+            split.names = whole.names
+            return split
+        split = self._read("val", None)
+        self._number(split)
+        return split
+
+    def _read(self, part: str, categories: list[dict[str, Any]] | None) -> CocoSplit:
+        options = self.options
+        return read_coco(self.root / options[f"{part}_annotations"], self.root / options[f"{part}_images"],
+                         categories=categories, skip_degenerate=options["skip_degenerate"], data_dir=self.root,
+                         allow_outside=options["allow_outside"])
+
+    def _number(self, split: CocoSplit) -> None:
+        """Put the classes in the order of the checkpoint's that `facts` are of. Raises ConfigError where names don't
+        fit, unless its weights are only where a training starts from."""
+        known, some = self.facts.get("class_names"), not self.options["training"]
+        optional = self.facts.get("optional") and match_classes(split.class_names, known or [], some) is None
+        if known and not optional:
+            split.number_as(list(known), str(self.data_dir), some)
 
     def _held_out(self, split: CocoSplit) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the held-out and of the kept images, each in order."""
@@ -138,7 +162,8 @@ class CocoDataLoader(BaseDataLoader):
             return None
         other = object.__new__(type(self))
         other.options, other.min_size, other.root = {**self.options, "training": False}, self.min_size, self.root
-        other._train = self._train
+        other._train, other.data_dir = self._train, self.data_dir
+        other.facts = {}        # the classes are numbered already, and groups follow the training that it validates
         if kind == "test":
             other._use(other._validation_split(), training=False)
         else:
@@ -154,15 +179,23 @@ class CocoDataLoader(BaseDataLoader):
 
     @property
     def cls_num_list(self) -> list[int] | None:
-        """Training instances of each class; None where only the val split is there."""
+        """Training instances of each class, in testing the checkpoint's; None where only the val split is there."""
         if self.training:
             return self.split.counts()
+        known = self.facts.get("cls_num_list")
+        if known and len(known) == self.num_classes:
+            return list(known)
         if not (self.root / self.options["train_annotations"]).is_file():
             return None
         whole = self._training_split()
         if self.options["validation"] == "holdout":
             whole = whole.subset(self._held_out(whole)[1])
         return whole.counts()
+
+    @property
+    def split_memory(self) -> dict[str, Any] | None:
+        """What a checkpoint remembers of where its training images were: some of them, see `sample_of`."""
+        return {"rule": "names", "sample": sample_of(self.paths, str(self.data_dir))} if self.training else None
 
     def summary(self, groups: dict[str, float] | None = None) -> list[str]:
         """What there is to learn from, for the log. groups: {"few": 20, ...}, the config's limits."""
@@ -202,13 +235,10 @@ class CocoDataLoader(BaseDataLoader):
         """Batches an epoch, or `batch_limit` where the last one ends early (`trainer.iterations`)."""
         return super().__len__() if self.batch_limit is None else min(super().__len__(), self.batch_limit)
 
-    def _sampler(self, split: CocoSplit) -> RepeatFactor | None:
-        spec = self.options["sampler"] or "InstanceBalanced"
-        kind = spec.get("type") if isinstance(spec, dict) else spec
-        if kind != "InstanceBalanced":
-            raise ConfigError(f"data_loader.args.sampler.type: {kind!r} draws single labels, which pictures with many "
-                              "objects don't have; use \"balanced\": true (repeat factors)")
-        return RepeatFactor(split, self.options["repeat_threshold"], self.seed) if self.options["balanced"] else None
+    @property
+    def is_cut(self) -> bool:
+        """Whether the epoch ends before its images do."""
+        return len(self) < super().__len__()
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """As in the base, then regrouped so that a batch's pictures are all wide or all high (the last few mixed)."""
@@ -233,7 +263,7 @@ class CocoDataLoader(BaseDataLoader):
         loader = DataLoader(self.dataset, batch_sampler=keys, num_workers=self.options["num_workers"],
                             collate_fn=list, generator=generator(self.seed, epoch),
                             worker_init_fn=leave_stops_to_parent)
-        for samples in loader:
+        for samples in loaded(loader):
             for sample in samples:
                 if isinstance(sample, ConfigError):
                     raise sample
@@ -258,31 +288,11 @@ class DigitScenesDataLoader(CocoDataLoader):
                  max_size: int = 256, flip: float = 0.0, group_by_aspect: bool = True, validation: str = "test",
                  holdout_fraction: float = 0.1, image_size: int = 128, n_max: int = 300, imb_factor: float = 0.02,
                  n_val: int = 40, scene_seed: int = 0, seed: int = 0, device: str | torch.device = "cpu",
-                 rank: int = 0, world_size: int = 1, split_seed: int = 0):
+                 rank: int = 0, world_size: int = 1, split_seed: int = 0, facts: Any = None):
         folder = make_scenes(data_dir, image_size=image_size, n_max=n_max, imb_factor=imb_factor, n_val=n_val,
                              scene_seed=scene_seed)
         super().__init__(str(folder), batch_size, shuffle, num_workers, training, balanced, retain_epoch_size,
                          sampler, repeat_threshold, min_size, max_size, flip, group_by_aspect, validation=validation,
                          holdout_fraction=holdout_fraction, seed=seed, device=device, rank=rank,
-                         world_size=world_size, split_seed=split_seed)
-
-
-def _check(options: dict[str, Any], min_size: list[int]) -> None:
-    where = "data_loader.args"
-    if not min_size or min(min_size) < 1 or options["max_size"] < max(min_size):
-        raise ConfigError(f"{where}.min_size: {options['min_size']}; it must be above 0 and at most max_size "
-                          f"({options['max_size']})")
-    if options["repeat_threshold"] <= 0:
-        raise ConfigError(f"{where}.repeat_threshold: {options['repeat_threshold']} should be above 0")
-    if not 0 <= options["flip"] <= 1:
-        raise ConfigError(f"{where}.flip: {options['flip']}; it is a probability, 0 to 1")
-    if not 0 < options["holdout_fraction"] < 1:
-        raise ConfigError(f"{where}.holdout_fraction: {options['holdout_fraction']}; it must be between 0 and 1")
-    if options["split_seed"] not in range(2**32):
-        raise ConfigError(f"{where}.split_seed: {options['split_seed']}; it must be 0 to 4294967295")
-    if options["num_workers"] < 0:
-        raise ConfigError(f"{where}.num_workers: {options['num_workers']} is under 0")
-    if options["annotated_on"] not in ("auto", "upright", "stored"):
-        raise unknown(f"{where}.annotated_on", options["annotated_on"], ["auto", "upright", "stored"])
-    if options["validation"] not in ("test", "holdout", "none"):
-        raise unknown(f"{where}.validation", options["validation"], ["test", "holdout", "none"])
+                         world_size=world_size, split_seed=split_seed, facts=facts)
+        self.data_dir = data_dir        # a checkpoint's sample of images is below what the config names

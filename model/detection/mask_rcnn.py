@@ -140,17 +140,18 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
 
     # ---- what the trainer asks ---------------------------------------------------------------------------------
 
-    def load_pretrained(self, checkpoint: dict[str, Any], name: str) -> str:
+    def load_pretrained(self, checkpoint: dict[str, Any], name: str, other_classes: bool = False) -> str:
         """Start from a file's weights; a line for the log.
 
         Args:
             checkpoint: ImageNet weights of a ResNet-50 (this project's, torchvision's, or MABN's R50-wc.pth), or a
                 whole detector's (what depends on the number of classes may differ).
             name: the file's, for messages.
+            other_classes: whether it knows other classes, whatever their number: what depends on them is left new.
         Raises:
             ConfigError: it holds neither, or of other shapes.
         """
-        return fit_weights(self, checkpoint, name)
+        return fit_weights(self, checkpoint, name, other_classes)
 
     def classifier_prefixes(self) -> list[str]:
         """Beginnings of the names of what depends on the classes."""

@@ -41,11 +41,12 @@ def resnet_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str) -> str:
+def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, other_classes: bool = False) -> str:
     """Copy what fits from `checkpoint` into `model`, a detector; a line for the log.
 
-    A whole detector's file must fit but for what depends on the number of classes. Of a classifier's file every
-    convolution and norm of the ResNet must be there; the norms' own statistics are taken where they mean the same.
+    A whole detector's file must fit but for what depends on the classes, which is left new where their number differs
+    and where they are others (`other_classes`). Of a classifier's file every convolution and norm of the ResNet must be
+    there; the norms' own statistics are taken where they mean the same.
     Raises ConfigError, naming the file `name`.
     """
     tensors = tensors_of(checkpoint)
@@ -60,11 +61,11 @@ def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str) -> str:
     may_differ = tuple(model.classifier_prefixes()) if whole else ()
     fitted, left, wrong = {}, [], []
     for key, value in target.items():
-        given = source.get(key)
+        given = None if other_classes and key.startswith(may_differ) else source.get(key)
         if given is not None and given.numel() == value.numel() and _same_shape(given, value):
             if whole or not GATHERED.search(key):
                 fitted[key] = given.reshape(value.shape)
-        elif key.startswith(may_differ) if may_differ else False:
+        elif key.startswith(may_differ):
             left.append(key)
         elif not (GATHERED.search(key) or key.endswith(("running_mean", "running_var", "scale_factor"))):
             wrong.append((key, given))

@@ -131,14 +131,15 @@ class CocoEvaluator:
         truth = {**self.ground_truth, "images": images}
         # As the tool itself reads a results file, which it can't if there is no result in it.
         area = box_area if kind == "bbox" else mask_area
-        found = [{**entry, "id": n + 1, "iscrowd": 0, "area": area(entry)} for n, entry in
-                 enumerate(results_of(self.results, kind))]
+        found = [{**entry, "iscrowd": 0, "area": area(entry)} for entry in results_of(self.results, kind)]
         with contextlib.redirect_stdout(io.StringIO()):
             pair = []
             for content in (truth, {**truth, "annotations": found}):
                 coco = COCO()
-                # The tool writes into the entries it is given.
-                coco.dataset = {**content, "annotations": [dict(a) for a in content["annotations"]]}
+                # The tool writes into the entries it is given, and takes an object with the id 0 for one that no
+                # detection met: ids are its own business, from 1.
+                coco.dataset = {**content, "annotations": [{**a, "id": n} for n, a in
+                                                           enumerate(content["annotations"], 1)]}
                 coco.createIndex()
                 pair.append(coco)
             evaluation = COCOeval(*pair, kind)
@@ -146,8 +147,10 @@ class CocoEvaluator:
             evaluation.params.catIds = self.category_ids
             evaluation.evaluate()
             evaluation.accumulate()
+        # The tool sorts the ids; the classes may be in a checkpoint's order.
+        columns = [evaluation.params.catIds.index(category) for category in self.category_ids]
         parameters = {"iou": np.asarray(evaluation.params.iouThrs), "areas": list(evaluation.params.areaRngLbl)}
-        return np.asarray(evaluation.eval["precision"])[..., -1], parameters
+        return np.asarray(evaluation.eval["precision"])[..., -1][:, :, columns], parameters
 
 
 def results_of(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -235,13 +238,19 @@ def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, 
     return figures
 
 
-def write_results(folder: Path, figures: dict[str, Any]) -> list[Path]:
-    """Write detections_bbox.json and detections_segm.json, which COCO tools score, and take `detections` out of the
-    figures; returns their paths."""
+def write_results(target: Path, figures: dict[str, Any]) -> list[Path]:
+    """Write what COCO tools score and take `detections` out of the figures; returns the files' paths.
+
+    They are named as `target`, the figures' file, is: beside test_metrics.json detections_bbox.json and
+    detections_segm.json, beside val_metrics.json val_detections_bbox.json, beside test_metrics.DATA.CHECKPOINT.json
+    detections_bbox.DATA.CHECKPOINT.json; else one split's or data set's would take another's place.
+    """
     results = figures.pop("detections")
+    split, _, about = target.stem.partition("_metrics")
+    prefix = "" if split == "test" else f"{split}_"
     paths = []
     for kind in KINDS:
-        paths.append(folder / f"detections_{kind}.json")
+        paths.append(target.with_name(f"{prefix}detections_{kind}{about}.json"))
         write_text(paths[-1], json.dumps(results_of(results, kind), allow_nan=False))
     return paths
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from trainer.hooks.curves import Curves
 from trainer.precision import autocast
 from trainer.step import Part
 from trainer.trainer import Trainer
+from utils.errors import ConfigError
 
 log = get_logger()
 #: What each epoch's validation reports; test.py reports all of it.
 SHOWN = ("AP", "AP50", "AP75")
 PICTURES = 4
+#: What an epoch's end changes of a checkpoint: a run that goes on inside that epoch has it as it was before.
+JUDGED = ("batch", "position", "monitor_best", "not_improved", "lr_scheduler")
 
 
 class DetectionCurves(Curves):
@@ -62,7 +66,8 @@ class DetectionTrainer(Trainer):
     """A Trainer of models whose losses are their own (`loss` and its parts) and whose figures are box and mask AP.
 
     With `trainer.iterations` the run ends after so many optimizer steps, in the middle of an epoch if need be (or
-    after `trainer.epochs`, if that is less).
+    after `trainer.epochs`, if that is less). That epoch is judged like others; a run that goes on with more steps goes
+    on inside it, as one that was never cut short.
     """
 
     hook_table = {**HOOKS, "Curves": DetectionCurves}
@@ -73,6 +78,7 @@ class DetectionTrainer(Trainer):
         self.metrics = self.batch_metrics = {}
         self.iterations: int | None = self.options["iterations"]
         self.steps_an_epoch = self.steps_per_epoch
+        self.cut: dict[str, Any] | None = None      # of an epoch that `iterations` cut short: what it was before judged
         if self.iterations:
             needed = math.ceil(self.iterations / self.steps_an_epoch)
             if needed > self.epochs:
@@ -92,6 +98,50 @@ class DetectionTrainer(Trainer):
             left = self.iterations - (epoch - 1) * self.steps_an_epoch
             self.train_loader.batch_limit = left * self.accumulate - had
         super()._start_epoch(epoch, start_batch)
+
+    def train_epoch(self, epoch: int, start_batch: int) -> dict[str, float] | None:
+        """See Trainer."""
+        trained = super().train_epoch(epoch, start_batch)
+        if trained is not None and self.train_loader.is_cut:
+            inside = super().state(epoch, self.batches_done)
+            self.cut = {**{key: inside[key] for key in JUDGED}, "param_groups": inside["optimizer"]["param_groups"]}
+        return trained
+
+    # ------------------------------------------------------------------ going on
+
+    def state(self, epoch: int, batch: int | None) -> dict[str, Any]:
+        """See Resumable; `cut` is what an epoch that `iterations` cut short has otherwise for a run that goes on in it.
+        """
+        state = super().state(epoch, batch)
+        return {**state, "cut": self.cut} if batch is None and self.cut else state
+
+    def resume(self, checkpoint: dict[str, Any], path: Path | None = None) -> None:
+        """See Resumable: with more iterations inside the epoch that they cut short."""
+        super().resume(self._inside_cut(checkpoint, str(path or "the checkpoint")), path)
+
+    def _inside_cut(self, checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
+        """The checkpoint as one of the middle of its epoch, where `iterations` had cut that short and there are more of
+        them now. Raises ConfigError where an older version's doesn't tell where that was."""
+        steps, epoch = checkpoint.get("global_step"), checkpoint.get("epoch")
+        if checkpoint.get("batch") is not None or not steps or steps >= (self.iterations or math.inf):
+            return checkpoint
+        if checkpoint.get("cut"):
+            cut = {**checkpoint["cut"]}
+            return {**checkpoint, "optimizer": {**checkpoint["optimizer"], "param_groups": cut.pop("param_groups")},
+                    **cut}
+        saved = checkpoint.get("config") or {}
+        options, args = saved.get("trainer") or {}, (saved.get("data_loader") or {}).get("args") or {}
+        if steps != options.get("iterations") or not isinstance(epoch, int):
+            return checkpoint
+        # A version that saved such an epoch as a whole one: its steps tell.
+        loader = self.train_loader
+        for key, before, now in (("data_loader.args.batch_size", args.get("batch_size"), loader.batch_size),
+                                 ("trainer.accumulate", options.get("accumulate"), self.accumulate)):
+            if before not in (None, now):
+                raise ConfigError(f"{key}: {now}, but {name} was cut short by trainer.iterations, maybe inside epoch "
+                                  f"{epoch}, with {before}; go on with {before}")
+        done = steps - (epoch - 1) * self.steps_an_epoch
+        return {**checkpoint, "batch": done * self.accumulate} if 0 < done < self.steps_an_epoch else checkpoint
 
     # ------------------------------------------------------------------ evaluation
 

@@ -1,6 +1,9 @@
 """COCO files and scenes: what is refused, what a batch holds, and that it is a function of seed, epoch and position."""
 import json
+import os
 import re
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,13 +13,15 @@ from PIL import Image
 pytest.importorskip("pycocotools")
 
 from data_loader.detection.coco import read_coco
+from data_loader.detection.dataset import DetectionDataset
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
 from data_loader.detection.masks import decode
-from data_loader.held_out import check_held_out
+from data_loader.held_out import check_held_out, of_same_data
+from data_loader.splitting import is_same_place
 from logger.log import get_logger
 from tests.conftest import run_python
 from tests.scenes import SCENES, coco_content
-from utils.errors import ConfigError
+from utils.errors import ConfigError, RunError
 
 log = get_logger()
 
@@ -241,6 +246,118 @@ def test_validation_categories_must_be_the_training_ones(coco_folder):
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"instances_val2017.json: unknown category 9 \('cow'\)"):
         CocoDataLoader(str(root)).split_validation()
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], ["CAT", "dog "]], ids=["another order", "and spelling"])
+def test_classes_are_a_checkpoints_by_their_names(names, coco_folder):
+    facts = {"class_names": names, "cls_num_list": [150, 2]}
+    loader = CocoDataLoader(str(coco_folder()), batch_size=2, shuffle=False, min_size=48, flip=0.0, facts=facts)
+    (_, targets), = list(loader)
+    assert targets[0]["labels"].tolist() == [1, 2]              # a cat, a dog
+    assert loader.class_names == names and loader.cls_num_list == [2, 1]      # a training's groups are its own
+    assert "classes are numbered as in the checkpoint, by their names" in loader.summary()
+    held = loader.split_validation()
+    assert held.class_names == names and held.cls_num_list == [2, 1]
+    test = CocoDataLoader(str(coco_folder()), training=False, facts=facts)
+    assert test.class_names == names and test.cls_num_list == [150, 2] and list(test.split.labels) == [7, 3]
+
+
+@pytest.mark.parametrize("names", [["cat", "cow"], ["cow", "pig"], ["cat"], ["cat", "cow", "dog"]])
+def test_other_classes_than_a_checkpoints_are_refused_in_training(names, coco_folder):
+    root, facts = str(coco_folder()), {"class_names": names, "cls_num_list": [1] * len(names)}
+    with pytest.raises(ConfigError, match=r"data_loader\.args\.data_dir: .* has the classes dog, cat, and .* knows c"):
+        CocoDataLoader(root, facts=facts)
+    assert CocoDataLoader(root, facts={**facts, "optional": True}).class_names == ["dog", "cat"]
+    if len(names) < 3:
+        with pytest.raises(ConfigError, match="--pretrained"):
+            CocoDataLoader(root, training=False, facts=facts)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["with training annotations", "test alone"])
+def test_a_test_split_may_lack_classes(trained, coco_folder):
+    root = coco_folder()
+    if not trained:
+        (root / "annotations/instances_train2017.json").unlink()
+    facts = {"class_names": ["ant", "cat", "dog"], "cls_num_list": [120, 50, 3]}
+    loader = CocoDataLoader(str(root), training=False, batch_size=3, facts=facts)
+    assert loader.num_classes == 3 and loader.class_names == facts["class_names"]
+    assert loader.cls_num_list == facts["cls_num_list"]
+    assert next(iter(loader))[1][0]["labels"].tolist() == [2, 3]
+    assert len({category["id"] for category in loader.ground_truth()["categories"]}) == 3
+
+
+def test_a_checkpoint_knows_its_images_again(coco_folder, scenes, tmp_path):
+    root = coco_folder()
+    memory = CocoDataLoader(str(root)).split_memory
+    assert list(memory["sample"]) == ["train2017/0.png", "train2017/1.png"]
+    for name in ("same", "other"):
+        shutil.copytree(root / "train2017", tmp_path / name / "train2017")
+    for image in (tmp_path / "other/train2017").iterdir():
+        Image.new("RGB", (64, 48)).save(image)
+    assert is_same_place(str(tmp_path / "same"), memory) and not is_same_place(str(tmp_path / "other"), memory)
+    # An older version's checkpoint remembers none: only the folder tells.
+    spec, facts = {"type": "CocoDataLoader"}, {"split": {"rule": "names"}, "preprocess": {"task": "detection"}}
+    before, now = ({**spec, "args": {"data_dir": str(root)}}, {**spec, "args": {"data_dir": str(tmp_path / "other")}})
+    assert of_same_data(before, now, facts) and not of_same_data(before, now, facts, doubt=False)
+    assert of_same_data(before, before, facts, doubt=False)
+    # Below what the config names, not below the folder that the settings make there.
+    sample = DigitScenesDataLoader(str(scenes), **SCENES).split_memory
+    assert is_same_place(str(scenes), sample) and not is_same_place(str(tmp_path), sample)
+
+
+OUTSIDE = {"up": "../../secret.png", "from the root": "{}/secret.png", "link": "link.png",
+           "through a link": "far/secret.png"}
+
+
+@pytest.mark.parametrize("kind", [*OUTSIDE, "not there"])
+def test_a_file_mustnt_name_images_elsewhere(kind, coco_folder, tmp_path_factory):
+    root, elsewhere = coco_folder() / "data", tmp_path_factory.mktemp("elsewhere")
+    name = OUTSIDE.get(kind, "../../gone.png").format(elsewhere)
+    coco_folder(broken(images=lambda i: i[0].update(file_name=name)))
+    root.mkdir()
+    for folder in ("annotations", "train2017", "val2017"):
+        shutil.move(root.parent / folder, root / folder)
+    for place in (elsewhere, root.parent):
+        shutil.copy(root / "train2017/1.png", place / "secret.png")
+    (root / "train2017/link.png").symlink_to(elsewhere / "secret.png")
+    (root / "train2017/far").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=r"train2017\.json: image 10: .*\.png leads outside .*allow_outside"):
+        CocoDataLoader(str(root))
+    if kind == "not there":
+        with pytest.raises(ConfigError, match=r"image 10: missing image .*gone\.png"):
+            CocoDataLoader(str(root), allow_outside=True)
+    else:
+        assert len(list(CocoDataLoader(str(root), batch_size=1, min_size=48, allow_outside=True))) == 2
+
+
+def test_images_may_lie_in_other_folders_of_the_data(coco_folder, tmp_path_factory):
+    """Below data_dir, and where the config's own folder of images is: data sets are often linked."""
+    content = coco_content()
+    for image, name in zip(content["images"], ("../val2017/0.png", "deep/er/1.png", "2.png"), strict=True):
+        image["file_name"] = name
+    root, elsewhere = coco_folder(content), tmp_path_factory.mktemp("elsewhere") / "pictures"
+    (root / "train2017/deep/er").mkdir(parents=True)
+    shutil.move(root / "train2017/1.png", root / "train2017/deep/er/1.png")
+    assert CocoDataLoader(str(root)).n_samples == 2
+    content["images"][0]["file_name"] = "0.png"
+    coco_folder(content)
+    shutil.move(root / "train2017", elsewhere)
+    (root / "train2017").symlink_to(elsewhere)
+    assert CocoDataLoader(str(root)).n_samples == 2
+
+
+@pytest.mark.parametrize("name", ["a\0/b.png", "../a\0/b.png", "\ud800/b.png", "deep", "", ".."])
+def test_names_that_no_image_has_are_missing(name, coco_folder):
+    root = coco_folder(broken(images=lambda i: i[0].update(file_name=name)))
+    (root / "train2017/deep").mkdir()
+    with pytest.raises(ConfigError, match=r"image 10: (missing image|.* leads outside)"):
+        CocoDataLoader(str(root))
+
+
+def test_a_killed_loader_process_is_one_line(coco_folder, monkeypatch):
+    monkeypatch.setattr(DetectionDataset, "__getitem__", lambda self, key: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RunError, match=r"^DataLoader worker .*data_loader\.args\.num_workers\)$"):
+        list(CocoDataLoader(str(coco_folder()), batch_size=2, num_workers=1))
 
 
 def test_splits(scenes):

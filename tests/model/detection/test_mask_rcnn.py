@@ -212,6 +212,14 @@ def test_whole_detectors_fit_but_for_other_classes():
     line = other.load_pretrained({"state_dict": donor.state_dict()}, "a.pth")
     assert "new for these classes" in line and "cls_score" in line
     assert torch.equal(other.rpn.head.cls_logits.weight, donor.rpn.head.cls_logits.weight)
+    named, scores = fresh(MABN), donor.roi_heads.box_predictor.cls_score.weight
+    with torch.no_grad():
+        scores.add_(1)
+    # As many classes, but others.
+    line = named.load_pretrained({"state_dict": donor.state_dict()}, "a.pth", other_classes=True)
+    assert "new for these classes" in line and "mask_fcn_logits" in line
+    assert not torch.equal(named.roi_heads.box_predictor.cls_score.weight, scores)
+    assert torch.equal(named.rpn.head.cls_logits.weight, donor.rpn.head.cls_logits.weight)
 
 
 @pytest.mark.parametrize("checkpoint, message", [

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from trainer.detection.trainer import DetectionTrainer
 from trainer.hooks.curves import Statistics
 from trainer.schedules import build_optimizer, build_scheduler
 from utils.config.load import check_config
+from utils.errors import ConfigError
 from utils.seed import seed_everything
 
 pytest.importorskip("pycocotools")
@@ -90,6 +92,39 @@ def test_iterations_end_the_run_and_the_schedule_follows_steps(scenes, tmp_path)
     rows = list(csv.DictReader((tmp_path / "log/scenes/short/metrics.csv").read_text().splitlines()))
     assert len(rows) == trainer.epochs
     assert {"epoch", "lr", "loss", "val_loss", "loss_mask", "val_bbox_AP", "val_segm_AP"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("kind", ["now", "of an older version"])
+def test_more_iterations_go_on_inside_the_epoch_that_fewer_cut_short(kind, scenes, tmp_path):
+    from utils.checkpoint.store import load_checkpoint
+    more = {"epochs": 9, "monitor": "max val_bbox_AP"}
+    whole = make(config_for(scenes, tmp_path, iterations=6, **more), "whole")
+    assert 2 < whole.steps_an_epoch < 6
+    whole.train()
+    short = make(config_for(scenes, tmp_path, iterations=2, **more), "short")
+    checkpoint = load_checkpoint(short.train())
+    assert checkpoint["batch"] is None and checkpoint["cut"]["batch"] == 2      # whole, for all but a longer run
+    if kind != "now":
+        del checkpoint["cut"]
+    resumed = make(config_for(scenes, tmp_path, iterations=6, **more), "resumed", checkpoint)
+    assert (resumed.start_epoch, resumed.start_batch, resumed.global_step) == (1, 2, 2)
+    resumed.train()
+    assert resumed.global_step == 6
+    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    files = [(tmp_path / f"log/scenes/{run}/metrics.csv").read_text().splitlines() for run in ("whole", "resumed")]
+    assert files[0] == files[1]
+    rates = [trainer.optimizer.param_groups[0]["lr"] for trainer in (whole, resumed)]
+    assert rates[0] == rates[1]
+    if kind == "now":
+        assert make(config_for(scenes, tmp_path, **more), "free", checkpoint, dry=True).start_batch == 2
+    same = make(config_for(scenes, tmp_path, iterations=2, **more), "same", checkpoint, dry=True)
+    assert not same._epochs_left() and same.last_epoch == 1
+    if kind != "now":
+        wider = config_for(scenes, tmp_path, iterations=6, **more)
+        wider["data_loader"]["args"]["batch_size"] = 3
+        with pytest.raises(ConfigError, match=r"data_loader\.args\.batch_size: 3, but .* cut short .* go on with 2"):
+            make(wider, "wider", checkpoint, dry=True)
 
 
 def test_losses_and_pictures_go_to_tensorboard(scenes, tmp_path):
@@ -174,6 +209,56 @@ def test_train_and_test_from_the_command_line(scenes, tmp_path):
     assert "bbox AP50" in (models / "report.html").read_text()
     refused = call_python(["test.py", "-r", models / "checkpoint-epoch1.pth", "-d", "cpu", "--classifier", "ncm"])
     assert refused.returncode == 2 and "--classifier" in refused.stderr
+
+
+def test_other_data_and_splits_have_files_of_their_own(coco_folder, tmp_path, tmp_path_factory):
+    """And classes are matched by name, groups the training's."""
+    from utils.checkpoint.store import load_checkpoint, save_checkpoint
+    data, save_dir = coco_folder(), tmp_path_factory.mktemp("saved")
+    call_python(["train.py", "-c", f"configs/{CONFIGS[2]}.json", "--data_dir", data, "--save_dir", save_dir, "--name",
+                 "coco", "--run_id", "a", "--epochs", 1, "-d", "cpu", *flags(**{
+                     "trainer.tensorboard": False, "data_loader.args.batch_size": 2, "trainer.figures": False,
+                     "data_loader.args.min_size": 48})], check=True)
+    models = save_dir / "models/coco/a"
+    checkpoint = models / "checkpoint-epoch1.pth"
+    own = {name: (models / name).read_text() for name in ("test_metrics.json", "detections_bbox.json",
+                                                          "detections_segm.json")}
+    others = tmp_path_factory.mktemp("others")
+    for name in ("swapped", "else"):
+        shutil.copytree(data, others / name)
+        for image in (others / name).glob("*2017/*.png"):
+            image.write_bytes(image.read_bytes() + b" ")
+        for file in (others / name / "annotations").iterdir():
+            content = json.loads(file.read_text())
+            for category in content["categories"]:      # the ids the other way round, or other names
+                category["name"] = {"swapped": {"cat": "dog", "dog": "cat"}, "else": {"cat": "ant", "dog": "bee"}}[
+                    name][category["name"]]
+            file.write_text(json.dumps(content))
+    call_python(["test.py", "-r", checkpoint, "-d", "cpu", "-q", "--split", "val"], check=True)
+    call_python(["test.py", "-r", checkpoint, "-d", "cpu", "-q", "--data_dir", others / "swapped"], check=True)
+    assert {name: (models / name).read_text() for name in own} == own
+    for part in ("val_metrics", "val_detections_bbox", "val_detections_segm", "test_metrics.swapped.checkpoint-epoch1",
+                 "detections_bbox.swapped.checkpoint-epoch1", "detections_segm.swapped.checkpoint-epoch1"):
+        assert (models / f"{part}.json").is_file(), part
+    for command in (["test.py", "-r", checkpoint], ["train.py", "-r", checkpoint, "--epochs", 2]):
+        refused = call_python([*command, "-d", "cpu", "--data_dir", others / "else"])
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert "has the classes bee, ant, and the checkpoint's model knows dog, cat" in refused.stderr
+    for name, new in (("swapped", False), ("else", True)):
+        done = call_python(["train.py", "-c", models / "config.json", "--pretrained", checkpoint, "--data_dir",
+                            others / name, "--dry_run", "-d", "cpu"], check=True)
+        assert ("new for these classes: roi_heads.box_predictor" in done.stdout) is new
+    # A checkpoint of a version that remembered none of its images.
+    older = load_checkpoint(checkpoint)
+    older["data"]["split"] = {"rule": "names"}
+    save_checkpoint(checkpoint, older)
+    shutil.rmtree(others / "else")
+    shutil.copytree(others / "swapped", others / "else")
+    call_python(["test.py", "-r", checkpoint, "-d", "cpu", "-q", "--data_dir", others / "else"], check=True)
+    assert (models / "test_metrics.json").read_text() == own["test_metrics.json"]
+    assert (models / "test_metrics.else.checkpoint-epoch1.json").is_file()
+    done = call_python(["train.py", "-r", checkpoint, "--epochs", 2, "-d", "cpu"], check=True)
+    assert (models / "checkpoint-epoch2.pth").is_file(), done.stdout
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")

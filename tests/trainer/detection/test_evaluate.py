@@ -55,8 +55,8 @@ def truth_as_detections(loader, noise=0.0, seed=0):
     return ids, detections
 
 
-def score(loader, ids, detections, **more):
-    evaluator = CocoEvaluator(loader.ground_truth(), loader.cls_num_list, **more)
+def score(loader, ids, detections, truth=None, **more):
+    evaluator = CocoEvaluator(truth or loader.ground_truth(), loader.cls_num_list, **more)
     evaluator.update(ids, detections)
     evaluator.gather()
     return evaluator.compute(), evaluator.results
@@ -67,6 +67,10 @@ def test_a_perfect_detector_scores_one_and_an_empty_one_zero(split):
     perfect, _ = score(split, ids, detections)
     empty, results = score(split, ids, [{key: value[:0] for key, value in d.items()} for d in detections])
     assert results == []
+    # pycocotools takes what a detection met for unmet where its id is 0.
+    truth = split.ground_truth()
+    truth["annotations"] = [{**a, "id": n} for n, a in enumerate(truth["annotations"])]
+    assert score(split, ids, detections, truth)[0] == perfect
     for kind in ("bbox", "segm"):
         for name in ("AP", "AP50", "AP75", "APs", "AP_few"):
             assert perfect[f"{kind}_{name}"] == pytest.approx(1.0) and empty[f"{kind}_{name}"] == 0.0
@@ -82,7 +86,8 @@ def test_saved_detections_score_the_same_with_pycocotools_alone(split, tmp_path)
     figures, results = score(split, *truth_as_detections(split, noise=1.0))
     assert 0.05 < figures["bbox_AP"] < 0.9 and 0.05 < figures["segm_AP"] < 0.95
     (tmp_path / "truth.json").write_text(json.dumps(split.ground_truth()))
-    for kind, path in zip(("bbox", "segm"), write_results(tmp_path, {"detections": results}), strict=True):
+    written = write_results(tmp_path / "test_metrics.json", {"detections": results})
+    for kind, path in zip(("bbox", "segm"), written, strict=True):
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(tmp_path / "truth.json"))
             evaluation = COCOeval(truth, truth.loadRes(str(path)), kind)
@@ -91,6 +96,31 @@ def test_saved_detections_score_the_same_with_pycocotools_alone(split, tmp_path)
             evaluation.summarize()
         ours = [figures[f"{kind}_{name}"] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
         assert [-1.0 if value is None else value for value in ours] == pytest.approx(evaluation.stats[:6].tolist())
+
+
+@pytest.mark.parametrize("figures, bbox", [
+    ("test_metrics.json", "detections_bbox.json"), ("val_metrics.json", "val_detections_bbox.json"),
+    ("test_metrics.other.model_best.json", "detections_bbox.other.model_best.json"),
+    ("val_metrics.a_metrics.v1.2.json", "val_detections_bbox.a_metrics.v1.2.json")])
+def test_detections_are_named_as_their_figures_are(figures, bbox, tmp_path):
+    paths = write_results(tmp_path / figures, {"detections": []})
+    assert [path.name for path in paths] == [bbox, bbox.replace("bbox", "segm")] and all(p.is_file() for p in paths)
+
+
+def test_a_class_keeps_its_figures_in_whatever_order_classes_are(coco_folder):
+    """pycocotools sorts categories by id; a checkpoint's order may be another."""
+    root, found = str(coco_folder()), []
+    for facts in (None, {"class_names": ["cat", "dog"], "cls_num_list": [200, 5]},
+                  {"class_names": ["Cat", "cow", "dog"], "cls_num_list": [200, 50, 5]}):
+        loader = CocoDataLoader(root, training=False, facts=facts)
+        ids, detections = truth_as_detections(loader)
+        cat = loader.split.labels[7]
+        cats = [{key: value[d["labels"] == cat] for key, value in d.items()} for d in detections]
+        found.append(score(loader, ids, cats)[0])
+    assert [figures["bbox_per_class_AP"] for figures in found] == [
+        [0, pytest.approx(1)], [pytest.approx(1), 0], [pytest.approx(1), None, 0]]
+    assert (found[1]["bbox_AP_many"], found[1]["segm_AP_few"]) == (pytest.approx(1), 0)     # the checkpoint's counts
+    assert found[2]["bbox_AP"] == pytest.approx(0.5) and found[2]["medium_class_num"] == 1
 
 
 def test_crowds_count_neither_way(coco_folder):
