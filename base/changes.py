@@ -41,6 +41,15 @@ def regrouped(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"trainer.{key}" for key in GROUPING if meant(before, key) != meant(now, key)]
 
 
+def optimizer_kinds(spec: dict[str, Any]) -> str | None:
+    """An optimizer's type with those that work inside it: "SGD", "SAM(AdamW)", "Muon(SGD)"."""
+    kind, args = spec.get("type"), spec.get("args") or {}
+    others = {"others": {"type": "SGD"}} if kind == "Muon" else {}      # as `build_optimizer` has it
+    inner = [optimizer_kinds(part) for key in ("base", "others")
+             if isinstance(part := args.get(key) or others.get(key), dict)]
+    return f"{kind}({', '.join(map(str, inner))})" if kind and inner else kind
+
+
 def missing_memory(optimizer: torch.optim.Optimizer) -> list[str]:
     """What a step with the present numbers needs of a parameter's memory that isn't there (AdamW that had no amsgrad
     has no largest second moment), found by a step of a twin on one number."""

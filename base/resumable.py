@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from base.changes import config_changes, missing_memory, regrouped
+from base.changes import config_changes, missing_memory, optimizer_kinds, regrouped
 from base.run_paths import RunPaths, absolute
 from logger.log import get_logger
 from utils import dist
@@ -192,7 +192,7 @@ class Resumable(ABC):
 
     def _load_optimizer(self, state: Any, saved_config: dict[str, Any], name: str) -> None:
         """The optimizer's memory from a checkpoint; its numbers (rate, decay, momentum) stay the config's."""
-        kind, before = self.config["optimizer"].get("type"), (saved_config.get("optimizer") or {}).get("type")
+        kind, before = (optimizer_kinds(config.get("optimizer") or {}) for config in (self.config, saved_config))
         schedule_was = (saved_config.get("lr_scheduler") or {}).get("type")
         base_was = ((saved_config.get("optimizer") or {}).get("args") or {}).get("lr")
         if before is not None and before != kind:

@@ -1,6 +1,7 @@
 """Dividing images by class: held-out shares, balanced left-overs, and the lines that describe a split."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import unicodedata
@@ -149,17 +150,19 @@ def sample_of(paths: Sequence[str], root: str) -> dict[str, int]:
     photos are known again."""
     step = max(1, len(paths) // 64)
     files = dict.fromkeys(file_of(path) for path in paths[::step][:64])
-    return {relative_name(path, root): os.path.getsize(path) for path in files if "://" not in path}
+    return {name_below(path, root): os.path.getsize(path) for path in files if "://" not in path}
 
 
 def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
     """Whether a folder holds the training photos that a checkpoint remembers: half of the sample at least."""
     sample = (memory or {}).get("sample") or {}
     def there(name: str, size: int) -> bool:
-        try:
+        for form in ("NFC", "NFD"):     # as a Mac writes é into an archive
+            with contextlib.suppress(OSError):
+                return os.path.getsize(os.path.join(root, unicodedata.normalize(form, name))) == size
+        with contextlib.suppress(OSError):
             return os.path.getsize(os.path.join(root, name)) == size
-        except OSError:
-            return False
+        return False
     return not sample or sum(there(name, size) for name, size in sample.items()) * 2 >= len(sample)
 
 

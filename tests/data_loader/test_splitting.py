@@ -80,6 +80,20 @@ def test_a_folder_that_grows_moves_no_photo_from_training_to_test(tmp_path: Path
     assert not before & set(after.paths) and len(after.paths) > 10
 
 
+def test_names_as_a_mac_stores_them_are_known_again(tmp_path: Path) -> None:
+    """é as e and an accent, on a disk that keeps names as they are; older checkpoints have one character."""
+    for name in ("cafe\u0301", "u\u0308ber"):
+        photos(tmp_path / name, 20)
+    loader = ImageFolderLTDataLoader(str(tmp_path), validation="none", **SMALL)
+    memory = loader.split_memory
+    older = {**memory, "sample": {unicodedata.normalize("NFC", name): size for name, size in memory["sample"].items()}}
+    assert older["sample"].keys() != memory["sample"].keys()
+    for known in (memory, older):
+        facts = {"class_names": loader.class_names, "cls_num_list": loader.cls_num_list, "split": known}
+        tested = ImageFolderLTDataLoader(str(tmp_path), training=False, facts=facts, **SMALL)
+        assert tested.n_samples == 40 - loader.n_samples and not set(tested.paths) & set(loader.paths)
+
+
 def test_the_same_photos_in_another_place_are_known_again(tmp_path: Path) -> None:
     photos(tmp_path / "here" / "ant", 20)
     photos(tmp_path / "here" / "bee", 20)

@@ -108,6 +108,13 @@ def test_validation_images_that_were_trained_on_are_said(quick, runs, capfd) -> 
         assert capfd.readouterr().out.count("checkpoint-epoch1.pth may have learned from these images") == seen
 
 
+def test_another_optimizer_inside_sam_is_refused(quick, runs) -> None:
+    inside = 'optimizer={"type": "SAM", "args": {"base": {"type": "%s", "args": {"lr": 0.01}}}}'
+    models = runs("sam", "--epochs", 1, "--set", inside % "AdamW")
+    with pytest.raises(ConfigError, match=r"optimizer\.type: .* with SAM\(AdamW\), whose state SAM\(SGD\) can't"):
+        runs(None, "-r", models / "checkpoint-epoch1.pth", "--epochs", 2, "--set", inside % "SGD")
+
+
 @pytest.mark.parametrize(("flags", "says"), [
     (["--set", 'optimizer={"type": "AdamW", "args": {"lr": 0.01}}'], r"optimizer\.type.*SGD.*AdamW"),
     (["--set", 'trainer.freeze="norms"'], r"trainer\.freeze"), (["--set", "trainer.layer_decay=0.5"], "layer_decay"),
