@@ -62,7 +62,7 @@ TOP = (
     Row("distill", "bool", False, "learn from a teacher too: needs distill_arch and distill_checkpoint"),
     Row("distill_checkpoint", "str | None", None, "the teacher's weights"),
     Row("pretrained", "str | None", None, "weights to start from (a classifier of other classes, and tuning that it "
-        "lacks are left new)"),
+        "lacks, are left new)"),
     Row("fallback", "str | None", None,
         "the config to train with instead where the own weights of arch's network can't be had"),
     Row("load_crt", "str | None", None, "stage 1's checkpoint: load all but the classifier, freeze the rest"),
