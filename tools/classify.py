@@ -104,9 +104,12 @@ class Predictions:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
 
-def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, threads: int,
+def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, threads: int | None,
             ) -> Iterator[list[tuple[str, Any, str | None]]]:
-    """Batches of (path, what `read` made of it or None, why it couldn't be read or None), read ahead by threads."""
+    """Batches of (path, what `read` made of it or None, why it couldn't be read or None), read ahead by threads
+    (None: one a core, 8 at most)."""
+    from data_loader.workers import worker_count
+
     def attempt(path: str) -> tuple[str, Any, str | None]:
         try:
             return path, read(path), None
@@ -114,7 +117,7 @@ def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, t
             return path, None, str(error)
 
     batches = iter([paths[at:at + batch_size] for at in range(0, len(paths), batch_size)])
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(worker_count(None, 1) if threads is None else max(1, threads)) as pool:
         waiting: deque[list[Future]] = deque()
         for batch in batches:
             waiting.append([pool.submit(attempt, path) for path in batch])
@@ -140,12 +143,10 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
     import torch
 
     from data_loader.transforms import Normalise, read_for_test, test_pixels
-    from data_loader.workers import worker_count
     from model.crops import forward_crops
     device = next(model.parameters(), torch.empty(0)).device  # an exported model has none
     normalise = Normalise(preprocess["mean"], preprocess["std"], device)
     done = Predictions()
-    threads = worker_count(None, 1) if threads is None else max(1, threads)
     with torch.inference_mode():
         for batch in decoded(paths, lambda path: test_pixels(read_for_test(path, preprocess), preprocess), batch_size,
                              threads):
@@ -187,10 +188,8 @@ def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, thre
     import torch
 
     from data_loader.images import read_rgb
-    from data_loader.workers import worker_count
     device, done = next(model.parameters()).device, Predictions()
     with torch.inference_mode():
-        threads = worker_count(None, 1) if threads is None else max(1, threads)
         for [(path, image, reason)] in decoded(paths, read_rgb, 1, threads):
             if reason is not None:
                 done.unreadable.append((path, reason))

@@ -63,14 +63,14 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any, paths: RunPaths
     from trainer.precision import in_float32
     from trainer.tasks import task_of
     task = task_of(loader)
-    lacks = task.classifies and "predictions" not in (result or {}) and (result or {}).get("classifier",
-                                                                                           "joint") == "joint"
+    known = result or {}
+    lacks = task.classifies and "predictions" not in known and known.get("classifier", "joint") == "joint"
     if result is None or lacks:
         how = {"groups": run.config.get("groups"), "keep": task.classifies, "amp": "off"}
         with in_float32():
             found = task.evaluate(run.model, loader, **how)
             found = with_all_experts(run.model, loader, found, **how) if task.classifies else found
-        result = {**(result or {}), **found}
+        result = {**known, **found}
     if task.classifies:
         refuse_nonfinite(result, run.path)
     if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
