@@ -12,6 +12,16 @@ SMALL = {"fpn_channels": 16, "head_channels": 16, "fc_dim": 32, "anchor_sizes": 
 SCENES = {"image_size": 64, "n_max": 8, "imb_factor": 0.25, "n_val": 1, "min_size": 64}
 
 
+@pytest.fixture
+def shallow_resnet50(monkeypatch):
+    """Detectors of this process have a block a stage, the first of each of ResNet-50's: a third of its weights."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    from model.detection import mask_rcnn
+    monkeypatch.setattr(mask_rcnn, "resnet50",
+                        lambda weights, norm_layer: ResNet(Bottleneck, [1, 1, 1, 1], norm_layer=norm_layer))
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A data_dir for DigitScenesDataLoader that holds the SCENES already."""

@@ -118,10 +118,10 @@ def test_dry_run_writes_nothing(call_cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_for_eight_gpus_warns_once_and_goes_on(run_cli, tmp_path):
+def test_a_config_for_eight_gpus_warns_once_and_goes_on(call_cli):
     if torch.cuda.is_available():
         pytest.skip("there are GPUs here")
-    done = run_cli(["train.py", "-c", "configs/digits_lt_ce.json", "--dry_run", "--set", "n_gpu=8"], check=True)
+    done = call_cli(["train.py", "-c", "configs/digits_lt_ce.json", "--dry_run", "--set", "n_gpu=8"], check=True)
     assert done.stdout.count("warning: n_gpu is 8") == 1
 
 

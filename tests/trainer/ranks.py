@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from model.model import FAMILIES
+
 #: What `data_loader.args.shards` says of the fixture `tiny_shards`.
 SHARDS = {"train": "train-{00000..00001}.tar", "test": "test-00000.tar"}
 
@@ -24,7 +26,8 @@ def run_ranks(job, argument, world_size: int = 2, timeout: float = 240) -> list:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(job, argument, rank, world_size, port, folder))
+        depths = {name: family["depths"] for name, family in FAMILIES.items()}  # a test may have fewer
+        processes = [context.Process(target=_rank, args=(job, argument, rank, world_size, port, folder, depths))
                      for rank in range(world_size)]
         for process in processes:
             process.start()
@@ -38,9 +41,11 @@ def run_ranks(job, argument, world_size: int = 2, timeout: float = 240) -> list:
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-def _rank(job, argument, rank, world_size, port, folder):
+def _rank(job, argument, rank, world_size, port, folder, depths):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                       LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for name, of_stages in depths.items():
+        FAMILIES[name]["depths"] = of_stages
     torch.set_num_threads(1)
     torch.save(job(argument), Path(folder) / f"{rank}.pt")
 

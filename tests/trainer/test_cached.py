@@ -72,7 +72,7 @@ def test_frozen_parts_stay_and_are_thawed(thawed):
         assert {name for name, value in first[key].items() if not torch.equal(value, second[key][name])} == head
         moved = {name for name, value in second[key].items() if not torch.equal(value, third[key][name])}
         assert moved == set(first[key])     # norms' statistics and counters too
-    assert len(first["optimizer"]["state"]) == 2 and len(third["optimizer"]["state"]) > 60
+    assert len(first["optimizer"]["state"]) == 2 and len(third["optimizer"]["state"]) > 25
 
 
 def test_a_share_of_the_stages_stays_frozen(runs):
@@ -82,7 +82,7 @@ def test_a_share_of_the_stages_stays_frozen(runs):
     first, second = (load(folder / f"checkpoint-epoch{epoch}.pth")["raw_state_dict"] for epoch in (1, 2))
     kept = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")
     moved = {name for name, value in first.items() if not torch.equal(value, second[name])}
-    assert moved == {name for name in first if not name.startswith(kept)} and len(moved) > 100
+    assert moved == {name for name in first if not name.startswith(kept)} and len(moved) > 30
     with pytest.raises(ConfigError, match=r"trainer\.freeze"):
         runs(None, "-r", folder / "checkpoint-epoch2.pth", "--epochs", 3, "--set", "trainer.freeze.then=null")
 

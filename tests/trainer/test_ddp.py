@@ -15,6 +15,7 @@ import torch
 import train
 from data_loader.data_loaders import ImageFolderLTDataLoader
 from logger.metrics_csv import read_table
+from model.model import FAMILIES
 from tests.trainer.ranks import SHARDS, open_shards, run_ranks, stop_and_resume, train_and_record
 from utils import device
 from utils.errors import ConfigError
@@ -168,8 +169,10 @@ def test_sigterm_to_torchrun_saves(runs, root):
     assert found and torch.load(found[1], weights_only=True)["state_dict"]
 
 
-def test_two_nodes_train_as_one_process_does(runs, root):
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process_does(runs, root, monkeypatch):
     """Two torchruns that meet over the loopback address, a process each, as on two machines."""
+    monkeypatch.setitem(FAMILIES["ResNet32"], "depths", (5, 5, 5))  # as the other processes have it
     config = runs.config(arch={"args": GROUP}, **UNEVEN, trainer={"tensorboard": False, "figures": False})
     flags = [config, "-d", "cpu", "--epochs", 1]
     with socket.socket() as free:

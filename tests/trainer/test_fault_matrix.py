@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import base.resumable as resumable
-from tests.scenes import SCENES, SMALL, scenes  # noqa: F401 (a fixture)
+from tests.scenes import SCENES, SMALL, scenes, shallow_resnet50  # noqa: F401 (fixtures)
 from trainer import TRAINERS
 from trainer.trainer import Trainer
 from utils.checkpoint.store import load_checkpoint
@@ -40,6 +40,7 @@ def train(runs, shared_runs, kind, request):
     """`train(run_id, *flags, **trainer)` trains two epochs with this kind of trainer; the run's models folder."""
     flags, sections = (), SECTIONS[kind]
     if kind == "DetectionTrainer":
+        request.getfixturevalue("shallow_resnet50")
         runs.base |= {
             "arch": {"type": "MaskRCNNR50FPNModel", "args": dict(SMALL)}, "optimizer": {"type": "SGD", "args": {
                 "lr": 0.01, "momentum": 0.9}},

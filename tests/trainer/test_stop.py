@@ -103,7 +103,7 @@ def test_a_second_interrupt_is_the_users_own(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_as_a_process(runs, root, number):
     """Exit status 0; the command to go on is the last line; workers that get the signal too do no harm."""
     config = runs.config(trainer={"epochs": 500, "save_period": 500},

@@ -122,10 +122,10 @@ def _table(section: Section) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place in section.tables:
         name, _, attribute = place.partition(":")
-        module = importlib.import_module(name)
+        module, base = importlib.import_module(name), _base(section)
         table = getattr(module, attribute) if attribute else {
             key: value for key, value in vars(module).items()
-            if not key.startswith("_") and inspect.isclass(value) and issubclass(value, _base(section))}
+            if not key.startswith("_") and inspect.isclass(value) and issubclass(value, base)}
         found = {**table, **found}
     return {key: value for key, value in found.items() if key not in section.skip}
 

@@ -94,7 +94,7 @@ def test_iterations_end_the_run_and_the_schedule_follows_steps(scenes, tmp_path)
     assert {"epoch", "lr", "loss", "val_loss", "loss_mask", "val_bbox_AP", "val_segm_AP"} <= set(rows[0])
 
 
-@pytest.mark.parametrize("kind", ["now", "of an older version"])
+@pytest.mark.parametrize("kind", ["now", pytest.param("of an older version", marks=pytest.mark.slow)])
 def test_more_iterations_go_on_inside_the_epoch_that_fewer_cut_short(kind, scenes, tmp_path):
     from utils.checkpoint.store import load_checkpoint
     more = {"epochs": 9, "monitor": "max val_bbox_AP"}
@@ -261,6 +261,7 @@ def test_other_data_and_splits_have_files_of_their_own(coco_folder, tmp_path, tm
     assert (models / "checkpoint-epoch2.pth").is_file(), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
 def test_a_signal_to_the_whole_job_spares_the_loaders_workers(scenes, tmp_path):
     """As a batch system sends it: to every process. The checkpoint is written and nothing is said on stderr."""
