@@ -70,19 +70,16 @@ def workers_wanted(args: Namespace, config: dict[str, Any] | None) -> int:
 def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> None:
     """The run, step by step."""
     from logger.log import get_logger, set_verbosity, setup_logging
-    from tools import session
+    from tools import parts, session
     from tools.allocator import keep_freed_memory
     from tools.fallback import as_begun, settle_weights
     from tools.launch import note_stop
-    from tools.opened import Run
-    from tools.report import write_report
-    from tools.words import words_for
     from trainer import trainer_class
     from trainer.cached import check_options, keeps_plain
     from trainer.head_start import check_start, start_classifier, start_on_features
     from trainer.precision import choose_precision
     from trainer.schedules import build_optimizer, build_scheduler
-    from trainer.tasks import task_of, write_figures
+    from trainer.tasks import task_of
     from utils import dist
     from utils.checkpoint.store import recover_config
     from utils.device import pick_device, set_determinism
@@ -138,6 +135,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     session.check_loss(config, criterion, model, teacher)
     amp, _ = choose_precision(options["amp"], device)    # "auto" may be fp16, for which no optimizer is fused
     optimizer = build_optimizer(config["optimizer"], model, {**options, "amp": amp})
+    parts.warn_of_no_effect(args.overrides, config, model, optimizer)
     steps_per_epoch = -(-len(train_loader) // options["accumulate"])
     judged = valid_loader is not None or " val_" not in options["monitor"]
     scheduler = build_scheduler(config["lr_scheduler"], optimizer, options["epochs"], steps_per_epoch,
@@ -164,25 +162,38 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         dist.cleanup()
         return
     if not stop.agreed(device, True):
-        # What the run is worth, on images that no choice was made on.
-        with saved_in(checkpoint, outside_flags(config)):
-            test_loader = session.make_loader(config, device, training=False, facts=trainer.data_facts)
-            task = task_of(test_loader)
-            result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images or options["report"])
-        log.info("\n%s", task.format_result(result, f"test, epoch {trainer.last_epoch}"))
-        for line in words_for(config, result, test_loader):
-            log.info(line)
-        trainer.run_ended(result)
-        if dist.is_main():
-            write_figures(task, checkpoint.parent / "test_metrics.json", {**result, "checkpoint": checkpoint.name})
-            if options["report"]:
-                about = {"epoch": trainer.last_epoch, "data": trainer.data_facts}
-                run = Run(checkpoint, config, about, trainer.judged_model, device)
-                write_report(run, dict(result), test_loader)
+        test(trainer, checkpoint)
     trainer.close()
     log.info("\n%s", next_steps(checkpoint, paths, task_of(train_loader).classifies, outside_flags(config),
                                 options["report"]))
     dist.cleanup()
+
+
+def test(trainer: Any, checkpoint: Path) -> None:
+    """What the run is worth, on images that no choice was made on: printed, in test_metrics.json and the report."""
+    from logger.log import get_logger
+    from tools import session
+    from tools.opened import Run
+    from tools.report import write_report
+    from tools.words import words_for
+    from trainer.tasks import task_of, write_figures
+    from utils import dist
+
+    config, options, log = trainer.config, trainer.options, get_logger()
+    with saved_in(checkpoint, outside_flags(config)):
+        test_loader = session.make_loader(config, trainer.device, training=False, facts=trainer.data_facts)
+        task = task_of(test_loader)
+        result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images or options["report"])
+    log.info("\n%s", task.format_result(result, f"test, epoch {trainer.last_epoch}"))
+    for line in words_for(config, result, test_loader):
+        log.info(line)
+    trainer.run_ended(result)
+    if dist.is_main():
+        write_figures(task, checkpoint.parent / "test_metrics.json", {**result, "checkpoint": checkpoint.name})
+        if options["report"]:
+            about = {"epoch": trainer.last_epoch, "data": trainer.data_facts}
+            run = Run(checkpoint, config, about, trainer.judged_model, trainer.device)
+            write_report(run, dict(result), test_loader)
 
 
 @contextlib.contextmanager

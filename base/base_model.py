@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,9 @@ class BaseModel(nn.Module):
 
     A part all of whose parameters are frozen stays in evaluation mode: `train()` leaves it there, so its norm
     statistics and counters don't move and its dropout is off. No training loop has to remember that.
+
+    A class may also have two static methods that are asked before anything is built, with `arch.args.model_name`:
+    `preprocess(name)`, what its weights expect of images, and `size_problem(name, size)` (see `TimmModel`).
     """
 
     num_classes: int               # C
@@ -54,6 +58,8 @@ class BaseModel(nn.Module):
     norms_kept, norms_wait = False, False
     #: Whether every trained parameter takes part in every step (data parallel training must be told where not).
     uses_all_parameters = True
+    #: Whether each training step leaves out an expert drawn at random.
+    drops_experts = False
 
     @property
     def batchformer(self) -> nn.Module | None:
@@ -67,6 +73,11 @@ class BaseModel(nn.Module):
 
     def gather_batches(self) -> None:
         """BatchFormer attends over all ranks' images from now on. Nothing to do without one."""
+
+    def load_pretrained(self, checkpoint: dict[str, Any], name: str, other_classes: bool = False) -> str | None:
+        """`pretrained`, where a model has a way of its own to start from a file's weights: returns a line for the log,
+        or None to have state_dict keys matched. name: the file's; other_classes: whether it knows other classes."""
+        return None
 
     def heads(self) -> list[nn.Module]:
         """The classifier of each expert, [E]; each maps features `[N, D]` to scaled logits `[N, C]`."""
@@ -126,7 +137,7 @@ class BaseModel(nn.Module):
         if isinstance(what, dict):
             self._freeze_for_a_while(freeze_plan(what))
         elif what == "backbone":
-            after = tuple(self.feature_prefixes())    # of these stays frozen what is: LWS's classifier, say
+            after = tuple(self.feature_prefixes())    # these keep their state: LWS's classifier stays frozen
             self._set_trained([name for name, _ in self.named_parameters() if not name.startswith(after)], False)
         elif what == "norms":
             self.norms_kept = True

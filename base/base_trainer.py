@@ -46,7 +46,7 @@ class BaseTrainer(Resumable):
 
     Args:
         model: the plain model (not wrapped for data parallel training), on `device`.
-        optimizer, lr_scheduler: the schedule is stepped once an epoch and may be None.
+        optimizer, lr_scheduler: the schedule may be None; its `unit` says after what it steps (epoch, step, figure).
         config: the effective config, saved with the run and in each checkpoint.
         train_loader, valid_loader: see `base.BaseDataLoader`; `valid_loader` may be None.
         paths: the run's folders; None writes nothing at all (a dry run).

@@ -79,12 +79,7 @@ class Resumable(ABC):
 
     def _all_rng(self) -> list[dict[str, Any]]:
         """Every rank's generator states, so that dropout goes on as it would have."""
-        mine = rng_state()
-        if dist.world_size() == 1:
-            return [mine]
-        states: list[Any] = [None] * dist.world_size()
-        torch.distributed.all_gather_object(states, mine)
-        return states
+        return dist.gather_objects(rng_state())
 
     def save(self, epoch: int, path: Path | None = None, batch: int | None = None) -> Path:
         """Write a checkpoint, whole or not at all; all ranks call it, rank 0 writes.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import ConfigError
+from utils.files import check_folder_name
 
 CHECKPOINT = re.compile(r"checkpoint-epoch(\d+)\.pth$")
 
@@ -110,8 +111,8 @@ def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
     the same second each has its own.
     """
     for value, key in ((name, "name"), (run_id, "--run_id")):
-        if value is not None and (value in ("", ".", "..") or re.search(r"[/\\\0]", value) or len(value) > 200):
-            raise ConfigError(f"{key}: {value[:80]!r} can't name a folder; use letters, digits, '-' and '_'")
+        if value is not None:
+            check_folder_name(value, key)
     base = Path(save_dir)
     if run_id is None:
         stamp = run_id = datetime.datetime.now().strftime("%m%d_%H%M%S")

@@ -104,9 +104,6 @@ class BalancedSoftmaxLoss(LongTailLoss):
 
     needs_counts = True
 
-    def __init__(self, cls_num_list: list | None = None):
-        super().__init__(cls_num_list)
-
     def added(self, num_experts: int = 1) -> Tensor:
         return self.log_frequencies()
 
@@ -165,19 +162,15 @@ class HCMLoss(BalancedSoftmaxLoss):
         return cross_entropies(balanced, target) + cross_entropies(mined, target)
 
 
-class VSLoss(LongTailLoss):
+class VSLoss(LogitAdjustmentLoss):
     """Vector scaling: cross-entropy of (n_j / n_max)^gamma · z_j + tau · log(n_j / n) (Kini et al., NeurIPS 2021).
 
     gamma 0 is logit adjustment, tau 0 temperatures by class.
     """
 
-    needs_counts = True
-
     def __init__(self, cls_num_list: list | None = None, gamma: float = 0.3, tau: float = 1.0):
-        super().__init__(cls_num_list)
-        self.gamma, self.tau = not_negative(gamma, "gamma"), finite(tau, "tau")
-
-    added = LogitAdjustmentLoss.added
+        super().__init__(cls_num_list, tau)
+        self.gamma = not_negative(gamma, "gamma")
 
     def scales(self) -> Tensor:
         return (self.counts / self.counts.max()).pow(self.gamma)
@@ -187,8 +180,8 @@ class VSLoss(LongTailLoss):
 
 
 class GCLLoss(LongTailLoss):
-    """Gaussian clouded logits (Li et al., CVPR 2022): cross-entropy of z_j - s · noise · d_j · |e_j|, e ~ N(0, 1/3)
-    cut to [-1, 1] and drawn anew for each logit.
+    """Gaussian clouded logits (Li et al., CVPR 2022): cross-entropy of z_j - s · noise · d_j · |e_j|, e normal with
+    standard deviation 1/3, cut to [-1, 1] and drawn anew for each logit.
 
     d_j = log(n_max / n_j), scaled so that the rarest class's is 1: rare classes are clouded most, so that their
     samples spread wider. The logits are already scaled by the cosine head's own s. `m`: a margin of the target's

@@ -127,6 +127,7 @@ class ListFileDataLoader(_ListDataLoader):
 
     lists = ("train.txt", "val.txt", "test.txt")
     jitter = 0.4
+    holdout_fewest = 10
     own_images = True
 
 
@@ -136,6 +137,7 @@ class ImageFolderLTDataLoader(_ImageDataLoader):
     """
 
     jitter = 0.4
+    holdout_fewest = 10
     own_images = True
     takes_shards = True
 

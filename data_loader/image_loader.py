@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from base.base_data_loader import BaseDataLoader
+from data_loader.augmentation import Augmentation
 from data_loader.crops import with_crops
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import check_data_dir
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from data_loader.memory import MemoryImages
 from data_loader.mixing import Mixing
-from data_loader.pixels import PixelLoader, suited_size
-from data_loader.policies import DRAWS
+from data_loader.pixels import LARGEST_SMALL, PixelLoader, suited_size
 from data_loader.samplers import sampler_of
 from data_loader.splitting import (
     Division,
@@ -34,7 +34,7 @@ from data_loader.transforms import (
     test_preprocess,
 )
 from logger.text import count_of
-from utils.errors import ConfigError, unknown
+from utils.errors import ConfigError
 
 
 class ImageDataLoader(PixelLoader):
@@ -110,9 +110,8 @@ class ImageDataLoader(PixelLoader):
         self.allow_outside, self.download, self.cache, self.transform = allow_outside, download, cache, transform
         own_size = preprocess["image_size"] if preprocess and image_size is None else self.default_size
         self.image_size = own_size if image_size in (None, "auto") else image_size
-        self.flip = self.flips if flip is None else flip
-        self.policy, self.rotation, self.cutout, self.random_erasing = augment, rotation, cutout, random_erasing
-        self.jitter = self.jitter if jitter is None else jitter
+        self.augmentation = Augmentation.of(jitter, flip, self.jitter, self.flips, augment=augment, rotation=rotation,
+                                            cutout=cutout, random_erasing=random_erasing)
         self.mixing, self.epochs = Mixing.of(mix), epochs
         self.imb_type, self.imb_factor = imb_type, imb_factor
         self.validation = validation or "none"
@@ -137,7 +136,7 @@ class ImageDataLoader(PixelLoader):
             splits.num_classes = max(splits.num_classes, self.known_classes or 0)
         self.notes = list(splits.notes)
         if self.mixing is not None and training:
-            self.notes.append("images are mixed: the training accuracy counts the label that makes up more of each")
+            self.notes.append(self.mixing.note(self.epochs))
         trained_at = None if facts.get("optional") else (facts.get("preprocess") or {}).get("image_size")
         if image_size == "auto" and trained_at:
             self.image_size = trained_at
@@ -158,6 +157,8 @@ class ImageDataLoader(PixelLoader):
             self.preprocess |= {key: list(known[key]) for key in ("mean", "std")}
         self.mean, self.std = tuple(self.preprocess["mean"]), tuple(self.preprocess["std"])
         self.views = with_crops(self.preprocess, crops, expand)
+        if training:
+            self.notes += self.augmentation.notes(self.image_size <= LARGEST_SMALL)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
         train, self._val, self.validation_note = self._divide(splits)
         self.cls_num_list = [0] * self.num_classes if train is None else \
@@ -196,18 +197,6 @@ class ImageDataLoader(PixelLoader):
             raise refuse("prefetch", "1 or more")
         if self.imb_factor is not None:
             img_num_per_cls(1, 1, self.imb_type, self.imb_factor)
-        if self.policy not in ("basic", *DRAWS):
-            raise unknown("data_loader.args.augment", self.policy, ("basic", *DRAWS), "policy")
-        if self.flip not in (True, False, "alternate"):
-            raise refuse("flip", 'true, false or "alternate"')
-        if self.rotation is not None and not 0 <= self.rotation <= 180:
-            raise refuse("rotation", "0 to 180")
-        if self.cutout < 0:
-            raise refuse("cutout", "0 or more")
-        if not 0 <= self.random_erasing <= 1:
-            raise refuse("random_erasing", "0 to 1")
-        if not 0 <= self.jitter <= 1:
-            raise refuse("jitter", "0 to 1")
         if self.mixing is not None and self.mixing.off_epochs and self.epochs is None:
             raise ConfigError("data_loader.args.epochs: missing; mix.off_epochs counts from the last epoch")
         if self.shards is not None and not self.takes_shards:

@@ -44,6 +44,12 @@ class Mixing:
             if not right:
                 raise ConfigError(f"{PATH}.{name}: must be {wanted}, not {getattr(self, name)!r}")
 
+    def note(self, epochs: int | None) -> str:
+        """What to say of it before a training of so many epochs."""
+        if epochs is not None and self.off_epochs >= epochs:
+            return f"no image is mixed: {PATH}.off_epochs is {self.off_epochs}, and trainer.epochs {epochs}"
+        return "images are mixed: the training accuracy counts the label that makes up more of each"
+
     @classmethod
     def of(cls, spec: Mapping[str, Any] | None) -> Mixing | None:
         """From a config's object, None from none. Raises ConfigError."""

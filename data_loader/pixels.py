@@ -39,10 +39,10 @@ class PixelLoader(BaseDataLoader):
         files = images.pixels if images.paths is None else images.paths  # arrays of another size are read like files
         self._draws: tuple[int, Any] = (0, None)
         small = self._is_small
-        degrees = self.degrees if self.policy == "basic" and small else 0.0
-        self.recipe = Recipe(self.image_size, self.mean, self.std, flip=bool(self.flip), policy=self.policy,
-                             degrees=degrees if self.rotation is None else float(self.rotation),
-                             cutout=self.cutout, erasing=self.random_erasing,
+        how = self.augmentation
+        self.recipe = Recipe(self.image_size, self.mean, self.std, flip=bool(how.flip), policy=how.augment,
+                             degrees=how.degrees(self.degrees if small else 0.0), cutout=how.cutout,
+                             erasing=how.random_erasing,
                              border=self.image_size // 8 if self.image_size <= LARGEST_RESIZED else 0)
         if store is not None or (self.transform is not None and augment and images.pixels is None):
             pass
@@ -57,8 +57,8 @@ class PixelLoader(BaseDataLoader):
                               f"memory, image_size is {self.image_size}")
         if self.store is None or (self.transform is not None and augment):
             source = Sources(files if self.store is None else None, self.store,
-                             self.preprocess if augment else self.views, seed=self.seed, flip=self.flip,
-                             jitter=self.jitter if self.policy == "basic" else 0.0, policy=self.policy,
+                             self.preprocess if augment else self.views, seed=self.seed, flip=how.flip,
+                             jitter=how.jitter if how.augment == "basic" else 0.0, policy=how.augment,
                              degrees=self.recipe.degrees, transform=self.transform if augment else None,
                              mode="base" if small else "train" if augment else "test")
             workers = worker_count(self.num_workers, self.world_size, in_memory=self.store is not None)
@@ -74,7 +74,8 @@ class PixelLoader(BaseDataLoader):
         """Tell a digest of hashlib's which images these are, and how they reach the model."""
         how = [sorted(self.preprocess.items())]
         if self.augment:
-            how += [self.recipe, self.seed, self.flip, self.jitter, getattr(self.transform, "__qualname__", None)]
+            how += [self.recipe, self.seed, self.augmentation.flip, self.augmentation.jitter,
+                    getattr(self.transform, "__qualname__", None)]
         digest.update(repr(how).encode() + self.targets.tobytes())
         if self.paths is None:
             digest.update(np.ascontiguousarray(self.images.pixels) if self.store is None else
@@ -130,7 +131,7 @@ class PixelLoader(BaseDataLoader):
         if self._draws[0] != epoch:
             side = self.store.side if self.store is not None else self.preprocess["resize"] + 2 * self.recipe.border
             draws = self.recipe.draw(self.epoch_size, side - self.image_size, self.seed, epoch, AUGMENT)
-            if self.flip == "alternate":
+            if self.augmentation.flip == "alternate":
                 draws.flip = torch.from_numpy(alternate_flips(self.seed, epoch, order))
             self._draws = (epoch, draws.to(self.device))
         return self._draws[1]
@@ -138,7 +139,7 @@ class PixelLoader(BaseDataLoader):
     def _file_batches(self, epoch: int, keys: Iterator,
                       order: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         small = self._is_small and not (self.transform is not None and self.augment)
-        erases = bool(self.cutout or self.random_erasing)
+        erases = bool(self.augmentation.cutout or self.augmentation.random_erasing)
         draws = self._epoch_draws(epoch, order) if self.augment and (small or erases) else None
         normalise = Normalise(self.mean, self.std, self.device)
         for pixels, labels, positions in self.files.batches(keys):

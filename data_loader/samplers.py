@@ -27,7 +27,7 @@ class EpochSampler(Sampler):
 
     power = 0.0     # q of a training's last epoch
 
-    def __init__(self, targets: Any, seed: int = 0, *, epoch_length: int | None = None, rank: int = 0,
+    def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
                  world_size: int = 1):
         targets = np.asarray(targets)
         if targets.ndim != 1 or not len(targets):
@@ -81,10 +81,6 @@ class InstanceBalancedSampler(EpochSampler):
 
     power = 1.0
 
-    def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
-                 world_size: int = 1):
-        super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
-
     def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
         rounds = -(-self.epoch_length // self.num_images)
         return np.concatenate([rng.permutation(self.num_images) for _ in range(rounds)])[:self.epoch_length]
@@ -94,10 +90,6 @@ class SquareRootSampler(EpochSampler):
     """q = 1/2, with replacement: class j with a chance proportional to the root of its size, then any image of it."""
 
     power = 0.5
-
-    def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
-                 world_size: int = 1):
-        super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
 
     def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
         edges = np.cumsum(np.sqrt(self.counts))

@@ -121,7 +121,7 @@ class ExpertModel(BaseModel):
         self.backbone.force_all = value
 
     def gather_batches(self) -> None:
-        if self.backbone.use_experts == "rand":
+        if self.drops_experts:
             raise ConfigError("trainer.bt_gather: with arch.args.use_experts \"rand\" each process leaves out another "
                               "expert, whose features would meet in one attention; leave one of them out")
         self.backbone.bt_gather = True
@@ -130,16 +130,19 @@ class ExpertModel(BaseModel):
         return self.backbone.heads
 
     def used_heads(self) -> list[torch.nn.Module]:
-        used = self.backbone.use_experts
-        return [self.backbone.heads[i] for i in (range(self.num_experts) if used == "rand" else used)]
+        used = range(self.num_experts) if self.drops_experts else self.backbone.use_experts
+        return [self.backbone.heads[i] for i in used]
 
     def classifier_prefixes(self) -> list[str]:
         return ["backbone.linear."] if self.num_experts == 1 else ["backbone.linears."]
 
     @property
     def uses_all_parameters(self) -> bool:
-        experts = self.backbone.use_experts
-        return experts != "rand" and len(experts) == self.num_experts
+        return not self.drops_experts and len(self.backbone.use_experts) == self.num_experts
+
+    @property
+    def drops_experts(self) -> bool:
+        return self.backbone.use_experts == "rand"
 
     @property
     def route(self) -> bool:

@@ -51,6 +51,11 @@ def right(logits, labels):
     return pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=0.0041)
 
 
+def test_logits_that_are_adjusted_already_are_warned_of(trained, capsys):
+    test_script.main(["-r", str(trained[0]), "-d", "cpu", "--classifier", "la", "--tau", "1"])
+    assert "was trained by BalPoELoss that reckons with how rare a class is" in capsys.readouterr().out
+
+
 def test_adjusted_logits_and_class_distributions(trained, tmp_path):
     checkpoint, found = trained
     logits, labels = found["test"]

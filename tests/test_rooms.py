@@ -50,6 +50,14 @@ def test_imports_flow_one_way(room):
     assert not wrong, "\n".join(wrong)
 
 
+def test_nothing_reaches_through_a_models_backbone():
+    """What is asked of a model stands in `BaseModel`; only `model` knows how one is made inside."""
+    reaching = [f"{file.relative_to(ROOT)}:{node.lineno}" for room in ALLOWED if room != "model" for file in files(room)
+                for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Attribute) and node.attr == "backbone"]
+    assert not reaching, reaching
+
+
 def test_no_circle_of_files():
     """An import inside a function counts: it only puts the circle off."""
     home = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file

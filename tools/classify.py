@@ -17,6 +17,11 @@ from utils.errors import ConfigError
 AHEAD = 3  # batches that are decoded while one is classified
 
 
+def class_name(names: Sequence[str] | None, label: int) -> str:
+    """A class's name; its number where names aren't known."""
+    return names[label] if names and 0 <= label < len(names) else str(label)
+
+
 # ---------------------------------------------------------------------- which images
 
 def find_images(paths: Iterable[str], other: list[str] | None = None) -> list[str]:
@@ -184,9 +189,9 @@ def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, thre
 
     masks: of so many images also "masks", bool: each is as large as its image.
     """
-    import numpy as np
     import torch
 
+    from data_loader.detection.dataset import to_tensor
     from data_loader.images import read_rgb
     device, done = next(model.parameters()).device, Predictions()
     with torch.inference_mode():
@@ -194,8 +199,7 @@ def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, thre
             if reason is not None:
                 done.unreadable.append((path, reason))
             else:
-                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
-                found = model([pixels.to(device)])["detections"][0]
+                found = model([to_tensor(image).to(device)])["detections"][0]
                 keep = found["scores"] >= threshold
                 if "masks" in found:
                     found = {**found, "masks": found["masks"] > 0.5}

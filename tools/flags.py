@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tools.cli import SetValue, add_named, add_overrides, base_parser, check_file, parse
 from utils.errors import ConfigError
+from utils.files import check_folder_name
 
 #: Flags of a start from other weights: they are files, and config keys too so that a resumed run knows.
 STARTS = (
@@ -85,9 +86,8 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise ConfigError("-r auto: needs -c CONFIG.json and --run_id ID, the run to go on with")
     elif args.resume is not None:
         check_file(args.resume, "-r")
-    if args.run_id is not None and (args.run_id in ("", ".", "..") or len(args.run_id) > 200
-                                    or any(char in "/\\" or char < " " for char in args.run_id)):
-        raise ConfigError(f"--run_id: {args.run_id[:80]!r} can't name a folder; use letters, digits, '-' and '_'")
+    if args.run_id is not None:
+        check_folder_name(args.run_id, "--run_id")
     for item in args.overrides:
         if item.path in ("pretrained", "load_crt", "distill_checkpoint") and item.text is not None:
             check_file(item.text, item.flag)

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from tools.classify import class_name
 from utils.files import atomic_write
 
 MOST = 120  # images on a sheet: more can't be looked at
@@ -43,7 +44,7 @@ def gallery(found: Sequence[Any], names: Sequence[str] | None, path: str) -> int
         if classified:
             at = _guesses(draw, one, names, guesses, left, at, cell)
         else:
-            counts = Counter(_name(names, label - 1) for label in one[1]["labels"].tolist())
+            counts = Counter(class_name(names, label - 1) for label in one[1]["labels"].tolist())
             text = ", ".join(f"{name} × {count}" for name, count in counts.items()) or "nothing found"
             draw.text((left, at), _fit(draw, text, _font(13, True), cell), INK, _font(13, True))
             at += 22
@@ -59,7 +60,7 @@ def _guesses(draw: Any, one: Any, names: Sequence[str] | None, count: int, left:
         font, colour = (_font(13, True), INK) if k == 0 else (_font(11), SOFT)
         percent = f"{100 * probability:.0f}%"
         room = cell - draw.textlength(percent, font) - 8
-        draw.text((left, at), _fit(draw, _name(names, label), font, room), colour, font)
+        draw.text((left, at), _fit(draw, class_name(names, label), font, room), colour, font)
         draw.text((left + cell, at), percent, colour, font, anchor="ra")
         at += 17
         if k == 0:
@@ -72,10 +73,9 @@ def _guesses(draw: Any, one: Any, names: Sequence[str] | None, count: int, left:
 def _picture(path: str, width: int, height: int) -> Image.Image:
     """The image at `path`, fitted into width x height; small ones are enlarged."""
     from data_loader.images import read_rgb
-
-    def reduction(wide: int, high: int) -> int:
-        return next((factor for factor in (8, 4, 2) if min(wide // factor, high // factor) >= max(width, height)), 1)
-    return _fitted(read_rgb(path, reduction), width, height)
+    from data_loader.transforms import reduction
+    picture = read_rgb(path, lambda wide, high: reduction(min(wide, high), max(width, height)))
+    return _fitted(picture, width, height)
 
 
 def _drawn(path: str, found: dict[str, Any], names: Sequence[str] | None, width: int, height: int) -> Image.Image:
@@ -88,10 +88,6 @@ def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     factor = min(width / image.width, height / image.height)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     return image.resize(size, Image.Resampling.NEAREST if factor > 3 else Image.Resampling.LANCZOS)
-
-
-def _name(names: Sequence[str] | None, label: int) -> str:
-    return names[label] if names and 0 <= label < len(names) else str(label)
 
 
 def _fit(draw: Any, text: str, font: Any, room: float) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tools.cli import check_file, parse_tool, tool_parser
 from utils.cli import run_main
-from utils.config.check import constructor, task_of
+from utils.config.check import constructor, task_name
 from utils.config.load import load_config
 from utils.config.schema import SECTIONS
 from utils.errors import ConfigError
@@ -51,7 +51,7 @@ def gflops_of(config: dict[str, Any], ea: Sequence[float] | None = None) -> dict
     """
     from tools.parts import check_size
     arch = config["arch"]
-    if task_of(constructor(SECTIONS["arch"], arch["type"], "arch.type")) == "detection":
+    if task_name(constructor(SECTIONS["arch"], arch["type"], "arch.type")) == "detection":
         raise ConfigError(f"arch.type: {arch['type']}: what a detector costs depends on what is in the picture")
     size, why = image_size(config)
     check_size(config, size)

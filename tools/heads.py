@@ -63,6 +63,8 @@ def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict
         head = classifiers.ncm_head(run.model, run.loader("train_eval"), run.model.num_classes, args.feat_type,
                                     kept_features(run, "train"))
         return head, {"classifier": "ncm", "feat_type": args.feat_type}
+    if args.classifier == "la":
+        warn_of_adjusting_twice(run)
     if args.classifier in ("tau", "la"):
         counts, base = run.data["cls_num_list"], joint or trained
         make = (lambda tau: classifiers.tau_head(run.model, tau)) if args.classifier == "tau" else \
@@ -98,55 +100,87 @@ def kept_features(run: Any, split: str) -> tuple[Path, str]:
 
 def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """`--calibrate` and `--prior` on top of a head; what they found joins the note."""
-    own = head is None and args.weights == "ema" and not changes_of(args, run)
+    is_own_head = head is None and args.weights == "ema" and not changes_of(args, run)
     head = head or trained
     if args.calibrate:
-        found = classifiers.calibrate(run.model, run.loader("val"), head)
-        note = {**note, "calibration": found, **run.note_of_choice("the temperature")}
-        log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
-                 found["after"], "; kept for predictions and export" if own else "")
-        if own and dist.is_main():
-            keep_temperature(run.path, run.checkpoint.get("epoch"), run.model, found)
-        head = (lambda plain: lambda outputs: plain(outputs).float() / found["temperature"])(head)
+        head, note = calibrated(run, head, note, keep=is_own_head)
     if args.prior:
-        counts = run.data["cls_num_list"]
-        uniform = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
-        learned = uniform   # tau-normalised logits are for classes of equal size
-        if args.classifier in ("joint", "la"):
-            if run.model.routed and not run.model.force_all:
-                raise ConfigError(f"--prior: the experts of {run.path} were trained in stage 1, by a loss and a "
-                                  "sampler that it doesn't know; give stage 1's checkpoint")
-            own = recover_config(run.checkpoint) or {}   # what trained it, whatever -c and --set say now
-            known = "loss" in own and not is_outside(own["loss"].get("type"))
-            criterion = make_criterion(own if known else run.config, counts)
-            if hasattr(criterion, "set_epoch"):
-                criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
-            power = power_of((own.get("data_loader") or run.config["data_loader"]).get("args") or {})
-            learned = classifiers.learned_prior(criterion, counts, power, shares_of_experts(run, note))
-        if args.classifier == "la":     # logits less tau * log of the frequencies
-            learned = learned / frequencies(counts) ** note["tau"]
-            learned = learned / learned.sum()
-        if args.prior == "estimate":
-            prior = classifiers.estimated_prior(run.model, loader, head, learned)
-            log.info("estimated class distribution: from %.4f (class %d) to %.4f (class %d)", prior.min(),
-                     int(prior.argmin()), prior.max(), int(prior.argmax()))
-        else:
-            prior = {"uniform": uniform, "train": frequencies(counts)}.get(args.prior)
-            prior = read_prior(args.prior, len(counts)) if prior is None else prior
-        head = classifiers.prior_head(head, learned, prior)
-        note = {**note, "prior": args.prior, "class_distribution": prior.tolist()}
+        head, note = with_prior(args, run, loader, head, note)
     return head, note
 
 
-def shares_of_experts(run: Any, note: dict[str, Any]) -> torch.Tensor:
-    """What each expert counts in the logits, float64 [E] of sum 1: E experts in the order in which the loss had them,
-    which are those that the training used, whatever `use_experts` says now. note: has `expert_weights` where some were
-    learned."""
-    used = used_experts(run.model)
+def calibrated(run: Any, head: Any, note: dict[str, Any], keep: bool) -> tuple[Any, dict[str, Any]]:
+    """`--calibrate`: the head with its logits over the temperature that suits the validation images. keep: it is the
+    model's own head, whose temperature predictions and export use from now on."""
+    found = classifiers.calibrate(run.model, run.loader("val"), head)
+    note = {**note, "calibration": found, **run.note_of_choice("the temperature")}
+    log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
+             found["after"], "; kept for predictions and export" if keep else "")
+    if keep and dist.is_main():
+        keep_temperature(run.path, run.checkpoint.get("epoch"), run.model, found)
+    return lambda outputs: head(outputs).float() / found["temperature"], note
+
+
+def with_prior(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`--prior`: the head for another distribution of the classes than the one that it has learned."""
+    counts = run.data["cls_num_list"]
+    uniform = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
+    learned = uniform   # tau-normalised logits are for classes of equal size
+    if args.classifier in ("joint", "la"):
+        if run.model.routed and not run.model.force_all:
+            raise ConfigError(f"--prior: the experts of {run.path} were trained in stage 1, by a loss and a sampler "
+                              "that it doesn't know; give stage 1's checkpoint")
+        criterion, power = trained_with(run)
+        learned = classifiers.learned_prior(criterion, counts, power, shares_of_experts(run, note))
+    if args.classifier == "la":     # logits less tau * log of the frequencies
+        learned = learned / frequencies(counts) ** note["tau"]
+        learned = learned / learned.sum()
+    if args.prior == "estimate":
+        prior = classifiers.estimated_prior(run.model, loader, head, learned)
+        log.info("estimated class distribution: from %.4f (class %d) to %.4f (class %d)", prior.min(),
+                 int(prior.argmin()), prior.max(), int(prior.argmax()))
+    else:
+        prior = {"uniform": uniform, "train": frequencies(counts)}.get(args.prior)
+        prior = read_prior(args.prior, len(counts)) if prior is None else prior
+    return classifiers.prior_head(head, learned, prior), {**note, "prior": args.prior,
+                                                          "class_distribution": prior.tolist()}
+
+
+def trained_with(run: Any) -> tuple[Any, float]:
+    """The loss that trained a run's model, and the power q of its sampler (1: images as they come, 0: classes alike);
+    whatever -c and --set say now."""
+    own = recover_config(run.checkpoint) or {}
+    known = "loss" in own and not is_outside(own["loss"].get("type"))
+    criterion = make_criterion(own if known else run.config, run.data["cls_num_list"])
+    if hasattr(criterion, "set_epoch"):
+        criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
+    return criterion, power_of((own.get("data_loader") or run.config["data_loader"]).get("args") or {})
+
+
+def trained_experts(run: Any) -> list[int]:
+    """The experts that the training used, in the order in which its loss had them, whatever `use_experts` says now."""
     own = recover_config(run.checkpoint) or run.config
-    trained = chosen_experts(value_at(own, "arch.args.use_experts"), run.model.num_experts)
-    if trained in (None, "rand"):
-        trained = list(range(run.model.num_experts))
+    found = chosen_experts(value_at(own, "arch.args.use_experts"), run.model.num_experts)
+    return list(range(run.model.num_experts)) if found in (None, "rand") else found
+
+
+def warn_of_adjusting_twice(run: Any) -> None:
+    """`--classifier la` is for logits that follow the training images; of others a warning says what they follow."""
+    if run.model.routed:
+        return
+    criterion, power = trained_with(run)
+    added = getattr(criterion, "added", lambda num_experts: 0.0)(len(trained_experts(run)))
+    if torch.as_tensor(added).any() or getattr(criterion, "weighted", False) or power < 1:
+        by = "a sampler" if power < 1 else type(criterion).__name__
+        log.warning("--classifier la: %s was trained by %s that reckons with how rare a class is, which now counts "
+                    "twice; la is for cross-entropy on images as they come (--prior knows what a loss added)",
+                    run.path, by)
+
+
+def shares_of_experts(run: Any, note: dict[str, Any]) -> torch.Tensor:
+    """What each expert counts in the logits, float64 [E] of sum 1: those of `trained_experts`. note: has
+    `expert_weights` where some were learned."""
+    used, trained = used_experts(run.model), trained_experts(run)
     new = sorted(set(used) - set(trained))
     if new:
         raise ConfigError(f"--prior: expert {new[0]} took no part in the training of {run.path}, so that nothing says "

@@ -27,6 +27,7 @@ from utils.cli import run_main
 from utils.config.outside import outside_flags
 from utils.config.read import read_json
 from utils.errors import ConfigError
+from utils.files import check_folder_name
 
 COPIED = ("metrics.csv", "timing.csv")
 #: Dotted keys of the config and of the figures whose values are places on this machine -> what a reader of the folder
@@ -145,8 +146,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if not Path(args.run).is_dir():
         raise ConfigError(f"{args.run}: no such folder; give a run's, <save_dir>/models/<name>/<run_id>")
-    if args.name is not None and (args.name in ("", ".", "..") or "/" in args.name):
-        raise ConfigError(f"--name: {args.name!r} can't name a folder")
+    if args.name is not None:
+        check_folder_name(args.name, "--name")
     args.path = choose_checkpoint(Path(args.run), args.checkpoint)
     return args
 

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from base.base_data_loader import BaseDataLoader
+from base.freezing import freeze_plan
 from criteria.experts import ShiftedExperts
 from data_loader.data_loaders import build_loader
 from data_loader.samplers import power_of
@@ -16,8 +18,9 @@ from model.loss import build_loss
 from model.model import ARCHS, ELSEWHERE, build_model
 from utils import dist
 from utils.config.build import lookup
-from utils.config.check import task_of
+from utils.config.check import task_name
 from utils.config.outside import is_outside
+from utils.config.schema import SECTIONS
 from utils.errors import ConfigError
 
 log = get_logger()
@@ -101,22 +104,62 @@ def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
     these, and is left to the first step. Raises ConfigError.
     """
     loss = config["loss"]["type"]
-    if task_of(model) == "detection" or any(map(is_outside, (loss, config["arch"]["type"], config["trainer"]["type"]))):
+    named = (loss, config["arch"]["type"], config["trainer"]["type"])
+    if task_name(model) == "detection" or any(map(is_outside, named)):
         return
     if teacher is not None and (model.routed or not criterion.uses_teacher):
         log.warning("distill: the teacher changes nothing, as %s; leave distill out%s",
                     *(("the gates learn from their experts alone", "") if model.routed else
                       (f"{loss} has no use for it", ", or train with RIDELossWithDistill")))
-    if isinstance(criterion, ShiftedExperts) and model.backbone.use_experts == "rand":
+    if isinstance(criterion, ShiftedExperts) and model.drops_experts:
         raise ConfigError(f"arch.args.use_experts: \"rand\" leaves out another expert each step, and {loss} gives each "
                           "expert an offset of its own by its place; leave it out, or name the experts")
     asked = copy.deepcopy(criterion).train(not model.routed)    # gates have a loss of their own, and this in validation
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        logits = torch.arange(float(model.num_classes)).repeat(2, len(model.backbone.pick_experts()), 1)
+        experts = len(model.used_heads()) - model.drops_experts
+        logits = torch.arange(float(model.num_classes)).repeat(2, experts, 1)
         outputs = {"output": logits.mean(1), "logits": logits}
         asked(outputs if teacher is None else {**outputs, "teacher": logits.mean(1)}, torch.zeros(2, dtype=torch.long))
+    epochs = config["trainer"]["epochs"]
+    if criterion.reweight_epoch >= epochs and not model.routed:
+        log.warning("loss.args.reweight_epoch: %d, but trainer.epochs is %d, so that no class is ever re-weighted",
+                    criterion.reweight_epoch, epochs)
     data = (config.get("data_loader") or {}).get("args") or {}
     if not model.routed and power_of(data) < 1 and torch.as_tensor(criterion.added(logits.shape[1])).any():
         sampler = data["sampler"]["type"] if data.get("sampler") else "balanced"
         log.warning("loss.type: %s reckons with how rare a class is, and data_loader.args.sampler (%s) shows rare "
                     "classes more often, so that they are favoured twice; leave one of the two out", loss, sampler)
+
+
+#: What only expert assignment looks at.
+OF_GATES = ("top_choices_num", "pos_weight", "share_expert_help_pred_fc", "force_all", "route_threshold")
+
+
+def warn_of_no_effect(overrides: Iterable[Any], config: dict[str, Any], model: nn.Module,
+                      optimizer: torch.optim.Optimizer) -> None:
+    """Of values that were given on the command line and that nothing looks at, a warning says so. overrides: the
+    command line's (see `utils.config.load.Override`); optimizer: before any step."""
+    schedule = (config["lr_scheduler"] or {}).get("type")
+    dropped = SECTIONS["lr_scheduler"].dropped.get(schedule, ())
+    for item in overrides:
+        place, _, key = item.path.rpartition(".")
+        flag = item.flag if item.flag != "--set" else item.path
+        if place == "lr_scheduler.args" and key in dropped:
+            log.warning("%s: has no effect on %s; --set lr_scheduler.type=CustomLR falls in steps", flag, schedule)
+        elif place == "arch.args" and key in OF_GATES and task_name(model) != "detection" and not model.routed:
+            log.warning("%s: has no effect, as %s has no gates; it is for expert assignment", flag,
+                        config["arch"]["type"])
+        elif item.path == "optimizer.args.lr":
+            _warn_of_idle_rate(flag, config["optimizer"]["args"]["lr"], config["trainer"], model, optimizer)
+
+
+def _warn_of_idle_rate(flag: str, rate: float, options: dict[str, Any], model: nn.Module,
+                       optimizer: torch.optim.Optimizer) -> None:
+    plan = freeze_plan(options["freeze"])
+    thaws = plan is not None and plan.until is not None and plan.until < options["epochs"]
+    waits = {id(p) for name, p in model.named_parameters() if name in set(model.waiting)}
+    rated = [p for group in optimizer.param_groups if group["lr"] == rate for p in group["params"]]
+    if not any(p.requires_grad or (thaws and id(p) in waits) for p in rated):
+        log.warning("%s: has no effect, as all that is trained has a rate of its own%s", flag,
+                    "" if options["classifier_lr"] is None else
+                    f": trainer.classifier_lr is {options['classifier_lr']:g}")

@@ -17,16 +17,12 @@ from typing import Any
 
 from logger.metrics_csv import csv_text
 from logger.text import count_of
-from tools.classify import Prediction, Predictions, classify, detect, facts_of, find_images
+from tools.classify import Prediction, Predictions, class_name, classify, detect, facts_of, find_images
 from tools.cli import check_file, parse_tool, tool_parser
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError
 
 # ---------------------------------------------------------------------- what is written
-
-def class_name(names: Sequence[str] | None, label: int) -> str:
-    return names[label] if names and 0 <= label < len(names) else str(label)
-
 
 def rows(done: Predictions, names: Sequence[str] | None) -> list[dict[str, Any]]:
     """A dict an image (of a detector, an instance), in the order of the CSV's columns; None for what isn't known."""

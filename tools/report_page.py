@@ -16,7 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from base.run_paths import RunPaths
-from logger.figures.drawings import Drawing, points
+from logger.figures.drawings import Drawing, percent
 from logger.figures.facts import BY_IMAGE, RunFacts
 from logger.figures.style import to_svg
 from logger.text import count_of
@@ -80,8 +80,8 @@ def _lead(facts: RunFacts) -> str:
     text = f"Of 100 {facts.images_name} this model names {100 * result['accuracy']:.0f} right."
     few, many = result.get("few_shot_acc"), result.get("many_shot_acc")
     if few is not None:
-        text += f" For classes with fewer than {facts.few} training images it's {points(few)}"
-        text += f", for those with more than {facts.many} it's {points(many)}." if many is not None else "."
+        text += f" For classes with fewer than {facts.few} training images it's {percent(few)}"
+        text += f", for those with more than {facts.many} it's {percent(many)}." if many is not None else "."
     return text
 
 
@@ -89,7 +89,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
     """The headline numbers: (name, value, unit, note, tone)."""
     result = facts.result
 
-    def percent(key: str) -> tuple[str, str]:
+    def headline(key: str) -> tuple[str, str]:
         value = result.get(key)
         return ("–", "") if value is None else (f"{100 * value:.1f}", "%")
     if not facts.classifies:
@@ -102,7 +102,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
                 ("few_shot_acc", "Few-shot", f"{sizes['few']}, under {facts.few} images", "few"),
                 ("macro_f1", "Macro-F1", "all classes alike", "quiet"),
                 ("ece", "ECE", "calibration error, 0 is best", "quiet")]
-    return [(name, *percent(key), note, tone) for key, name, note, tone in rows]
+    return [(name, *headline(key), note, tone) for key, name, note, tone in rows]
 
 
 def _sections(shown: list[tuple[Drawing, Any]]) -> list[tuple[str, bool, list[dict[str, Any]]]]:

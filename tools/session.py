@@ -1,7 +1,4 @@
-"""Where a run begins and what a finished one is: shared by train.py, test.py and the tools, all of them entry points.
-
-The pieces that a config names are made in `tools.parts`.
-"""
+"""How a run starts, and how a checkpoint's config and data are read; the pieces that a config names: `tools.parts`."""
 from __future__ import annotations
 
 import re
@@ -117,8 +114,9 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
             raise ConfigError(f"{flag} {key}: has its effect where a run begins, and -r {path} goes on with one; leave "
                               f"it out, or start a new run with --pretrained {path}")
     if re.match(r"superseded\d*-", path.name):
-        raise ConfigError(f"-r {path}: is of a course that its run has left; to go on with it, copy it to a folder of "
-                          f"its own as {path.name.partition('-')[2]}, or start a new run with --pretrained {path}")
+        raise ConfigError(f"-r {path}: belongs to epochs that its run has discarded; to go on with it, copy it to a "
+                          f"folder of its own as {path.name.partition('-')[2]}, or start a new run with --pretrained "
+                          f"{path}")
     staying = [item for item in args.overrides if item.path not in PLACE]
     if config is None:
         config = config_of(checkpoint, path, staying)
@@ -224,8 +222,9 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
         file = start.take(config["pretrained"])
         known = (facts_of_checkpoint(file) or {}).get("class_names")
         other = None not in (known, class_names) and list(known) != list(class_names)
-        if hasattr(model, "load_pretrained"):
-            log.info(model.load_pretrained(file, config["pretrained"], other))
+        said = model.load_pretrained(file, config["pretrained"], other)
+        if said is not None:
+            log.info(said)
         else:
             if other:
                 log.info("%s knows other classes: the classifier is left new", config["pretrained"])

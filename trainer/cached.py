@@ -94,6 +94,11 @@ class CachedFeatures:
                 raise ConfigError(f"{KEY}: features can't be mixed as images are; leave data_loader.args.mix out, or "
                                   "set it to null")
             log.info("%s: images are mixed from epoch %d on, features aren't", KEY, until + 1)
+        given = () if views else train_loader.augmentation.given
+        if given:
+            log.warning("%s: features are of images as they are; data_loader.args.%s %s", KEY, ", ".join(given),
+                        "have no effect ({\"views\": 4} augments)" if until is None else
+                        f"have an effect from epoch {until + 1} on")
         self.train: FeatureLoader | None = None
         self.valid: FeatureLoader | None = None
 

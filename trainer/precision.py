@@ -49,7 +49,7 @@ def allow_tf32(allowed: bool) -> bool:
 
 @contextlib.contextmanager
 def in_float32() -> Iterator[None]:
-    """In here convolutions are those of every processor, for figures that are quoted."""
+    """cuDNN's convolutions don't use TF32 in here, so that quoted figures agree on every processor."""
     before = allow_tf32(False)
     try:
         yield

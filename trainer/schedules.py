@@ -15,6 +15,7 @@ from trainer.optim.muon import Muon
 from trainer.optim.sam import SAM
 from trainer.rates import SCHEDULES, iteration_lr
 from utils.config.build import build, lookup
+from utils.config.check import monitored
 from utils.config.schema import TRAINER, defaults
 from utils.errors import ConfigError
 
@@ -86,6 +87,9 @@ def _own(kind: str, args: dict[str, Any], optimizer: torch.optim.Optimizer, epoc
     if 0 < args.get("warmup_epoch", 0) <= 1 and by == "epoch":
         log.warning("%s.args.warmup_epoch: %g is no warm-up: a rate holds for an epoch, and the first one's is the "
                     "whole; use 2 or more, or \"by\": \"step\"", path, args["warmup_epoch"])
+    for key, so in (("step1", "the rate never falls"), ("warmup_epoch", "the rate is never the whole one")):
+        if args.get(key, 0) >= epochs:
+            log.warning("%s.args.%s: %g, but trainer.epochs is %d, so that %s", path, key, args[key], epochs, so)
     restart = args.get("restart", [])
     epochs_given = [restart] if type(restart) is int else restart
     if not isinstance(epochs_given, list) or any(type(epoch) is not int or epoch < 1 for epoch in epochs_given) or (
@@ -146,7 +150,7 @@ def _in_proportion(args: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
 
 def _by_figure(args: dict[str, Any], monitor: str, path: str) -> dict[str, Any]:
     """A plateau is one of the monitored figure, in the monitor's direction; of the loss where nothing is monitored."""
-    mode = "min" if monitor == "off" else monitor.split()[0]
+    mode = "min" if monitor == "off" else monitored(monitor)[0]
     if args.get("mode", mode) != mode:
         known = f"trainer.monitor is {monitor!r}" if monitor != "off" else "nothing is monitored, so it gets the loss"
         raise ConfigError(f"{path}.args.mode: {args['mode']!r}, but {known}; use {mode!r} or monitor another figure")

@@ -46,7 +46,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
         else:
             status = _fail(f"{error.filename or 'writing'}: {error.strerror}", 1)
     except Exception as error:
-        if _joined_ranks() and any(name in str(error) for name in ("gloo", "NCCL")):
+        if dist.initialised() and any(name in str(error) for name in ("gloo", "NCCL")):
             # The other process says on stderr what happened to it; our traceback would bury that.
             sys.stdout.write(f"rank {dist.rank()}: lost another process of the run ({str(error).splitlines()[0]})\n")
             status = 1
@@ -66,11 +66,6 @@ def _fail(message: str, status: int) -> int:
         _flush()
         sys.stderr.write(f"{message}\n")
     return status
-
-
-def _joined_ranks() -> bool:
-    module = sys.modules.get("torch.distributed")
-    return module is not None and module.is_available() and module.is_initialized()
 
 
 def _show_on_stdout(message: Any, *_: Any) -> None:

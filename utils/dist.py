@@ -17,8 +17,8 @@ T = TypeVar("T")
 LAUNCHED_HERE = "LTR_LAUNCHED_BY_PYTHON"
 
 
-def _initialised() -> bool:
-    # Asked of every mistake, also before torch is imported: without it nobody can have joined a group.
+def initialised() -> bool:
+    """Whether this process has joined others. Imports nothing: without torch nobody can have joined."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized()
 
@@ -63,7 +63,7 @@ def setup(device: torch.device | str, timeout_s: float = 600) -> None:
 
     Raises ConfigError where WORLD_SIZE is set but the rest of what torchrun sets isn't.
     """
-    if world_size() == 1 or _initialised():
+    if world_size() == 1 or initialised():
         return
     import torch
     device = torch.device(device)
@@ -79,21 +79,21 @@ def setup(device: torch.device | str, timeout_s: float = 600) -> None:
 
 def cleanup() -> None:
     """Leave the process group, if any."""
-    if _initialised():
+    if initialised():
         import torch.distributed as dist
         dist.destroy_process_group()
 
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if _initialised():
+    if initialised():
         import torch.distributed as dist
         dist.barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over all processes, in place, and return it."""
-    if _initialised():
+    if initialised():
         import torch.distributed as dist
         dist.all_reduce(tensor)
     return tensor
@@ -101,7 +101,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def broadcast_object(value: object) -> object:
     """Rank 0's plain value, on every rank."""
-    if not _initialised():
+    if not initialised():
         return value
     import torch.distributed as dist
     box = [value]
@@ -111,7 +111,7 @@ def broadcast_object(value: object) -> object:
 
 def first_to_say(message: str) -> bool:
     """True for one only of the ranks that have this to say: rank 0 before they have joined, then who comes first."""
-    if not _initialised():
+    if not initialised():
         return is_main()
     from torch.distributed.distributed_c10d import _get_default_store
     try:
@@ -120,14 +120,19 @@ def first_to_say(message: str) -> bool:
         return True
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's plain value, by rank; all ranks must call it."""
+    if not initialised():
+        return [value]
+    import torch.distributed as dist
+    values = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank; all ranks must call it."""
-    if not _initialised():
-        return flag
-    import torch.distributed as dist
-    flags = [flag] * world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    return any(gather_objects(flag))
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -135,7 +140,7 @@ def on_main(work: Callable[[], T]) -> T:
 
     Where it fails, every rank raises: ranks that went on would wait for rank 0 in vain. Only rank 0's error is shown.
     """
-    if not _initialised():
+    if not initialised():
         return work()
     failed: Exception | None = None
     value, message = None, None
@@ -159,7 +164,7 @@ def all_gather_with_grad(features: torch.Tensor) -> tuple[torch.Tensor, int]:
 
     Ranks may hold different n_r. Returns (all [sum n_r, ...], offset of this rank's rows).
     """
-    if not _initialised():
+    if not initialised():
         return features, 0
     import torch
     import torch.distributed as dist

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from utils.errors import ConfigError
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_args: Any) -> Iterator[IO]:
@@ -49,3 +51,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all. NaN and infinity are refused (ValueError)."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def check_folder_name(name: str, key: str) -> None:
+    """Raises ConfigError, in the name of `key`, for what can't name a folder on every system."""
+    if name in ("", ".", "..") or len(name.encode(errors="replace")) > 200 or any(c in "/\\" or c < " " for c in name):
+        raise ConfigError(f"{key}: {name[:80]!r} can't name a folder; use letters, digits, '-' and '_'")

@@ -124,6 +124,6 @@ def resized(width: int, height: int, min_size: int, max_size: int) -> tuple[int,
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """A picture as float [3, H, W], 0 to 1."""
+def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
+    """A picture, or its pixels as uint8 [H, W, 3], as float [3, H, W], 0 to 1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_loader.datasets import digit_scans
 from data_loader.detection.masks import encode, mask_tools
-from utils.dist import barrier, is_main
+from utils.dist import barrier, local_rank
 from utils.errors import ConfigError
 from utils.files import atomic_write, write_json
 from utils.seed import numpy_rng
@@ -38,7 +38,8 @@ def scenes_folder(data_dir: str | Path, settings: dict[str, Any]) -> Path:
 
 def make_scenes(data_dir: str | Path, *, image_size: int = 128, n_max: int = 300, imb_factor: float = 0.02,
                 n_val: int = 40, scene_seed: int = 0) -> Path:
-    """Write the scenes, unless they are there, in COCO's layout; returns their folder.
+    """Write the scenes, unless they are there, in COCO's layout; returns their folder. Of several processes one a
+    machine writes: the same bytes, where they share a disk.
 
     Args:
         image_size: the scenes' longer side in pixels, at least 64; a third of them are narrower or lower.
@@ -56,7 +57,7 @@ def make_scenes(data_dir: str | Path, *, image_size: int = 128, n_max: int = 300
     mask_tools()  # that it is missing is said before anything is written
     folder = scenes_folder(data_dir, settings)
     stamp = folder / "scenes.json"
-    if is_main() and not _is_complete(stamp, settings):
+    if local_rank() == 0 and not _is_complete(stamp, settings):
         try:
             _write_split(folder, "train", instance_counts(n_max, imb_factor), settings, 0)
             _write_split(folder, "val", [n_val] * 10, settings, 1)

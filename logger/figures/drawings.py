@@ -30,7 +30,7 @@ class Drawing:
     half: bool = False
 
 
-def points(value: float | None) -> str:
+def percent(value: float | None) -> str:
     """A fraction as percent: 78.1 %."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
@@ -118,7 +118,7 @@ def _classes_text(facts: RunFacts) -> str:
     line = " The line is the trend." if len(known) >= 12 else ""
     images = count_of(facts.counts[worst], "training image", "training images")
     return (f"Each dot is a class, rare ones on the left.{line} The weakest is “{facts.names[worst]}” "
-            f"({images}) with {points(min(known)[0])}.")
+            f"({images}) with {percent(min(known)[0])}.")
 
 
 def _training_text(facts: RunFacts) -> str:
@@ -126,9 +126,9 @@ def _training_text(facts: RunFacts) -> str:
     if not rows:
         return "The figures after each epoch."
     best, last = max(rows, key=lambda row: row["val_accuracy"]), rows[-1]
-    end = f"Validation accuracy ended at {points(last['val_accuracy'])} after epoch {last['epoch']:.0f}"
+    end = f"Validation accuracy ended at {percent(last['val_accuracy'])} after epoch {last['epoch']:.0f}"
     more = "." if best["val_accuracy"] <= last["val_accuracy"] else \
-        f"; its best was {points(best['val_accuracy'])} in epoch {best['epoch']:.0f}."
+        f"; its best was {percent(best['val_accuracy'])} in epoch {best['epoch']:.0f}."
     return end + more + (" A training accuracy far above the validation accuracy means that the model knows its images "
                          "by heart. The training loss may have terms that the validation loss hasn't.")
 
@@ -152,25 +152,25 @@ def _reliability_text(facts: RunFacts) -> str:
     gap = sure - right
     verdict = "about as sure as it should be" if abs(gap) < 0.02 else \
         f"{'over' if gap > 0 else 'under'}confident by {100 * abs(gap):.0f} points"
-    return (f"It is sure to {points(sure)} on average and right in {points(right)}: {verdict}. A dot under the dashed "
-            "line is overconfidence; bigger dots hold more images.")
+    return (f"It is sure to {percent(sure)} on average and right in {percent(right)}: {verdict}. A dot under the "
+            "dashed line is overconfidence; bigger dots hold more images.")
 
 
 def _experts_text(facts: RunFacts, own: dict[str, list[float | None]]) -> str:
     together, best = facts.together()["all"], max(own["all"])
     gain = 100 * (together - best)
-    text = (f"All {len(own['all'])} experts together get {points(together)} right, "
+    text = (f"All {len(own['all'])} experts together get {percent(together)} right, "
             f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'} than the best one alone.")
     differ = facts.result.get("expert_disagreement")
     if differ is None:
         return text
     why = ": what one misses another may know." if gain > 0 else "."
-    return f"{text} Two of them differ on {points(differ)} of the images{why}"
+    return f"{text} Two of them differ on {percent(differ)} of the images{why}"
 
 
 def _share_text(shares: dict[str, list[float] | None]) -> str:
     def mean(key: str) -> float | None:
         return None if not shares.get(key) else float(np.dot(shares[key], np.arange(1, len(shares[key]) + 1)))
-    text = f"{points(shares['all'][0])} of the images were settled by one expert; the mean is {mean('all'):.2f}."
+    text = f"{percent(shares['all'][0])} of the images were settled by one expert; the mean is {mean('all'):.2f}."
     groups = [f"{GROUP_LABELS[group]} {mean(group):.2f}" for group in GROUPS if mean(group) is not None]
     return f"{text} By group: {', '.join(groups)}. Rare classes should need more."

@@ -281,7 +281,7 @@ def test_official_lists(tmp_path: Path, loader: type, name: str, parts: tuple, b
     train = loader(str(tmp_path), 4, num_workers=0)
     assert train.split_validation().n_samples == 11 and (train.validation_note is None) == ("test" in parts)
     images, labels = next(iter(train))
-    assert images.shape == (4, 3, 224, 224) and train.jitter == (0 if name.startswith("iNat") else 0.4)
+    assert images.shape == (4, 3, 224, 224) and train.augmentation.jitter == (0 if name.startswith("iNat") else 0.4)
     assert loader(str(tmp_path), 4, training=False, num_workers=0).n_samples == 11
     assert train.preprocess["resize"] == 256
 

@@ -71,6 +71,13 @@ def test_a_loader_mixes_training_batches_alone_and_stops_for_the_last_epochs() -
     assert all(torch.is_tensor(labels) for _, labels in test)
 
 
+@pytest.mark.parametrize(("epochs", "says"), [(2, "no image is mixed: data_loader.args.mix.off_epochs is 2"),
+                                              (3, "images are mixed")])
+def test_a_run_too_short_for_its_mixing_is_told_so(epochs: int, says: str) -> None:
+    loader = DigitsLTDataLoader(batch_size=64, image_size=8, epochs=epochs, mix={"type": "mixup", "off_epochs": 2})
+    assert any(says in line for line in loader.summary())
+
+
 def test_a_mixed_epoch_that_goes_on_in_its_middle_is_the_same() -> None:
     def batches(start: int) -> list:
         loader = DigitsLTDataLoader(batch_size=64, image_size=8, seed=2, mix={"type": "cutmix"})

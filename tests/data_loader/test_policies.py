@@ -164,3 +164,10 @@ def test_alternating_flips_show_both_sides_in_two_epochs() -> None:
 def test_wrong_values_name_their_key(wrong: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         DigitsLTDataLoader(batch_size=8, **wrong)
+
+
+@pytest.mark.parametrize(("args", "says"), [({"jitter": 0.4}, "jitter has no effect on images this small"),
+                                            ({"jitter": 0.0}, None), ({}, None)])
+def test_jitter_of_small_images_is_said_to_do_nothing(args, says):
+    notes = DigitsLTDataLoader(batch_size=64, image_size=8, **args).notes
+    assert any(says in note for note in notes) if says else not any("jitter" in note for note in notes)

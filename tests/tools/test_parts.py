@@ -9,7 +9,9 @@ from torch import nn
 
 from model.loss import LDAMLoss, build_loss
 from model.model import build_model
-from tools.parts import check_loss
+from tools.parts import check_loss, warn_of_no_effect
+from trainer.schedules import build_optimizer
+from utils.config.load import Override, check_config
 from utils.errors import ConfigError
 
 COUNTS = [9, 5, 2]
@@ -24,7 +26,7 @@ class Own(LDAMLoss):
 
 def parts(loss: str, arch: str = "ResNet32Model", counts: list[int] = COUNTS, **args):
     config = {"arch": {"type": arch, "args": {"num_classes": 3, **args}}, "loss": {"type": loss},
-              "trainer": {"type": "Trainer"}}
+              "trainer": {"type": "Trainer", "epochs": 9}}
     return config, build_loss(config["loss"], counts), build_model(config["arch"])
 
 
@@ -94,3 +96,40 @@ def test_rare_classes_favoured_twice_are_warned_of(loss, data, warned, caplog, m
     with caplog.at_level(logging.WARNING):
         check_loss({**config, "data_loader": {"type": "DigitsLTDataLoader", "args": data}}, criterion, model)
     assert (warned in caplog.text and "favoured twice" in caplog.text) if warned else not caplog.records
+
+
+@pytest.mark.parametrize(("epoch", "warned"), [(8, False), (9, True), (-1, False)])
+def test_a_re_weighting_that_never_comes_is_said(epoch, warned, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
+    config, criterion, model = parts("LDAMLoss", use_norm=True)
+    criterion.reweight_epoch = epoch
+    with caplog.at_level(logging.WARNING):
+        check_loss(config, criterion, model)
+    assert ("reweight_epoch: 9, but trainer.epochs is 9" in caplog.text) is warned
+
+
+FREEZE = {"until": "epoch 2", "what": "backbone"}
+
+
+@pytest.mark.parametrize(("path", "value", "trainer", "more", "says"), [
+    ("lr_scheduler.args.step1", 3, {}, {"lr_scheduler": {"type": "CosLR", "args": {}}}, "no effect on CosLR"),
+    ("lr_scheduler.args.step1", 3, {}, {}, None), ("arch.args.pos_weight", 7, {}, {}, "ResNet32Model has no gates"),
+    ("arch.args.pos_weight", 7, {}, {"arch": {"type": "ResNet32EAModel", "args": {"num_experts": 2}}}, None),
+    ("optimizer.args.lr", 0.5, {"freeze": "backbone", "classifier_lr": 0.01}, {}, "trainer.classifier_lr is 0.01"),
+    ("optimizer.args.lr", 0.5, {"freeze": FREEZE, "classifier_lr": 0.01, "epochs": 2}, {}, "has no effect"),
+    ("optimizer.args.lr", 0.5, {"freeze": FREEZE, "classifier_lr": 0.01, "epochs": 3}, {}, None),
+    ("optimizer.args.lr", 0.5, {"freeze": "backbone"}, {}, None), ("optimizer.args.lr", 0.5, {}, {}, None)])
+def test_what_a_flag_cannot_do_is_said(path, value, trainer, more, says, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("ltr"), "propagate", True)
+    config = {"arch": {"type": "ResNet32Model", "args": {}}, "loss": {"type": "CrossEntropyLoss"},
+              "data_loader": {"type": "DigitsLTDataLoader"}, "optimizer": {"type": "SGD", "args": {"lr": 0.1}},
+              "lr_scheduler": {"type": "CustomLR", "args": {"step1": 2, "step2": 3}}, **more,
+              "trainer": {"epochs": 4, **trainer}}
+    given = [Override(path, value, "--set", str(value))]
+    config = check_config(config, given)
+    model = build_model(config["arch"], 3)
+    if config["trainer"]["freeze"] is not None:
+        model.freeze(config["trainer"]["freeze"])
+    with caplog.at_level(logging.WARNING):
+        warn_of_no_effect(given, config, model, build_optimizer(config["optimizer"], model, config["trainer"]))
+    assert says in caplog.text if says else not caplog.records

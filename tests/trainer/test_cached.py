@@ -219,6 +219,16 @@ def test_what_would_change_features_is_refused(sections, said, runs, stage1):
     assert not runs.models("refused").exists()
 
 
+@pytest.mark.parametrize(("trainer", "args", "says"), [
+    ({"freeze": "backbone"}, {"augment": "autoaugment", "cutout": 4}, "args.augment, cutout have no effect"),
+    ({"freeze": UNTIL["freeze"]}, {"rotation": 5}, "rotation have an effect from epoch 3 on"),
+    ({"freeze": "backbone", "cache_features": {"views": 2}}, {"cutout": 4}, None), ({"freeze": "backbone"}, {}, None)])
+def test_augmentation_that_features_do_not_have_is_told(trainer, args, says, runs, stage1, capsys):
+    runs("plain", "--pretrained", stage1[1], "--dry_run", trainer={**CACHED, **trainer}, data_loader={"args": args})
+    said = capsys.readouterr().out
+    assert says in said if says else "effect" not in said
+
+
 def test_nothing_to_thaw_is_refused(runs, stage1):
     with pytest.raises(ConfigError, match=r"freeze\.until: leaves nothing to thaw"):
         runs("refused", "--load_crt", stage1[1], trainer={"freeze": {"until": 1}})

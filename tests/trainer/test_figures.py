@@ -63,6 +63,15 @@ def test_a_figure_that_no_image_counts_for_stops_nothing(runs, capfd):
     assert (models / "checkpoint-epoch3.pth").exists() and "early stop" not in said
 
 
+@pytest.mark.parametrize(("wrong", "right"), [
+    ("max val_loss", "min val_loss"), ("min val_accuracy", "max val_accuracy"), ("max val_ece", "min val_ece"),
+    ("max loss", "min loss")])
+def test_the_worst_epoch_isnt_monitored(runs, wrong, right):
+    with pytest.raises(ConfigError, match=f"^trainer.monitor: .*worst epoch; write \"{right}\""):
+        runs("worst", "--set", f"trainer.monitor={wrong}")
+    assert not runs.models("worst").exists()
+
+
 def test_an_early_stop_names_the_epoch_it_reached(runs, capsys):
     runs("early", "--epochs", 9, "--set", "trainer.monitor=max val_accuracy", "--set", "trainer.early_stop=1",
          optimizer={"args": {"lr": 1e-12}})
@@ -83,10 +92,8 @@ def test_every_ranks_images_are_drawn(monkeypatch):
     other = {key: value[:1] for key, value in mine.items()}
     none = {key: value[:0] for key, value in mine.items()}
 
-    def gather(shares, kept):
-        shares[:] = [kept, none, other]
     monkeypatch.setattr(watch.dist, "world_size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(watch.dist, "gather_objects", lambda kept: [kept, none, other])
     whole = watch.gather_images({**mine, "accuracy": 0.5})
     assert set(whole) == {"labels", "predictions", "confidences"}
     assert whole["labels"].tolist() == [0, 1, 0]

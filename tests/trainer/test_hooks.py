@@ -1,4 +1,5 @@
 """Hooks: averaged weights, and what a run shows in TensorBoard where it is asked to."""
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -256,6 +257,7 @@ def test_the_average_is_what_is_tested_and_the_raw_weights_can_be(runs, capsys):
     ({"ema": {"every": 0}}, "trainer.ema.every"), ({"swa": {"epochs": 0}}, "trainer.swa.epochs"),
     ({"swa": {}}, "trainer.swa.epochs"), ({"swa": {"epochs": 1}, "norm": "MABN"}, "trainer.swa: .*MABN"),
     ({"hooks": [{"type": "Profilr"}]}, "Profiler"),
+    ({"hooks": [{"type": "Curves"}]}, r"hooks\[0\]: Curves is there already"),
     ({"hooks": [{"type": "WeightAverage"}]}, r"trainer\.ema switches on"),
     ({"hooks": [{"type": "EpochAverage"}]}, r"trainer\.swa switches on")])
 def test_wrong_options_are_named_and_nothing_is_written(runs, options, says):
@@ -273,6 +275,40 @@ def test_a_hook_with_state_has_a_place_for_it():
     class Named(Counter):
         key = "mine"
     assert (Hook.key, Counter.key, Named.key) == ("", "Counter", "mine")
+
+
+class Steps(Hook):
+    """Counts every so many steps."""
+
+    def __init__(self, run, every: int = 1):
+        super().__init__(run)
+        self.every, self.n = every, 0
+
+    def step_taken(self, outputs, labels, gradient_norm):
+        self.n += self.every
+
+    def state_dict(self):
+        return {"n": self.n}
+
+    def load_state_dict(self, state, checkpoint):
+        self.n = state["n"]
+
+
+def test_two_hooks_of_a_class_keep_a_state_each(runs):
+    hooks = [{"type": f"{__name__}:Steps", "args": {"every": every}} for every in (1, 10)]
+    models = runs("both", "--epochs", 1, trainer={"hooks": hooks})
+    states = torch.load(models / "checkpoint-epoch1.pth", weights_only=True)["extra"]["hooks"]
+    assert {key: state["n"] for key, state in states.items() if key.startswith("Steps")} == {"Steps": 4, "Steps-2": 40}
+    runs(None, "-r", models / "checkpoint-epoch1.pth", "--epochs", 2, "--set", f"trainer.hooks={json.dumps(hooks)}")
+    states = torch.load(models / "checkpoint-epoch2.pth", weights_only=True)["extra"]["hooks"]
+    assert (states["Steps"]["n"], states["Steps-2"]["n"]) == (8, 80)
+
+
+@pytest.mark.parametrize("batch", [6, 23])
+def test_a_trace_of_an_epoch_of_few_steps(runs, batch):
+    runs("traced", "--epochs", 1, "--profile", data_loader={"args": {"batch_size": batch}})
+    trace = json.loads((runs.log("traced") / "profile/trace.pt.trace.json").read_text())
+    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
 
 
 # ---- several batches, one step -------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_figures_that_are_asked_for_in_the_middle_of_an_epoch(runs, signal_at) -
 def test_another_figure_begins_anew(quick, runs, capfd) -> None:
     flags = ("--epochs", 4, "--set", "trainer.monitor=min val_loss")
     models = runs("one", *flags)
-    runs(None, "-r", models / "checkpoint-epoch3.pth", "--set", "trainer.monitor=max loss")
+    runs(None, "-r", models / "checkpoint-epoch3.pth", "--set", "trainer.monitor=min loss")
     assert torch.load(models / "checkpoint-epoch4.pth", weights_only=True)["monitor_best"] == 1.0
     assert "the best so far begins anew" in capfd.readouterr().out
 

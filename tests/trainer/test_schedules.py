@@ -181,6 +181,17 @@ def test_no_warm_up_by_another_name_is_said(caplog: pytest.LogCaptureFixture, ca
     assert f"warmup_epoch: {says} is no warm-up" in said if says else "no warm-up" not in said
 
 
+@pytest.mark.parametrize(("kind", "args", "says"), [
+    ("CustomLR", {"step1": EPOCHS, "step2": EPOCHS}, f"step1: {EPOCHS}, but trainer.epochs is {EPOCHS}"),
+    ("CustomLR", {"step1": EPOCHS - 1, "step2": EPOCHS}, None),
+    ("CosLR", {"warmup_epoch": EPOCHS + 2}, f"warmup_epoch: {EPOCHS + 2}, but"),
+    ("LinearLR0", {"warmup_epoch": 2}, None)])
+def test_what_lies_beyond_the_runs_end_is_said(caplog: pytest.LogCaptureFixture, capsys, kind, args, says) -> None:
+    build_scheduler({"type": kind, "args": args}, sgd(), EPOCHS, STEPS)
+    said = caplog.text + "".join(capsys.readouterr())
+    assert says in said if says else "trainer.epochs" not in said
+
+
 def test_a_plateau_gets_the_monitored_figure_in_its_direction(runs) -> None:
     """Its accuracy may rise while the loss falls; what counts is what is monitored."""
     runs("plateau", "--epochs", 6, "--set", "trainer.monitor=max val_accuracy", "--set", "trainer.save_period=6",

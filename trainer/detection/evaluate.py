@@ -87,15 +87,14 @@ class CocoEvaluator:
 
     def gather(self) -> None:
         """Bring together what the ranks have; afterwards all have the same, each image once."""
-        if dist.world_size() > 1:
-            parts = [json.loads(text) for text in gather_texts(json.dumps([self.image_ids, self.results]))]
-            seen: set[int] = set()
-            self.image_ids, self.results = [], []
-            for ids, results in parts:
-                new = set(ids) - seen
-                seen |= new
-                self.image_ids += [i for i in ids if i in new]
-                self.results += [entry for entry in results if entry["image_id"] in new]
+        parts = dist.gather_objects((self.image_ids, self.results))
+        seen: set[int] = set()
+        self.image_ids, self.results = [], []
+        for ids, results in parts:
+            new = set(ids) - seen
+            seen |= new
+            self.image_ids += [i for i in ids if i in new]
+            self.results += [entry for entry in results if entry["image_id"] in new]
         # One order whatever the number of ranks: ties between equal scores are broken by it.
         self.image_ids.sort()
         self.results.sort(key=lambda entry: (entry["image_id"], -entry["score"]))
@@ -182,21 +181,6 @@ def class_groups(cls_num_list: list[int] | None, limits: dict[str, int]) -> dict
     for k, n in enumerate(cls_num_list or []):
         groups[shot_group(n, **limits)].append(k)
     return groups
-
-
-def gather_texts(text: str) -> list[str]:
-    """Every rank's text, as bytes in tensors: nothing is pickled."""
-    import torch.distributed as torch_dist
-    device = "cuda" if torch_dist.get_backend() == "nccl" else "cpu"
-    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
-    sizes = torch.zeros(dist.world_size(), dtype=torch.long, device=device)
-    sizes[dist.rank()] = len(mine)
-    torch_dist.all_reduce(sizes)
-    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device)
-    padded[: len(mine)] = mine
-    parts = [torch.zeros_like(padded) for _ in range(dist.world_size())]
-    torch_dist.all_gather(parts, padded)
-    return [bytes(part[: int(n)].cpu().numpy()).decode() for part, n in zip(parts, sizes)]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_loader.detection.dataset import to_tensor
 from logger.figures.detections import as_picture, draw_detections
 from logger.log import get_logger
 from trainer.detection.evaluate import KINDS, evaluate_detector
@@ -54,7 +55,7 @@ class DetectionCurves(Curves):
         model = run.judged_model.eval()
         for i in range(min(PICTURES, loader.n_samples)):
             picture = loader.raw_image(i)
-            image = torch.from_numpy(picture).permute(2, 0, 1).float().div(255).to(run.device)
+            image = to_tensor(picture).to(run.device)
             with torch.no_grad(), autocast(run.device, run.amp):
                 found = model([image])["detections"][0]
             drawn = draw_detections(picture, found, loader.class_names)

@@ -42,7 +42,7 @@ class Hook:
     constructor. Raises ConfigError for options that don't fit the model.
     """
 
-    #: Under which its state stands in the checkpoint; none where there is nothing to keep.
+    #: The key of its state in the checkpoint; empty where it keeps none.
     key = ""
 
     def __init_subclass__(cls, **more: Any):
@@ -55,8 +55,8 @@ class Hook:
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
-        """Whether the config's `trainer` asks for it."""
-        return True
+        """Whether a key of the config's `trainer` asks for it; what `trainer.hooks` lists is there anyway."""
+        return False
 
     def first_batch(self, images: Any) -> None:
         """The run's first training batch, before its step; on every rank, where the writer is a no-op but on rank 0."""

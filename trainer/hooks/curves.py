@@ -24,6 +24,10 @@ class Curves(Hook):
         super().__init__(run)
         self.gradient_norm: torch.Tensor | None = None
 
+    @classmethod
+    def wanted(cls, options: dict[str, Any]) -> bool:
+        return True
+
     def first_batch(self, images: torch.Tensor) -> None:
         if not self.run.writer or not self.run.options["image_grid"]:
             return
@@ -110,8 +114,7 @@ def gather_images(result: dict[str, Any]) -> dict[str, Any]:
     kept = {key: result[key] for key in BY_IMAGE if key in result}
     if dist.world_size() == 1:
         return kept
-    shares: list[Any] = [None] * dist.world_size()
-    torch.distributed.all_gather_object(shares, kept)
-    shares = [share for share in shares if len(share.get("labels", ()))]  # a rank may have had no image at all
+    # A rank may have had no image at all.
+    shares = [share for share in dist.gather_objects(kept) if len(share.get("labels", ()))]
     return {key: np.concatenate([share[key] for share in shares]) for key in BY_IMAGE
             if shares and all(key in share for share in shares)}

@@ -17,7 +17,7 @@ class Profiler(Hook):
     def __init__(self, run: Run):
         super().__init__(run)
         self.profiler: torch.profiler.profile | None = None
-        self.done = False
+        self.done = self.written = False
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
@@ -32,14 +32,19 @@ class Profiler(Hook):
         def keep(profiler: torch.profiler.profile) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(target))
+            self.written = True
             log.info("profile written to %s (open it in https://ui.perfetto.dev)", target)
 
+        steps = -(-len(self.run.train_loader) // self.run.options["accumulate"])
+        active = min(3, steps)
+        warmup = min(2, steps - active)
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.run.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.profiler = torch.profiler.profile(
             activities=activities, on_trace_ready=keep, record_shapes=True,
-            schedule=torch.profiler.schedule(wait=1, warmup=2, active=3, repeat=1))
+            schedule=torch.profiler.schedule(wait=min(1, steps - active - warmup), warmup=warmup, active=active,
+                                             repeat=1))
         self.profiler.start()
 
     def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
@@ -50,3 +55,5 @@ class Profiler(Hook):
         if self.profiler is not None:
             self.profiler.stop()
             self.profiler = None
+            if not self.written:
+                log.warning("trainer.profile: no trace, as the epoch went on with fewer steps than are traced")

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from utils.config.annotation import Mismatch, convert, shown
-from utils.config.outside import is_outside, load_outside
+from utils.config.outside import import_named, is_outside
 from utils.config.signature import Signature, of_callable
 from utils.errors import ConfigError, unknown
 
@@ -75,12 +75,12 @@ def lookup(table: ModuleType | Mapping[str, Any], name: Any, path: str, what: st
         what: what is looked for, for the message.
     """
     if is_outside(name):
-        return load_outside(name, path)
+        return import_named(name, path)
     names = public_names(table)
     if not isinstance(name, str) or name not in names:
         raise unknown(path, name, names, what)
     found = table[name] if isinstance(table, Mapping) else getattr(table, name)
-    return load_outside(found, path) if isinstance(found, str) else found
+    return import_named(found, path) if isinstance(found, str) else found
 
 
 def build(table: ModuleType | Mapping[str, Callable], spec: Mapping[str, Any], path: str, *args: Any,

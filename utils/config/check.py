@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.config.annotation import parse, shown
 from utils.config.build import check_args, check_value, lookup, public_names
-from utils.config.outside import is_outside, load_outside, short_name
+from utils.config.outside import import_named, is_outside, short_name
 from utils.config.schema import COUNTED, DETECTED, LIMITS, METRICS, NESTED, SECTIONS, Section
 from utils.config.signature import Signature, of_callable
 from utils.errors import ConfigError, unknown
@@ -131,12 +131,7 @@ def _table(section: Section) -> dict[str, Any]:
 
 
 def _base(section: Section) -> type:
-    return load_outside(section.base, "base")
-
-
-def known_types(name: str) -> list[str]:
-    """The types of ours and torch's that section `name` of a config can have."""
-    return list(_table(SECTIONS[name]))
+    return import_named(section.base, "base")
 
 
 def constructor(section: Section, kind: str, path: str) -> Callable:
@@ -150,7 +145,7 @@ def constructor(section: Section, kind: str, path: str) -> Callable:
     return found
 
 
-def task_of(kind: Any) -> str:
+def task_name(kind: Any) -> str:
     """What a model learns or a loader gives: "classification" (a class an image) or "detection" (boxes and masks)."""
     return getattr(kind, "task", "classification")
 
@@ -208,14 +203,19 @@ def check_metrics(metrics: list[str]) -> None:
             raise ConfigError(f"metrics[{i}]: {short_name(name)} is there twice")
 
 
-def check_monitor(monitor: str, metrics: list[str], task: str) -> None:
-    """`off`, or `min` or `max` and the name of a figure, of boxes and masks for detection only. Raises ConfigError."""
-    if monitor == "off":
-        return
+def monitored(monitor: str) -> tuple[str, str]:
+    """("min" or "max", a figure's name) of `trainer.monitor`; ("off", "") where it is "off". Raises ConfigError."""
     mode, _, name = monitor.partition(" ")
-    if mode not in ("min", "max") or not name:
-        raise ConfigError(f"trainer.monitor: must be \"off\", \"max val_accuracy\", \"min val_loss\" or the like, "
-                          f"not {shown(monitor)}")
+    if monitor != "off" and (mode not in ("min", "max") or not name):
+        raise ConfigError(f"trainer.monitor: must be \"off\", \"max val_accuracy\" or the like, not {shown(monitor)}")
+    return mode, name.strip()
+
+
+def check_monitor(monitor: str, metrics: list[str], task: str) -> None:
+    """Whether a figure of that name will be there, of boxes and masks for detection only. Raises ConfigError."""
+    mode, name = monitored(monitor)
+    if mode == "off":
+        return
     table = metric_table()
     trained = [short_name(metric) for metric in metrics if metric_kind(lookup(table, metric, "metrics")) == "batch"]
     found = DETECTED if task == "detection" else ()

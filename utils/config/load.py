@@ -20,12 +20,13 @@ from utils.config.check import (
     check_part,
     check_within,
     constructor,
-    task_of,
+    task_name,
 )
 from utils.config.outside import is_outside, outside_names, refuse_outside
 from utils.config.read import MAX_DEPTH, plain, read_config
 from utils.config.schema import GROUPS, HOOKS, REQUIRED, SECTIONS, STARTS, TOP, TRAINER, TRAINERS, Row
 from utils.errors import ConfigError, unknown
+from utils.files import check_folder_name
 
 #: The order of keys in an effective config.
 _ORDER = ("name", "n_gpu", "seed", "arch", "data_loader", "optimizer", "loss", "metrics", "groups", "lr_scheduler",
@@ -127,7 +128,10 @@ def _check(config: dict[str, Any], overrides: list[Override]) -> dict[str, Any]:
         top[name] = check_form(name, config.get(name), overrides)
     top["groups"] = _check_rows(config.get("groups"), GROUPS, "groups.", texts)
     top["trainer"] = _check_rows(config.get("trainer"), TRAINER, "trainer.", texts)
-    _check_name(top["name"])
+    check_folder_name(top["name"], "name")
+    for part, key in ((top["trainer"], "save_dir"), (top["data_loader"]["args"], "data_dir")):
+        if isinstance(part.get(key), str):
+            part[key] = os.path.expanduser(part[key])
     if top["groups"]["few"] > top["groups"]["many"]:
         raise ConfigError(f"groups.few: must be at most groups.many ({top['groups']['many']}), "
                           f"not {top['groups']['few']}")
@@ -143,7 +147,7 @@ def _check(config: dict[str, Any], overrides: list[Override]) -> dict[str, Any]:
         if top[name]:
             top[name] = check_classes(name, top[name], texts)
     check_metrics(top["metrics"])
-    task = task_of(constructor(SECTIONS["arch"], top["arch"]["type"], "arch.type"))
+    task = task_name(constructor(SECTIONS["arch"], top["arch"]["type"], "arch.type"))
     check_monitor(top["trainer"]["monitor"], top["metrics"], task)
     if isinstance(top["init_classifier"], str):
         top["init_classifier"] = {"type": top["init_classifier"]}
@@ -180,19 +184,14 @@ def _check_rows(values: Any, rows: tuple[Row, ...], prefix: str, texts: Mapping[
     return checked
 
 
-def _check_name(name: str) -> None:
-    if name in ("", ".", "..") or len(name) > 200 or any(char in name for char in "/\\"):
-        raise ConfigError(f"name: {shown(name)} can't name a folder; use letters, digits, '-' and '_'")
-
-
 def _check_trainer(top: dict[str, Any]) -> None:
     """The trainer's own rules: what it can train, from what data; `amp: false` as "off"."""
     trainer, kind = top["trainer"], top["arch"]["type"]
     data = top["data_loader"]["type"]
     arch = constructor(SECTIONS["arch"], kind, "arch.type")
     loader = constructor(SECTIONS["data_loader"], data, "data_loader.type")
-    if task_of(arch) != task_of(loader):
-        said = f"gives boxes and masks, and {kind} learns classes" if task_of(loader) == "detection" else \
+    if task_name(arch) != task_name(loader):
+        said = f"gives boxes and masks, and {kind} learns classes" if task_name(loader) == "detection" else \
             f"gives a class an image, and {kind} learns from boxes and masks"
         raise ConfigError(f"data_loader.type: {data} {said}; choose a loader or an arch that fits")
     fitting = inferred_trainer(arch, top["distill"])
@@ -229,4 +228,4 @@ def inferred_trainer(arch: Any, distill: bool) -> str:
         return "ExpertAssignmentTrainer"
     if distill:
         return "DistillTrainer"
-    return "DetectionTrainer" if task_of(arch) == "detection" else "Trainer"
+    return "DetectionTrainer" if task_name(arch) == "detection" else "Trainer"

@@ -26,7 +26,7 @@ def short_name(name: str) -> str:
     return name.rpartition(":")[2]
 
 
-def load_outside(name: str, path: str) -> Any:
+def import_named(name: str, path: str) -> Any:
     """What `package.module:Class` names; its module is imported, from the working folder too.
 
     Raises ConfigError, with the place `path` in the config, where it can't be imported or isn't in there.

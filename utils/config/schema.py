@@ -61,10 +61,8 @@ TOP = (
     Row("add_extra_info", "bool", False, "of old configs; the losses always get what they need"),
     Row("distill", "bool", False, "learn from a teacher too: needs distill_arch and distill_checkpoint"),
     Row("distill_checkpoint", "str | None", None, "the teacher's weights"),
-    Row("pretrained", "str | None", None, "weights to start from (a classifier of other classes, and tuning that it "
-        "lacks, are left new)"),
-    Row("fallback", "str | None", None,
-        "the config to train with instead where the own weights of arch's network can't be had"),
+    Row("pretrained", "str | None", None, "weights to start from; a classifier of other classes is left new"),
+    Row("fallback", "str | None", None, "the config to train with where the network's own weights can't be had"),
     Row("load_crt", "str | None", None, "stage 1's checkpoint: load all but the classifier, freeze the rest"),
     Row("init_classifier", "str | dict | None", None,
         "what a new run's classifier starts from: class_means (of the training images), or text (the class names)"),
@@ -84,11 +82,8 @@ TRAINER = (
     Row("save_period", "int", 10, "write a checkpoint every so many epochs; the last is always written", low=1),
     Row("keep_last", "int | None", None, "keep only the newest so many epoch checkpoints; null keeps all", low=1),
     Row("verbosity", "int", 2, "0 warnings, 1 a line an epoch, 2 also lines of steps", low=0, high=2),
-    Row("monitor", "str", "off",
-        "\"off\", or what makes an epoch the best (of equal ones the later): \"max val_accuracy\", "
-        "\"min val_loss\", \"max val_macro_f1\""),
-    Row("early_stop", "int | None", None, "stop after so many epochs without a better one, those before a thaw apart; "
-        "null or 0 never", low=0),
+    Row("monitor", "str", "off", "\"off\", or what makes an epoch the best: \"max val_macro_f1\", \"min val_loss\""),
+    Row("early_stop", "int | None", None, "stop after so many epochs without a better one; null or 0 never", low=0),
     Row("tensorboard", "bool", True, "write TensorBoard events"),
     Row("log_step", "int | None", None, "steps between two readings and lines; null chooses, lines 5 s apart", low=1),
     Row("progress", "bool", True, "a progress bar where there is a terminal"),
@@ -123,14 +118,13 @@ TRAINER = (
     Row("log_batch_attention", "bool", False, "BatchFormer's attention, class by class, to TensorBoard"),
     Row("record_statistics", "bool", False, "one norm layer's forward and backward statistics, to TensorBoard"),
     Row("statistics_layer", "str | None", None, "that layer's name; null takes the last norm layer"),
-    Row("image_grid", "bool", True, "a grid of input images, to TensorBoard, once"),
+    Row("image_grid", "bool", True, "input images to TensorBoard, once; of a detector, each epoch, what it finds too"),
     Row("report", "bool", False, "write the run's report.html at the end, as `python -m tools.report` does"),
     Row("figures", "bool", True, "the report's figures of the test split, to TensorBoard, at the end (about 3 s)"),
     Row("histograms", "bool | int | None", None,
         "weight histograms to TensorBoard every so many epochs; null: ten times a run; false: never", low=0),
     Row("profile", "bool", False, "write a torch.profiler trace of a few steps"),
-    Row("iterations", "int | None", None,
-        "detection: stop after so many steps, if `epochs` don't end before; null: by epochs", low=1),
+    Row("iterations", "int | None", None, "detection: so many steps, if `epochs` don't end before", low=1),
 )
 
 SECTIONS = {

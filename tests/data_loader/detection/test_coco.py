@@ -459,6 +459,16 @@ def test_scenes_are_long_tailed_seeded_and_written_once(scenes, tmp_path):
             assert (x, y, x + w, y + h) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
 
 
+def test_each_machine_makes_the_scenes_that_it_lacks(tmp_path, monkeypatch):
+    """Another machine's first process, and no shared disk; its second waits for the first."""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError):
+        DigitScenesDataLoader(str(tmp_path), **SCENES)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert DigitScenesDataLoader(str(tmp_path), **SCENES).n_samples
+
+
 @pytest.mark.parametrize("args, key", [({"image_size": 8}, "image_size"), ({"n_max": 0}, "n_max"),
                                        ({"imb_factor": 2.0}, "imb_factor"), ({"n_val": 0}, "n_val")])
 def test_wrong_scene_settings_are_named(args, key, tmp_path):
