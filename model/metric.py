@@ -122,14 +122,13 @@ def open_set_f_measure(preds: Any, labels: Any, probs: Any, threshold: float = 0
 class EvalState:
     """Counters of one evaluation, on the device: `update` per batch without waiting for it, `compute` at the end.
 
-    Memory is proportional to C (times E for `used`), not C², unless `confusion` is asked for. Over several ranks each
-    keeps its own; `merge` adds them up (all are plain sums).
+    Memory is proportional to C (times E for `used`), not C². Over several ranks each keeps its own; `merge` adds them
+    up (all are plain sums).
 
     num_experts: with it, `update` also takes each expert's logits, and the number of experts an image used.
     """
 
-    def __init__(self, num_classes: int, device: str | torch.device = "cpu", num_experts: int = 0,
-                 confusion: bool = False):
+    def __init__(self, num_classes: int, device: str | torch.device = "cpu", num_experts: int = 0):
         self.num_classes, self.num_experts = num_classes, num_experts
         count = {"dtype": torch.int64, "device": device}
         real = {"dtype": torch.float64, "device": device}
@@ -141,12 +140,11 @@ class EvalState:
         self.disagreement = torch.zeros((), **real)
         self.expert_images = torch.zeros((), **count)
         self.used = torch.zeros((num_classes, num_experts), **count)
-        self.matrix = torch.zeros((num_classes, num_classes) if confusion else 0, **count)
 
     def tensors(self) -> list[Tensor]:
         """Every counter; the sum over ranks of each is the counter of the whole set."""
         return [self.right, self.predicted, self.labelled, self.bin_right, self.bin_confidence, self.loss_sum,
-                self.expert_right, self.disagreement, self.expert_images, self.used, self.matrix]
+                self.expert_right, self.disagreement, self.expert_images, self.used]
 
     def merge(self) -> None:
         """Make every rank's counters those of the whole set. All ranks call it, once, before `compute`."""
@@ -154,16 +152,13 @@ class EvalState:
             all_reduce_sum(tensor)
 
     @torch.no_grad()
-    def update(self, output: Tensor, labels: Tensor, mask: Tensor | None = None, expert_logits: Tensor | None = None,
-               sample_num_experts: Tensor | None = None, loss: Tensor | None = None) -> None:
-        """Count one batch. Images with a label outside 0..C-1 (open set: -1) or mask 0 are left out.
+    def update(self, output: Tensor, labels: Tensor, expert_logits: Tensor | None = None,
+               sample_num_experts: Tensor | None = None) -> None:
+        """Count one batch. Images with a label outside 0..C-1 (open set: -1) are left out.
 
-        output: [N, C] logits; labels: [N]; mask: [N], 0 for padding; expert_logits: [N, E, C]; sample_num_experts:
-        [N] from 1 to E; loss: [N] per-image losses, cross-entropy of `output` where absent.
+        output: [N, C] logits; labels: [N]; expert_logits: [N, E, C]; sample_num_experts: [N] from 1 to E.
         """
         counted = (labels >= 0) & (labels < self.num_classes)
-        if mask is not None:
-            counted = counted & mask.bool()
         ones, labels = counted.long(), labels.clamp(0, self.num_classes - 1)
         log_probs = F.log_softmax(output.float(), dim=1)
         confidence, preds = log_probs.max(1)
@@ -172,15 +167,13 @@ class EvalState:
         self.labelled.index_add_(0, labels, ones)
         self.predicted.index_add_(0, preds, ones)
         self.right.index_add_(0, labels, hits.long())
-        losses = -log_probs.gather(1, labels[:, None])[:, 0] if loss is None else loss
+        losses = -log_probs.gather(1, labels[:, None])[:, 0]
         self.loss_sum += torch.where(counted, losses, 0).to(self.loss_sum.dtype).sum()
         confidence = confidence.exp().nan_to_num(0)
         bins = ((confidence * ECE_BINS).ceil().long() - 1).clamp(0, ECE_BINS - 1)
         real = self.bin_right.dtype
         self.bin_right.index_add_(0, bins, hits.to(real))
         self.bin_confidence.index_add_(0, bins, torch.where(counted, confidence, 0).to(real))
-        if self.matrix.numel():
-            self.matrix.view(-1).index_add_(0, labels * self.num_classes + preds, ones)
         if expert_logits is not None and self.num_experts:
             expert_preds = expert_logits.argmax(2)
             self.expert_right += ((expert_preds == labels[:, None]) & counted[:, None]).sum(0)
@@ -222,11 +215,6 @@ class EvalState:
                         for name in GROUPS}
             result["expert_share"] = {name: shares(used[rows].sum(0)) for name, rows in members.items()}
         return result
-
-    def confusion(self) -> np.ndarray | None:
-        """Images by (label, prediction), [C, C] int64; None unless it was asked for."""
-        return self.matrix.cpu().numpy() if self.matrix.numel() else None
-
 
 def shares(counts: np.ndarray) -> list[float] | None:
     """Counts [E] over their sum; None where the sum is 0."""

@@ -69,17 +69,13 @@ def used_experts(model: nn.Module) -> list[int]:
     return [heads.index(id(head)) for head in model.used_heads()]
 
 
-def tau_normalised(weight: Tensor, tau: float) -> Tensor:
-    """w_j / |w_j|^tau (Kang et al., ICLR 2020): tau 0 leaves the weights, 1 makes them unit length. [C, D]."""
-    return weight * _norm_factor(weight, tau)[:, None]
-
-
 def _norm_factor(weight: Tensor, tau: float) -> Tensor:
     return weight.norm(dim=1).clamp_min(1e-12).pow(-tau)  # a zero weight stays zero
 
 
 class TauHeads:
-    """Tau-normalised classifiers of one or several experts: w_j / |w_j|^tau, bias dropped.
+    """Tau-normalised classifiers of one or several experts: w_j / |w_j|^tau, bias dropped (Kang et al., ICLR 2020). tau
+    0 leaves the weights, 1 makes them unit length.
 
     A cosine head keeps unit features and its scale, so tau = 1 is that head itself.
     """

@@ -26,7 +26,7 @@ Head = Callable[[dict[str, Any]], torch.Tensor]
 def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = None,
              metrics: dict[str, Callable] | None = None, groups: dict[str, int] | None = None, amp: object = None,
              memory_format: torch.memory_format = torch.channels_last, head: Head | None = None,
-             max_batches: int | None = None, keep: bool = False, confusion: bool = False,
+             max_batches: int | None = None, keep: bool = False,
              stop: Callable[[int], bool] | None = None) -> dict[str, Any] | None:
     """Evaluate `model` on `loader`'s split; every rank sees its share and all get the same figures.
 
@@ -40,7 +40,6 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         max_batches: stop early (a dry run).
         keep: also return `predictions`, `confidences`, `labels` by image (this rank's, on the CPU) and, where the
             logits of several experts are known, `expert_predictions` [N, E].
-        confusion: also return `confusion` [C, C], images by (label, prediction).
         stop: asked before each batch, on every rank; where it answers True, evaluation ends and returns None.
     Returns:
         the figures of test_metrics.json, each metric, and `seconds`; where the model's dict has each expert's logits
@@ -52,7 +51,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
     if criterion is not None:
         criterion.eval()
     num_experts = getattr(model, "num_experts", 1)
-    state = EvalState(len(loader.cls_num_list), device, num_experts if num_experts > 1 else 0, confusion)
+    state = EvalState(len(loader.cls_num_list), device, num_experts if num_experts > 1 else 0)
     means = Means(device)
     kept: list[tuple[torch.Tensor, ...]] = []
     batchwise, whole_split = ({name: function for name, function in (metrics or {}).items()
@@ -99,8 +98,6 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         values = {name: float(function(*everyone)) for name, function in whole_split.items()}
         result.update({name: value if math.isfinite(value) else None for name, value in values.items()})
     result["seconds"] = time.monotonic() - began
-    if confusion:
-        result["confusion"] = state.confusion()
     if keep:
         none = torch.empty(0, dtype=torch.long)
         parts = [torch.cat(part) for part in zip(*kept)] if kept else (none, torch.empty(0), none, torch.empty(0, 0))

@@ -15,7 +15,6 @@ from model.posthoc import (
     fit_nearest_class_mean,
     linear_head,
     model_heads,
-    tau_normalised,
 )
 from utils.errors import ConfigError
 
@@ -58,11 +57,11 @@ def test_tau_logits_equal_a_slow_loop(data, tau, scale):
 
 
 def test_tau_zero_leaves_weights_and_one_makes_them_unit():
-    weight = weights()[0]
-    assert torch.equal(tau_normalised(weight, 0), weight)
-    assert torch.allclose(tau_normalised(weight, 1).norm(dim=1), torch.ones(C, dtype=torch.float64))
-    with_zero = torch.cat([weight, torch.zeros(1, D, dtype=torch.float64)])
-    assert torch.equal(tau_normalised(with_zero, 2)[-1], with_zero[-1])
+    weight = torch.cat([weights()[0], torch.zeros(1, D, dtype=torch.float64)])
+    heads = TauHeads([LinearHead(weight)])
+    assert torch.equal(heads.factors(0)[0], torch.ones(C + 1, dtype=torch.float64))
+    assert torch.allclose(heads.factors(1)[0, :C] * weight[:C].norm(dim=1), torch.ones(C, dtype=torch.float64))
+    assert heads.logits(torch.ones(2, 1, D, dtype=torch.float64), 2)[:, -1].tolist() == [0, 0]  # it stays zero
 
 
 @pytest.mark.parametrize("kind", HEADS)
