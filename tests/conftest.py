@@ -88,6 +88,16 @@ def call_cli():
     return call_python
 
 
+@pytest.fixture(scope="module")
+def shallow_resnet32():
+    """Four blocks for ResNet-32's fifteen, in this process: what isn't about the network is the same in a third of the
+    time. One stage has a block that follows another, the others only their first."""
+    from model.model import FAMILIES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES["ResNet32"], "depths", (1, 2, 1))
+        yield
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished training run."""
@@ -99,10 +109,10 @@ class Run:
 
 
 def train_digits(save_dir: Path, run_id: str, *more, config="digits_lt_ride", epochs=2, check=True,
-                 figures=False) -> Run:
+                 figures=False, command=call_python) -> Run:
     """Train a digits config for a few epochs into `save_dir`; `figures` draws the report's to TensorBoard (3 s)."""
     more = more if figures else (*more, "--set", "trainer.figures=false")
-    done = run_python(["train.py", "-c", f"configs/{config}.json", "-d", "cpu", "--epochs", epochs, "--seed", 0,
+    done = command(["train.py", "-c", f"configs/{config}.json", "-d", "cpu", "--epochs", epochs, "--seed", 0,
                        "--name", "digits", "--run_id", run_id, "--save_dir", save_dir, *more], check=check)
     models, log = (Path(save_dir) / part / "digits" / run_id for part in ("models", "log"))
     return Run(models, log, models / f"checkpoint-epoch{epochs}.pth", done.stdout)
@@ -121,12 +131,12 @@ def digits_run(tmp_path_factory, worker_id) -> Run:
     Of several processes that test, one trains it, in the folder above theirs, and the others wait.
     """
     if worker_id == "master":
-        return train_digits(tmp_path_factory.mktemp("digits_run"), "run", figures=True)
+        return train_digits(tmp_path_factory.mktemp("digits_run"), "run", figures=True, command=run_python)
     top = tmp_path_factory.getbasetemp().parent / "digits_run"
     with FileLock(f"{top}.lock"):
         trained = top.with_suffix(".json")
         if not trained.exists():
-            run = train_digits(top, "run", figures=True)
+            run = train_digits(top, "run", figures=True, command=run_python)
             trained.write_text(json.dumps([str(value) for value in astuple(run)]))
         models, log, checkpoint, stdout = json.loads(trained.read_text())
         return Run(Path(models), Path(log), Path(checkpoint), stdout)

@@ -16,6 +16,7 @@ from trainer import classifiers
 from utils.checkpoint.store import load_checkpoint, save_checkpoint
 from utils.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("shallow_resnet32")
 COUNTS = torch.tensor([120, 77, 50, 32, 21, 13, 8, 5, 3, 2], dtype=torch.float64)
 PI = COUNTS / COUNTS.sum()
 

@@ -15,6 +15,8 @@ from tools.opened import open_run
 from trainer.distill_trainer import DistillTrainer, Renormalised
 from utils.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("shallow_resnet32")
+
 # Digits as they are (8x8) and narrow stages: what is tested is who learns what, not how well.
 SMALL = ["-d", "cpu", "--seed", "0", "--set", "data_loader.args.image_size=8", "--set", "trainer.tensorboard=false",
          "--set", "trainer.amp=off"]
@@ -285,8 +287,8 @@ def test_what_starts_anew_is_said(bench, capsys):
     assert f"{plain}: these start anew: backbone.linears.0.weight" in said
 
 
-def test_gates_on_untrained_experts_are_warned_of(run_cli, tmp_path):
-    done = run_cli(["train.py", "-c", "configs/digits_lt_ride_ea.json", "--dry_run", *SMALL, *NARROW], check=True)
+def test_gates_on_untrained_experts_are_warned_of(call_cli, tmp_path):
+    done = call_cli(["train.py", "-c", "configs/digits_lt_ride_ea.json", "--dry_run", *SMALL, *NARROW], check=True)
     assert done.stdout.count("give the trained model with -r STAGE1") == 1
 
 

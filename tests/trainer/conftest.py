@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import train
-from model.model import FAMILIES
 from tools.shard import main as shard
 from trainer.trainer import Trainer
 
@@ -31,14 +30,8 @@ def write_images(folder: Path, counts=COUNTS, size: int = 16) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shallow_resnet32():
-    """Four blocks for ResNet-32's fifteen: what trainers do is the same in a third of the time.
-
-    One stage has a block that follows another, the others only their first. `run_ranks` does the same in its processes.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES["ResNet32"], "depths", (1, 2, 1))
-        yield patch
+def networks(shallow_resnet32):
+    """Of few blocks, in processes of `run_ranks` too."""
 
 
 class Runs:

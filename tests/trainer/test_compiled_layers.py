@@ -20,7 +20,7 @@ def avx2(monkeypatch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shallow_resnet32():
+def networks():
     """Not here: a ResNet-32's convolutions are counted."""
 
 
