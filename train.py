@@ -112,14 +112,14 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     if starts:
         check_start(starts)
 
-    train_loader = session.make_loader(config, device, facts=session.facts_to_follow(start))
+    train_loader = parts.make_loader(config, device, facts=session.facts_to_follow(start))
     session.warn_of_seen(start, train_loader)
-    config = session.settled(config, train_loader)
+    config = parts.settled(config, train_loader)
     valid_loader = train_loader.split_validation()
     describe_data(train_loader, config)
     session.check_labels(config, train_loader)
 
-    model = session.make_model(config, train_loader.num_classes, bare=start.brings_weights)
+    model = parts.make_model(config, train_loader.num_classes, bare=start.brings_weights)
     session.load_start(model, start, train_loader.class_names)
     if options["freeze"] is not None:
         model.freeze(options["freeze"])
@@ -130,9 +130,9 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     if starts and not of_features:
         start_classifier(model, train_loader, starts, max_batches=1 if args.dry_run else None)
 
-    criterion = session.make_criterion(config, train_loader.cls_num_list)
+    criterion = parts.make_criterion(config, train_loader.cls_num_list)
     teacher = session.make_teacher(start, model.num_classes, device, getattr(train_loader, "preprocess", None))
-    session.check_loss(config, criterion, model, teacher)
+    parts.check_loss(config, criterion, model, teacher)
     amp, _ = choose_precision(options["amp"], device)    # "auto" may be fp16, for which no optimizer is fused
     optimizer = build_optimizer(config["optimizer"], model, {**options, "amp": amp})
     parts.warn_of_no_effect(args.overrides, config, model, optimizer)
@@ -172,7 +172,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
 def test(trainer: Any, checkpoint: Path) -> None:
     """What the run is worth, on images that no choice was made on: printed, in test_metrics.json and the report."""
     from logger.log import get_logger
-    from tools import session
+    from tools import parts
     from tools.opened import Run
     from tools.report import write_report
     from tools.words import words_for
@@ -181,7 +181,7 @@ def test(trainer: Any, checkpoint: Path) -> None:
 
     config, options, log = trainer.config, trainer.options, get_logger()
     with saved_in(checkpoint, outside_flags(config)):
-        test_loader = session.make_loader(config, trainer.device, training=False, facts=trainer.data_facts)
+        test_loader = parts.make_loader(config, trainer.device, training=False, facts=trainer.data_facts)
         task = task_of(test_loader)
         result = trainer.test(test_loader, keep=task.keeps or trainer.wants_images or options["report"])
     log.info("\n%s", task.format_result(result, f"test, epoch {trainer.last_epoch}"))

@@ -37,7 +37,7 @@ EPOCHS = 10
 def make_trainer(data_dir: str | None, folder: Path, stage: str, cached: bool) -> Any:
     """The trainer of `stage`, crt or lws, on random weights: what they are makes no difference to its speed."""
     from base.run_paths import RunPaths
-    from tools import session
+    from tools import parts
     from trainer.schedules import build_optimizer
     from trainer.trainer import Trainer
     from utils.config.load import load_config
@@ -46,10 +46,10 @@ def make_trainer(data_dir: str | None, folder: Path, stage: str, cached: bool) -
         config["data_loader"]["args"]["data_dir"] = data_dir
     config["optimizer"]["args"]["lr"] = 1e-6      # random features are large
     config["trainer"].update(cache_features=cached or None, tensorboard=False, verbosity=0, freeze="backbone")
-    train_loader = session.make_loader(config)
-    model = session.make_model(config, train_loader.num_classes)
+    train_loader = parts.make_loader(config)
+    model = parts.make_model(config, train_loader.num_classes)
     model.freeze("backbone")
-    return Trainer(model, session.make_criterion(config, train_loader.cls_num_list),
+    return Trainer(model, parts.make_criterion(config, train_loader.cls_num_list),
                    build_optimizer(config["optimizer"], model, config["trainer"]), config, train_loader=train_loader,
                    valid_loader=train_loader.split_validation(), paths=RunPaths(folder, folder))
 

@@ -29,7 +29,7 @@ from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from model.timm_net import check_package
 from model.weights.efficientnet import from_efficientnet
 from model.weights.pretrained import PACKAGED, packaged_file
-from tools import session
+from tools import parts
 from trainer.cached import store_of
 from trainer.feature_store import FeatureLoader, FeatureStore
 from trainer.schedules import build_optimizer
@@ -95,8 +95,8 @@ def timms_road(folder: Path, network: Any, size: int, batch: int) -> Callable[[]
 def our_road(folder: Path, config: dict[str, Any]) -> tuple[Callable[[], FeatureStore],
                                                             Callable[[FeatureStore], float]]:
     """The pass that keeps the features, and an epoch of the config's classifier on what it kept, in CPU seconds."""
-    loader = session.make_loader(config)
-    model = session.make_model(config, CLASSES)
+    loader = parts.make_loader(config)
+    model = parts.make_model(config, CLASSES)
     model.freeze("backbone")
     source, passes = loader.feature_loader(augment=False), itertools.count()
 
@@ -106,7 +106,7 @@ def our_road(folder: Path, config: dict[str, Any]) -> tuple[Callable[[], Feature
         return store
 
     def epoch(store: FeatureStore) -> float:
-        criterion = session.make_criterion(config, loader.cls_num_list)
+        criterion = parts.make_criterion(config, loader.cls_num_list)
         optimizer = build_optimizer(config["optimizer"], model, config["trainer"])
 
         def run() -> None:

@@ -216,6 +216,7 @@ class EvalState:
             result["expert_share"] = {name: shares(used[rows].sum(0)) for name, rows in members.items()}
         return result
 
+
 def shares(counts: np.ndarray) -> list[float] | None:
     """Counts [E] over their sum; None where the sum is 0."""
     total = int(counts.sum())

@@ -228,7 +228,7 @@ def facts_of(run: Any) -> dict[str, Any]:
     An `image_size` that -c or --set give goes before the checkpoint's, as it does in test.py."""
     from data_loader import data_loaders
     from data_loader.transforms import test_preprocess
-    from tools.session import input_of
+    from tools.parts import input_of
     known = run.checkpoint.get("data")
     spec = run.config.get("data_loader") or {}
     args = spec.get("args") or {}

@@ -14,7 +14,7 @@ from model.posthoc import used_experts
 from model.shift import frequencies
 from tools.calibration import keep_temperature
 from tools.fallback import value_at
-from tools.session import make_criterion
+from tools.parts import make_criterion
 from trainer import classifiers
 from trainer.precision import choose_precision
 from utils import dist

@@ -18,14 +18,7 @@ from model import routing
 from model.weights.files import load_file
 from model.weights.remap import load_weights
 from tools.fallback import value_at
-from tools.parts import (  # noqa: F401  names of this module too
-    check_loss,
-    input_of,
-    make_criterion,
-    make_loader,
-    make_model,
-    settled,
-)
+from tools.parts import make_model
 from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, recover_config
 from utils.config.load import check_config, load_config
 from utils.errors import ConfigError

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from data_loader.image_loader import suited_size
-from tools.session import data_facts, make_loader, settled
+from tools.parts import make_loader, settled
+from tools.session import data_facts
 
 
 @pytest.fixture(scope="module")

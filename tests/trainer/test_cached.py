@@ -12,7 +12,8 @@ from base.freezing import freeze_plan
 from model.model import build_model
 from tests.trainer.conftest import load
 from tests.trainer.ranks import run_ranks, train_and_record
-from tools import opened, session
+from tools import opened
+from tools import parts as tool_parts
 from trainer import classifiers, feature_store
 from trainer.cached import OnFeatures, store_of
 from trainer.feature_store import FeatureLoader
@@ -166,13 +167,13 @@ def test_dropout_and_random_experts_are_drawn_on_features_too():
 @pytest.fixture
 def plainly(monkeypatch):
     """Training images as they are: what one pass sees."""
-    make = session.make_loader
+    make = tool_parts.make_loader
 
     def plain(*args, **more):
         loader = make(*args, **more)
         loader.augment = False
         return loader
-    monkeypatch.setattr(session, "make_loader", plain)
+    monkeypatch.setattr(tool_parts, "make_loader", plain)
 
 
 @pytest.mark.parametrize("kind", ["crt", "lws", "ea", "rest"])
@@ -241,7 +242,7 @@ def parts(runs, monkeypatch):
     """(model, its loader, the images in order); chunks of two batches."""
     torch.manual_seed(0)
     config = json.loads(runs.config().read_text())
-    loader = session.make_loader({**config, "seed": 0})
+    loader = tool_parts.make_loader({**config, "seed": 0})
     model = build_model({"type": "ResNet32Model", "args": {**SMALL, "num_experts": 2}}, 3).eval()
     monkeypatch.setattr(feature_store, "CHUNK", 2 * 6 * 2 * 16 * 2)
     monkeypatch.setattr(feature_store, "STOP_EVERY", 1)

@@ -11,7 +11,7 @@ import torch
 
 from base.stop import StopRequest
 from logger.metrics_csv import read_table
-from tools import session
+from tools import parts
 from trainer.trainer import Trainer
 
 
@@ -33,9 +33,9 @@ def hook(monkeypatch, owner, name, number=signal.SIGTERM, call=1):
 
 
 @pytest.mark.parametrize("moment,epoch,batch", [
-    ((session, "make_loader", signal.SIGINT), 1, 0), ((session, "make_model", signal.SIGTERM), 1, 0),
+    ((parts, "make_loader", signal.SIGINT), 1, 0), ((parts, "make_model", signal.SIGTERM), 1, 0),
     ((Trainer, "validate", signal.SIGTERM), 1, 4), ((Trainer, "validate", signal.SIGINT, 2), 2, 4),
-    ((session, "make_loader", signal.SIGUSR1), 1, 0),
+    ((parts, "make_loader", signal.SIGUSR1), 1, 0),
 ], ids=["loading data", "building the model", "validating", "validating the last epoch", "SIGUSR1"])
 def test_at_any_moment(runs, straight, same_state, monkeypatch, capfd, moment, epoch, batch):
     hook(monkeypatch, *moment)

@@ -36,16 +36,16 @@ def config_for(scenes, save_dir, epochs=2, norm="BatchNorm2d", **trainer):
 
 
 def make(config, run_id, checkpoint=None, dry=False):
-    from tools import session
+    from tools import parts, session
     seed_everything(0)
-    loader = session.make_loader(config)
-    model = session.make_model(config, loader.num_classes)
+    loader = parts.make_loader(config)
+    model = parts.make_model(config, loader.num_classes)
     if checkpoint is not None:
         session.load_weights(model, checkpoint, name="checkpoint")
     optimizer = build_optimizer(config["optimizer"], model, config["trainer"])
     scheduler = build_scheduler(config["lr_scheduler"], optimizer, config["trainer"]["epochs"])
     paths = None if dry else new_run(config["trainer"]["save_dir"], config["name"], run_id)
-    trainer = DetectionTrainer(model, session.make_criterion(config, loader.cls_num_list), optimizer, config,
+    trainer = DetectionTrainer(model, parts.make_criterion(config, loader.cls_num_list), optimizer, config,
                                train_loader=loader, valid_loader=loader.split_validation(), lr_scheduler=scheduler,
                                paths=paths, data_facts=session.data_facts(loader))
     if checkpoint is not None:

@@ -8,7 +8,8 @@ import torch
 
 import train
 from tools.opened import open_run
-from tools.session import config_of, find_start, make_criterion, make_loader, make_model
+from tools.parts import make_criterion, make_loader, make_model
+from tools.session import config_of, find_start
 from trainer import trainer_class
 from trainer.schedules import build_optimizer, build_scheduler
 from utils.config.build import lookup
