@@ -18,14 +18,15 @@ from utils.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command. Raises ConfigError."""
     args = parse_test(argv)
     if args.config:
-        load_config(args.config, args.overrides)  # a mistake in it answers before the checkpoint is read
+        load_config(args.config, args.overrides)  # mistakes in it are reported before the checkpoint is read
     test(args)
 
 
 def test(args: Namespace) -> dict[str, Any]:
-    """The evaluation, step by step; returns what is written to test_metrics.json."""
+    """The evaluation, step by step; returns what is written to test_metrics.json. Raises ConfigError."""
     from logger.log import get_logger, setup_logging
     from tools.allocator import keep_freed_memory
     from tools.heads import adapt, changes_of, choose_classifier, crops_of
@@ -62,7 +63,7 @@ def test(args: Namespace) -> dict[str, Any]:
                           "is a detector")
     head, note = choose_classifier(args, run, loader)
     head, note = adapt(args, run, loader, head, note) if args.calibrate or args.prior else (head, note)
-    # float32, whatever it was trained in, so that every processor gives the same figures; unless this command asks.
+    # float32, whatever it was trained in, so that all processors give the same figures, unless this command sets it.
     wanted = run.config["trainer"]["amp"] if any(path == "trainer.amp" for path, *_ in args.overrides) else "off"
     amp, _ = choose_precision(wanted, device)
     more = {} if head is None else {"head": head}
@@ -100,13 +101,13 @@ def test(args: Namespace) -> dict[str, Any]:
 
 
 def figures_file(args: Namespace, run: Any) -> Path:
-    """Where the figures go: test_metrics.json is the run's own, of its newest or best weights on its own data. Other
-    data, and older checkpoints, have a file that names them; validation's never pass for test's."""
+    """The file for the figures: `<split>_metrics.json` beside the checkpoint is for the newest or best weights on the
+    run's own data; for other data and older checkpoints the name contains these."""
     return run.path.parent / f"{'.'.join([f'{args.split}_metrics', *run.about()])}.json"
 
 
 def check_classes(run: Any, loader: Any) -> None:
-    """The model must know as many classes as the data has."""
+    """Raise ConfigError unless the model has as many classes as the data."""
     if run.model.num_classes != loader.num_classes:
         raise ConfigError(f"data_loader: the data has {loader.num_classes} classes, the model of {run.path} knows "
                           f"{run.model.num_classes}; give the data it was trained for")

@@ -4,7 +4,7 @@
     python train.py -r saved/models/<name>/<run_id>/checkpoint-epoch5.pth
     torchrun --nproc_per_node 2 train.py -c configs/cifar100_lt_ride.json
 
-Nothing heavy is imported before the config's form is known to be good, so that most mistakes answer at once.
+Nothing heavy is imported before the form of the config was checked, so that most mistakes are reported at once.
 """
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status. Raises ConfigError and RunError."""
     args = parse_train(argv)
     args.typed = sys.argv[1:] if argv is None else argv
     config = load_config(args.config, args.overrides) if args.config else None
@@ -41,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         from tools.launch import run_workers
         return run_workers(workers, [str(Path(__file__).resolve()), *args.typed])
     stop = StopRequest()
-    # Heard from here on: what isn't begun yet is saved as such. A dry run has nothing to save.
+    # Signals to stop count from here on, so that a run saves even before its first step. A dry run has nothing to save.
     with contextlib.nullcontext() if args.dry_run else stop:
         train(args, config, stop)
     return 0
 
 
 def check_own_images(loader: dict[str, Any]) -> None:
-    """A folder of somebody's images that isn't there is said before a network and its weights are looked for."""
+    """Raise ConfigError for a missing folder of a user's own images before a network and its weights are looked for."""
     folder = (loader.get("args") or {}).get("data_dir")
     if loader.get("type") in ("ImageFolderLTDataLoader", "ListFileDataLoader") and folder is not None:
         from data_loader.files import check_data_dir
@@ -56,8 +57,8 @@ def check_own_images(loader: dict[str, Any]) -> None:
 
 
 def workers_wanted(args: Namespace, config: dict[str, Any] | None) -> int:
-    """How many processes a plain `python train.py` starts: one a GPU where the config asks for several."""
-    if config is None:  # a run goes on with as many as it had
+    """How many processes a plain `python train.py` starts: one per GPU where the config or -d asks for several."""
+    if config is None:  # a resumed run has as many as before
         with contextlib.suppress(ConfigError):
             config = load_config(Path(args.resume).with_name("config.json"), args.overrides, allowed=())
     wanted = (config or {}).get("n_gpu") or 1
@@ -125,7 +126,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
         model.freeze(options["freeze"])
     model.to(device)
     log.info(model.summary())
-    # Where training keeps features, the class means are made of them: one pass for both.
+    # Where training caches features, class means are computed from them: one pass for both.
     of_features = bool(starts) and not args.dry_run and starts["type"] == "class_means" and keeps_plain(options)
     if starts and not of_features:
         start_classifier(model, train_loader, starts, max_batches=1 if args.dry_run else None)
@@ -170,7 +171,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
 
 
 def test(trainer: Any, checkpoint: Path) -> None:
-    """What the run is worth, on images that no choice was made on: printed, in test_metrics.json and the report."""
+    """Evaluate the trained model on the test images: printed, and written to test_metrics.json and the report."""
     from logger.log import get_logger
     from tools import parts
     from tools.opened import Run
@@ -198,7 +199,7 @@ def test(trainer: Any, checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def saved_in(checkpoint: Path, more: str = "") -> Iterator[None]:
-    """A mistake in the test images alone is told with what is left to do: the training isn't lost."""
+    """Add to a ConfigError about the test images that training is done, and how to test; more: flags for that."""
     try:
         yield
     except ConfigError as error:
@@ -209,8 +210,8 @@ def saved_in(checkpoint: Path, more: str = "") -> Iterator[None]:
 
 def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool, more: str = "",
                reported: bool = False) -> str:
-    """What to do with a finished run, each a command to copy; `more` ends those that open its checkpoint. reported: the
-    report is there already."""
+    """What to do with a finished run: lines with commands to copy. more: flags for those that open its checkpoint.
+    reported: the report has been written."""
     file, log, models = (shlex.quote(str(path)) for path in (checkpoint, paths.log, paths.models))
     steps = {"checkpoint": checkpoint, "evaluate": f"python test.py -r {file}{more}",
              "look at it": f"tensorboard --logdir {log}",
@@ -222,7 +223,7 @@ def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool, more: str
 
 
 def run_folders(args: Namespace, start: Start) -> RunPaths:
-    """Where the run's files go: a new place, or where it goes on. Another run's files are never written over."""
+    """The run's folders: new ones, or a resumed run's own. Raises ConfigError rather than overwrite another run."""
     from base.run_paths import new_run, run_of
     from logger.log import get_logger
     from tools.session import PLACE
@@ -245,14 +246,14 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
 
 
 def once_more(args: Namespace, paths: RunPaths) -> str:
-    """The command that was typed, to begin again in the same folder."""
+    """The command that was typed, with the flags to resume in the same folder."""
     from utils.dist import command
     same = [] if args.resume else ["-r", "auto"] if args.run_id else ["-r", "auto", "--run_id", paths.models.name]
     return f"{command('train.py')} {shlex.join([*args.typed, *same])}"
 
 
 def describe_data(loader: Any, config: dict[str, Any]) -> None:
-    """Say what there is to learn from: for a user's own images the whole summary, else one line."""
+    """Log what there is to learn from: for a user's own images the whole summary, else one line."""
     from logger.log import get_logger
     log = get_logger()
     for line in loader.summary(config["groups"]):

@@ -1,4 +1,4 @@
-"""Base classes of the rooms; each is imported when it is first asked for, so that light users stay light."""
+"""The base classes of model, trainer and data loader, each imported on first use so that light imports stay fast."""
 from importlib import import_module
 
 _HOMES = {"BaseModel": "base_model", "BaseTrainer": "base_trainer", "BaseDataLoader": "base_data_loader"}

@@ -1,7 +1,7 @@
-"""The base of all loaders: which images make which batch, on which rank, in which epoch.
+"""The base class of all data loaders: which images form which batch, on which rank, in which epoch.
 
-Order and augmentation are pure functions of (seed, epoch, position in the epoch), so a run that stops in the middle
-of an epoch goes on exactly (`set_epoch(epoch, start_batch)`), with any number of workers.
+Order and augmentation are pure functions of (seed, epoch, position in the epoch), so a run that stopped in the middle
+of an epoch resumes exactly (`set_epoch(epoch, start_batch)`), with any number of workers.
 """
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ import torch
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
 
-# Streams of random numbers under one (seed, epoch): the order, the augmentation, the mixing of images; under the
-# seed alone, which half of the images is flipped first.
+# Random-number streams. Derived from (seed, epoch): the images' order, augmentation and mixing; from the seed alone:
+# which half of the images is flipped first.
 ORDER, AUGMENT, MIX, FLIP = 1, 2, 3, 4
 
 
 class BaseDataLoader:
-    """Iterates (images [n, 3, H, W] float, labels [n] long) on `device`; a subclass fills in `_batches`.
+    """Iterates over (images [n, 3, H, W] float, labels [n] long) on `device`; subclasses implement `_batches`.
 
-    targets: labels of the images iterated, np.int64 [n_samples].
-    batch_size: of the global batch; rank r of `world_size` gets every world_size-th image of it, from the r-th on.
+    targets: labels of the images, np.int64 [n_samples].
+    batch_size: size of the global batch, over all ranks; rank r gets every world_size-th of its images, from the
+    r-th on.
     sampler: an object with `epoch_length` and `epoch_indices(epoch) -> np.int64 [epoch_length]`; without one an epoch
-    is every image once, shuffled if `shuffle` (training only).
+    is every image once, shuffled if `shuffle` and `training`.
+    Raises ConfigError for a batch size below 1.
     """
 
     task = "classification"     # or "detection": targets are boxes and masks
@@ -45,42 +47,43 @@ class BaseDataLoader:
         self._started = False
 
     def __len__(self) -> int:
-        """Batches an epoch. A last training batch of one image is dropped, since batch norm can't learn from it; after
-        an offset that image joins the batch before it, since batches of the old size may have had it."""
+        """Number of batches per epoch. In training a last batch of one image is dropped, since batch norm can't train
+        on it; after an offset that image joins the batch before it: the old batch size might not have dropped it."""
         full, rest = divmod(self.epoch_size - self.offset, self.batch_size)
         if rest == 1 and self.training and (full or self.offset):
             rest = 0
         return full + (rest > 0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0, offset: int = 0) -> None:
-        """The next iteration is epoch `epoch` (1, 2, ...) from batch `start_batch` on. offset: images of the epoch that
-        are left out at its beginning, since batches of another size have had them."""
+        """Make the next iteration epoch `epoch` (1, 2, ...), from batch `start_batch` on. offset: number of images
+        skipped at the beginning of the epoch, because batches of another size have covered them."""
         self.epoch, self.start_batch, self.offset, self._started = epoch, start_batch, offset, False
 
     def images_done(self, batches: int) -> int:
-        """How many images of the epoch the first `batches` batches (and the offset) make up."""
+        """Number of the epoch's images that the offset and the first `batches` batches cover."""
         return self.span(batches - 1)[1]
 
     def span(self, batch: int) -> tuple[int, int]:
-        """Positions [start, stop) in the epoch that make up global batch `batch`."""
+        """Positions [start, stop) in the epoch that global batch `batch` covers."""
         start = self.offset + batch * self.batch_size
         stop = min(start + self.batch_size, self.epoch_size)
         alone = self.offset and self.training and batch >= 0 and self.epoch_size - stop == 1
         return start, stop + bool(alone)
 
     def share(self, batch: int) -> tuple[int, int]:
-        """Real images of batch `batch`: (on this rank, on all ranks). A rank left without any gets one repeated
-        image, so that every rank takes the same steps, and counts 0 here."""
+        """Number of real images in batch `batch`: (on this rank, on all ranks). A rank that would get none borrows the
+        batch's first image, so that every rank takes the same number of steps; it counts as 0 here."""
         start, stop = self.span(batch)
         return len(range(start + self.rank, stop, self.world_size)), stop - start
 
     def least_share(self) -> int:
-        """The fewest images that a rank has in any batch of an epoch, repeated ones too."""
+        """The smallest number of images (1 or more, counting a borrowed one) that a rank gets in any batch of an
+        epoch."""
         sizes = (stop - start for start, stop in map(self.span, {0, len(self) - 1}))
         return min(max(size // self.world_size, 1) for size in sizes)
 
     def positions(self, batch: int) -> np.ndarray:
-        """This rank's positions of global batch `batch`, never empty."""
+        """This rank's positions in the epoch for global batch `batch`: int64 [n], never empty (see `share`)."""
         start, stop = self.span(batch)
         mine = np.arange(start + self.rank, stop, self.world_size)
         return mine if len(mine) else np.array([start])

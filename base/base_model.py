@@ -1,4 +1,4 @@
-"""What every model can do: count and show its parameters, freeze parts of itself, keep frozen parts as they are."""
+"""What every model can do: count and list its parameters, freeze parts of itself, and keep frozen parts unchanged."""
 from __future__ import annotations
 
 import math
@@ -19,8 +19,11 @@ log = get_logger()
 
 @dataclass(frozen=True)
 class CostPart:
-    """A line of a model's cost: modules by name, of expert `expert` (from 0), or shared by all; `gates`: of routing;
-    `training`: a part that training may have for itself."""
+    """One line in the breakdown of a model's cost: the modules that it covers, by name.
+
+    expert: the expert (from 0) that they belong to, or None if shared by all. gates: whether they are routing gates.
+    training: whether they may be used in training only (BatchFormer).
+    """
 
     name: str
     modules: tuple[str, ...]
@@ -30,40 +33,41 @@ class CostPart:
 
 
 class BaseModel(nn.Module):
-    """An `nn.Module` that can be frozen in part and says what it is made of.
+    """An `nn.Module` that can be partly frozen and that describes its own parts.
 
-    It also is the contract between a backbone and everything that uses it: the attributes and methods below, with what
-    they mean for a model that has nothing of the kind. x `[N, 3, H, W]` -> a dict with `output` `[N, C]`, `logits`
-    `[N, E, C]`, `feat` `[N, E, D]`.
+    It is also the contract between a model and all code that uses it: the attributes and methods below, with defaults
+    for models that lack the feature. `forward` maps images `[N, 3, H, W]` to a dict with `output` `[N, C]` (the
+    experts' mean logits), `logits` `[N, E, C]` (each expert's) and `feat` `[N, E, D]` (pooled features).
 
-    A part all of whose parameters are frozen stays in evaluation mode: `train()` leaves it there, so its norm
-    statistics and counters don't move and its dropout is off. No training loop has to remember that.
+    A submodule whose parameters are all frozen stays in evaluation mode even after `train()`: its norm statistics and
+    counters don't change and its dropout is off, without any help from the training loop.
 
-    A class may also have two static methods that are asked before anything is built, with `arch.args.model_name`:
-    `preprocess(name)`, what its weights expect of images, and `size_problem(name, size)` (see `TimmModel`).
+    A subclass may also have two static methods, called with `arch.args.model_name` before anything is built:
+    `preprocess(name)`, the image preprocessing that its weights expect, and `size_problem(name, size)` (see
+    `TimmModel`).
     """
 
     num_classes: int               # C
     num_experts: int = 1           # E
     feat_dim: int                  # D
-    #: Whether training it is learning which experts an image needs (expert assignment).
+    #: Whether training means learning which experts an image needs (expert assignment).
     routed = False
-    #: Expert assignment: whether evaluation asks later experts only for the images that need them.
+    #: Expert assignment: whether evaluation runs later experts only on the images that need them.
     route = False
-    #: Expert assignment: every image uses every expert, whose training goes on along with the gates'.
+    #: Expert assignment: every image uses every expert, and the experts are trained along with the gates.
     force_all = False
-    #: Names of parameters that are frozen for some epochs only: `thaw` ends that.
+    #: Names of the parameters that are frozen only until `thaw` is called.
     waiting: tuple[str, ...] = ()
-    #: Whether norms without parameters keep their statistics, as frozen ones do; and whether `thaw` ends that.
+    #: Whether norms without parameters keep their statistics too, as frozen norms do; and whether `thaw` ends that.
     norms_kept, norms_wait = False, False
-    #: Whether every trained parameter takes part in every step (data parallel training must be told where not).
+    #: Whether every trained parameter takes part in every step (DistributedDataParallel must be told if not).
     uses_all_parameters = True
     #: Whether each training step leaves out an expert drawn at random.
     drops_experts = False
 
     @property
     def batchformer(self) -> nn.Module | None:
-        """The BatchFormer block, which records `last_attention` [N, N] where its `record` is set; None without one."""
+        """The BatchFormer block, or None. While its `record` is set it keeps its attention, `last_attention` [N, N]."""
         return None
 
     @property
@@ -72,11 +76,12 @@ class BaseModel(nn.Module):
         return None
 
     def gather_batches(self) -> None:
-        """BatchFormer attends over all ranks' images from now on. Nothing to do without one."""
+        """From now on let BatchFormer attend over the images of all ranks; does nothing without BatchFormer."""
 
     def load_pretrained(self, checkpoint: dict[str, Any], name: str, other_classes: bool = False) -> str | None:
-        """`pretrained`, where a model has a way of its own to start from a file's weights: returns a line for the log,
-        or None to have state_dict keys matched. name: the file's; other_classes: whether it knows other classes."""
+        """Load the weights of a `pretrained` file in a way of the model's own. Returns a line for the log, or None if
+        the model has no such way: state_dict keys are then matched. name: the file's name, for messages; other_classes:
+        whether the checkpoint was trained on other classes."""
         return None
 
     def heads(self) -> list[nn.Module]:
@@ -88,9 +93,9 @@ class BaseModel(nn.Module):
         return self.heads()
 
     def cost_parts(self) -> list[CostPart]:
-        """What a cost is told by, in the order of the forward pass: modules' names, each module in one part only.
+        """The parts into which the model's cost is broken down, in the order of the forward pass, without overlap.
 
-        What is left (scales of norms) is counted for itself.
+        Parameters outside all parts (norms' scales) are counted separately.
         """
         heads = {id(head): i for i, head in enumerate(self.heads())}
         parts = [CostPart(name, (name,)) for name, module in self.named_children()
@@ -100,44 +105,46 @@ class BaseModel(nn.Module):
                         for name, module in self.named_modules() if id(module) in heads]
 
     def classifier_prefixes(self) -> list[str]:
-        """Beginnings of the classifier's parameter and buffer names (heads, their norms and scales)."""
+        """Prefixes of the classifier's parameter and buffer names (heads, their norms and scales)."""
         return []
 
     def feature_prefixes(self) -> list[str]:
-        """Beginnings of the names of what sees features alone: the classifier's, and the gates' of expert assignment.
-        With everything else frozen an image's features stay as they are."""
+        """Name prefixes of everything that sees only pooled features: the classifier and, in expert assignment, the
+        gates. While all else is frozen an image's features stay the same."""
         return self.classifier_prefixes()
 
     def from_features(self, feats: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The dict that `forward` gives, from pooled features `[N, E, D]` as its `feat` has them in evaluation. A model
-        with something between features and heads (dropout) does it here too."""
+        """The dict that `forward` returns, from pooled features `[N, E, D]` such as its `feat` in evaluation. A model
+        with layers between features and heads (dropout) must apply them here too."""
         logits = torch.stack([head(feats[:, i]) for i, head in enumerate(self.used_heads())], 1)
         return {"output": logits.mean(1), "logits": logits, "feat": feats}
 
     def stage2_prefixes(self) -> list[str]:
-        """What a decoupled second stage trains (Kang et al., ICLR 2020): LWS's scales alone where there are any."""
+        """Name prefixes of what the second stage of decoupled training trains (Kang et al., ICLR 2020): only LWS's
+        scales if there are any, else the classifier."""
         scales = [name for name, _ in self.named_parameters() if name.endswith(".scales")]
         return scales or self.classifier_prefixes()
 
     def stage_prefixes(self) -> list[tuple[str, ...]]:
-        """Beginnings of parameter names, stage by stage from the stem to the last before the classifier."""
+        """Prefixes of parameter names, a tuple per stage, from the stem to the last stage before the classifier."""
         heads = tuple(self.classifier_prefixes())
         return [(f"{name}.",) for name, child in self.named_children()
                 if not f"{name}.".startswith(heads) and any(True for _ in child.parameters())]
 
     def freeze(self, what: str | Iterable[str] | float | dict) -> None:
-        """`trainer.freeze`: "backbone" (everything but classifier and gates), "norms", beginnings of parameters' names,
-        or a share of the stages: 0.5 is the first half of `stage_prefixes`, the stem included, rounded down; nothing of
-        a network of one stage. What is frozen already stays so.
+        """Freeze what `trainer.freeze` names; what is already frozen stays frozen.
 
-        With {"until": "epoch 3", "what": ..., "then": ...} what it freezes is `waiting` for `thaw`, but for what "then"
-        names. Raises ConfigError where a beginning fits no parameter, a share is less than a stage, and where there
-        would be nothing to train or nothing to thaw.
+        what: "backbone" (everything but classifier and gates), "norms", a prefix of parameter names or a list of them,
+        or a share of the stages, 0 to 1: 0.5 is the first half of `stage_prefixes`, stem included, rounded down (with
+        only one stage nothing is frozen). A dict {"until": "epoch 3", "what": ..., "then": ...} freezes "what" only
+        until `thaw` (these names are `waiting`) and "then" for good.
+        Raises ConfigError if a prefix matches no parameter, a share is below one stage, or nothing is left to train or
+        to thaw afterwards.
         """
         if isinstance(what, dict):
             self._freeze_for_a_while(freeze_plan(what))
         elif what == "backbone":
-            after = tuple(self.feature_prefixes())    # these keep their state: LWS's classifier stays frozen
+            after = tuple(self.feature_prefixes())    # these are left as they are: LWS's classifier stays frozen
             self._set_trained([name for name, _ in self.named_parameters() if not name.startswith(after)], False)
         elif what == "norms":
             self.norms_kept = True
@@ -163,7 +170,8 @@ class BaseModel(nn.Module):
             raise ConfigError("trainer.freeze.what: leaves nothing to train until then")
 
     def _norm_parameters(self) -> list[str]:
-        """Norms by their name or by what they keep (MABN); NBN's scales stand beside its layers."""
+        """Names of all norms' parameters. Norms are recognised by class name or running statistics (MABN); NBN's scales
+        are parameters outside its norm layers."""
         found = {id(p) for layer in self.modules()
                  if ("norm" in type(layer).__name__.lower() and not isinstance(layer, nn.Linear))
                  or hasattr(layer, "running_var")
@@ -171,8 +179,7 @@ class BaseModel(nn.Module):
         return [name for name, p in self.named_parameters() if id(p) in found or name.endswith("scale_factor")]
 
     def _first_stages(self, share: float) -> list[str]:
-        """The parameters of that share of the stages, from the stem on; none, with a warning, where there is but one
-        stage."""
+        """Names of the parameters in the first `share` of the stages; none, with a warning, if there is only one."""
         stages = self.stage_prefixes()
         if len(stages) < 2:
             log.warning("trainer.freeze: this network is one stage, of which there is no share: %g freezes none of "
@@ -185,10 +192,10 @@ class BaseModel(nn.Module):
         return [name for name, _ in self.named_parameters() if name.startswith(starts)]
 
     def _starting_with(self, what: str | Iterable[str]) -> list[str]:
-        """The parameters whose names begin so."""
+        """Names of the parameters that begin with one of the prefixes `what`."""
         chosen = []
         for start in [what] if isinstance(what, str) else what:
-            # A number ends where its digits do: "blocks.1" isn't the beginning of "blocks.10".
+            # A number at the end of a prefix must match as a whole: "blocks.1" isn't a prefix of "blocks.10".
             begins = re.compile(re.escape(start) + (r"(?!\d)" if start[-1:].isdigit() else ""))
             found = [name for name, _ in self.named_parameters() if begins.match(name)]
             if not found:
@@ -202,7 +209,7 @@ class BaseModel(nn.Module):
         return chosen
 
     def thaw(self) -> None:
-        """Train what was `waiting`."""
+        """Unfreeze the `waiting` parameters."""
         self.norms_kept = self.norms_kept and not self.norms_wait
         self._set_trained(self.waiting, True)
         self.waiting = ()
@@ -215,19 +222,19 @@ class BaseModel(nn.Module):
         self.train(self.training)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
-        """The number of learned values, each shared tensor counted once."""
+        """Number of scalar parameters, shared tensors counted once. trainable_only: without the frozen ones."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The names of the parameters that training leaves alone."""
+        """The names of the frozen parameters (`requires_grad` is False)."""
         return tuple(name for name, p in self.named_parameters() if not p.requires_grad)
 
     def freeze_except(self, prefixes: Iterable[str]) -> None:
-        """Freeze every parameter whose name begins with none of `prefixes`; the others are trained.
+        """Freeze every parameter whose name begins with none of `prefixes`, and unfreeze all others.
 
-        Takes effect at once on the mode too: what is now frozen is in evaluation mode if the model is training.
-        Raises ConfigError where a prefix fits no parameter, since then a part would silently stay frozen.
+        Modules that are now frozen as a whole go to evaluation mode at once, even if the model is in training mode.
+        Raises ConfigError if a prefix matches no parameter: a part would silently stay frozen.
         """
         prefixes = tuple(prefixes)
         names = [name for name, _ in self.named_parameters()]
@@ -239,7 +246,7 @@ class BaseModel(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> BaseModel:
-        """Training mode for all parts that learn, evaluation mode for those that are frozen whole."""
+        """Set training mode, except for modules whose parameters are all frozen: those go to evaluation mode."""
         super().train(mode)
         if mode and (self.frozen or self.norms_kept):
             for module in self.modules():

@@ -1,6 +1,6 @@
-"""When things happen in a run: epochs, validation, keeping the best, checkpoints, stopping, going on.
+"""The course of a run: epochs, validation, keeping the best weights, checkpoints, stopping, resuming.
 
-What one epoch does is a subclass's business (`train_epoch`, `validate`).
+What happens within an epoch is left to subclasses (`train_epoch`, `validate`).
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = get_logger()
 
 
 def duration(seconds: float) -> str:
-    """A time a person reads at a glance: 8.3 s, 4 min 05 s, 2 h 07 min."""
+    """Seconds as a readable text: 8.3 s, 4 min 05 s, 2 h 07 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -42,17 +42,17 @@ def duration(seconds: float) -> str:
 
 
 class BaseTrainer(Resumable):
-    """Runs epochs 1 to `trainer.epochs` and leaves checkpoints, metrics.csv, TensorBoard events and a log.
+    """Runs epochs 1 to `trainer.epochs` and writes checkpoints, metrics.csv, TensorBoard events and a log.
 
     Args:
         model: the plain model (not wrapped for data parallel training), on `device`.
-        optimizer, lr_scheduler: the schedule may be None; its `unit` says after what it steps (epoch, step, figure).
+        optimizer, lr_scheduler: the schedule may be None; its `unit` says when it steps (epoch, step, figure).
         config: the effective config, saved with the run and in each checkpoint.
         train_loader, valid_loader: see `base.BaseDataLoader`; `valid_loader` may be None.
-        paths: the run's folders; None writes nothing at all (a dry run).
+        paths: the run's folders; None: nothing is written at all (a dry run).
         device: where the model is.
-        data_facts: plain data about the data set, kept in the checkpoint so that a model can be used without it.
-        stop: who hears SIGTERM and SIGINT; one that listens during `train` only, where absent.
+        data_facts: plain data about the data set, kept in checkpoints so that the model can be used without the data.
+        stop: the listener for SIGTERM and SIGINT; by default one that listens during `train` only.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *,
@@ -71,50 +71,51 @@ class BaseTrainer(Resumable):
         self.monitor_mode, self.monitor = parse_monitor(self.options["monitor"], self.options["early_stop"])
         self.early_stop: float = self.options["early_stop"] or math.inf
         self.best: float | None = None
-        self.not_improved, self.told = 0, False      # told: that the monitored figure isn't known
+        self.not_improved, self.told = 0, False      # told: warned that the monitored figure is unknown
         self.frozen_until: int | None = None         # the last epoch before `trainer.freeze` thaws
         self.start_epoch, self.start_batch, self.global_step, self.batches_done = 1, 0, 0, 0
         self.start_offset = 0        # images of the first epoch that were done in batches of another size
-        self.last_epoch = 0          # the last complete one
-        self.epoch_lr: float | None = None  # the rate at the beginning of the epoch
-        self.finished = True         # False where a stop ended the run before its last epoch did
-        self.resumed_inside = False  # an epoch: its checkpoint is of the middle until the end is written
+        self.last_epoch = 0          # the last complete epoch
+        self.epoch_lr: float | None = None  # learning rate at the epoch's beginning
+        self.finished = True         # False if a stop request ended the run before its last epoch was done
+        self.resumed_inside = False  # in mid-epoch: the epoch's checkpoint must be replaced at its end
         self.resumed_from: Path | None = None
         self.scaler = None
-        #: train.py's own, where it listens from the start.
+        #: train.py passes its own, which listens from the program's start.
         self.stop = StopRequest() if stop is None else stop
         self.writer: Any = make_writer(None)
         self.is_main = dist.is_main()
 
-    # ------------------------------------------------------------------ what a subclass gives
+    # ------------------------------------------------------------------ what a subclass implements
 
     @abstractmethod
     def train_epoch(self, epoch: int, start_batch: int) -> dict[str, float] | None:
-        """Train one epoch from batch `start_batch`; its figures, or None where a stop was asked for inside it.
+        """Train one epoch from batch `start_batch` on. Returns its figures, or None if a stop was requested within it.
 
         Sets `batches_done`.
         """
 
     @abstractmethod
     def validate(self, epoch: int) -> dict[str, float | None] | None:
-        """Figures on the validation split, without the `val_` prefix; None where a stop was asked for before it ended.
+        """Validation figures, without the `val_` prefix; None if a stop was requested before the end.
 
-        Every rank returns the same. It draws no random numbers, so that it can be done again.
+        The same on every rank. Draws no random numbers, so that it can be repeated after a stop.
         """
 
     def log_epoch(self, epoch: int, figures: dict[str, float | None]) -> None:
-        """Draw more than the scalars (histograms, images); rank 0 only."""
+        """Write more than scalars to TensorBoard (histograms, images); called on rank 0 only."""
 
     # ------------------------------------------------------------------ the run
 
     def train(self) -> Path | None:
-        """Run to the end, or until a stop is asked for. Returns the last checkpoint's path (None in a dry run)."""
+        """Run to the end or until a stop is requested. Returns the last checkpoint's path, None if no epoch was left.
+        Raises ValueError without `paths`, ConfigError or RunError if the run's files can't be written."""
         if self.paths is None:
             raise ValueError("train() needs paths; a dry run calls dry_run()")
         self._open_run()
         began = time.monotonic()
         last = None
-        # The order of these lines is the recipe of a run; each is explained where it is defined.
+        # The order of these lines matters; each step is explained where it is defined.
         with self.stop:
             for epoch in self._epochs_left():
                 start_batch = self.start_batch if epoch == self.start_epoch else 0
@@ -134,8 +135,8 @@ class BaseTrainer(Resumable):
                            **{f"val_{key}": value for key, value in validated.items()}}
                 self._step_schedule(figures)
                 ahead = self._ahead_of_best(figures)
-                best = ahead >= 0       # of equal epochs the later one, which has learned for longer
-                known = figures.get(self.monitor) is not None and epoch > (self.frozen_until or 0)  # else it's neither
+                best = ahead >= 0       # on a tie the later epoch, which has trained for longer
+                known = figures.get(self.monitor) is not None and epoch > (self.frozen_until or 0)  # else not counted
                 self.not_improved = 0 if ahead > 0 or self.monitor_mode == "off" else self.not_improved + known
                 with self._writing():
                     self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began, best)
@@ -166,7 +167,7 @@ class BaseTrainer(Resumable):
         return last
 
     def close(self) -> None:
-        """Nothing more is written to TensorBoard."""
+        """Close the TensorBoard writer."""
         self.writer.close()
 
     def dry_run(self) -> None:
@@ -174,7 +175,7 @@ class BaseTrainer(Resumable):
         raise NotImplementedError
 
     def sync_buffers(self) -> None:
-        """Give every rank rank 0's buffers (norm statistics), so that what is validated is what is saved."""
+        """Copy rank 0's buffers (norm statistics) to all ranks, so that what is validated is what is saved."""
         if dist.world_size() > 1:
             for model in dict.fromkeys((self.model, self.judged_model)):
                 for buffer in model.buffers():
@@ -187,8 +188,8 @@ class BaseTrainer(Resumable):
             self.best, self.not_improved = None, 0
 
     def _open_files(self) -> bool:
-        """The run's folders and logs, by rank 0; whether the best so far begins anew (`_leave_course`). Raises
-        ConfigError where they can't be written."""
+        """Create the run's folders and logs (rank 0). Returns whether the best figure must start over
+        (`_leave_course`). Raises ConfigError if they can't be written."""
         self.paths.create()
         try:
             log_to_file(self.paths.log)
@@ -201,7 +202,7 @@ class BaseTrainer(Resumable):
         except OSError as error:
             raise ConfigError(f"trainer.save_dir: can't write in {error.filename or self.paths.models}: "
                               f"{error.strerror}") from None
-        for half in self.paths.models.glob(".*.pth.*.tmp"):  # a killed run was writing it
+        for half in self.paths.models.glob(".*.pth.*.tmp"):  # left behind by a killed run
             half.unlink(missing_ok=True)
         return best_is_gone
 
@@ -211,7 +212,7 @@ class BaseTrainer(Resumable):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Around what writes logs: a disk that is full ends the run with a line that says so."""
+        """Around code that writes logs: an OSError (a full disk) becomes a RunError of one line."""
         try:
             yield
         except OSError as error:
@@ -229,10 +230,10 @@ class BaseTrainer(Resumable):
             self.lr_scheduler.step()
 
     def _report(self, epoch: int, lr: float, figures: dict[str, Any], seconds: float, best: bool) -> None:
-        """One line an epoch, one row in metrics.csv, one point in TensorBoard."""
+        """Report an epoch: one line of log, one row in metrics.csv, one point per figure in TensorBoard."""
         if not self.is_main:
             return
-        left = seconds * (self.epochs - epoch)    # by the last epoch: those on features were of another kind
+        left = seconds * (self.epochs - epoch)    # judged by this epoch alone: epochs on features take less
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items()
                           if value is not None and not key.endswith(("shot_acc", "class_mean_acc")))
         groups = [figures.get(f"val_{g}_shot_acc") for g in ("many", "medium", "few")]
@@ -251,18 +252,16 @@ class BaseTrainer(Resumable):
         self.writer.flush()
 
     def _report_time(self, epoch: int, start_batch: int, train_seconds: float, seconds: float) -> None:
-        """A row of timing.csv: what `tools.compare` shows as wall time and images/s.
-
-        A file of its own, because metrics.csv is the same for the same seed and times never are.
-        """
+        """Write a row of timing.csv, which `tools.compare` shows as wall time and images/s. It is a separate file
+        because metrics.csv is the same for the same seed, which times never are."""
         if self.is_main:
             images = sum(self.train_loader.share(b)[1] for b in range(start_batch, len(self.train_loader)))
             self.times.append({"epoch": epoch, "seconds": round(seconds, 3),
                                "images_per_second": round(images / max(train_seconds, 1e-9), 2) if images else None})
 
     def _ahead_of_best(self, figures: dict[str, Any]) -> float:
-        """How much better the monitored figure is than the best so far, which it then becomes: 0 where it is equal,
-        below 0 where it is worse, or isn't known."""
+        """How much the monitored figure improves on the best so far, which it then replaces: 0 if equal, negative if
+        worse or unknown."""
         if self.monitor_mode == "off":
             return -math.inf
         if (unseen := self.valid_loader is None and self.monitor.startswith("val_")) or self.monitor not in figures:

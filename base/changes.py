@@ -1,4 +1,4 @@
-"""What differs between a checkpoint and the run that goes on from it, and what can't be gone on with."""
+"""How the config of a run that resumes differs from its checkpoint's, and which differences rule out resuming."""
 from __future__ import annotations
 
 import inspect
@@ -12,13 +12,17 @@ from torch import nn
 from base.freezing import freeze_plan
 from utils.config.schema import TOP, TRAINER, defaults
 
-#: What of the config's `trainer` decides which parameters are trained and go together.
+#: The keys of the config's `trainer` that decide which parameters are trained and how they are grouped.
 GROUPING = ("freeze", "no_decay", "no_decay_scale", "layer_decay", "classifier_lr")
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[str]:
-    """What the config says otherwise than a checkpoint's: "optimizer.args.lr 0.05 -> 0.001". Where a run's files are
-    isn't told, nor a key that is absent in one and has its default in the other."""
+    """Each key whose value differs between a checkpoint's config, `before`, and the present one, `now`, as a text:
+    "optimizer.args.lr 0.05 -> 0.001".
+
+    Left out: the run's name, folder and verbosity, and keys that are absent in one and have their default in the other.
+    path: prefix of the keys, for the recursion.
+    """
     rows = {"": TOP, "trainer.": TRAINER}.get(path, ())
     before, now = defaults(rows, before), defaults(rows, now)
     for key in sorted(before.keys() | now.keys()):
@@ -31,10 +35,10 @@ def config_changes(before: dict[str, Any], now: dict[str, Any], path: str = "") 
 
 
 def regrouped(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys of `trainer` by which the optimizer's groups have other parameters than before. Of rates it only counts
-    that there is one."""
+    """The keys of `trainer` whose change puts parameters into other optimizer groups than before. For learning rates
+    only whether one is given matters, not its value."""
     def meant(options: dict[str, Any], key: str) -> Any:
-        if key == "freeze" and isinstance(options[key], dict):    # until when may change
+        if key == "freeze" and isinstance(options[key], dict):    # `until` may change
             return ("for now", *freeze_plan(options[key])._replace(until=None))
         return options[key] is not None if key in ("layer_decay", "classifier_lr") else options[key]
     before, now = defaults(TRAINER, before), defaults(TRAINER, now)
@@ -42,20 +46,20 @@ def regrouped(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def optimizer_kinds(spec: dict[str, Any]) -> str | None:
-    """An optimizer's type with those that work inside it: "SGD", "SAM(AdamW)", "Muon(SGD)"."""
+    """An optimizer's type with the types of the optimizers inside it: "SGD", "SAM(AdamW)", "Muon(SGD)"."""
     kind, args = spec.get("type"), spec.get("args") or {}
-    others = {"others": {"type": "SGD"}} if kind == "Muon" else {}      # as `build_optimizer` has it
+    others = {"others": {"type": "SGD"}} if kind == "Muon" else {}      # the default of `build_optimizer`
     inner = [optimizer_kinds(part) for key in ("base", "others")
              if isinstance(part := args.get(key) or others.get(key), dict)]
     return f"{kind}({', '.join(map(str, inner))})" if kind and inner else kind
 
 
 def missing_memory(optimizer: torch.optim.Optimizer) -> list[str]:
-    """What a step with the present numbers needs of a parameter's memory that isn't there (AdamW that had no amsgrad
-    has no largest second moment), found by a step of a twin on one number."""
+    """Names of the per-parameter state that a step with the present settings needs and the loaded state lacks (after
+    `amsgrad` was switched on: AdamW's largest second moment). Found by letting a twin optimizer step on one number."""
     own: Any = optimizer
     while own is not None and not type(own).__module__.startswith("torch.optim"):
-        own = getattr(own, "base", None) or getattr(own, "others", None)   # the one inside SAM, inside Muon
+        own = getattr(own, "base", None) or getattr(own, "others", None)   # the one inside SAM or Muon
     for group in own.param_groups if own is not None else ():
         p = next((p for p in group["params"] if own.state.get(p)), None)
         if p is None:
@@ -66,6 +70,6 @@ def missing_memory(optimizer: torch.optim.Optimizer) -> list[str]:
         twin = type(own)([number], **{key: value for key, value in group.items() if key in known})
         twin.step()
         missing = twin.state[number].keys() - own.state[p].keys()
-        if missing and type(own) is not torch.optim.SGD:   # SGD makes its momentum where there is none
+        if missing and type(own) is not torch.optim.SGD:   # SGD creates missing momentum itself
             return sorted(missing)
     return []

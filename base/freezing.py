@@ -1,4 +1,4 @@
-"""`trainer.freeze` as a config writes it: which parameters aren't trained, and for how long."""
+"""Parses `trainer.freeze`: which parameters aren't trained, and for how long."""
 from __future__ import annotations
 
 import re
@@ -11,8 +11,10 @@ Parts = str | list[str] | float
 
 
 class Freeze(NamedTuple):
-    """what: "backbone", "norms", beginnings of parameters' names, or the share of the stages, from the stem on, that
-    are frozen. until: the last epoch in which they are frozen; None: the whole run. then: what stays frozen after it.
+    """What `trainer.freeze` asks for.
+
+    what: "backbone", "norms", prefixes of parameter names, or a share of the stages (0 to 1), from the stem on. until:
+    the last epoch (1, 2, ...) in which `what` is frozen; None: the whole run. then: what stays frozen after that.
     """
 
     what: Parts
@@ -21,9 +23,10 @@ class Freeze(NamedTuple):
 
 
 def freeze_plan(value: Any) -> Freeze | None:
-    """`trainer.freeze` read: None, parts, or {"until": "epoch 3", "what": parts, "then": parts}.
+    """`trainer.freeze` as a `Freeze`. value: None (gives None), parts, or {"until": "epoch 3", "what":
+    parts, "then": parts}.
 
-    Raises ConfigError for another key or another value.
+    Raises ConfigError for unknown keys and invalid values.
     """
     if value is None or not isinstance(value, dict):
         return None if value is None else Freeze(_parts(value, "trainer.freeze"))

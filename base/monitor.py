@@ -1,4 +1,4 @@
-"""What `trainer.monitor` asks for."""
+"""Parses `trainer.monitor`."""
 from __future__ import annotations
 
 from logger.log import get_logger
@@ -11,9 +11,10 @@ BETTER = dict.fromkeys(("accuracy", "top_k_acc", "auc", *COUNTED, *DETECTED), "m
 
 
 def parse_monitor(monitor: str, early_stop: int | None = None) -> tuple[str, str]:
-    """("min" or "max", the figure's name) of `trainer.monitor`, or ("off", ""). Raises ConfigError.
+    """("min" or "max", the figure's name) from `trainer.monitor`; ("off", "") if nothing is monitored.
 
-    early_stop: `trainer.early_stop`, of which a warning says that it has no figure to go by where nothing is monitored.
+    early_stop: `trainer.early_stop`; a warning says that it has no effect if nothing is monitored. Raises ConfigError
+    for an invalid value and for a direction that would keep the worst epoch.
     """
     mode, name = monitored(monitor)
     better = BETTER.get(name.removeprefix("val_"), mode)

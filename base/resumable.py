@@ -1,4 +1,4 @@
-"""What a run keeps to go on from, and how it does: mid-epoch if need be, bit for bit on CPU."""
+"""Writing checkpoints and resuming from them, even in the middle of an epoch, bit for bit on CPU."""
 from __future__ import annotations
 
 import zlib
@@ -21,7 +21,7 @@ log = get_logger()
 
 
 class Resumable(ABC):
-    """The checkpoints of a training: written, thinned out, gone on from. `BaseTrainer` says what the fields are."""
+    """The part of a trainer that writes checkpoints, deletes old ones and resumes; see `BaseTrainer` for the fields."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -47,24 +47,24 @@ class Resumable(ABC):
     resumed_from: Path | None
 
     def extra_state(self) -> dict[str, Any]:
-        """More of the subclass's state for the checkpoint (tensors and plain data); called on every rank."""
+        """Further state of the subclass for the checkpoint (tensors and plain data); called on every rank."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:  # noqa: B027
-        """Take back what `extra_state` returned; `checkpoint` is the whole file."""
+        """Restore what `extra_state` returned; `checkpoint` is the whole checkpoint."""
 
     @property
     def judged_model(self) -> nn.Module:
-        """The model that is validated and saved as `state_dict`; another than the one that trains where its weights are
+        """The model that is validated and saved as `state_dict`: the one that is trained, unless its weights are
         averaged."""
         return self.model
 
     def state(self, epoch: int, batch: int | None) -> dict[str, Any]:
-        """Everything a run needs to go on, as tensors and plain data.
+        """Everything a run needs to resume, as tensors and plain data.
 
         Args:
             epoch: the epoch that the state belongs to.
-            batch: how many of its batches are done, or None where the epoch is complete.
+            batch: how many of its batches are done, or None if the epoch is complete.
         """
         position = None if batch is None else {"images": self.train_loader.images_done(batch),
                                                "order": self._order_of(epoch)}
@@ -78,20 +78,20 @@ class Resumable(ABC):
                 "rng": self._all_rng(), "config": self.config, "data": self.data_facts, "extra": self.extra_state()}
 
     def _all_rng(self) -> list[dict[str, Any]]:
-        """Every rank's generator states, so that dropout goes on as it would have."""
+        """Every rank's random generator states, so that dropout continues as it would have without a stop."""
         return dist.gather_objects(rng_state())
 
     def save(self, epoch: int, path: Path | None = None, batch: int | None = None) -> Path:
-        """Write a checkpoint, whole or not at all; all ranks call it, rank 0 writes.
+        """Write a checkpoint (by default the epoch's own), whole or not at all; all ranks call it, rank 0 writes.
 
-        Raises RunError, on every rank, where the disk doesn't take it; what was there before stays.
+        batch: see `state`. Returns the path. Raises RunError, on every rank, if it can't be written; older files stay.
         """
         path = path or self.paths.checkpoint(epoch)
         self._write(path, self.state(epoch, batch))
         return path
 
     def save_weights(self, path: Path, model: nn.Module) -> None:
-        """Write a checkpoint of `model`'s weights alone: for test.py and the tools, not to go on with."""
+        """Write a checkpoint of `model`'s weights alone, for test.py and the tools; a run can't resume from it."""
         self._write(path, {"arch": self.config["arch"]["type"], "epoch": self.last_epoch,
                            "state_dict": model.state_dict(), "config": self.config, "data": self.data_facts})
 
@@ -109,20 +109,20 @@ class Resumable(ABC):
         return str(kept[-1]) if kept else "none yet"
 
     def _drop_old(self, epoch: int) -> None:
-        """Keep `keep_last` checkpoints of those up to `epoch`'s."""
+        """Delete all but the newest `keep_last` of the checkpoints up to `epoch`."""
         if self.is_main and self.keep_last:
             kept = [path for path in self.paths.checkpoints() if self.paths.epoch_of(path) <= epoch]
             for old in kept[:-self.keep_last]:
                 old.unlink(missing_ok=True)
 
     def _leave_course(self, rows: list[dict[str, Any]]) -> bool:
-        """Set aside what was saved after the place that the run goes on from, by rank 0: `-r auto`, `keep_last` and
-        whoever asks for the best would take it for the new course's.
+        """Rename what was saved after the point from which the run resumes (rank 0): `-r auto`, `keep_last` and users
+        of the best checkpoint would take it for this run's.
 
-        `model_best.pth` is then the best epoch before that place, if that epoch's checkpoint is kept. Returns whether
-        the best so far begins anew, as its weights are gone. Raises OSError.
+        `model_best.pth` becomes the best epoch before that point, if that epoch's checkpoint exists. Returns True if
+        not: the best figure must start over, as its weights are gone. Raises OSError.
 
-        rows: metrics.csv's up to that place.
+        rows: those of metrics.csv up to that point.
         """
         best = self.paths.best
         later = [path for path in reversed(self.paths.checkpoints()) if self.paths.epoch_of(path) >= self.start_epoch]
@@ -147,9 +147,9 @@ class Resumable(ABC):
         return True
 
     def resume(self, checkpoint: dict[str, Any], path: Path | None = None) -> None:
-        """Go on from where `checkpoint` was written: mid-epoch if need be, bit for bit on CPU.
+        """Resume from where `checkpoint` was written: mid-epoch if need be, bit for bit on CPU. path: its file.
 
-        Raises ConfigError where the checkpoint has no such state (weights only, or written by another project).
+        Raises ConfigError if it holds weights only, or if its optimizer state or its place in the epoch doesn't fit.
         """
         name = str(path or "the checkpoint")
         self.resumed_from = path and absolute(path)
@@ -171,7 +171,7 @@ class Resumable(ABC):
             self.bring_schedule_to(self._schedule_calls(), checkpoint.get("lr_scheduler") if same_figure else None)
         step = checkpoint.get("global_step")
         self.global_step = checkpoint["epoch"] * len(self.train_loader) if step is None else step
-        if "raw_state_dict" in checkpoint:  # `state_dict` is their average
+        if "raw_state_dict" in checkpoint:  # `state_dict` is averaged
             self.model.load_state_dict(checkpoint["raw_state_dict"])
         if checkpoint.get("extra"):
             self.load_extra_state(checkpoint["extra"], checkpoint)
@@ -186,7 +186,8 @@ class Resumable(ABC):
             log.info("changed from what the checkpoint had, and in force from here: %s", "; ".join(changes))
 
     def _load_optimizer(self, state: Any, saved_config: dict[str, Any], name: str) -> None:
-        """The optimizer's memory from a checkpoint; its numbers (rate, decay, momentum) stay the config's."""
+        """Load the optimizer's state (momentum etc.); its hyperparameters (learning rate, weight decay) stay the
+        config's. Raises ConfigError if it doesn't fit."""
         kind, before = (optimizer_kinds(config.get("optimizer") or {}) for config in (self.config, saved_config))
         schedule_was = (saved_config.get("lr_scheduler") or {}).get("type")
         base_was = ((saved_config.get("optimizer") or {}).get("args") or {}).get("lr")
@@ -208,7 +209,7 @@ class Resumable(ABC):
             group.update(numbers)
             if getattr(self.lr_scheduler, "unit", None) == "figure" and schedule_was in (
                     None, self.config["lr_scheduler"]["type"]):
-                # A plateau's rate is history: what it has become, by what the base rate is now.
+                # A plateau schedule's rate depends on the past: keep its ratio to the base rate, which may be new.
                 group["lr"] = rate * (numbers["lr"] / base)
         missing = missing_memory(self.optimizer)
         if missing:
@@ -216,7 +217,7 @@ class Resumable(ABC):
                               f"start a new run from its weights with --pretrained {name}")
 
     def _load_best(self, checkpoint: dict[str, Any], saved: dict[str, Any]) -> bool:
-        """The best figure so far, unless it is another figure that is monitored now; returns whether it is the same."""
+        """Restore the best figure so far if the run still monitors the same figure; returns whether it does."""
         best, monitor = checkpoint.get("monitor_best"), checkpoint.get("monitor") or saved.get("monitor")
         if monitor is not None and monitor != self.options["monitor"]:
             log.info("trainer.monitor: %s instead of %s: the best so far begins anew", self.options["monitor"], monitor)
@@ -226,8 +227,8 @@ class Resumable(ABC):
         return True
 
     def _find_position(self, checkpoint: dict[str, Any], batch: int, saved_config: dict[str, Any], name: str) -> None:
-        """Where in its epoch a run goes on: by images, since the batch's size may have changed. Raises ConfigError
-        where the epoch's order of images is another: some would be seen twice and others not at all."""
+        """Set where in its epoch the run resumes, counted in images, since the batch size may have changed. Raises
+        ConfigError if the epoch's images come in another order now: some would be seen twice and others not at all."""
         loader, position = self.train_loader, checkpoint.get("position") or {}
         size = (saved_config.get("data_loader") or {}).get("args", {}).get("batch_size", loader.batch_size)
         images = position.get("images", min(batch * size, loader.epoch_size))
@@ -242,12 +243,12 @@ class Resumable(ABC):
             self.start_batch, self.start_offset = self.start_batch + 1, 0
 
     def _schedule_calls(self) -> int:
-        """How often the schedule would have been called by now, had the run been this one from its beginning."""
+        """How often the schedule would have stepped by now if the run had always had its present settings."""
         if getattr(self.lr_scheduler, "unit", "epoch") != "step":
             return self.last_epoch
         if not self.resumed_inside:
             return self.last_epoch * self.steps_per_epoch
-        # Counted from the epoch's end: whatever size its first batches had, the next epoch begins where it would have.
+        # Counted back from the epoch's end: whatever size its first batches had, the next epoch's count is right.
         self.train_loader.set_epoch(self.start_epoch, self.start_batch, self.start_offset)
         left = -(-(len(self.train_loader) - self.start_batch) // self.options["accumulate"])
         self.train_loader.set_epoch(self.start_epoch)
@@ -263,19 +264,20 @@ class Resumable(ABC):
         return -(-len(self.train_loader) // self.options["accumulate"])
 
     def bring_schedule_to(self, calls: int, saved: dict[str, Any] | None) -> None:
-        """Bring the schedule to where it is after `calls` calls of its `step`."""
+        """Put the schedule into its state after `calls` calls of `step()`; saved: its state in the
+        checkpoint, if any."""
         raise NotImplementedError
 
 
 def plain_state(scheduler: Any) -> dict[str, Any] | None:
-    """A schedule's state without the functions some keep in it (they are built from the config)."""
+    """A schedule's state without the functions that some keep in it (the config rebuilds them); None for None."""
     if scheduler is None:
         return None
     return {key: value for key, value in scheduler.state_dict().items() if is_plain(value)}
 
 
 def _readable(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`; {} where there is none that can be read."""
+    """The checkpoint at `path`; {} if it is missing or can't be read."""
     try:
         return load_checkpoint(path)
     except ConfigError:

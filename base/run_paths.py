@@ -17,20 +17,24 @@ CHECKPOINT = re.compile(r"checkpoint-epoch(\d+)\.pth$")
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The two folders of one run. Nothing is created before `create`."""
+    """The two folders of one run: `models` for checkpoints and config.json, `log` for logs and metrics. Nothing is
+    created before `create`."""
 
     models: Path
     log: Path
 
     @property
     def config(self) -> Path:
+        """The file of the run's config."""
         return self.models / "config.json"
 
     @property
     def best(self) -> Path:
+        """The checkpoint of the best epoch."""
         return self.models / "model_best.pth"
 
     def checkpoint(self, epoch: int) -> Path:
+        """The checkpoint of an epoch."""
         return self.models / f"checkpoint-epoch{epoch}.pth"
 
     @staticmethod
@@ -39,30 +43,30 @@ class RunPaths:
         return int(CHECKPOINT.search(path.name)[1])
 
     def checkpoints(self) -> list[Path]:
-        """The epoch checkpoints that are there, oldest epoch first."""
+        """The epoch checkpoints that exist, oldest epoch first."""
         found = [p for p in self.models.glob("checkpoint-epoch*.pth") if CHECKPOINT.search(p.name)]
         return sorted(found, key=self.epoch_of)
 
     def saved(self) -> list[Path]:
-        """All that a run can go on from: the best where it is there, then the epoch checkpoints."""
+        """All checkpoints that a run can resume from: the best one, if it exists, then the epoch checkpoints."""
         return [*([self.best] if self.best.is_file() else []), *self.checkpoints()]
 
     def figures_of(self, left: Collection[Path], epoch: int) -> list[Path]:
-        """test_metrics.json, where it is of one of the checkpoints `left`, or of `epoch` or a later one; else none."""
+        """[test_metrics.json] if its figures are of a checkpoint in `left`, or of `epoch` or a later one; else []."""
         file = self.models / "test_metrics.json"
         try:
             tested = json.loads(file.read_text(encoding="utf-8")).get("checkpoint")
         except (OSError, ValueError, AttributeError):
             return []
-        number = CHECKPOINT.search(str(tested))     # a name that isn't there: a training's own end, of its last one
+        number = CHECKPOINT.search(str(tested))     # None: the test at training's end, of its last epoch
         of_left = bool(left) if tested is None else tested in {path.name for path in left}
         return [file] if of_left or (number and int(number[1]) >= epoch) else []
 
     @staticmethod
     def set_aside(files: Iterable[Path]) -> None:
-        """Rename files to `superseded-...`: all of them, or none where one can't be renamed (OSError).
+        """Rename files to `superseded-...`: all of them, or none if one can't be renamed (raises OSError).
 
-        Those of a course that was left before stay: the next are `superseded2-...`, and so on.
+        Files that were set aside earlier stay: the next ones become `superseded2-...`, and so on.
         """
         def free(path: Path) -> Path:
             names = (f"superseded{number}-{path.name}" for number in itertools.chain([""], itertools.count(2)))
@@ -78,7 +82,7 @@ class RunPaths:
             raise
 
     def create(self) -> None:
-        """Make both folders; ConfigError where that isn't possible."""
+        """Create both folders. Raises ConfigError if that isn't possible."""
         for folder in (self.models, self.log):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,7 @@ class RunPaths:
 
 
 def _claimed(folder: Path) -> bool:
-    """Make `folder`; False where it is there already. Raises ConfigError."""
+    """Create `folder`; False if it exists already. Raises ConfigError if it can't be created."""
     try:
         folder.mkdir(parents=True)
         return True
@@ -105,10 +109,10 @@ def _cant_make(folder: Path, error: OSError) -> ConfigError:
 
 
 def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
-    """A run's folders under `save_dir`; without `run_id` the date and time, made unique among existing runs.
+    """The folders of a new run under `save_dir`. run_id: by default the date and time, made unique among existing runs.
 
-    Nothing is made, except that without `run_id` the models folder is, to claim the name: of two runs that start in
-    the same second each has its own.
+    Nothing is created, except that without `run_id` the models folder is, to claim the name: two runs that start in the
+    same second get different ones. Raises ConfigError for an invalid name and for a folder that can't be created.
     """
     for value, key in ((name, "name"), (run_id, "--run_id")):
         if value is not None:
@@ -124,14 +128,14 @@ def new_run(save_dir: str, name: str, run_id: str | None = None) -> RunPaths:
 
 
 def absolute(path: Path) -> Path:
-    """`path` from the root on, without "..", before which links are followed."""
+    """`path` as an absolute path without ".."; symbolic links are resolved only if it contains ".."."""
     return path.parent.resolve() / path.name if ".." in path.parts else path.absolute()
 
 
 def run_of(checkpoint: Path) -> RunPaths:
-    """The folders of the run that wrote `checkpoint`; beside it where the file was moved out of its run.
+    """The folders of the run that wrote `checkpoint`; for a file moved out of its run, its own folder and `log` in it.
 
-    A run that tools.keep wrote is one folder: what it logged lies beside its weights.
+    A run written by tools.keep is a single folder: its logs are beside its weights.
     """
     if (checkpoint.parent / "metrics.csv").is_file():
         return RunPaths(checkpoint.parent, checkpoint.parent)

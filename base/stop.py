@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 end a run at a step's end instead of anywhere."""
+"""SIGTERM, SIGINT and SIGUSR1 end a run after a complete step instead of in the middle of one."""
 from __future__ import annotations
 
 import os
@@ -13,18 +13,18 @@ from utils import dist
 if TYPE_CHECKING:
     import torch
 
-#: What asks a run to stop. SIGUSR1 is what Slurm's `--signal=USR1@60` sends before the time is up (Windows has none).
+#: The signals that ask a run to stop. Slurm's `--signal=USR1@60` sends SIGUSR1 before the time is up (not on Windows).
 STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopRequest:
-    """Remembers that a stop was asked for. A second SIGINT interrupts at once, as people expect of Ctrl-C.
+    """Remembers that a stop was requested. A second SIGINT interrupts at once, as people expect of Ctrl-C.
 
-    Used as a context, which may be nested: the outermost one decides how long signals are caught. (No torch is
-    imported here, so that a run can listen before anything slow begins.)
+    Used as a context manager, which may be nested: signals are caught until the outermost one exits. (torch isn't
+    imported at the top of this file, so that a run can listen before anything slow begins.)
     """
 
-    #: A terminal's Ctrl-C reaches a rank twice, by itself and through torchrun: only a later one is the user's second.
+    #: One Ctrl-C reaches a rank twice, directly and through torchrun: only after this time is it the user's second.
     PATIENCE_S = 1.0
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class StopRequest:
             try:
                 os.write(1, f"\n{line}\n".encode())
             except OSError:
-                pass  # nobody reads any more
+                pass  # stdout's reader is gone
 
     def agreed(self, device: torch.device, is_sync_point: bool) -> bool:
-        """Has any rank been asked to stop? Every rank gets the same answer.
+        """Whether any rank was asked to stop. Every rank must call it and gets the same answer.
 
-        Many processes must stop at the same step, or the rest wait for ever in the next collective call: the flag
-        is summed over ranks, each step on CPU, and on GPUs only where the host waits for the device anyway
-        (`is_sync_point`).
+        All processes must stop at the same step, or the others would wait forever in the next collective call. The flag
+        is summed over ranks: on CPU at each step, on GPUs only where the host waits for the device anyway
+        (`is_sync_point`); elsewhere the answer is False.
         """
         if dist.world_size() == 1:
             return self.signal is not None

@@ -1,11 +1,12 @@
-"""Whether anything got slower: a benchmark as it stands here and as it stood at another commit, in turns.
+"""Tells whether anything got slower: runs a benchmark as it is here and as it was at another commit, in turns.
 
     python -m benchmarks.against [--rounds N] [--json FILE] COMMIT BENCHMARK [ITS OWN FLAGS]
     python -m benchmarks.against --rounds 5 HEAD~10 inference --cpu-time --rounds 3
 
-Each round runs the benchmark once at either commit, in a random order, with this Python and its packages; what both
-report as seconds or milliseconds, per second or as a ratio of times is compared. What is slower here by more than 3 %,
-by the median over the rounds, is marked, and the exit status is then 1; it's 2 where nothing could be compared.
+Each round runs the benchmark once on either side, in random order, with this Python and its packages. Figures that both
+report in seconds or milliseconds, per second or as a ratio of times are compared. Those that are slower here by more
+than 3 %, by the median over the rounds, are marked, and the exit status is then 1; it's 2 where nothing could be
+compared.
 """
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def times(results: Any, name: str = "", slow: bool | None = None) -> Iterator[tuple[str, float]]:
     """Name and value of each figure in a benchmark's JSON that says how long something takes: lower is faster.
 
-    Rates are inverted, speed-ups and everything else left out. A row of a list is named by its words and shapes, where
-    it has any.
+    Rates are inverted; speed-ups and everything else are left out. A row of a list is named by its texts and shapes,
+    else by its place.
     """
     if isinstance(results, dict):
         for key, value in results.items():
@@ -55,7 +56,7 @@ def times(results: Any, name: str = "", slow: bool | None = None) -> Iterator[tu
 
 @contextlib.contextmanager
 def checkout(commit: str, repository: Path = ROOT) -> Iterator[Path]:
-    """A folder with the repository's files at `commit`, gone afterwards. ConfigError where git knows no such commit."""
+    """A folder with the repository's files at `commit`, removed afterwards. Raises ConfigError: unknown commit."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "then")
         made = subprocess.run(["git", "worktree", "add", "--detach", place, commit], cwd=repository,
@@ -69,7 +70,7 @@ def checkout(commit: str, repository: Path = ROOT) -> Iterator[Path]:
 
 
 def run(place: Path, benchmark: str, flags: list[str]) -> dict[str, float]:
-    """One run's times, by name."""
+    """One run's times, by name. Raises ConfigError where the benchmark fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "results.json")
         ended = subprocess.run([sys.executable, "-m", f"benchmarks.{benchmark}", *flags, "--json", file], cwd=place,
@@ -81,7 +82,7 @@ def run(place: Path, benchmark: str, flags: list[str]) -> dict[str, float]:
 
 
 def compare(sides: dict[str, Path], benchmark: str, flags: list[str], rounds: int) -> dict[str, Timing]:
-    """The times of every figure that all sides' runs have."""
+    """The times of every figure that all runs of both sides have. Raises ConfigError where there is none."""
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     order = random.Random(0)
     for _ in range(rounds):
@@ -97,6 +98,7 @@ def compare(sides: dict[str, Path], benchmark: str, flags: list[str], rounds: in
 
 
 def main() -> int:
+    """The command; returns 1 where anything is slower, else 0. Raises ConfigError."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--rounds", type=int, default=3, help="runs at either commit (default: %(default)s)")
     flags.add_argument("--json", metavar="FILE", help="also write the ratios there")

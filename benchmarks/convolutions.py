@@ -3,8 +3,8 @@
     python -m benchmarks.convolutions [--cpu-time] [--threads N] [--rounds N] [--json FILE]
 
 channels_last, stride 1, on shapes of ResNet-32 (batch 128) and ResNet-50 (batch 32), in float32 and, where the CPU
-multiplies it, bfloat16 (ours takes filters in float32 there too); each pass of both sides in turns. Errors are the
-largest difference from float64, as a share of the result's standard deviation.
+has instructions for it, bfloat16 (where ours also takes filters in float32); each pass of both sides in turns. Errors
+are the largest difference from float64, as a share of the result's standard deviation.
 """
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ SHAPES = ((128, 16, 32), (128, 32, 16), (128, 64, 8), (32, 64, 56), (32, 128, 28
 
 
 def gradient(x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, of: int) -> torch.Tensor:
-    """torch's gradient of the input (0) or of the filters (1), alone."""
+    """torch's gradient of only the input (of = 0) or the filters (1)."""
     return torch.ops.aten.convolution_backward(dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
                                                [of == 0, of == 1, False])[of]
 
 
 def main() -> int:
+    """The command; returns the exit status."""
     args = parser(__doc__.splitlines()[0], threads=1, cpu_time=True).parse_args()
     begin(args)
     if compiler() is None:

@@ -1,5 +1,6 @@
-"""The data path: small images augmented by the batch, and large JPEGs, against torchvision's per-image pipelines; and
-a large data set opened as files and as shards.
+"""The data path: small images and large JPEGs against torchvision's per-image pipelines; files against shards.
+
+Small images are augmented by the batch; the last part (see `benchmarks.shards`) opens a large data set.
 
 `python -m benchmarks.data [--json FILE] [--rounds N]`
 
@@ -41,6 +42,7 @@ PER_ROUND = 8
 
 
 def cpu_timing(sides: dict[str, Callable[[], object]], rounds: int) -> Timing:
+    """`interleave` in CPU seconds."""
     return interleave({name: timed(side) for name, side in sides.items()}, rounds, warmup=1)
 
 
@@ -74,7 +76,7 @@ class _PerImage(torch.utils.data.Dataset):
 
 
 def time_small(rounds: int, augment: str = "basic") -> dict:
-    """Images a second of crop, flip, rotation or a policy, and normalising at 32 x 32, in one process."""
+    """Images per second of crop, flip, rotation or a policy, and normalising at 32 x 32, in one process."""
     loader = _Arrays(None, BATCH, validation="none", augment=augment)
     per_image = torch.utils.data.DataLoader(_PerImage(loader, augment), batch_size=BATCH, shuffle=True)
     timing = cpu_timing({"by the batch": lambda: [None for _ in loader],
@@ -88,7 +90,7 @@ def time_small(rounds: int, augment: str = "basic") -> dict:
 
 
 def photo(width: int, height: int, seed: int) -> Image.Image:
-    """A picture with a photograph's falling spectrum and some grain, which JPEG finds about as hard."""
+    """A picture with a photograph's falling spectrum and some grain, about as hard to compress for JPEG."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for step in range(2, 10):
@@ -143,7 +145,7 @@ def time_large(folder: Path, rounds: int) -> list[dict]:
 
 
 def pixel_difference(folder: Path) -> list[dict]:
-    """Levels of 255 between our test pixels and Pillow's (resize 256, crop 224) of the same file."""
+    """Difference, in levels of 255, between our test pixels and Pillow's (resize 256, crop 224) of the same file."""
     import torchvision.transforms as T
     crop, preprocess = T.Compose([T.Resize(256), T.CenterCrop(224)]), test_preprocess(224, *IMAGENET_STATISTICS)
     results = []
@@ -160,6 +162,7 @@ def pixel_difference(folder: Path) -> list[dict]:
 
 
 def main() -> int:
+    """The command; returns the exit status."""
     args = parser(__doc__.splitlines()[0], threads=1).parse_args()
     args.threads = 1
     begin(args)

@@ -1,4 +1,4 @@
-"""A training step of a network with depthwise convolutions in bfloat16: these in float32, as we train it, or not.
+"""A bfloat16 training step of a network with depthwise convolutions: these in float32, as we train them, or not.
 
     python -m benchmarks.depthwise [--threads N] [--rounds N] [--json FILE]
 
@@ -22,6 +22,7 @@ SIDES = {"float32": (False, True), "bfloat16": (True, False), "bfloat16, depthwi
 
 
 def network(frozen: float | None, steady: bool) -> nn.Module:
+    """frozen: share of stages to freeze, or None. steady: with depthwise convolutions in float32."""
     torch.manual_seed(0)
     model = build_model({"type": "TimmModel", "args": {"model_name": "tf_efficientnet_lite0", "weights": False}}, 100)
     if not steady:
@@ -33,6 +34,7 @@ def network(frozen: float | None, steady: bool) -> nn.Module:
 
 
 def step(model: nn.Module, half: bool, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], float]:
+    """A forward and backward pass as a function that returns its CPU seconds; half: under bfloat16 autocast."""
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = F.cross_entropy(model(images)["output"].float(), labels)
@@ -41,6 +43,7 @@ def step(model: nn.Module, half: bool, images: torch.Tensor, labels: torch.Tenso
 
 
 def main() -> None:
+    """The command."""
     args = parser(__doc__.splitlines()[0]).parse_args()
     begin(args)
     half, why = choose_precision("auto", "cpu")

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def fit(split_seed: int) -> dict[str, float | None]:
-    """Accuracy over all images and by group (`model.metric.shot_accuracy`) on one split."""
+    """Accuracy, 0 to 1, over all images and by group (`model.metric.shot_accuracy`) on one split."""
     from sklearn.linear_model import LogisticRegression
 
     from data_loader.data_loaders import DigitsLTDataLoader
@@ -27,6 +27,7 @@ def fit(split_seed: int) -> dict[str, float | None]:
 
 
 def main() -> None:
+    """The command."""
     results = [fit(seed) for seed in range(3)]
     print(f"{'split':<8}{'all':>8}{'many':>8}{'medium':>8}{'few':>8}")
     for name, rows in [*((str(k), [r]) for k, r in enumerate(results)), ("mean", results)]:

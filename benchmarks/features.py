@@ -1,12 +1,12 @@
-"""A second stage on features that are computed once, against one on images; and its memory as the features grow.
+"""A second stage on features that are computed once, against one on images; and its memory with more features.
 
     python -m benchmarks.features [--data_dir data] [--images 150000 1000000] [--json FILE]
 
-The first part trains cRT's and LWS's classifiers on a frozen ResNet-32 (CIFAR-100-LT in data_dir, without it digits),
-an epoch with its validation on images and one on features in turns, by CPU time, and the pass that makes the features
-once.
-The second writes features of so many images, 1,280 numbers each, and trains a classifier of 100 classes on them for an
-epoch, each in a process of its own: what it prints is the process's peak memory above its start.
+The first part trains cRT's and LWS's classifiers on a frozen ResNet-32 (CIFAR-100-LT in data_dir, without it digits):
+an epoch with its validation on images and one on features, timed in turns in CPU seconds, and the pass that makes the
+features once.
+The second part writes features of so many images, 1,280 numbers each, and trains a classifier of 100 classes on them
+for an epoch, each size in a process of its own; it prints by how much the process's memory grew at most.
 """
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_trainer(data_dir: str | None, folder: Path, stage: str, cached: bool) -
 
 
 def compare(data_dir: str | None, stage: str, rounds: int) -> dict[str, Any]:
-    """CPU seconds of an epoch on images and on features, and of the pass."""
+    """CPU seconds of an epoch on images and on features, and of the pass that makes these."""
     with tempfile.TemporaryDirectory() as folder:
         trainers = {"images": make_trainer(data_dir, Path(folder), stage, False),
                     "features": make_trainer(data_dir, Path(folder), stage, True)}
@@ -78,7 +78,7 @@ def compare(data_dir: str | None, stage: str, rounds: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------- memory
 
 class Wide(BaseModel):
-    """Features of 1,280 numbers from a few pixels, and a classifier."""
+    """A model with features of 1,280 numbers from a few pixels, and a classifier."""
 
     num_classes, feat_dim = CLASSES, WIDTH
 
@@ -97,7 +97,7 @@ class Wide(BaseModel):
 
 
 class Noise(BaseDataLoader):
-    """Random images of 4 x 4 pixels, a function of the batch; shuffled where it trains."""
+    """Random images of 4 x 4 pixels, determined by the batch's number; shuffled in training."""
 
     def describe(self, digest: Any) -> None:
         digest.update(str(self.n_samples).encode())
@@ -109,7 +109,7 @@ class Noise(BaseDataLoader):
 
 
 def measure(images: int, folder: str) -> dict[str, float]:
-    """Seconds and peak bytes, above what the process had before, of writing features and of an epoch on them."""
+    """Seconds, and peak bytes beyond what the process used before, of writing features and of an epoch on them."""
     from trainer.cached import store_of
     from trainer.feature_store import FeatureLoader
     targets = np.random.default_rng(0).integers(0, CLASSES, images)
@@ -136,6 +136,7 @@ def measure(images: int, folder: str) -> dict[str, float]:
 
 
 def main() -> int:
+    """The command; returns the exit status."""
     flags = parser(__doc__.splitlines()[0], threads=1)
     flags.add_argument("--data_dir", help="where CIFAR-100 is")
     flags.add_argument("--images", type=int, nargs="*", default=[150_000, 450_000], help="sizes of the second part")

@@ -1,9 +1,9 @@
-"""Images a second in evaluation: plain, folded, channels_last, compiled and routed, in one table; MABN folded too.
+"""Images per second in evaluation: plain, folded, channels_last, compiled and routed, in one table; MABN folded too.
 
     python -m benchmarks.inference [--batch N] [--rounds N] [--compile] [--json FILE]
 
 RIDE's ResNet-32 with 3 experts, 32 x 32. All sides run in turns on the same images in float32, and each one's outputs
-are compared with its slow twin's before anything is timed. Weights are random and norm statistics are made up: neither
+are compared with its plain twin's before anything is timed. Weights are random and norm statistics are made up: neither
 matters for the speed. Each gate is biased so that half of all images would ask for another expert.
 """
 from __future__ import annotations
@@ -19,11 +19,11 @@ from model.model import build_model
 from model.norm import MABN2d, fold_norm
 from tools.allocator import keep_freed_memory
 
-TOLERANCE = 1e-4     # of the largest output
+TOLERANCE = 1e-4     # largest allowed difference, as a share of the largest output
 
 
 def network(kind: str = "ResNet32Model", **args: object) -> nn.Module:
-    """A model in evaluation mode whose norms have something to do."""
+    """A model in evaluation mode whose norms aren't the identity."""
     torch.manual_seed(0)
     model = build_model({"type": kind, "args": {"reduce_dimension": True, "num_experts": 3, **args}}, num_classes=100)
     for part in model.modules():
@@ -36,11 +36,12 @@ def network(kind: str = "ResNet32Model", **args: object) -> nn.Module:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
+    """`model`, its weights in NHWC memory."""
     return model.to(memory_format=torch.channels_last)
 
 
 def check(name: str, fast: torch.Tensor, slow: torch.Tensor) -> float:
-    """The largest difference as a share of the largest output; stops the benchmark where it is no rounding."""
+    """The largest difference as a share of the largest output; ends the benchmark where it exceeds TOLERANCE."""
     away = ((fast - slow).abs().max() / slow.abs().max()).item()
     if not away <= TOLERANCE:
         sys.exit(f"{name}: outputs differ by {away:.2g} of the largest")
@@ -65,6 +66,7 @@ def routed(images: torch.Tensor) -> tuple[nn.Module, list[float]]:
 
 @torch.no_grad()
 def main() -> int:
+    """The command; returns the exit status."""
     flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--batch", type=int, default=128, help="images a batch (default: %(default)s)")
     flags.add_argument("--compile", action="store_true", help="time torch.compile too (compiling takes a minute)")

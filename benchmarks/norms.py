@@ -1,6 +1,6 @@
 """How long the norms take: ours against batch norm in training, folded against plain networks in evaluation.
 
-Training is timed for one layer alone, the worst case for the fixed cost of a norm's vectors, and for a whole network.
+Training is timed for a single layer, the worst case for the fixed cost of a norm's vectors, and for a whole network.
 
     python -m benchmarks.norms [--only layers|networks|folding] [--cpu-time] [--json FILE] [--threads N] [--rounds N]
 
@@ -22,7 +22,7 @@ from trainer.precision import autocast, choose_precision
 
 SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32))
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# What we hold ourselves to: a layer alone, and a network of them.
+# The most time over batch norm's that we accept: for a layer alone, and for a network of them.
 LIMITS = {"MABN": 1.5, "NBN": 1.25, "BatchRenorm": None, "BN of 2": None}
 NETWORK_LIMITS = {"MABN": 1.10, "NBN": 1.04}
 
@@ -41,8 +41,8 @@ def training_step(layer: nn.Module, shape: tuple[int, ...], memory_format: torch
 
 
 def layers(channels: int) -> dict[str, nn.Module]:
-    """Batch norm and ours: MABN past its warm-up, so that the buffers are in use; `BN of 2` normalises two images at a
-    time inside the batch."""
+    """Batch norm and our norms: MABN past its warm-up, so that the buffers are in use; `BN of 2` normalises by groups
+    of two images within the batch."""
     mabn = MABN2d(channels, B=2, real_B=32)
     mabn.iters.fill_(1001)
     mabn.buffer_x2.fill_(1.0)
@@ -55,6 +55,7 @@ def layers(channels: int) -> dict[str, nn.Module]:
 
 
 def time_training(rounds: int) -> list[dict]:
+    """Forward and backward passes of each norm alone, against batch norm's."""
     results = []
     for shape in SHAPES:
         for name, memory_format in FORMATS.items():
@@ -71,8 +72,8 @@ def time_training(rounds: int) -> list[dict]:
 
 
 def time_networks(rounds: int, cpu_time: bool) -> list[dict]:
-    """A training step, without optimizer, of ResNet-32 on 128 images of 32 x 32, every norm the one named; `compiled`:
-    with `trainer.compile: "norms"`."""
+    """A training step, without the optimizer, of ResNet-32 on 128 images of 32 x 32, for each norm; `compiled`: with
+    `trainer.compile: "norms"`."""
     from model.model import ResNet32Model
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(128, 3, 32, 32, generator=generator)
@@ -119,7 +120,7 @@ def time_networks(rounds: int, cpu_time: bool) -> list[dict]:
 
 @torch.no_grad()
 def time_folding(rounds: int) -> list[dict]:
-    """Images per second of a ResNet-18 at 128 x 128, each norm as it stands and folded, against plain batch norm."""
+    """Images per second of a ResNet-18 at 128 x 128, with each norm as it is and folded, against plain batch norm."""
     import torchvision
     images = torch.randn(8, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     nets = {norm: convert_norm(torchvision.models.resnet18(), norm).eval()
@@ -136,6 +137,7 @@ def time_folding(rounds: int) -> list[dict]:
 
 
 def main() -> int:
+    """The command; returns the exit status."""
     flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--only", choices=["layers", "networks", "folding"], help="this part alone")
     args = flags.parse_args()

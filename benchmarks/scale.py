@@ -26,7 +26,7 @@ MEGA = 1 << 20
 
 
 def measure(classes: int, experts: int, batch: int, rounds: int, cpu_time: bool) -> dict[str, float]:
-    """Median seconds of a training step and of an evaluation step, peak bytes, and the counters' bytes."""
+    """Median seconds of a training step and of an evaluation step, peak bytes, and bytes of the EvalState."""
     from model.loss import build_loss
     from model.metric import EvalState, accuracy, top_k_acc
     from model.model import build_model
@@ -71,12 +71,13 @@ def measure(classes: int, experts: int, batch: int, rounds: int, cpu_time: bool)
 
 
 def settings() -> list[dict[str, int]]:
-    """Each axis's values with the others at their base; no setting twice."""
+    """Each axis's values with the others as in BASE; no setting twice."""
     every = [{**BASE, axis: value} for axis, values in AXES.items() for value in values]
     return [setting for i, setting in enumerate(every) if setting not in every[:i]]
 
 
 def run(setting: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
+    """`measure` a setting in a process of its own, and print the result."""
     command = [sys.executable, "-m", "benchmarks.scale", "--only", json.dumps(setting), "--threads", args.threads,
                "--rounds", args.rounds or 3, *(["--cpu-time"] if args.cpu_time else [])]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
@@ -88,7 +89,7 @@ def run(setting: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """One column an axis: time of a step above, peak memory below, both from zero."""
+    """Draw a column of panels per axis: time of a step above, peak memory below, both from zero."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -115,6 +116,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def main() -> int:
+    """The command; returns the exit status."""
     flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--plot", metavar="FILE", help="also draw the figures there (PNG)")
     flags.add_argument("--only", type=json.loads, help=argparse.SUPPRESS)

@@ -2,9 +2,9 @@
 
 `python -m benchmarks.shards [--json FILE] [--rounds N]` (also a part of `python -m benchmarks.data`)
 
-The files are empty and the shards' index is written without them, since opening looks into neither. The index is then
-made of a shard with a tenth of as many images, each with its label beside it, and JPEGs are read from files and from a
-shard.
+The files are empty and the shards' index is written without their images, since opening reads neither. Then the index
+of a real shard is made, with a tenth as many images and each one's label beside it, and JPEGs are read from files and
+from a shard.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from data_loader.shards import Index, expand, index_file, open_index
 from data_loader.transforms import IMAGENET_STATISTICS, read_for_test, test_pixels, test_preprocess
 from utils.device import own_memory
 
-CLASSES, LARGEST, SMALLEST = 8142, 268, 2      # an exponential tail of as many images, nearly
+CLASSES, LARGEST, SMALLEST = 8142, 268, 2      # an exponential tail of nearly as many images
 SHARDS = 200
 SPEC = f"train-{{000..{SHARDS - 1:03d}}}.tar"
 INDEXED = 43_827        # images in the shard whose index is made
@@ -38,7 +38,7 @@ BATCH = 64
 
 
 def listed(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Empty files in a folder a class, and their list."""
+    """Write empty files in a folder per class, and their lists; returns their names and labels."""
     counts = img_num_per_cls(LARGEST, CLASSES, "exp", SMALLEST / LARGEST)
     names = [f"train_val2018/{label:04d}/{label * 1000 + i:032x}.jpg"
              for label, count in enumerate(counts) for i in range(count)]
@@ -54,7 +54,7 @@ def listed(folder: Path) -> tuple[list[str], np.ndarray]:
 
 
 def sharded(folder: Path, names: list[str], labels: np.ndarray) -> None:
-    """An index as of those images in SHARDS shards, and one of a test image."""
+    """Write the index that shards of those images would have, empty files for these, and a shard of one test image."""
     with tarfile.open(folder / "test.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("0/0.jpg"))
     for number in range(SHARDS):
@@ -63,14 +63,14 @@ def sharded(folder: Path, names: list[str], labels: np.ndarray) -> None:
     stamps = np.array([stamp(shard) for shard in every])
     count = len(names)
     kinds = sorted(map(str, range(CLASSES)))
-    place = np.argsort(np.array(kinds, dtype=np.int64))     # the label's place among its texts
+    place = np.argsort(np.array(kinds, dtype=np.int64))     # each label's place in `kinds`
     Index(every, stamps, names, np.arange(count, dtype=np.int32) % SHARDS, np.arange(count, dtype=np.int64) * 1024,
           np.full(count, 512, dtype=np.int64), kinds, place[labels].astype(np.int32)
           ).save(index_file(SPEC, every, folder))
 
 
 def time_opening(folder: Path, rounds: int) -> dict[str, Any]:
-    """CPU seconds and memory of a loader, from lists of files and from shards, in turns; seconds of the index alone."""
+    """CPU seconds and memory to open a loader on listed files and on shards, in turns; seconds of the index alone."""
     files, shards = folder / "files", folder / "shards"
     files.mkdir()
     shards.mkdir()
@@ -100,7 +100,7 @@ def time_opening(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def time_indexing(folder: Path) -> dict[str, float]:
-    """Seconds in which the index of a shard is made; the disk's part is small, since the file was just written."""
+    """Seconds to make the index of a shard; the disk hardly matters, as the file was just written and is cached."""
     with tarfile.open(folder / "many.tar", "w") as tar:
         for number in range(INDEXED):
             for ending, content in (("jpg", b"x" * 512), ("cls", b"%d" % (number % CLASSES))):
@@ -115,7 +115,7 @@ def time_indexing(folder: Path) -> dict[str, float]:
 
 
 def time_reading(folder: Path, rounds: int) -> dict[str, Any]:
-    """JPEGs to test pixels, from files and from a shard, on this disk."""
+    """Images per second from JPEGs to test pixels, read from files and from a shard."""
     rng, preprocess = np.random.default_rng(0), test_preprocess(224, *IMAGENET_STATISTICS)
     (folder / "jpeg").mkdir()
     with tarfile.open(folder / "jpeg.tar", "w") as tar:
@@ -141,13 +141,14 @@ def time_reading(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """All of it, in a temporary folder."""
+    """Run all parts in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         return {"opening": time_opening(Path(folder), rounds), "indexing": time_indexing(Path(folder)),
                 "reading": time_reading(Path(folder), rounds)}
 
 
 def main() -> int:
+    """The command; returns the exit status."""
     args = parser(__doc__.splitlines()[0], threads=1).parse_args()
     args.threads = 1
     torch.set_num_threads(1)

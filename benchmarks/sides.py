@@ -1,4 +1,4 @@
-"""What `benchmarks.train_step` times, each built in a process of its own: a function a name that it is asked by."""
+"""The sides that `benchmarks.train_step` times, each in a process of its own: SIDES has a function to build each."""
 from __future__ import annotations
 
 import argparse
@@ -29,14 +29,15 @@ CONFIG, MUON, BATCH = "configs/cifar100_lt_ride_bt.json", "configs/cifar100_lt_m
 COUNTS = img_num_per_cls(500, 100, "exp", 0.01)     # CIFAR-100-LT's, 10,847 images
 KINDS = {"convolution": ("conv",), "norm": ("batch_norm",), "ReLU": ("relu", "threshold", "clamp_min"),
          "addition": ("add",), "matrix product": ("mm", "linear", "attention")}
-#: Compiled layers by the names that the profiler has for them: a norm's with the addition and the ReLU after it.
+#: The profiler's names of compiled layers; a norm's includes the addition and the ReLU after it.
 COMPILED = {"_Convolution": "conv", "_BatchNorm": "batch_norm", "_MovingAverage": "batch_norm"}
 
 
 class NoiseLoader(ImbalanceCIFAR100DataLoader):
-    """CIFAR-100-LT's counts, 32 x 32 noise."""
+    """Noise of 32 x 32, with CIFAR-100-LT's class counts."""
 
     def read(self, training: bool) -> Splits:
+        """Training and test images, made here."""
         def noise(labels: np.ndarray) -> ImageSet:
             pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
             return ImageSet(labels, pixels)
@@ -48,12 +49,13 @@ class NoiseLoader(ImbalanceCIFAR100DataLoader):
 
 
 def make_loader(args: argparse.Namespace, **more: Any) -> ImbalanceCIFAR100DataLoader:
+    """The training loader of CIFAR-100-LT in --data_dir, or of noise without it."""
     kind = ImbalanceCIFAR100DataLoader if args.data_dir else NoiseLoader
     return kind(args.data_dir, BATCH, imb_factor=0.01, validation="test", **more)
 
 
 def parts(args: argparse.Namespace, amp: str) -> tuple[dict, Any, nn.Module, nn.Module]:
-    """The config, the training loader, the model and the loss, alike for both sides."""
+    """The config, the training loader, the model and the loss, the same for both sides."""
     config = load_config(CONFIG, [("trainer.amp", amp, "")])
     loader = make_loader(args)
     torch.manual_seed(0)
@@ -62,14 +64,14 @@ def parts(args: argparse.Namespace, amp: str) -> tuple[dict, Any, nn.Module, nn.
 
 
 def valid_steps(args: argparse.Namespace, loader: Any, valid: Any) -> int:
-    """Validation batches of a turn: of all of them, the share that `--steps` are of an epoch."""
+    """Validation batches per turn: the same share of all as `--steps` is of an epoch's steps."""
     return max(1, round(len(valid) * args.steps / len(loader)))
 
 
 # ---- how they are timed --------------------------------------------------------------------------------------------
 
 def profile(turn: Callable[[], None]) -> dict[str, float]:
-    """Each kind of work's share of the time of `turn`, in descending order."""
+    """Kind of work -> its share, 0 to 1, of the time of `turn`, in descending order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         turn()
     shares: dict[str, float] = {}
@@ -88,7 +90,7 @@ def profile(turn: Callable[[], None]) -> dict[str, float]:
 # ---- the sides -----------------------------------------------------------------------------------------------------
 
 def make_trainer(args: argparse.Namespace, amp: str, **options: Any) -> Trainer:
-    """As train.py makes it; options: more of the config's `trainer`."""
+    """The trainer as train.py makes it; options: further keys of the config's `trainer`."""
     keep_freed_memory()
     config, loader, model, criterion = parts(args, amp)
     config["trainer"].update(options)
@@ -110,7 +112,7 @@ def ours(args: argparse.Namespace, amp: str, **options: Any) -> dict[str, Callab
 
 
 def steps_alone(args: argparse.Namespace, amp: str, compiled: str | bool) -> dict[str, Callable]:
-    """The last `--steps` steps of an epoch with that `trainer.compile`, without validation."""
+    """The last `--steps` steps of an epoch with `trainer.compile` as given, without validation."""
     trainer = make_trainer(args, amp, compile=compiled)
     start, epochs = len(trainer.train_loader) - args.steps, iter(range(1, 10**9))
     return {"go": timed(lambda: trainer.train_epoch(next(epochs), start), args.cpu_time)}
@@ -126,7 +128,7 @@ def original(args: argparse.Namespace) -> dict[str, Callable]:
 
 
 class Stopwatch:
-    """Seconds spent inside a function, by putting itself in its place."""
+    """Counts the seconds spent in the method `name` of `owner` by replacing it."""
 
     def __init__(self, owner: Any, name: str, clock: Callable[[], float]):
         self.seconds, self.clock, self.inner = 0.0, clock, getattr(owner, name)
@@ -141,7 +143,7 @@ class Stopwatch:
 
 
 def recipe_parts(args: argparse.Namespace) -> dict[str, Callable]:
-    """A round of turns for every part: seconds of an epoch without any, and what each adds to it."""
+    """A turn measures every part: seconds of an epoch without any of them, and what each adds to it."""
     trainer = make_trainer(args, "auto", ema={"decay": 0.999})
     clock = cpu_seconds if args.cpu_time else time.perf_counter
     loaders = {name: make_loader(args, augment=name) for name in ("basic", *DRAWS)}
@@ -153,7 +155,7 @@ def recipe_parts(args: argparse.Namespace) -> dict[str, Callable]:
     averaging = Stopwatch(average, "step_taken", clock)
 
     def train(name: str) -> tuple[float, float, float]:
-        """Seconds a step of the whole, of the optimizer's step, of the average."""
+        """Seconds per training step: in all, in the optimizer's step, in averaging the weights."""
         trainer.optimizer, watches[name].seconds, averaging.seconds = optimizers[name], 0.0, 0.0
         began = clock()
         trainer.train_epoch(next(epochs), steps - args.steps)

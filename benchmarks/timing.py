@@ -17,6 +17,7 @@ class Timing:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
+        """Median seconds of a side."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, baseline: str) -> dict[str, float]:
@@ -34,7 +35,7 @@ class Timing:
 def interleave(sides: dict[str, Callable[[], float | None]], rounds: int = 15, warmup: int = 2,
                budget: float | None = None) -> Timing:
     """Time every side once a round, in another order each round, so that drift and what a side leaves behind (memory
-    to be given back, warm caches) hit all alike.
+    to be given back, warm caches) affect all alike.
 
     `warmup` rounds aren't counted. `budget` (seconds): no new round once it is used up (at least 3 are run).
     A side that returns a float has timed itself, in seconds. On a GPU a side must synchronise at its end.
@@ -79,8 +80,8 @@ def parser(description: str, threads: int = 2, cpu_time: bool = False) -> argpar
 
 
 def begin(args: argparse.Namespace) -> None:
-    """As many threads as asked for, one where CPU seconds are counted (threads that wait use CPU too), and a first line
-    that says what the figures are measured on."""
+    """Set the number of threads (one where CPU seconds are counted, as waiting threads use CPU too), and print a first
+    line that says what the figures are measured on."""
     import torch
     if getattr(args, "cpu_time", False):
         args.threads = 1
@@ -89,25 +90,25 @@ def begin(args: argparse.Namespace) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time that this process and its children that have ended have used, in user mode and in the kernel.
+    """CPU seconds, in user mode and in the kernel, of this process and of those of its children that have ended.
 
-    What wall time can't tell on a machine that others use too.
+    Unlike wall time, they are comparable on a machine that others use too.
     """
     try:
         import resource
-    except ImportError:    # Windows, where it's this process's alone
+    except ImportError:    # Windows, where children don't count
         return time.process_time()
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-#: What a CPU may multiply with, by the name of torch's question about it.
+#: Instruction sets of a CPU, by the name of the function in torch.cpu that tells whether it has them.
 FEATURES = {"_is_avx2_supported": "AVX2", "_is_avx512_supported": "AVX-512",
             "_is_avx512_bf16_supported": "AVX512-BF16", "_is_amx_tile_supported": "AMX"}
 
 
 def machine(threads: int | None = None) -> dict[str, object]:
-    """What the figures were measured on, for the JSON and the first line printed."""
+    """The hardware and versions that figures were measured on, for the JSON and the first line printed."""
     import torch
     name = platform.processor() or platform.machine()
     try:

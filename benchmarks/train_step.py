@@ -5,14 +5,14 @@
 
 The loop: RIDE with 3 experts and BatchFormer on CIFAR-100-LT, ResNet-32, batch 128. Both sides train the same network
 on the same images with the same loss and validate it on the test images, each in a process of its own. They take turns
-of `--steps` training steps and the same share of the validation. Ours is the trainer as `train.py` runs it, in float32
-and with `trainer.amp` "auto", where there is a C++ compiler that also with `trainer.compile` "norms", and both with
-"layers"; the original is `benchmarks.original`. Without `--data_dir` the images are noise, as many as CIFAR-100-LT
+of `--steps` training steps and the same share of the validation. Ours is the trainer as `train.py` runs it: in float32
+and with `trainer.amp` "auto"; where there is a C++ compiler, the latter also with `trainer.compile` "norms", and both
+with "layers". The original is `benchmarks.original`. Without `--data_dir` the images are noise, as many as CIFAR-100-LT
 has: the pixels don't matter for the speed.
 
-The parts: what the average of the weights, Muon in place of SGD and a policy of augmentation in place of the rotation
-add to that training. Each is timed where it runs, inside training steps (a policy: over whole epochs of its loader),
-since a hundredth of a step is less than one step differs from the next.
+The parts: what averaging the weights, Muon in place of SGD, and an augmentation policy in place of the rotation add to
+that training. Each is timed by itself, inside training steps (a policy: over whole epochs of its loader), because steps
+differ from one another by more than the hundredth of a step that a part may cost.
 
 The layers (`--only layers`): training steps with `trainer.compile` "norms", "layers", and without, each in a
 process of its own.
@@ -39,7 +39,7 @@ from data_loader.policies import DRAWS
 from model.native.build import compiler
 from trainer.precision import choose_precision
 
-#: What we hold ourselves to, as ratios: whole epochs with bf16 and without, and what parts may cost.
+#: What we aim at, as ratios: how much faster epochs are with bf16 and without, and how much slower with each part.
 TARGETS = {"bf16": 2.2, "off": 1.45}
 LIMITS = {"ema": 1.03, **dict.fromkeys(DRAWS, 1.05)}
 
@@ -53,7 +53,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 class Side:
-    """One side's process."""
+    """The process of one side."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         flags = ["--side", name, "--steps", args.steps, "--threads", args.threads]
@@ -63,6 +63,7 @@ class Side:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, what: str) -> Any:
+        """The side's answer to "go" or "profile"; ends the benchmark where its process has died."""
         print(what, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
@@ -80,7 +81,7 @@ class Side:
 # ---- what is printed -----------------------------------------------------------------------------------------------
 
 def compare_loops(args: argparse.Namespace, precision: str) -> dict[str, Any]:
-    """Whole epochs of both sides in turns."""
+    """Time epochs, validation included, of all sides in turns."""
     shown = {"original": "original", "ours, float32": "ours, float32"}
     if precision != "off":
         shown["ours, auto"] = f"ours, {precision}"
@@ -110,7 +111,7 @@ def compare_loops(args: argparse.Namespace, precision: str) -> dict[str, Any]:
 def compare_parts(args: argparse.Namespace) -> dict[str, Any]:
     """What each part of a recipe adds to an epoch."""
     with Side("parts", args) as side:
-        side.ask("go")     # the first is slow
+        side.ask("go")     # the first turn is slow
         rounds = [side.ask("go") for _ in range(args.rounds or 9)]
     results: dict[str, Any] = {}
     for part in ("ema", "muon", *DRAWS):
@@ -125,7 +126,7 @@ def compare_parts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_layers(args: argparse.Namespace, precision: str) -> dict[str, Any]:
-    """Training steps with norms, or norms and convolutions, in C++ and without."""
+    """Time training steps with norms, or norms and convolutions, in C++, and without."""
     results: dict[str, Any] = {}
     for amp in ("off", *(["auto"] if precision != "off" else [])):
         names = ("without", "norms", "layers")
@@ -143,6 +144,7 @@ def compare_layers(args: argparse.Namespace, precision: str) -> dict[str, Any]:
 
 
 def main() -> int:
+    """The command; returns the exit status."""
     flags = parser(__doc__.splitlines()[0], cpu_time=True)
     flags.add_argument("--data_dir", help="where CIFAR-100 is (default: noise)")
     flags.add_argument("--steps", type=int, default=12, help="steps of a turn (default: %(default)s; 85 are an epoch)")

@@ -1,10 +1,10 @@
-"""The frame of all losses: streams, labels that may be mixed, weighted means over a whole batch, arithmetic.
+"""The base class of all losses: BatchFormer's two streams, mixed labels, class-weighted means, precision.
 
 Every loss takes `criterion(outputs, target)` with `outputs["output"]` [N, C] (the experts' mean logits),
-`outputs["logits"]` [N, E, C] where experts are trained one by one, and `target` [N] class indices or `MixedLabels`,
-and returns a scalar. A loss says what one image costs (`sample_loss`); what they share is written once, here: class
-weights, margins, log frequencies, the epoch from which re-weighting is in force, the second stream of BatchFormer,
-mixed labels, and the arithmetic (float32 at least, whatever autocast says).
+`outputs["logits"]` [N, E, C] where experts are trained one by one, and `target` [N] class indices or `MixedLabels`, and
+returns a scalar. A subclass defines the loss of one image (`sample_loss`); what losses share is written once, here:
+class weights, margins, log frequencies, the epoch from which re-weighting is in force, the second stream of
+BatchFormer, mixed labels, and the precision (at least float32, also under autocast).
 """
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ COUNTS_PATH = "loss.args.cls_num_list"
 
 
 def effective_number_weights(counts: Tensor, beta: float = BETA) -> Tensor:
-    """w_j = (1 - beta) / (1 - beta^n_j), scaled to sum C (Cui et al., CVPR 2019). counts: [C], positive; -> [C]."""
+    """w_j = (1 - beta) / (1 - beta^n_j), scaled to the sum C (Cui et al., CVPR 2019). counts: [C], positive; -> [C]."""
     weights = (1 - beta) / -torch.expm1(counts * math.log(beta))
     return weights * (len(counts) / weights.sum())
 
 
 def ldam_margins(counts: Tensor, max_m: float) -> Tensor:
-    """m_j ~ n_j^(-1/4), the largest being `max_m` (Cao et al., NeurIPS 2019). counts: [C], positive; -> [C]."""
+    """m_j ~ n_j^(-1/4), scaled so that the largest is `max_m` (Cao et al., NeurIPS 2019). counts:
+    [C], positive; -> [C]."""
     margins = counts.pow(-0.25)
     return margins * (max_m / margins.max())
 
 
 def temperature_factors(counts: Tensor, reweight_factor: float) -> Tensor:
-    """RIDE's distribution-aware d_j = C n_j / n f + 1 - f over its maximum. counts: [C]; -> [C] in (0, 1]."""
+    """RIDE's distribution-aware temperature factors: d_j = C (n_j / n) f + 1 - f with f = `reweight_factor`, divided by
+    the largest. counts: [C]; -> [C] in (0, 1]. Raises ConfigError if one isn't positive."""
     factors = len(counts) * (counts / counts.sum()) * reweight_factor + 1 - reweight_factor
     if not bool((factors > 0).all()):
         raise ConfigError(f"loss.args.reweight_factor: {reweight_factor} makes a class's temperature negative; "
@@ -47,13 +49,14 @@ def temperature_factors(counts: Tensor, reweight_factor: float) -> Tensor:
 
 
 class LongTailLoss(nn.Module):
-    """Base of all losses. Subclasses define `sample_loss(z, target)` on plain logits z [M, C].
+    """Base class of all losses. Subclasses define `sample_loss(z, target)` on plain logits z [M, C].
 
-    Inputs in half precision are computed in float32, float64 stays float64. With `output_old` (BatchFormer, shared
+    Half-precision inputs are computed in float32; float64 stays float64. With `output_old` (BatchFormer, shared
     classifier, training) the loss is b · loss(after the block) + a · loss(before it), (b, a) = `outputs["bt_weights"]`,
-    (1, 1) where absent. With `MixedLabels` it is weight · L(first) + (1 - weight) · L(second), a sample's own weight on
-    its own term; terms without labels count once. Where the outputs are a part of a batch, `outputs["whole"]` is the
-    `WholeBatch`: weighted means then have all its weights below the line.
+    by default (1, 1). With `MixedLabels` it is weight · L(first) + (1 - weight) · L(second), each sample's term
+    multiplied by its own weight; terms without labels (RIDE's diversity) count once. If the outputs are only a part of
+    a batch, `outputs["whole"]` is the `WholeBatch`: class-weighted means are then divided by the sum of the whole
+    batch's class weights.
 
     cls_num_list: training images per class, [C]. A class without images counts as the rarest that has some.
     Raises ConfigError for counts that are negative, all zero, or not as many as the logits have classes.
@@ -74,7 +77,7 @@ class LongTailLoss(nn.Module):
         self._tables: dict[tuple[str, tuple, torch.device, torch.dtype], Tensor] = {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loss which epoch (1, 2, ...) begins. Before any call nothing deferred is in force."""
+        """Tell the loss which epoch (1, 2, ...) begins. Until the first call deferred re-weighting is off."""
         self.epoch = int(epoch)
 
     @property
@@ -84,7 +87,7 @@ class LongTailLoss(nn.Module):
 
     @property
     def weighted(self) -> bool:
-        """Whether samples are now weighted by the effective number of their class's images."""
+        """Whether the mean over samples is currently weighted by class (see `class_weights`)."""
         return False
 
     def forward(self, outputs: Mapping[str, Any], target: Tensor | MixedLabels) -> Tensor:
@@ -108,7 +111,7 @@ class LongTailLoss(nn.Module):
         return stream
 
     def evaluates(self, stream: Mapping[str, Tensor]) -> bool:
-        """Whether this call is an evaluation for a loss that is another one in training."""
+        """Whether to compute the evaluation form of a loss whose training form differs. stream: see `stream_loss`."""
         return False
 
     def stream_loss(self, stream: Mapping[str, Tensor], target: Tensor | MixedLabels,
@@ -117,11 +120,12 @@ class LongTailLoss(nn.Module):
         return self.mean_loss(stream["output"], target, whole)
 
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:
-        """Each sample's loss, before weights: logits z [M, C] and target [M] -> [M]."""
+        """Each sample's loss, before class weights: logits z [M, C] and target [M] -> [M]."""
         raise NotImplementedError
 
     def mean_loss(self, z: Tensor, target: Tensor | MixedLabels, whole: WholeBatch | None = None) -> Tensor:
-        """The mean of `sample_loss`, weighted by class where `weighted`. z: [N, C], or [N, E, C]: over all E rows."""
+        """The mean of `sample_loss`, weighted by class if `weighted`. z: [N, C], or [N, E, C] for the mean over N · E
+        rows; target: [N]."""
         if not isinstance(target, MixedLabels):
             return self._mean(z, target, None, whole and whole.labels, whole)
         rest = 1 - target.weight
@@ -131,7 +135,8 @@ class LongTailLoss(nn.Module):
 
     def _mean(self, z: Tensor, target: Tensor, factor: Tensor | float | None, everyones: Tensor | None,
               whole: WholeBatch | None) -> Tensor:
-        """One label's part. factor: each sample's own [N], or one for all. everyones: the whole batch's such labels."""
+        """The part of `mean_loss` for one of two mixed labels. factor: that label's weight, [N] or one for all; None:
+        1. everyones: that label for the whole batch."""
         rows = z.shape[1] if z.dim() == 3 else 1
         labels = target.repeat_interleave(rows) if rows > 1 else target
         losses = self.sample_loss(z.flatten(0, 1) if z.dim() == 3 else z, labels)
@@ -152,10 +157,9 @@ class LongTailLoss(nn.Module):
         return loss if factor is None else loss * factor
 
     def table(self, name: str, like: Tensor, *args: Any) -> Tensor:
-        """The per-class values [..., C] that the method `name` gives for `args`, on the device and in the dtype of
-        `like`.
+        """The per-class values [..., C] that the method `name` returns for `args`, with the device and dtype of `like`.
 
-        Worked out in float64 once and kept per device and dtype, so no loss need be moved to its inputs.
+        Computed once in float64 and cached per device and dtype, so that a loss never has to be moved to a device.
         """
         key = (name, args, like.device, like.dtype)
         if key not in self._tables:
@@ -163,7 +167,7 @@ class LongTailLoss(nn.Module):
         return self._tables[key]
 
     def class_weights(self) -> Tensor:
-        """What a sample of each class counts while `weighted`: by the effective number of images, float64 [C]."""
+        """Each class's sample weight while `weighted`, from its effective number of images: float64 [C], sum C."""
         return effective_number_weights(self.counts)
 
     def log_frequencies(self) -> Tensor:
@@ -171,16 +175,16 @@ class LongTailLoss(nn.Module):
         return (self.counts / self.counts.sum()).log()
 
     def added(self, num_experts: int = 1) -> Tensor | float:
-        """What training adds to the logits and testing leaves out: [C], or [E, C] where each expert has its own; 0
-        where there is nothing."""
+        """What training adds to the logits and testing doesn't: [C], or [E, C] if experts differ; 0
+        if nothing is added."""
         return 0.0
 
     def learned_prior(self, seen: Tensor, num_experts: int = 1, expert_weights: Tensor | None = None) -> Tensor:
-        """The class distribution that plain logits at test are right for: `seen`, what training drew, times the class
-        weights now in force, less what was added. seen: shares [C] -> shares, float64 [C]. Margins don't count.
+        """The class prior that the plain logits imply at test time: `seen`, the class frequencies drawn in training,
+        times the class weights now in force, divided by exp(`added`). Margins are ignored.
 
-        num_experts: as many as were trained. expert_weights: what each of them counts in the logits, [E] of sum 1;
-        None: they are the mean.
+        seen: shares [C], sum 1; returns the same in float64. num_experts: number of experts that were trained.
+        expert_weights: the weight of each in the test logits, [E], sum 1; None: the logits are averaged.
         """
         added = torch.as_tensor(self.added(num_experts), dtype=torch.float64)
         if added.dim() == 2:
@@ -197,7 +201,7 @@ def cross_entropies(z: Tensor, target: Tensor) -> Tensor:
 
 
 def plain_loss(z: Tensor, target: Tensor | MixedLabels) -> Tensor:
-    """The mean cross-entropy of logits [N, C] to labels [N] or mixed ones: what losses of experts are in evaluation."""
+    """Mean cross-entropy of logits [N, C] and labels [N] or mixed ones: the evaluation form of the experts' losses."""
     if not isinstance(target, MixedLabels):
         return F.cross_entropy(z, target)
     first, second = (cross_entropies(z, labels) for labels in (target.first, target.second))
@@ -217,14 +221,14 @@ def finite(value: float, name: str) -> float:
 
 
 def not_negative(value: float, name: str) -> float:
-    """The argument `name` of a loss as a float. Raises ConfigError for infinity, NaN and what is below 0."""
+    """The argument `name` of a loss as a float. Raises ConfigError for infinity, NaN and negative numbers."""
     if not (value >= 0 and math.isfinite(value)):
         raise ConfigError(f"loss.args.{name}: must be 0 or more, not {value}")
     return float(value)
 
 
 def epoch_or_never(epoch: int) -> int:
-    """`reweight_epoch`: an epoch, or -1 for never. Raises ConfigError for what is less."""
+    """`reweight_epoch` as an int: an epoch, or -1 for never. Raises ConfigError for anything below -1."""
     if epoch < -1:
         raise ConfigError(f"loss.args.reweight_epoch: must be an epoch, or -1 for never, not {epoch}")
     return int(epoch)

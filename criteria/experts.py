@@ -1,4 +1,4 @@
-"""Losses of several experts: each one's own, RIDE's diversity, distillation, and offsets that set them apart."""
+"""Losses for several experts: one loss per expert, RIDE's diversity term, distillation, and per-expert offsets."""
 from __future__ import annotations
 
 import math
@@ -15,11 +15,12 @@ from utils.errors import ConfigError
 
 
 class PerExpert(LongTailLoss):
-    """RIDE's frame (Wang et al., ICLR 2021) around another loss: each expert's own base loss and a diversity term.
+    """RIDE's scheme (Wang et al., ICLR 2021) for any base loss: the sum of each expert's base loss and a diversity
+    term. A mixin: put it before a `LongTailLoss` among the bases.
 
-    Outside training (`criterion.eval()`, or outputs without `logits`) it is cross-entropy of `output`.
-    All experts go through one call: their logits [N, E, C] are N · E rows for the base loss, whose mean, times E, is
-    the sum over experts of the experts' means.
+    In evaluation (`criterion.eval()`, or outputs without `logits`) it is the cross-entropy of `output`.
+    The base loss is called once for all experts: their logits [N, E, C] become N · E rows, and the mean over these,
+    times E, is the sum over experts of each expert's mean.
     """
 
     base_loss_factor = 1.0
@@ -44,13 +45,15 @@ class PerExpert(LongTailLoss):
         return loss
 
     def temperature_factors(self) -> Tensor | None:
-        """What a class's temperature is multiplied by while re-weighting is in force, [C]."""
+        """What each class's temperature is multiplied by while re-weighting is in force, [C]."""
         return None
 
     def diversity(self, experts: Tensor, mean: Tensor) -> Tensor:
-        """Sum over experts of T̄² · KL(softmax(mean / T) ‖ softmax(expert / T)) per sample; the mean has no gradient.
+        """T̄² times the sum over experts of KL(softmax(mean / T) ‖ softmax(expert / T)), averaged over samples. No
+        gradient flows through the mean.
 
-        experts: [N, E, C]; mean: [N, C]. T is one number, or one a class once re-weighting is in force; T̄ its mean.
+        experts: [N, E, C]; mean: [N, C]. T is one number, or one per class once re-weighting is in
+        force; T̄ is its mean.
         """
         temperature: float | Tensor = self.base_diversity_temperature
         mean_temperature: float | Tensor = temperature
@@ -64,6 +67,7 @@ class PerExpert(LongTailLoss):
 
     @staticmethod
     def check_temperature(value: float, name: str) -> float:
+        """The argument `name` of a loss as a float. Raises ConfigError unless it is positive and finite."""
         if not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"loss.args.{name}: must be positive, not {value}")
         return float(value)
@@ -74,10 +78,11 @@ class RIDELoss(PerExpert, LDAMLoss):
 
         base_loss_factor · LDAM-DRW(z_i, y) + additional_diversity_factor · T̄² · KL(softmax(z̄ / T) ‖ softmax(z_i / T))
 
-    with z̄ = `output`. T_j = `base_diversity_temperature`, from epoch `reweight_epoch` + 1 times the distribution-aware
-    d_j = (C n_j / n · `reweight_factor` + 1 - `reweight_factor`) / max. `collaborative` takes the base loss on z̄ for
-    every expert; left out, it is so where the diversity factor is 0, as in RIDE. `reweight` false is `reweight_epoch`
-    -1. Without class counts the base loss is cross-entropy and the temperature one number.
+    with z̄ = `output`. T_j = `base_diversity_temperature`, multiplied from epoch `reweight_epoch` + 1 on by the
+    distribution-aware d_j = C n_j / n · `reweight_factor` + 1 - `reweight_factor`, divided by the largest d_j.
+    `collaborative`: every expert's base loss is computed on z̄; by default only if the diversity factor is 0, as in
+    RIDE. `reweight` False is the same as `reweight_epoch` -1. Without class counts the base loss is cross-entropy and T
+    is the same for all classes. Raises ConfigError for values out of range.
     """
 
     def __init__(self, cls_num_list: list | None = None, base_diversity_temperature: float = 1.0, max_m: float = 0.5,
@@ -92,17 +97,19 @@ class RIDELoss(PerExpert, LDAMLoss):
         self.reweight_factor = finite(reweight_factor, "reweight_factor")
         self.collaborative = self.additional_diversity_factor == 0 if collaborative is None else bool(collaborative)
         if self.counts is not None:
-            self.temperature_factors()  # a factor that can't be used is said now, not after 160 epochs
+            self.temperature_factors()  # an unusable factor is reported now, not after 160 epochs
 
     def temperature_factors(self) -> Tensor:
         return temperature_factors(self.counts, self.reweight_factor)
 
 
 class RIDELossWithDistill(RIDELoss):
-    """A RIDE term plus a distillation term: `ride_loss_factor` · RIDE + `additional_distill_loss_factor` · T² · KL,
+    """RIDE plus distillation: `ride_loss_factor` · RIDE + `additional_distill_loss_factor` · T² · KL.
 
-    KL from softmax(teacher / T) to softmax(output / T), T = `distill_temperature`. `outputs["teacher"]` [N, C] are the
-    teacher's logits, which get no gradient. One term of each kind. The other arguments are RIDELoss's.
+    The KL divergence is that from softmax(output / T) to softmax(teacher / T), KL(teacher ‖ output), with T =
+    `distill_temperature`; it is one term on the mean logits, not one per expert. `outputs["teacher"]` [N, C]
+    are the teacher's logits, which get no gradient; without them training raises ConfigError. The other
+    arguments are RIDELoss's.
     """
 
     uses_teacher = True
@@ -133,7 +140,8 @@ class RIDELossWithDistill(RIDELoss):
 
 
 class RIDEBalancedSoftmaxLoss(PerExpert, BalancedSoftmaxLoss):
-    """Balanced softmax per expert plus RIDE's diversity term at one temperature, as in NBN's repository."""
+    """Balanced softmax per expert plus RIDE's diversity term, one temperature for all classes; as
+    in NBN's repository."""
 
     def __init__(self, cls_num_list: list | None = None, base_diversity_temperature: float = 1.0,
                  additional_diversity_factor: float = -0.2):
@@ -144,14 +152,14 @@ class RIDEBalancedSoftmaxLoss(PerExpert, BalancedSoftmaxLoss):
 
 
 class ShiftedExperts(LongTailLoss):
-    """Cross-entropy of each expert's logits with an offset of its own a class, so that each one learns for another
-    class distribution; their mean logits then serve a test without any offset.
+    """Cross-entropy of each expert's logits plus a per-expert, per-class offset: each expert is trained for another
+    class distribution, and at test time their mean logits are used without offsets.
 
-    Outside training it is cross-entropy of `output`.
+    In evaluation it is the cross-entropy of `output`.
     """
 
     needs_counts = True
-    sums = False    # over the experts; otherwise their mean
+    sums = False    # whether the loss is the sum over experts rather than their mean
 
     def evaluates(self, stream: Mapping[str, Tensor]) -> bool:
         return not self.training or "logits" not in stream
@@ -176,11 +184,11 @@ class ShiftedExperts(LongTailLoss):
 
 
 class BalPoELoss(ShiftedExperts):
-    """Balanced product of experts: the mean over experts e of the cross-entropy of z_e + tau_e · log(n_j / n)
-    (Aimar et al., CVPR 2023).
+    """Balanced product of experts: the mean over experts e of the cross-entropy of z_e + tau_e · log(n_j / n) (Aimar
+    et al., CVPR 2023).
 
-    taus: an offset's strength an expert; left out, equally spaced over 0 to 2 (one expert: 1), so that their mean is 1
-    and the mean logits are balanced.
+    taus: the strength of each expert's offset, [E]; by default equally spaced from 0 to 2 (one expert: 1), so that
+    their mean is 1 and the mean logits are balanced. Raises ConfigError if there aren't as many as experts.
     """
 
     def __init__(self, cls_num_list: list | None = None, taus: list | None = None):
@@ -199,10 +207,11 @@ class BalPoELoss(ShiftedExperts):
 
 
 class SADELoss(ShiftedExperts):
-    """Three experts for a long-tailed, an even and an inversely long-tailed test (Zhang et al., NeurIPS 2022).
+    """Three experts, for long-tailed, uniform and inversely long-tailed test data (SADE; Zhang et al., NeurIPS 2022).
 
-    The sum of the cross-entropies of z_1, z_2 + log pi and z_3 + log pi - tau · log pi', pi' the frequencies in reverse
-    order: the rarest class has that of the most frequent one.
+    The sum of the cross-entropies of z_1, z_2 + log pi and z_3 + log pi - tau · log pi', with pi the class
+    frequencies and pi' these in reverse order: the rarest class gets the most frequent one's. Raises ConfigError
+    unless there are 3 experts.
     """
 
     sums = True

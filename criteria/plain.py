@@ -1,4 +1,4 @@
-"""Losses of one set of logits."""
+"""Losses on a single set of logits [N, C]."""
 from __future__ import annotations
 
 import math
@@ -20,7 +20,8 @@ from utils.errors import ConfigError, unknown
 
 
 class CrossEntropyLoss(LongTailLoss):
-    """Cross-entropy; with `reweight_CE` weighted by effective number from the first epoch on (Cui et al. 2019)."""
+    """Cross-entropy; with `reweight_CE` weighted by the effective number of images, from the first epoch
+    (Cui et al. 2019)."""
 
     def __init__(self, cls_num_list: list | None = None, reweight_CE: bool = False):
         self.needs_counts = bool(reweight_CE)
@@ -38,8 +39,8 @@ class CrossEntropyLoss(LongTailLoss):
 class FocalLoss(LongTailLoss):
     """Mean of (1 - p)^gamma · w_y · CE, p the target's probability (Lin et al., ICCV 2017).
 
-    gamma: >= 0; the default 0, as in LDAM-DRW and RIDE, is plain cross-entropy. weight: a factor per class, or None.
-    Raises ConfigError for another number of factors than classes.
+    gamma: >= 0; the default 0, as in LDAM-DRW and RIDE, is plain cross-entropy. weight: a factor >= 0 per class, or
+    None. Raises ConfigError for negative values, or if there aren't as many factors as classes.
     """
 
     def __init__(self, cls_num_list: list | None = None, weight: list | None = None, gamma: float = 0.0):
@@ -49,6 +50,7 @@ class FocalLoss(LongTailLoss):
                                                                dtype=torch.float64)
 
     def focal_weights(self, num_classes: int) -> Tensor:
+        """The argument `weight`, float64 [C]. Raises ConfigError if its length isn't `num_classes`."""
         if len(self.weight) != num_classes:
             raise ConfigError(f"loss.args.weight: has {len(self.weight)} numbers, the data {num_classes} classes")
         return self.weight
@@ -57,7 +59,7 @@ class FocalLoss(LongTailLoss):
         prior = super().learned_prior(seen, num_experts, expert_weights)
         if self.weight is None:
             return prior
-        # As a class without images counts as the rarest one, a weight of 0 as the least: no logit is for a share of 0.
+        # A weight of 0 counts as the smallest positive one, like a count of 0: a prior of 0 would have no logarithm.
         prior = prior * torch.tensor(class_counts(self.focal_weights(len(seen)).tolist(), "loss.args.weight"))
         return prior / prior.sum()
 
@@ -73,9 +75,10 @@ class FocalLoss(LongTailLoss):
 class LDAMLoss(LongTailLoss):
     """LDAM with deferred re-weighting (Cao et al., NeurIPS 2019).
 
-    The target's logit loses s · m_y, m_j ~ n_j^(-1/4) with maximum `max_m`; then cross-entropy, weighted by effective
-    number from epoch `reweight_epoch` + 1 (-1: never). The logits are already scaled by the head's own s. Without
-    class counts: plain cross-entropy.
+    Cross-entropy after s · m_y is subtracted from the target's logit, m_j proportional to n_j^(-1/4) with maximum
+    `max_m`; weighted by the effective number of images from epoch `reweight_epoch` + 1 on (-1: never). The logits
+    must already include the cosine head's scale s. Without class counts: plain cross-entropy. Raises ConfigError for
+    values out of range.
     """
 
     def __init__(self, cls_num_list: list | None = None, max_m: float = 0.5, s: float = 30, reweight_epoch: int = -1):
@@ -86,6 +89,7 @@ class LDAMLoss(LongTailLoss):
         self.reweight_epoch = epoch_or_never(reweight_epoch)
 
     def scaled_margins(self) -> Tensor:
+        """s · m_j, float64 [C]."""
         return self.s * ldam_margins(self.counts, self.max_m)
 
     @property
@@ -141,10 +145,10 @@ class LabelSmoothingLoss(LongTailLoss):
 
 
 class HCMLoss(BalancedSoftmaxLoss):
-    """Hard category mining (Li et al., CVPR 2022, as NBN uses it): balanced softmax twice.
+    """Hard category mining (Li et al., CVPR 2022, as NBN uses it): the sum of two balanced softmax losses.
 
-    The second time only the `HCM_N` largest logits, the target among them in any case, keep their value (with the log
-    frequency log(n_j / n) added); the others count as 0. Fewer classes than `HCM_N`: all keep theirs.
+    In the second only the `HCM_N` classes with the largest logits, always including the target, keep their balanced
+    logit z_j + log(n_j / n); all others get the logit 0. With at most `HCM_N` classes all keep theirs.
     """
 
     def __init__(self, cls_num_list: list | None = None, HCM_N: int = 300):
@@ -155,7 +159,7 @@ class HCMLoss(BalancedSoftmaxLoss):
 
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:
         balanced = z + self.table("log_frequencies", z)
-        # The hardest are picked by the raw logits, before the frequencies come in.
+        # The hardest classes are chosen by the raw logits, without the frequencies.
         ranked = z.detach().scatter(1, target[:, None], math.inf)
         hard = ranked.topk(min(self.HCM_N, z.shape[1]), dim=1).indices
         mined = torch.zeros_like(balanced).scatter(1, hard, balanced.gather(1, hard))
@@ -165,7 +169,7 @@ class HCMLoss(BalancedSoftmaxLoss):
 class VSLoss(LogitAdjustmentLoss):
     """Vector scaling: cross-entropy of (n_j / n_max)^gamma · z_j + tau · log(n_j / n) (Kini et al., NeurIPS 2021).
 
-    gamma 0 is logit adjustment, tau 0 temperatures by class.
+    gamma 0 is logit adjustment; tau 0 leaves only the per-class temperatures.
     """
 
     def __init__(self, cls_num_list: list | None = None, gamma: float = 0.3, tau: float = 1.0):
@@ -173,6 +177,7 @@ class VSLoss(LogitAdjustmentLoss):
         self.gamma = not_negative(gamma, "gamma")
 
     def scales(self) -> Tensor:
+        """(n_j / n_max)^gamma, float64 [C] in (0, 1]."""
         return (self.counts / self.counts.max()).pow(self.gamma)
 
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:
@@ -180,12 +185,12 @@ class VSLoss(LogitAdjustmentLoss):
 
 
 class GCLLoss(LongTailLoss):
-    """Gaussian clouded logits (Li et al., CVPR 2022): cross-entropy of z_j - s · noise · d_j · |e_j|, e normal with
-    standard deviation 1/3, cut to [-1, 1] and drawn anew for each logit.
+    """Gaussian clouded logits (Li et al., CVPR 2022): cross-entropy of z_j - s · noise · d_j · |e_j|, with e normal of
+    standard deviation 1/3, clipped to [-1, 1] and drawn anew for each logit.
 
-    d_j = log(n_max / n_j), scaled so that the rarest class's is 1: rare classes are clouded most, so that their
-    samples spread wider. The logits are already scaled by the cosine head's own s. `m`: a margin of the target's
-    cosine. Outside training there is no noise and no margin.
+    d_j = log(n_max / n_j), scaled so that the rarest class's is 1: rare classes get the most noise, so that their
+    samples spread wider. The logits must already include the cosine head's scale s. `m`: a margin subtracted from the
+    target's cosine. In evaluation there is no noise and no margin.
     """
 
     needs_counts = True
@@ -197,6 +202,7 @@ class GCLLoss(LongTailLoss):
         self.s, self.noise, self.m = float(s), not_negative(noise, "noise"), not_negative(m, "m")
 
     def cloud_sizes(self) -> Tensor:
+        """d_j, float64 [C] in [0, 1]; all 0 if the classes are balanced."""
         sizes = (self.counts.max() / self.counts).log()
         return sizes / sizes.max().clamp_min(torch.finfo(sizes.dtype).tiny)
 
@@ -210,11 +216,12 @@ class GCLLoss(LongTailLoss):
 
 
 class LabelAwareSmoothingLoss(LongTailLoss):
-    """Cross-entropy against (1 - e_y) · one-hot + e_y / C, e_y between `smooth_tail` for the rarest class and
+    """Cross-entropy against (1 - e_y) · one-hot + e_y / C, with e_y between `smooth_tail` for the rarest class and
     `smooth_head` for the most frequent one (MiSLAS; Zhong et al., CVPR 2021).
 
-    With t = (n_y - n_min) / (n_max - n_min): `concave` tail + (head - tail) · sin(pi t / 2), `linear` in t, `convex`
-    head + (head - tail) · sin(3 pi / 2 + pi t / 2). For the second stage: frequent classes are overconfident.
+    With t = (n_y - n_min) / (n_max - n_min), e_y is, by `shape`: `concave` tail + (head - tail) · sin(pi t / 2),
+    `linear` in t, `convex` head + (head - tail) · sin(3 pi / 2 + pi t / 2). Meant for the second stage of decoupled
+    training, since frequent classes tend to be overconfident.
     """
 
     needs_counts = True
@@ -231,6 +238,7 @@ class LabelAwareSmoothingLoss(LongTailLoss):
         self.smooth_head, self.smooth_tail, self.shape = float(smooth_head), float(smooth_tail), shape
 
     def smoothings(self) -> Tensor:
+        """e_j of each class, float64 [C] in [0, 1]."""
         low, high = self.counts.min(), self.counts.max()
         t = (self.counts - low) / (high - low).clamp_min(1)
         rise = {"concave": torch.sin(math.pi / 2 * t), "linear": t,

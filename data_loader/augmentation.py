@@ -1,4 +1,4 @@
-"""What a loader's arguments say of augmentation: checked here once, and read by what draws and what decodes."""
+"""A loader's augmentation arguments, checked in one place for the code that draws random numbers and decodes images."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -17,12 +17,13 @@ class Augmentation:
 
     Args:
         augment: "basic" or one of `data_loader.policies.DRAWS`.
-        rotation: degrees either way, 0 to 180; None: what the data set has with "basic".
-        cutout: the side, in pixels, of a square that becomes 0; 0: none.
-        random_erasing: the share of images, 0 to 1, in which a rectangle becomes 0.
-        jitter: of brightness, contrast and saturation, 0 to 1; of large images, with "basic".
-        flip: True, False, or "alternate": a fixed half of the images in odd epochs, the other half in even ones.
-        given: those of these arguments that were given and not left to the data set, without `flip`.
+        rotation: maximum rotation in degrees, either way, 0 to 180; None: the data set's default with "basic", else 0.
+        cutout: side in pixels of a square that is set to 0; 0: none.
+        random_erasing: the share of images, 0 to 1, in which a rectangle is set to 0.
+        jitter: strength of brightness, contrast and saturation jitter, 0 to 1; only for large images with "basic".
+        flip: True (half of the images at random), False, or "alternate": a fixed half in odd epochs, the other half in
+            even ones.
+        given: names of the arguments that differ from their defaults (for `jitter`: that were given), without `flip`.
     """
 
     augment: str = "basic"
@@ -36,7 +37,7 @@ class Augmentation:
     @classmethod
     def of(cls, jitter: float | None, flip: bool | str | None, own_jitter: float, own_flip: bool,
            **more: Any) -> Augmentation:
-        """From a loader's arguments; None is the data set's own."""
+        """From a loader's arguments; None for jitter or flip means the data set's default (own_jitter, own_flip)."""
         given = [key for key, value in more.items() if value != cls.__dataclass_fields__[key].default]
         return cls(**more, jitter=own_jitter if jitter is None else jitter, flip=own_flip if flip is None else flip,
                    given=(*given, *["jitter"] * (jitter is not None)))
@@ -54,10 +55,11 @@ class Augmentation:
                 raise ConfigError(f"{PATH}.{key}: must be {wanted}, not {getattr(self, key)!r}")
 
     def degrees(self, own: float) -> float:
-        """Of rotation; own: the data set's with "basic"."""
+        """The maximum rotation in degrees. own: the data set's default, used with "basic"."""
         return float(self.rotation) if self.rotation is not None else own if self.augment == "basic" else 0.0
 
     def notes(self, small: bool) -> Iterator[str]:
-        """What there is to say of arguments without effect. small: whether images are augmented by the batch."""
+        """Log lines about arguments that have no effect. small: whether images are small enough to be augmented in
+        batches."""
         if "jitter" in self.given and self.jitter and (small or self.augment != "basic"):
             yield "jitter has no effect " + ("on images this small" if small else f"beside augment {self.augment}")

@@ -1,4 +1,4 @@
-"""The public loaders, `data_loader.type` in a config: each says where its images are and how they are treated."""
+"""The public loaders, named by a config's `data_loader.type`: each defines where its images are and their defaults."""
 from __future__ import annotations
 
 import sys as _sys
@@ -8,7 +8,7 @@ from data_loader import datasets as _datasets
 from data_loader import files as _files
 from data_loader import folders as _folders
 from data_loader import sharded as _sharded
-from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader  # noqa: F401  detection's, offered here too
+from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader  # noqa: F401  names for configs
 from data_loader.image_loader import ImageDataLoader as _ImageDataLoader
 from data_loader.imbalance import img_num_per_cls as _img_num_per_cls
 from utils.config.build import build as _build
@@ -17,9 +17,10 @@ CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
 class DigitsLTDataLoader(_ImageDataLoader):
-    """scikit-learn's handwritten digits, 32 x 32: 120 training images of 0 falling to 2 of 9, 50 test images a class.
+    """scikit-learn's handwritten digits, 32 x 32: 120 training images of 0 down to 2 of 9, and 50 test images of each.
 
-    Comes with scikit-learn: no data_dir. `split_seed` picks which images. A mirrored digit is another sign: no flips.
+    The images come with scikit-learn, so there is no data_dir. `split_seed` selects the images. No flips by default, as
+    mirrored digits aren't digits. Arguments: see `ImageDataLoader`.
     """
 
     statistics = ((0.31, 0.31, 0.31), (0.35, 0.35, 0.35))
@@ -38,7 +39,7 @@ class DigitsLTDataLoader(_ImageDataLoader):
         return _datasets.read_digits(self.split_seed, counts, size=self.image_size)
 
     def _imbalanced(self, splits: _datasets.Splits) -> tuple:
-        return splits.train, splits.spare  # read_digits has taken the counts already
+        return splits.train, splits.spare  # read_digits has already applied the counts
 
 
 class _CifarDataLoader(_ImageDataLoader):
@@ -49,7 +50,7 @@ class _CifarDataLoader(_ImageDataLoader):
 
     @property
     def holdout_cap(self) -> int:
-        return 5000 // self.kind.classes  # a tenth of what CIFAR has of each class
+        return 5000 // self.kind.classes  # a tenth of each class's images in the full data set
 
     def read(self, training: bool) -> _datasets.Splits:
         return _datasets.read_cifar(self.data_dir, self.kind, self.download)
@@ -63,7 +64,7 @@ class CIFAR100DataLoader(_CifarDataLoader):
 
 
 class ImbalanceCIFAR100DataLoader(_CifarDataLoader):
-    """CIFAR-100-LT (Cao et al., NeurIPS 2019): 500 images falling to 5 with the default factor 0.01."""
+    """CIFAR-100-LT (Cao et al., NeurIPS 2019): from 500 down to 5 images per class with the default factor 0.01."""
 
     kind = _datasets.CIFAR100
 
@@ -72,16 +73,16 @@ class ImbalanceCIFAR100DataLoader(_CifarDataLoader):
 
 
 class ImbalanceCIFAR10DataLoader(ImbalanceCIFAR100DataLoader):
-    """CIFAR-10-LT: 5,000 images falling to 50 with the default factor 0.01."""
+    """CIFAR-10-LT: from 5,000 down to 50 images per class with the default factor 0.01."""
 
     kind = _datasets.CIFAR10
 
 
 class _ListDataLoader(_ImageDataLoader):
-    """Images listed in text files, one `path label` a line."""
+    """Images listed in text files, with one `path label` per line."""
 
-    lists: tuple[str, str | None, str | None]   # file names of train, val and test
-    folder = ""                                 # where under data_dir the lists may also be
+    lists: tuple[str, str | None, str | None]   # file names of the train, val and test lists
+    folder = ""                                 # subfolder of data_dir that may also hold the lists
 
     takes_shards = True
 
@@ -122,8 +123,8 @@ class iNaturalistDataLoader(_ListDataLoader):  # the name that configs use
 
 
 class ListFileDataLoader(_ListDataLoader):
-    """One's own images, listed: train.txt, val.txt and test.txt in data_dir (without test.txt, val is the test split).
-    """
+    """Custom images in list files: train.txt, val.txt and test.txt in data_dir (without test.txt, val is the test
+    split)."""
 
     lists = ("train.txt", "val.txt", "test.txt")
     jitter = 0.4
@@ -132,7 +133,7 @@ class ListFileDataLoader(_ListDataLoader):
 
 
 class ImageFolderLTDataLoader(_ImageDataLoader):
-    """One's own images, a folder a class: data_dir/train/CLASS/*, and val and test alike where they exist; else
+    """Custom images with one folder per class: data_dir/train/CLASS/*, and likewise val and test if they exist; or
     data_dir/CLASS/*, of which `test_share` is set aside for testing.
     """
 
@@ -149,9 +150,9 @@ class ImageFolderLTDataLoader(_ImageDataLoader):
 
 
 def build_loader(spec: dict, *, path: str = "data_loader", **more: _Any) -> _ImageDataLoader:
-    """The loader of a config's `{"type": ..., "args": {...}}`.
+    """Build the loader given by a config's `{"type": ..., "args": {...}}`.
 
-    more: seed, device, rank, world_size, epochs, training and the like; they win over the config's.
-    Raises ConfigError naming the key under `path`.
+    more: seed, device, rank, world_size, epochs, training and so on; they override the config's.
+    Raises ConfigError, naming the key under `path`.
     """
     return _build(_sys.modules[__name__], spec, path, **more)

@@ -1,4 +1,4 @@
-"""What the loaders read: the images of each split with their labels, and the data sets that come as arrays."""
+"""The images and labels of a data set's splits, and reading data sets that come as arrays (digits, CIFAR)."""
 from __future__ import annotations
 
 import importlib.util
@@ -21,10 +21,10 @@ from utils.errors import ConfigError
 
 @dataclass
 class ImageSet:
-    """The images of one split: labels, and either the pixels or where the files are.
+    """The images of one split: labels, and either pixels or file paths.
 
-    targets: np.int64 [N]. pixels: uint8 [N, S, S, 3] or None. paths: file names, or None for arrays. where: the list
-    that names the images, and each one's line in it.
+    targets: np.int64 [N]. pixels: uint8 [N, S, S, 3], or None for files. paths: N file paths (also of images in shards,
+    see `data_loader.places`), or None for pixels. where: (name of the list file, line number of each image), or None.
     """
 
     targets: np.ndarray
@@ -47,9 +47,9 @@ class ImageSet:
 
 @dataclass
 class Splits:
-    """A data set as read: `train` (None where only the test split was asked for and there is no training list),
-    `val` where the data come with validation images of their own, `spare` images that no split uses, the classes'
-    names, and what was noticed on the way (`notes`, lines for the user)."""
+    """A data set as read: `train` (None if only the test split was requested and there is no training split), `test`,
+    `val` if the data set has its own validation images, `spare` images that no split uses, the names and number of
+    classes, and `notes`, lines for the log."""
 
     train: ImageSet | None
     test: ImageSet | None
@@ -61,10 +61,10 @@ class Splits:
 
 
 def read_digits(split_seed: int, img_num: list[int], test_per_class: int = 50, size: int = 32) -> Splits:
-    """scikit-learn's handwritten digits (1,797 scans of 8 x 8 pixels), enlarged to `size`.
+    """scikit-learn's handwritten digits (1,797 scans of 8 x 8 pixels), enlarged to `size` pixels.
 
-    Of each class, shuffled by `split_seed`, the first 50 images are for testing, the next `img_num[class]` for
-    training; the rest is spare.
+    Each class is shuffled by `split_seed`; the first `test_per_class` images are for testing, the next `img_num[class]`
+    for training, and the rest is spare. Raises ConfigError if a class has too few images.
     """
     every = _digits(size)
     shuffle = np.random.RandomState(split_seed)
@@ -93,10 +93,10 @@ def _digits(size: int) -> ImageSet:
 
 
 def digit_scans() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's handwritten digits: ink float64 [1797, 8, 8], 0 to 16, and labels int64 [1797].
+    """scikit-learn's handwritten digits: (ink float64 [1797, 8, 8], 0 to 16; labels int64 [1797]).
 
-    What `sklearn.datasets.load_digits` gives, read from the file that it reads: to import it takes as long as half of
-    torch (scipy and pandas come along), at each start.
+    The same as `sklearn.datasets.load_digits`, but read directly from its file: importing that module pulls in scipy
+    and pandas, and takes half as long as importing torch, at each start.
     """
     spec = importlib.util.find_spec("sklearn")
     for folder in (spec and spec.submodule_search_locations) or ():
@@ -111,7 +111,7 @@ def digit_scans() -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class CifarKind:
-    """How one of the two CIFAR sets lies on disk (the official python version)."""
+    """The layout on disk of one of the two CIFAR data sets (the official Python version)."""
 
     folder: str
     url: str
@@ -131,9 +131,11 @@ CIFAR100 = CifarKind("cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar
 
 
 def read_cifar(data_dir: str, kind: CifarKind, download: bool = True) -> Splits:
-    """CIFAR in its official python layout, from `data_dir/<folder>` or `data_dir` itself; downloaded only if absent.
+    """Read CIFAR in its official Python layout, from `data_dir/<folder>` or `data_dir` itself. If it is in neither and
+    `download` is true, it is downloaded.
 
-    Checked by content (shapes, dtypes, label range), not by checksum. Raises ConfigError naming the file.
+    Contents are checked (shapes, dtypes, label range), not checksums. Raises ConfigError, naming the file, if something
+    is wrong or missing.
     """
     folder = _find_cifar(Path(data_dir), kind, download)
     train = _read_cifar_files([folder / name for name in kind.train], kind)
@@ -186,7 +188,7 @@ def _wait_for(folder: Path, seconds: float = 3600) -> Path:
 
 
 def _download(kind: CifarKind, data_dir: Path) -> None:
-    """Fetch and unpack an archive; the folder appears whole or not at all."""
+    """Download and unpack an archive; the folder appears complete or not at all."""
     made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -198,11 +200,11 @@ def _download(kind: CifarKind, data_dir: Path) -> None:
                 packed.extractall(place, filter="data")
             try:
                 os.replace(Path(place) / kind.folder, data_dir / kind.folder)
-            except OSError:  # another machine was faster on a disk that both use
+            except OSError:  # another machine was faster, on a shared disk
                 if not (data_dir / kind.folder).is_dir():
                     raise
     except BaseException:
-        for folder in made:  # leave no empty folders where nothing could be fetched
+        for folder in made:  # leave no empty folders behind if the download failed
             folder.rmdir()
         raise
 

@@ -1,4 +1,4 @@
-"""Rectangles of training images set to zero after normalising: Cutout and random erasing, by the batch."""
+"""Setting rectangles of training images to zero after normalising, in batches: Cutout and random erasing."""
 from __future__ import annotations
 
 import math
@@ -6,16 +6,16 @@ import math
 import torch
 from torch import Tensor
 
-AREA, RATIO, TRIES = (0.02, 0.33), (0.3, 3.3), 10  # of random erasing, as published
+AREA, RATIO, TRIES = (0.02, 0.33), (0.3, 3.3), 10  # random erasing: share of area, height / width, draws per image
 
 
 def draw_boxes(count: int, size: int, cutout: int, erasing: float, source: torch.Generator) -> Tensor:
-    """The boxes of `count` images of size x size pixels: int32 [count, boxes, 4], rows [top, bottom) and columns
-    [left, right); an empty one where an image is left alone.
+    """Draw the boxes to erase in `count` images of size x size pixels: int32 [count, boxes, 4] with top, bottom
+    (exclusive), left, right (exclusive); empty boxes for images that stay as they are.
 
-    cutout: a square of this side whose centre is any pixel, so that part of it may lie outside (DeVries and Taylor,
-    2017); 0: none. erasing: the share of images with a rectangle of 2 to 33 % of the area, sides 0.3 to 3.3 to one,
-    all of it inside (Zhong et al., AAAI 2020).
+    cutout: side of a square centred at any pixel, so that part of it may lie outside (DeVries and Taylor, 2017); 0:
+    none. erasing: the share of images, 0 to 1, with a rectangle of 2 to 33 % of the area and an aspect ratio of 0.3 to
+    3.3 that lies inside (Zhong et al., AAAI 2020).
     """
     boxes = []
     if cutout:
@@ -38,7 +38,8 @@ def draw_boxes(count: int, size: int, cutout: int, erasing: float, source: torch
 
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:
-    """Zeros in each image's boxes, in place. images: [n, C, H, W], normalised; boxes: see `draw_boxes`."""
+    """Set each image's boxes to zero, in place; returns images. images: [n, C, H, W]; boxes: int [n, boxes, 4], see
+    `draw_boxes`."""
     down, across = (torch.arange(side, device=images.device) for side in images.shape[2:])
     for box in boxes.unbind(1):
         top, bottom, left, right = box.t().unsqueeze(2)  # [n, 1] each

@@ -1,7 +1,7 @@
-"""Finding image files that lists of `path label` lines name. Nothing is decoded here.
+"""Reading the splits in list files and finding the images that they name. Nothing is decoded here.
 
-All files are looked for before training begins. A path that leaves `data_dir` (by `..`, from the root, by a link that
-points out) is refused unless `allow_outside` is set.
+All files are looked for before training begins. A path that leads outside `data_dir` (by `..`, an absolute path or a
+link) is refused unless `allow_outside` is set.
 """
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from logger.text import count_of
 from utils.errors import ConfigError
 
 DATA_DIR = "data_loader.args.data_dir"
-#: (names, the list, each one's line, "train", "val" or "test") -> paths
+#: (names, name of the list file, line number of each, "train", "val" or "test") -> paths
 Find = Callable[[Sequence[str], str, Sequence[int], str], list[str]]
-MOST_CLASSES = 10**6    # of images for testing alone, where no checkpoint knows how many there are
+MOST_CLASSES = 10**6    # limit if there are only test images, and no checkpoint knows how many classes there are
 
 
 def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
-    """ConfigError unless `data_dir` names a folder, or (for data that can be downloaded) one that can be made."""
+    """Raises ConfigError unless `data_dir` is a folder or, with `may_be_made` (data that can be downloaded), doesn't
+    exist yet."""
     if not isinstance(data_dir, str | os.PathLike) or not str(data_dir) or "\0" in str(data_dir):
         raise ConfigError(f"{DATA_DIR}: must name a folder, not {str(data_dir)[:80]!r}")
     try:
@@ -40,15 +41,15 @@ def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
 
 # -- lists -----------------------------------------------------------------------------------------------------------
 def read_class_names(file: Path, num_classes: int) -> list[str]:
-    """classes.txt: a name a line, in the order of the labels, or `name label` as Places365 writes it, in any order.
+    """Read classes.txt: one name per line in the order of the labels, or `name label` in any order, as in Places365.
 
-    Raises ConfigError where there are fewer names than classes.
+    Raises ConfigError if there are fewer names than `num_classes`, a name occurs twice, or the file can't be read.
     """
     text = read_text_bytes(file).decode("utf-8", "surrogateescape")
     names = [line.strip() for line in text.splitlines() if line.strip()]
     bare, numbers = ([name.rpartition(" ")[part].strip() for name in names] for part in (0, 2))
     if all(bare) and sorted(numbers) == sorted(map(str, range(len(names)))) and len(set(bare)) == len(bare):
-        names = [name for _, name in sorted(zip(map(int, numbers), bare))]  # of equal ones the number is part: class 0
+        names = [name for _, name in sorted(zip(map(int, numbers), bare))]  # unless "class 0", "class 1" are the names
     if len(names) < num_classes:
         raise ConfigError(f"{shown(str(file))}: names {len(names)} classes, and the lists have {num_classes}; a line a "
                           "class, in the order of the labels")
@@ -59,19 +60,19 @@ def read_class_names(file: Path, num_classes: int) -> list[str]:
 
 
 def list_folder(data_dir: str, lists: tuple[str, str | None, str | None], folder: str) -> Path:
-    """Where list files are looked for: in `data_dir`, or in its `folder` where that alone has the first of them."""
+    """The folder of the list files: `data_dir`, or its subfolder `folder` if that exists and `data_dir` lacks the first
+    list."""
     root = Path(data_dir)
     return root / folder if folder and not (root / lists[0]).exists() and (root / folder).is_dir() else root
 
 
 def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder: str, training: bool,
                allow_outside: bool, find: Find | None = None, known: int | None = None) -> Splits:
-    """The splits that list files in `data_dir` (or `data_dir/folder`) name; a missing test list: val is the test split.
+    """Read the splits from list files in `data_dir` (or `data_dir/folder`). Without a test list, val is the test split.
 
-    find: of images that aren't files. known: how many classes the checkpoint's model has.
-
-    Classes are 0 to the largest training label. Their names come from classes.txt beside the lists, or from a third
-    column.
+    lists: names of the train, val and test lists. find: finds the images, if they aren't files. known: the number of
+    classes of the checkpoint's model. Classes are 0 to the largest training label; their names come from classes.txt
+    beside the lists, or from a third column. Raises ConfigError for missing lists or images and for bad labels.
     """
     root = list_folder(data_dir, lists, folder)
     train_name, val_name, test_name = lists
@@ -112,11 +113,11 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
 
 
 def _plain(paths: Sequence[str], links: bool = False) -> list[str]:
-    """One text for each image, however it's written (`a.jpg`, `./a.jpg`, `/all/of/it/a.jpg`) and whichever links its
-    folder lies behind. links: those that are links themselves are followed too, which takes a look at each."""
-    # Of an image in a shard a zero byte is part; Python 3.11 cuts there.
+    """One canonical path per image, however it is written (`a.jpg`, `./a.jpg`, absolute) and with links among its
+    folders resolved. links: also resolve files that are links themselves, which takes one system call per file."""
+    # Paths of images in shards contain zero bytes, at which Python 3.11's abspath cuts them off.
     plain = [path if "\0" in path else os.path.abspath(path) for path in paths]
-    # A look at each folder, not at each of a million files.
+    # Resolve each folder once, not each of a million files.
     folders = {path.rpartition(os.sep)[0] for path in plain}
     moved = {folder: real for folder in folders if "\0" not in folder and (real := os.path.realpath(folder)) != folder}
     if links:
@@ -128,12 +129,13 @@ def _plain(paths: Sequence[str], links: bool = False) -> list[str]:
 
 
 def same_files(one: Sequence[str], other: Sequence[str], links: bool = False) -> set[str]:
-    """The images that are in both. links: see `_plain`."""
+    """The canonical paths of images that are in both lists. links: also follow files that are links."""
     return set(_plain(one, links)) & set(_plain(other, links))
 
 
 def repeats(paths: Sequence[str], links: bool = False) -> dict[int, int]:
-    """Which of the paths name an image that one before names, and which one that is. links: see `_plain`."""
+    """{index of a path: index of the first path to the same image}, for repeated images only. links: also follow files
+    that are links."""
     plain, first = _plain(paths, links), {}
     if len(set(plain)) == len(plain):
         return {}
@@ -142,8 +144,8 @@ def repeats(paths: Sequence[str], links: bool = False) -> dict[int, int]:
 
 def _read_split(file: Path, split: str, limit: tuple[int, str] | None, notes: list[str], named: dict[int, str],
                 find: Find) -> ImageSet:
-    """One list's images; the names of classes that it gives go into `named`. limit: how many classes there may be, and
-    why; None for the list that says so itself."""
+    """One list's images; class names in it are added to `named`. limit: (the number of classes, the reason for error
+    messages), or None for the list that determines it."""
     names, labels, lines, repeated, called = read_list(file)
     for label, text in called.items():
         if named.setdefault(label, text) != text:
@@ -169,29 +171,30 @@ def _read_split(file: Path, split: str, limit: tuple[int, str] | None, notes: li
 
 
 def find_files(root: Path, data_dir: Path, allow_outside: bool) -> Find:
-    """What finds the files that lists in `root` name."""
+    """The function that finds the files named by lists in `root`."""
     def find(names: Sequence[str], source: str, lines: Sequence[int], split: str) -> list[str]:
-        # Places365's own lists begin paths with a slash, Windows writes backslashes: both are meant below data_dir.
+        # Places365's own lists begin paths with a slash, and Windows uses backslashes: both mean paths below data_dir.
         if not allow_outside:
             names = [name.replace("\\", "/") if "\\" in name and not os.path.lexists(data_dir / name) else name
                      for name in names]
             if names[0].startswith("/") and not os.path.lexists(names[0]):
                 names = [name.lstrip("/") for name in names]
-        # Images are relative to data_dir; official lists may lie, with their images, in a folder of it.
+        # Paths are relative to data_dir; but official lists and their images may both be in a subfolder of it.
         base = root if not os.path.lexists(data_dir / names[0]) and os.path.lexists(root / names[0]) else data_dir
         return check_paths(base, names, allow_outside, source, lines)
     return find
 
 
 def about_tars(root: Path) -> str:
-    """What an error says where no images were found in `root`, but tar files that may hold them."""
+    """A hint for an error about missing images: the tar files in `root`, which may hold them; "" if there are none."""
     tars = sorted(name for name in os.listdir(root) if name.lower().endswith(".tar")) if root.is_dir() else []
     return f"; {len(tars)} tar files are there, like {shown(tars[0])}: where they hold the images, name them with " \
            f"{KEY}" if tars else ""
 
 
 def check_paths(root: Path, names: list[str], allow_outside: bool, source: str, lines: list[int]) -> list[str]:
-    """`names` below `root` as full paths. Raises ConfigError where one is missing or leaves `root`."""
+    """`names` below `root` as full paths. source, lines: the list file and line numbers, for errors. Raises ConfigError
+    if one is missing, or leads outside `root` without `allow_outside`."""
     look = Look(root, None if allow_outside else [root])
     missing: list[int] = []
     for at, name in enumerate(names):
@@ -209,21 +212,21 @@ def check_paths(root: Path, names: list[str], allow_outside: bool, source: str, 
 
 
 class Look:
-    """Whether a file is there: `look(name)`, a name below `root`, is True, False, or None where it leads out of all the
-    folders `within` (None: it may lead anywhere).
+    """Whether a file exists: `look(name)`, for a name below `root`, returns True, False, or None if it leads outside
+    all the folders `within` (None: it may lead anywhere).
 
-    Looks at each folder once, not at each file: a million names take seconds, not minutes.
+    Reads each folder once instead of checking each file, so that a million names take seconds, not minutes.
     """
 
     def __init__(self, root: Path, within: Sequence[Path] | None):
         self.root, self.within = root, within and [os.path.realpath(folder) for folder in within]
-        self.folders: dict[str, dict[str, bool] | None] = {}    # what each holds; None of one that leads out
+        self.folders: dict[str, dict[str, bool] | None] = {}    # see _entries; None for a folder outside
 
     def __call__(self, name: str) -> bool | None:
         folder, base = os.path.split(name)
         if folder not in self.folders:
             entries = _entries(os.path.join(self.root, folder))
-            far = os.path.isabs(name) or ".." in Path(name).parts  # refused unseen: what is there is nobody's business
+            far = os.path.isabs(name) or ".." in Path(name).parts  # refused even if the folder doesn't exist
             out = (far or entries is not None) and self._leads_out(folder)
             self.folders[folder] = None if out else entries or {}
         entries = self.folders[folder]
@@ -240,7 +243,7 @@ class Look:
 
 
 def _entries(folder: str) -> dict[str, bool] | None:
-    """What a folder holds: name -> is it a link. None where there is no such folder."""
+    """{name: whether it is a link} of the files and links in a folder; None if it can't be read."""
     try:
         with os.scandir(folder) as found:
             return {entry.name: entry.is_symlink() for entry in found if entry.is_symlink() or entry.is_file()}
@@ -249,18 +252,18 @@ def _entries(folder: str) -> dict[str, bool] | None:
 
 
 def is_inside(path: str, real_root: str) -> bool:
-    """Whether a path, links followed, is `real_root` or lies in it."""
+    """Whether a path, with links resolved, is `real_root` (itself resolved) or lies in it."""
     real = os.path.realpath(path)
     return real == real_root or real.startswith(os.path.join(real_root, ""))
 
 
 def check_inside(path: str, real_root: str, where: str, name: str, root: Path) -> None:
-    """Raises ConfigError where a path, links followed, lies outside `real_root`."""
+    """Raises ConfigError, as by `outside`, if a path, with links resolved, lies outside `real_root`."""
     if not is_inside(path, real_root):
         raise outside(where, name, root)
 
 
 def outside(where: str, name: str, root: Path) -> ConfigError:
-    """The error for a name that leads out of `root`; where: what names it."""
+    """The error for a name that leads outside `root`. where: the file or key that contains the name."""
     return ConfigError(f"{where}: {shown(name)} leads outside {shown(str(root))}; "
                        "set data_loader.args.allow_outside to true (of tools.shard: --allow_outside) if that is meant")

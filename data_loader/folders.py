@@ -1,4 +1,4 @@
-"""Images in folders: whose folders they are, which splits they make, and what is left out. Nothing is decoded here."""
+"""Images in class folders: finding splits and classes, and reporting what is left out. Nothing is decoded here."""
 from __future__ import annotations
 
 import os
@@ -16,23 +16,26 @@ from data_loader.splitting import Division, match_classes, stranger
 from logger.text import count_of
 from utils.errors import ConfigError
 
-#: What people call the folder of a split, in any case of letters -> the split.
+#: Usual names of a split's folder (compared in lower case) -> the split.
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "test": "test", "testing": "test"}
 LAYOUT = "data_dir/train/CLASS/* or data_dir/CLASS/*"
 
 
 def class_key(name: str) -> str:
-    """One text for every Unicode form of a name: é may be one character or two."""
+    """A name in normal form (NFC), equal for all Unicode spellings: é may be one character or two."""
     return unicodedata.normalize("NFC", name)
 
 
 def read_folders(data_dir: str, division: Division, allow_outside: bool, whole: bool = False) -> Splits:
-    """The splits in a folder: `train/CLASS/*` with `val` and `test` alike, or `CLASS/*`, of which part is for testing.
+    """The splits in a folder: `train/CLASS/*` and likewise `val` and `test`, or `CLASS/*` only, a part of which is set
+    aside for testing.
 
-    Splits' folders may have any of SPLIT_NAMES. A class is its folder and all folders in it. Classes are those of
-    training in alphabetical order. With train and val only, val is the test split. whole: all of `CLASS/*`, or of
-    `test/CLASS/*` without a `train`, is for testing. Whatever is left out is counted in the notes. Raises ConfigError.
+    Split folders may have any of SPLIT_NAMES. A class consists of its folder and everything below it. The classes are
+    those of the training split in alphabetical order. With only train and val, val is the test split. division: how
+    test images are set aside. allow_outside: links may lead outside `data_dir`. whole: without a `train` folder, all of
+    `CLASS/*` or `test/CLASS/*` is for testing. Files left out are counted in the notes. Raises ConfigError for a layout
+    that can't be used.
     """
     root, notes = Path(data_dir), []
     parts = split_folders(root)
@@ -51,9 +54,10 @@ def read_folders(data_dir: str, division: Division, allow_outside: bool, whole: 
 
 def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: list[str],
                least: int = 2) -> tuple[dict[str, ImageSet], list[str]]:
-    """(split -> its images, the classes), as folders part them and nothing set aside: all of `root/CLASS/*` is "train".
+    """(split -> its images, class names) as the folders are, with nothing set aside: `root/CLASS/*` alone is "train".
 
-    parts: the splits' folders (`split_folders`). least: how many classes there must be. Raises ConfigError.
+    parts: the splits' folders (`split_folders`). notes: lines for the log are appended to it. least: the least number
+    of classes. Raises ConfigError for a layout that can't be used.
     """
     if "train" not in parts and any(class_folders(part) for part in parts.values()):
         raise ConfigError(f"{shown(str(root / 'train'))}: no such folder; images belong into {LAYOUT}")
@@ -90,8 +94,8 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """`train`, `val`, `test` -> its folder in `root`, as far as it is there. Raises ConfigError where two could be one.
-    """
+    """{"train", "val" or "test": its folder} for the split folders in `root`. Raises ConfigError if two folders could
+    be the same split."""
     found: dict[str, Path] = {}
     for name in folders_in(root):
         part = SPLIT_NAMES.get(name.lower())
@@ -104,14 +108,17 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def named_as_splits(names: Iterable[str], place: str) -> list[str]:
-    """A line on each class that is named as a split: photos in `test` that no class folders part are such a class."""
+    """A warning for each class with a split's name, which a folder `test` without class folders in it would become.
+
+    place: where the classes are, for the message.
+    """
     return [f"warning: {place}: {shown(name)} is taken for a class, though it is named as a split; splits are "
             "train/CLASS/*, val/CLASS/* and test/CLASS/*" for name in names if name.lower() in SPLIT_NAMES]
 
 
 def folders_in(root: Path) -> list[str]:
-    """The names of the folders in `root`, sorted. Raises ConfigError where it can't be read, or a link leads to what
-    isn't there: a class or a split would be missing without a word."""
+    """The names of the folders in `root`, sorted. Raises ConfigError if `root` can't be read, or has a broken link,
+    which would silently drop a class or split."""
     try:
         with os.scandir(root) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
@@ -124,13 +131,13 @@ def folders_in(root: Path) -> list[str]:
 
 
 def refuse_dangling(path: str) -> None:
-    """ConfigError for a link to what isn't there."""
+    """Raises ConfigError if `path` is a broken link."""
     if not os.path.exists(path):
         raise ConfigError(f"{shown(path)}: a link to {shown(os.readlink(path))}, which isn't there; remove it")
 
 
 def class_folders(root: Path) -> dict[str, list[str]]:
-    """Class -> the folders in `root` that are named so, in any Unicode form; classes in alphabetical order."""
+    """{class: the folders in `root` with that name, in any Unicode form}, classes in alphabetical order."""
     found: dict[str, list[str]] = {}
     for name in folders_in(root):
         if not is_system(name):
@@ -139,7 +146,7 @@ def class_folders(root: Path) -> dict[str, list[str]]:
 
 
 def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
-    """Say what is left out beside the splits' folders: other folders, with how many images they hold, and images."""
+    """Append to `notes` what is left out beside the split folders `known`: images, and other folders that hold some."""
     loose = loose_images(root)
     if loose:
         notes.append(left_out(root, f"{count_of(loose, 'image', 'images')} beside the folders of splits"))
@@ -152,23 +159,24 @@ def note_rest(root: Path, known: set[Path], notes: list[str]) -> None:
 
 
 def loose_images(folder: Path) -> int:
-    """How many images lie in a folder itself, with those that can't be read as they are."""
+    """The number of images directly in a folder, including formats that must be converted first."""
     with os.scandir(folder) as entries:
         return sum(entry.is_file() and is_photo(entry.name) for entry in entries)
 
 
 def is_photo(name: str) -> bool:
-    """Whether a file of this name is somebody's photo, if one that must be converted first."""
+    """Whether a file of this name is a photo, even one in a format (HEIC) that must be converted first."""
     return is_image(name) or (not is_system(name) and os.path.splitext(name)[1].lower() in HEIC)
 
 
 def left_out(folder: Path | str, what: str) -> str:
+    """A warning that `what` in `folder` isn't used."""
     return f"warning: {shown(str(folder))}: left out: {what}"
 
 
 def not_images(names: Iterable[str]) -> str:
-    """Files that aren't read, by their endings: phones write photos as HEIC, and nobody would miss them before the
-    model is trained."""
+    """A description of files that aren't read, by extension. It names HEIC, in which phones save photos, because their
+    absence might go unnoticed until after training."""
     endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
     listed = ", ".join(f"{shown(ending)} {count:,}" for ending, count in endings.most_common(5))
     more = ", ..." if len(endings) > 5 else ""
@@ -178,7 +186,12 @@ def not_images(names: Iterable[str]) -> str:
 
 def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_outside: bool, notes: list[str],
                  needed: bool) -> tuple[ImageSet, bool]:
-    """(every image below each class's folders, whether a link led to any); notes on what is left out."""
+    """(all images below each class's folders, whether any was reached through a link).
+
+    names: {class: its folders in `folder`}; root: the data set's folder. notes: gets lines about files left out.
+    needed: raise ConfigError for a class without images. Also raises it for broken links, and for links that lead
+    outside `root` unless `allow_outside`.
+    """
     paths, labels, other, linked = [], [], [], False
     real_root = os.path.realpath(root)
     for label, places in enumerate(names.values()):
@@ -222,8 +235,8 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
 
 
 def once_each(read: dict[str, ImageSet], notes: list[str]) -> None:
-    """Leave out, and note, what links show twice in one split, and note what they show in two. Raises ConfigError where
-    one photo has two classes."""
+    """Remove images that occur twice in one split through links, in place, and note these and images that occur in two
+    splits. Raises ConfigError if one photo has two classes."""
     for part, images in read.items():
         again = repeats(images.paths, links=True)
         for at, before in again.items():
@@ -240,6 +253,6 @@ def once_each(read: dict[str, ImageSet], notes: list[str]) -> None:
 
 
 def leads_up(where: str, real: str, real_root: str) -> bool:
-    """Whether a folder, in truth `real`, is a link to one that it lies in: all other classes' photos are below that."""
+    """Whether folder `where` (resolved: `real`) is a link to a folder above it, which has other classes' photos too."""
     return any(os.path.join(below, "").startswith(os.path.join(real, ""))
                for below in (os.path.realpath(os.path.dirname(where)), real_root))

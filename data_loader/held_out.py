@@ -1,4 +1,4 @@
-"""Validation images drawn after a training: none that was trained on may be among them."""
+"""Drawing validation images for a model that is already trained: none of them may have been trained on."""
 from __future__ import annotations
 
 import inspect
@@ -14,18 +14,18 @@ _MISSING = object()
 
 def check_held_out(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, Any] | None,
                    now: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a loader's validation images may be images that a model was trained on.
+    """Raises ConfigError if a loader's validation images may include images that a model was trained on.
 
-    loader: a training split's, as `now` makes it. facts: what the model's checkpoint knows of its data. trained, now:
-    `data_loader.args` of the training (None: of other data) and of the loader. Validation images in files of their own,
-    and "test", aren't drawn; nothing is said of them.
+    loader: the training split's loader, built from `now`. facts: what the model's checkpoint records about its data
+    (`data_facts`). trained, now: `data_loader.args` of the model's training (None: it had other data) and of the
+    loader. Validation images that the data set provides, and "test", aren't drawn and so aren't checked.
     """
     if not getattr(loader, "draws_validation", False):
         return
     if trained is not None:
         _check_arguments(loader, trained, now)
     known, own = facts.get("class_names"), loader.class_names
-    same = loader.paths is None and known and own and list(known) == list(own)       # in memory: no names tell
+    same = loader.paths is None and known and own and list(known) == list(own)       # images in memory have no names
     if same and list(facts["cls_num_list"]) != loader.cls_num_list:
         raise ConfigError(f"data_loader: trains on {sum(loader.cls_num_list):,} images, the model was trained on "
                           f"{sum(facts['cls_num_list']):,} of the same data; \"holdout\" may draw images that it was "
@@ -34,10 +34,10 @@ def check_held_out(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, 
 
 def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mapping[str, Any] | None,
                  doubt: bool = True) -> bool:
-    """Whether two configs' `data_loader` are of the same data, there or elsewhere; facts: what the first one's
-    checkpoint knows of them.
+    """Whether two configs' `data_loader` objects refer to the same data, even if in another place.
 
-    doubt: the answer where a detector's checkpoint, an older version's, remembers none of its images.
+    facts: what the first one's checkpoint records about its data. doubt: the answer if it can't be known, because a
+    detector's checkpoint of an older version records none of its images.
     """
     places = [(spec.get("args") or {}).get("data_dir") for spec in (before, now)]
     if before.get("type", now.get("type")) != now.get("type"):
@@ -53,7 +53,7 @@ def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mappi
 def _check_arguments(loader: Any, trained: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key in ("split_seed", "holdout_fraction", "imb_type", "imb_factor"):
         if trained.get(key, _MISSING) == now.get(key, _MISSING):
-            continue                                            # written alike, or left to the loader both times
+            continue                                            # the same value, or omitted both times
         before, given = (args.get(key, _default(type(loader), key)) for args in (trained, now))
         if _MISSING not in (before, given) and before != given:
             raise ConfigError(f"data_loader.args.{key}: {given}, but the model was trained with {before}; validation "
@@ -65,6 +65,6 @@ def _check_arguments(loader: Any, trained: Mapping[str, Any], now: Mapping[str, 
 
 
 def _default(kind: type, argument: str) -> Any:
-    """What a class's constructor takes for an argument that isn't given; its own word goes before its bases'."""
+    """The default of a constructor's argument, from the first class in the MRO whose constructor names it."""
     signatures = (inspect.signature(base.__init__).parameters for base in kind.__mro__ if "__init__" in vars(base))
     return next((known[argument].default for known in signatures if argument in known), _MISSING)

@@ -1,6 +1,6 @@
-"""The loader behind every classification data set: splits, imbalance, validation, samplers, and where pixels live.
+"""The loader behind every classification data set: splits, imbalance, validation, samplers, and how images are kept.
 
-A data set is a subclass that says how to read its splits (`read`) and which statistics it is normalised with.
+A data set is a subclass that defines how its splits are read (`read`) and the statistics for normalising.
 """
 from __future__ import annotations
 
@@ -40,56 +40,57 @@ from utils.errors import ConfigError
 class ImageDataLoader(PixelLoader):
     """Batches of (images [n, 3, S, S] float, labels [n] long) of a data set's training or test split.
 
-    data_dir: where the data set is. batch_size: over all ranks together.
-    num_workers: processes that decode files (None: chosen; images in memory need none).
-    training: the training split, augmented; false: the test split.
-    balanced: class-balanced sampling; retain_epoch_size false makes its epochs classes x largest class long, also where
-        `sampler` names it.
+    data_dir: the data set's folder. batch_size: over all ranks together. seed: for order and augmentation.
+    num_workers: processes that decode files (None: up to 8, by available cores; images in memory need none).
+    training: the training split, augmented; false: the test split. shuffle: the training split only.
+    balanced: class-balanced sampling. retain_epoch_size: if false, a class-balanced epoch (also by `sampler`) has
+        (number of classes) x (size of the largest class) images.
     sampler: {"type": "ClassAware", "args": {...}}, see `data_loader.samplers`.
-    validation: `test`: the published convention (the data set's validation images where it has some, else its test
-        images); `holdout`: never the test images: the validation images, or images that no split uses, or a share
-        `val_share` of each class's training images; `none`.
-    imb_type, imb_factor: make the training split long-tailed; imb_factor null leaves it as it is.
-    image_size: of what the model gets; "auto" (own images): 224 or 128 on a GPU where the photos have that many pixels,
-        else 64. split_seed: which images a split made here takes, whatever `seed` is.
-    test_share: of each class, for folders without a test split. flip: false for images that mustn't be mirrored;
-        "alternate": half of the images in odd epochs, the others in even ones.
-    allow_outside: images may lie outside data_dir. download: fetch what is missing, where that is possible.
-    cache: decoded small images held in memory: true, false, or "auto" (up to 1 GiB).
-    pin_memory: null: where the device is a GPU. prefetch: batches each worker prepares ahead.
-    augment: `basic`: crop, flip and, of small images, rotation; `autoaugment`, `randaugment`, `trivialaugment`: crop,
-        flip and that policy (AutoAugment's for CIFAR-10 up to 64 pixels, else its ImageNet one). rotation: degrees
-        either way (null: 15 with `basic` up to 64 pixels, else 0). cutout: a square of so many pixels becomes 0, with
-        its centre anywhere. random_erasing: the share of images in which a rectangle becomes 0.
-    jitter: of brightness, contrast and saturation of images over 64 pixels, with `basic` (null: the data set's own).
+    validation: `test`: the published convention (the data set's validation images if it has some, else its test
+        images); `holdout`: never the test images, but the validation images, or images that no split uses, or a share
+        `val_share` (0 to 1, exclusive) of each class's training images; `none`.
+    imb_type, imb_factor: make the training split long-tailed; with imb_factor null it stays as it is.
+    image_size: side S in pixels, 1 to 4096; "auto" (for custom images): 224 or 128 on a GPU if the photos are that
+        large, else 64. split_seed: which images are taken for splits made here, independently of `seed`.
+    test_share: share of each class set aside for testing if there is no test split. flip: false for images that
+        mustn't be mirrored; "alternate": half of the images in odd epochs, the others in even ones.
+    allow_outside: images may lie outside data_dir. download: download missing data, if possible.
+    cache: keep decoded small images in memory: true, false, or "auto" (up to 1 GiB).
+    pin_memory: null: yes if the device is a GPU. prefetch: batches that each worker prepares ahead.
+    augment: `basic`: crop, flip and, for small images, rotation; `autoaugment`, `randaugment`, `trivialaugment`: crop,
+        flip and that policy (AutoAugment: CIFAR-10's up to 64 pixels, else ImageNet's). rotation: maximum degrees
+        either way (null: 15 with `basic` up to 64 pixels, else 0). cutout: side in pixels of a square that is set to 0,
+        centred anywhere. random_erasing: share of images in which a rectangle is set to 0.
+    jitter: strength of brightness, contrast and saturation jitter, for images over 64 pixels with `basic` (null: the
+        data set's default).
     mix: {"type": "mixup" | "cutmix" | "either", "alpha": 0.4, "prob": 1.0, "off_epochs": 0}: labels are then
         `MixedLabels`, see `data_loader.mixing`.
-    crops: of each image that isn't augmented, 1, 5 (the corners and the centre) or 10 (mirrored too), [n, K, 3, S, S];
-        expand: pixels that the short side is larger than image_size then (null: 3/28 of it).
+    crops: K crops of each image that isn't augmented, [n, K, 3, S, S]: 1 (without the dimension K), 5 (corners and
+        centre) or 10 (these and mirrored). expand: the short side is then S + expand pixels (null: 3/28 of S).
     shards: "train-{000..999}.tar", or {"train": ..., "val": ..., "test": ...}: images are in tar files (in data_dir, or
-        at URLs like s3://) instead of files of their own, see `data_loader.shards`; lists and folders only.
-    facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, groups follow its
-        training counts, what was training data stays training data, and images are normalised as they were.
-    preprocess: what pretrained weights expect of images (`TimmModel.preprocess`): its `image_size` where the config has
-        none, and its crop, interpolation and statistics; `takes`, if there, whether the network takes images of a size.
-    transform: a function of a PIL image for the training images instead of the loader's own (Python only).
-    distributed: as in old configs; ignored, `torchrun` decides.
-    epochs: what ProgressivelyBalanced takes as its number of epochs.
+        at URLs such as s3://), see `data_loader.shards`; only for loaders of lists or folders.
+    facts: what a checkpoint records about its data (`data_facts`): classes are then in its order, by name, groups
+        follow its training counts, training images stay in training, and images are normalised as they were.
+    preprocess: the preprocessing that pretrained weights need (`TimmModel.preprocess`): `image_size`, if the config has
+        none, crop, interpolation and statistics; optionally `takes`, a function that tells if a size can be used.
+    transform: function of a PIL image, replaces the loader's own augmentation of training images (Python only).
+    distributed: accepted for old configs and ignored; `torchrun` decides.
+    epochs: of the training; needed for `mix.off_epochs` and the ProgressivelyBalanced sampler.
 
-    Raises ConfigError, naming the argument or the file, for anything wrong with either.
+    Raises ConfigError, naming the argument or file, for anything wrong with them.
     """
 
     statistics: tuple[tuple, tuple] = IMAGENET_STATISTICS
     default_size = 224
     flips = True
-    jitter = 0.0                 # of large training images; an own value by data set
-    holdout_cap = 50             # validation images a class at most, where they cost no training image
-    holdout_fewest = 1           # of which fewer a class are too few to be worth their balance
-    degrees = 15.0
+    jitter = 0.0                 # default strength for large training images
+    holdout_cap = 50             # most validation images per class, if taken from unused images
+    holdout_fewest = 1           # with fewer per class, unused images aren't balanced (see `holdout_of_spare`)
+    degrees = 15.0               # default maximum rotation of small images
     takes_shards = False
-    draws_tests = False          # of images in memory: whether split_seed decides which of them are for testing
-    may_download = False         # whether `data_dir` may be absent, as the data set can be fetched
-    own_images = False           # somebody's photos rather than a benchmark: their figures are also put in words
+    draws_tests = False          # for images in memory: whether split_seed decides which are test images
+    may_download = False         # whether `data_dir` may be missing because the data set can be downloaded
+    own_images = False           # custom photos rather than a benchmark: figures are also explained in words
 
     def __init__(self, data_dir: str, batch_size: int = 128, shuffle: bool = True, num_workers: int | None = None,
                  training: bool = True, balanced: bool = False, retain_epoch_size: bool = True, *,
@@ -120,7 +121,7 @@ class ImageDataLoader(PixelLoader):
         if data_dir is not None:
             check_data_dir(data_dir, may_be_made=self.may_download and download)
         facts = facts or {}
-        #: Test images in a folder of their own are all for testing, unless they are where the training images were.
+        #: All images of another folder than the training images' are for testing.
         elsewhere = bool(facts) and not is_same_place(str(data_dir), facts.get("split"))
         self.division = Division.following({} if elsewhere and facts.get("optional") else facts, root=str(data_dir),
                                            seed=split_seed, test_share=test_share, val_share=val_share)
@@ -128,7 +129,7 @@ class ImageDataLoader(PixelLoader):
         splits = self.read(training)
         if facts and not elsewhere:
             self.division.agree(facts, splits.class_names)
-        self.whole = self.whole and splits.train is None  # and there was no training folder
+        self.whole = self.whole and splits.train is None  # only if there was no training folder
         if facts.get("class_names") and splits.class_names and not (facts.get("optional") and match_classes(
                 splits.class_names, facts["class_names"], not training) is None):
             follow_classes(splits, facts["class_names"], str(data_dir), some=not training)
@@ -146,12 +147,12 @@ class ImageDataLoader(PixelLoader):
                                                 preprocess and preprocess.get("takes"))
             self.notes.append(note)
         pixels = splits.test.pixels
-        if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # used at the size they have
+        if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # such arrays aren't cropped
             preprocess = {**preprocess, "crop_share": None}
         self.preprocess = test_preprocess(self.image_size, *self.statistics, preprocess)
         known = facts.get("preprocess") or {}
         if preprocess is None and not facts.get("optional") and {"mean", "std"} <= known.keys():
-            # The model learned from images with these; another loader's (CIFAR-100's for CIFAR-100-LT's) are others.
+            # The model was trained with these; another loader (CIFAR-100 instead of CIFAR-100-LT) may have others.
             if any(self.preprocess[key] != list(known[key]) for key in ("mean", "std")):
                 self.notes.append("images are normalised as in the checkpoint: mean {mean}, std {std}".format(**known))
             self.preprocess |= {key: list(known[key]) for key in ("mean", "std")}
@@ -175,7 +176,7 @@ class ImageDataLoader(PixelLoader):
         self._attach(images, augment=training)
 
     def read(self, training: bool) -> Splits:
-        """The data set's splits; `train` may be None where `training` is false."""
+        """Read the data set's splits; `train` may be None if `training` is false. Raises ConfigError."""
         raise NotImplementedError
 
     def _check(self) -> None:
@@ -207,10 +208,10 @@ class ImageDataLoader(PixelLoader):
 
     # -- splits ------------------------------------------------------------------------------------------------------
     def _divide(self, splits: Splits) -> tuple[ImageSet | None, ImageSet | None, str | None]:
-        """(training images, validation images, what to say about them)."""
-        #: Whether validation images are drawn here, and whether out of what would be trained on.
+        """(training images, validation images, a line for the log), each may be None."""
+        #: Whether validation images are selected here; whether they are taken from the training images.
         self.draws_validation = self.holds_out = False
-        #: Whether they are the test images, and whether there are images that neither training nor test uses.
+        #: Whether the validation images are the test images; whether there are images that no split uses.
         self.validates_on_test = self.has_spare = False
         if splits.train is None:
             return None, None, None
@@ -240,7 +241,7 @@ class ImageDataLoader(PixelLoader):
             f"validation: \"holdout\": {count_of(len(held), 'further image', 'further images')}, held out of training")
 
     def _imbalanced(self, splits: Splits) -> tuple[ImageSet, ImageSet | None]:
-        """The long-tailed training subset, and the images outside it."""
+        """(the long-tailed training subset, the unused images or None)."""
         train = splits.train
         if self.imb_factor is None or self.imb_type in (None, "none"):
             return train, splits.spare
@@ -253,16 +254,16 @@ class ImageDataLoader(PixelLoader):
 
     # -- other splits of the same data -------------------------------------------------------------------------------
     def split_validation(self) -> ImageDataLoader | None:
-        """The validation split's loader, in order and not augmented; None where there is none."""
+        """A loader of the validation split, in order and not augmented; None if there is none."""
         return None if self._val is None or not self.training else self._sibling(self._val)
 
     def train_eval_loader(self) -> ImageDataLoader:
-        """The training images in order, not augmented (for class means). Of a test loader: its images again."""
+        """A loader of the same images in order and not augmented, such as the training images for class means."""
         return self._sibling(self.images, self.store)
 
     def feature_loader(self, augment: bool = False) -> ImageDataLoader:
-        """The images iterated, each once and in order, plain, or augmented by the draws of the epoch that is set; never
-        mixed, one crop each."""
+        """A loader of the same images, each once and in order, never mixed and with one crop each. augment: augmented
+        as in the epoch that is set."""
         other = copy.copy(self)
         other.mixing, other.views = None, self.preprocess
         return other._sibling(self.images, self.store, augment)
@@ -275,8 +276,8 @@ class ImageDataLoader(PixelLoader):
         return other
 
     def summary(self, groups: dict[str, float] | None = None) -> list[str]:
-        """What the data look like, for the log: classes, counts, imbalance, few-shot classes, and warnings.
+        """Log lines about the data: classes, counts, imbalance, few-shot classes, and warnings.
 
-        groups: {"many": 100, "few": 20}, the config's limits.
+        groups: the config's limits of the groups, such as {"many": 100, "few": 20}.
         """
         return summary(self.cls_num_list, self._test_counts, self.class_names, self.notes, **(groups or {}))

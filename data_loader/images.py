@@ -1,10 +1,10 @@
-"""Reading one image file into eight-bit RGB, or saying in one line what is wrong with it.
+"""Reading one image file into eight-bit RGB, or a one-line error that says what is wrong with it.
 
-What odd files give: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; 32-bit integers
-and floating-point pixels, whose range nobody knows, are refused; transparency is dropped; of an animation the first
-frame counts. Photos stand upright: the EXIF orientation is applied, as any viewer does (torchvision's `ImageFolder`
-doesn't), and detection's boxes and masks turn along. JPEGs of any size are read, reduced while decoding; other formats
-up to 179 megapixels, Pillow's own limit.
+Unusual files: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; 32-bit integer and
+floating-point pixels, whose range is unknown, are refused; transparency is dropped; only an animation's first frame
+is read. Photos are turned upright: the EXIF orientation is applied, as in any viewer (but not in torchvision's
+`ImageFolder`), and detection's boxes and masks are turned with them. JPEGs of any size are read, reduced while
+decoding; other formats up to 179 megapixels, Pillow's own limit.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.errors import ConfigError
 
 MOST_PIXELS = 178_956_970
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
-#: What phones write and Pillow doesn't read.
+#: Formats that phones write and Pillow can't read.
 HEIC = {".heic", ".heif"}
 #: Folders and files that systems and programs leave in other people's folders, in lower case.
 _SYSTEM = {"__macosx", "@eadir", "@tmp", "#recycle", "lost+found", "$recycle.bin", "system volume information",
@@ -31,13 +31,13 @@ _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` upright and in mode RGB. Raises ValueError for numbers whose range nobody knows: floating-point pixels,
-    and integers of 32 bits where the file's format doesn't say that they use 16."""
+    """`image` upright and in mode RGB. Raises ValueError for pixels of unknown range: floating-point ones, and 32-bit
+    integers unless the file format is limited to 16 bits."""
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits")
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits at most
         raise ValueError("32-bit integer pixels, whose range isn't known; save it with 8 or 16 bits")
-    image.load()  # a TIFF is turned by Pillow itself while it is loaded
+    image.load()  # Pillow itself turns a TIFF upright while loading it
     with contextlib.suppress(Exception):  # a damaged EXIF block doesn't make the pixels unusable
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
@@ -50,29 +50,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder of this name is no one's photos: hidden (`.ipynb_checkpoints`, `._photo.jpg`,
-    `.Trash-0`), or left there by an archive, a disk or a file server."""
+    """Whether a file or folder of this name isn't the user's: it is hidden (`.ipynb_checkpoints`, `._photo.jpg`,
+    `.Trash-0`), or was created by an archiver, operating system or file server."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image: it ends like one's and is no system's."""
+    """Whether a file of this name counts as an image: it has an image's extension and isn't a system file."""
     return not is_system(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def shown(path: str) -> str:
-    """A file name that can be printed, whatever bytes it has; of an image in a shard both names."""
+    """A file name in printable form, whatever bytes it has; for an image in a shard, both names."""
     found = member_of(path)
     path = path if found is None else f"{found.shard}: {found.name}"
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_rgb(path: str | np.ndarray, plan: Callable[[int, int], int] | None = None) -> Image.Image:
-    """The image in file `path`, mode RGB; of an array, uint8 [H, W, 3], the image that it is.
+    """The image in file `path`, or given as an array uint8 [H, W, 3], in mode RGB.
 
-    plan: given the full (width, height) of the upright image, the factor (1, 2, 4, 8) by which a JPEG may be reduced
-    while it is decoded.
-    Raises ConfigError naming the path: missing, no image, truncated, damaged or too large.
+    plan: called for JPEGs with the (width, height) of the full upright image; returns the factor (1, 2, 4, 8) by which
+    the image may be reduced while decoding.
+    Raises ConfigError, naming the path, if the file is missing, no image, truncated, damaged or too large.
     """
     if isinstance(path, np.ndarray):
         return Image.fromarray(path)
@@ -92,15 +92,16 @@ def read_rgb(path: str | np.ndarray, plan: Callable[[int, int], int] | None = No
 
 
 def refuse_folder(error: OSError) -> NoReturn:
-    """For a folder that can't be read, which nobody may pass over, photos and all. Raises ConfigError."""
+    """Raises ConfigError for a folder that can't be read, since its photos must not be skipped silently."""
     raise ConfigError(f"{shown(str(error.filename))}: can't be read ({error.strerror})") from None
 
 
 def walk(top: str) -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """(folder, where it is in truth, the folders in it, the files in it) of `top` and all below, through links too.
+    """Yield (folder, its resolved path, names of folders in it, names of files in it) for `top` and all folders below,
+    following links.
 
-    Each folder once, as a link may lead back; in order of names, without what is a system's (`is_system`). As of
-    `os.walk`, whoever clears the folders goes no deeper. Raises ConfigError for a folder that can't be read.
+    Each folder comes once, even if links lead back to it; names are sorted, without system files (`is_system`). As with
+    `os.walk`, clearing the list of folders prevents descending. Raises ConfigError for a folder that can't be read.
     """
     walked: set[str] = set()
     for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
@@ -114,7 +115,7 @@ def walk(top: str) -> Iterator[tuple[str, str, list[str], list[str]]]:
 
 
 def _unknown(path: str) -> str:
-    """Why Pillow knows no image in a file."""
+    """Why Pillow doesn't recognise a file as an image."""
     try:
         with open_image(path) as handle:
             start = handle.read(12)
@@ -128,28 +129,28 @@ def _unknown(path: str) -> str:
 
 
 def stored_as(path: str) -> tuple[int, int, int]:
-    """(EXIF orientation 1 to 8, width, height) of the pixels as a file stores them, by its header alone; (1, 0, 0)
-    where that can't be read."""
+    """(EXIF orientation 1 to 8, width, height) of the pixels as stored in a file, from its header alone; (1, 0, 0) if
+    it can't be read."""
     try:
         with open_image(path) as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(handle)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             size = image.size
-            if image.format == "TIFF":  # of which newer Pillows give the upright size
+            if image.format == "TIFF":  # newer versions of Pillow give the upright size for these
                 size = tuple(image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
             return orientation if orientation in range(1, 9) else 1, *size
-    except Exception:  # whoever reads the pixels says what is wrong
+    except Exception:  # the error is reported when the pixels are read
         return 1, 0, 0
 
 
 def short_side(path: str) -> int | None:
-    """The shorter side of the image in a file, in pixels, by its header alone; None where that can't be read."""
+    """The shorter side of the image in a file, in pixels, from its header alone; None if it can't be read."""
     try:
         with open_image(path) as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return min(Image.open(handle).size)
-    except Exception:  # decoders raise nearly anything; whoever reads the pixels says what is wrong
+    except Exception:  # decoders raise nearly anything; the error is reported when the pixels are read
         return None
 
 
@@ -166,7 +167,7 @@ def _read(handle: BinaryIO, plan: Callable[[int, int], int] | None) -> Image.Ima
             image.draft(None, tuple(max(length // factor, 1) for length in image.size))
     else:
         image = Image.open(handle)
-        if image.format == "EPS":    # a program, which Pillow would have Ghostscript run
+        if image.format == "EPS":    # EPS is a program, which Pillow would run with Ghostscript
             raise ValueError("EPS, which isn't pixels: convert it to PNG")
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many; make it smaller")

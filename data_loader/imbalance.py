@@ -1,4 +1,4 @@
-"""Long-tailed subsets of a balanced set, image for image those of LDAM-DRW (Cao et al., NeurIPS 2019)."""
+"""Long-tailed subsets of a balanced data set, identical to those of LDAM-DRW (Cao et al., NeurIPS 2019)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ IMBALANCE_TYPES = ("exp", "step", "none")
 def img_num_per_cls(img_max: int, cls_num: int, imb_type: str | None, imb_factor: float) -> list[int]:
     """Training images per class, largest class first, [cls_num].
 
-    imb_type: `exp`: int(img_max · imb_factor^(j / (C - 1))); `step`: the first half of the classes keep img_max, the
-    others int(img_max · imb_factor) (of an odd number the larger half is the small classes); None or `none`: all
-    img_max. imb_factor: the smallest class's share of the largest, in (0, 1]. A class's number can come out as 0.
+    imb_type: `exp`: int(img_max · imb_factor^(j / (C - 1))); `step`: the first C // 2 classes keep img_max, the others
+    get int(img_max · imb_factor); None or `none`: all img_max. imb_factor: size of the smallest class relative to the
+    largest, in (0, 1]. A class's number can be 0.
 
     Raises ConfigError for an unknown type, a factor outside (0, 1], or sizes under 1.
     """
@@ -31,18 +31,18 @@ def img_num_per_cls(img_max: int, cls_num: int, imb_type: str | None, imb_factor
     if kind == "step":
         head = cls_num // 2
         return [int(img_max)] * head + [int(img_max * imb_factor)] * (cls_num - head)
-    # The division by C - 1.0 comes before the power, as in the original: another order rounds some classes otherwise.
+    # j / (C - 1.0) is computed before the power, as in the original: another order rounds some classes differently.
     return [int(img_max * imb_factor ** (j / max(cls_num - 1.0, 1.0))) for j in range(cls_num)]
 
 
 def long_tail_indices(targets: Sequence[int] | np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
-    """The indices, class after class in label order, that make a set with `counts` images of each class.
+    """The indices, class by class in label order, of a subset with counts[j] images of class j.
 
-    With one legacy generator `RandomState(seed)`: for each class its indices are shuffled and the first n_j taken,
-    which for seed 0 is the choice of LDAM-DRW's CIFAR sets. The global generator is left alone.
+    One legacy generator `RandomState(seed)` shuffles each class's indices in turn, and the first counts[j] are taken;
+    seed 0 gives LDAM-DRW's CIFAR subsets. NumPy's global generator isn't used.
 
     targets: [N] labels; counts: [C], one for each class that occurs in targets. Returns [sum counts] int64.
-    Raises ConfigError where the numbers of classes differ or a class has fewer images than asked for.
+    Raises ConfigError if the numbers of classes differ or a class has fewer images than requested.
     """
     targets = np.asarray(targets)
     classes = np.unique(targets)

@@ -1,4 +1,4 @@
-"""What stands in a list file: `path label` lines, or `path label name`. No image is looked for here."""
+"""Parsing list files, with lines `path label` or `path label name`. Whether the images exist isn't checked here."""
 from __future__ import annotations
 
 import codecs
@@ -13,14 +13,14 @@ from utils.errors import ConfigError
 
 LABEL = r" +(?P<label>-?\d{1,18}) +"
 WITH_NAME = re.compile(rf"(?P<path>.*\S){LABEL}(?P<name>\D.*)")   # path label name
-#: The same where the path ends as images do; then the name may hold numbers, if it has a letter.
+#: The same if the path has an image's extension; then the name may contain numbers, if it has a letter.
 IMAGE_WITH_NAME = re.compile(rf"(?P<path>.*(?:{'|'.join(map(re.escape, sorted(EXTENSIONS)))})){LABEL}"
                              r"(?P<name>.*[^\W\d_].*)", re.IGNORECASE)
 
 
 def read_text_bytes(file: Path, flag: str = "") -> bytes:
-    """A text file's content without its byte-order mark; UTF-16, which Windows' shell writes, as UTF-8. flag: what
-    named it, for the error. Raises ConfigError."""
+    """A text file's content without its byte-order mark; UTF-16 (as PowerShell writes it) is converted to UTF-8. flag:
+    prefix of the error, such as the option that named the file. Raises ConfigError if it can't be read or decoded."""
     try:
         content = file.read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -33,10 +33,11 @@ def read_text_bytes(file: Path, flag: str = "") -> bytes:
 
 
 def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int, dict[int, str]]:
-    """A list file: (paths as written, labels np.int64, line numbers, repeated lines left out, names of classes).
+    """Parse a list file: (paths as written [N], labels np.int64 [N], line numbers [N], number of repeated lines left
+    out, {label: class name}).
 
-    `path label` a line, the label after the last blank, or `path label name`; Windows line ends, blank lines and a
-    byte-order mark are fine, and so are names that aren't UTF-8. Raises ConfigError with file and line.
+    A line is `path label`, with the label after the last blank, or `path label name`. Windows line ends, blank lines, a
+    byte-order mark and paths that aren't UTF-8 are accepted. Raises ConfigError with file and line.
     """
     content = read_text_bytes(file)
     names: dict[str, tuple[int, int]] = {}
@@ -71,7 +72,7 @@ def read_list(file: Path) -> tuple[list[str], np.ndarray, list[int], int, dict[i
 
 
 def _parts(text: str) -> tuple[str, str, str]:
-    """A line's path, label and name of the class; the name is empty where there is none."""
+    """(path, label, class name) of a line; the name is "" if there is none."""
     path, _, label = text.rpartition(" ")
     named = IMAGE_WITH_NAME.fullmatch(text) if " " in path else None
     if named is None and not label.removeprefix("-").isdigit():
@@ -80,13 +81,13 @@ def _parts(text: str) -> tuple[str, str, str]:
 
 
 def refuse_two_labels(file: Path, name: str, here: tuple[int, int], before: tuple[int, int]) -> None:
-    """here, before: the label that a line gives to an image and the line's number. Raises ConfigError."""
+    """Raises ConfigError if two lines give image `name` different labels. here, before: (label, line number) each."""
     if here[0] != before[0]:
         raise ConfigError(f"{shown(str(file))}, line {here[1]}: {shown(name)} has label {here[0]} here and {before[0]} "
                           f"in line {before[1]}")
 
 
 def _no_table(line: str) -> str:
-    """What is said of a line of a table, whose label no blank parts from its path."""
+    """A hint for a line whose path and label are separated by a comma or semicolon, else ""."""
     mark = next((mark for mark in ",;" if re.search(rf"\{mark}\s*\"?\w+\"?$", line)), None)
     return "" if mark is None else f", a blank between them, no {'comma' if mark == ',' else 'semicolon'}"

@@ -1,9 +1,9 @@
-"""Small images held in memory, augmented by the batch: crop, flip and rotation are one gather, then come a policy's
-operations and what is erased.
+"""Small images held in memory and augmented in batches: crop, flip and rotation in one gather, then a policy's
+operations, then erasing.
 
-What torchvision's per-image `RandomCrop(S, pad)`, `RandomHorizontalFlip`, `RandomRotation(degrees)` do one after the
-other is, for nearest-neighbour rotation, a choice of one source pixel (or black) for each output pixel. The choice is
-computed in the 16.16 fixed point that Pillow uses, so the pixels are the same to the last one.
+Together, torchvision's `RandomCrop(S, pad)`, `RandomHorizontalFlip` and `RandomRotation(degrees)`, with rotation by
+nearest neighbours, select one source pixel (or black) for each output pixel. The selection is computed in the 16.16
+fixed point that Pillow uses, so that all pixels are identical.
 """
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ from data_loader.policies import rotation, sources
 from data_loader.transforms import Normalise
 from utils.seed import generator
 
-_ON_HOST = ("operation", "strength")  # they decide what is launched, so they stay where that is decided
+_ON_HOST = ("operation", "strength")  # kept on the CPU, because they decide which kernels are launched
 
 
 @dataclass
 class Draws:
-    """The random numbers of L images, each a tensor [L, ...]; `turn` is the angle as `MemoryImages` uses it."""
+    """The random numbers for L images, each a tensor [L, ...]; `turn` is `angle` as `MemoryImages` uses it."""
 
     top: torch.Tensor        # int32, 0 to side - size: row of the crop's corner
     left: torch.Tensor       # int32, as top
     flip: torch.Tensor       # int32, 0 or 1
     angle: torch.Tensor      # float32, degrees counter-clockwise
     turn: torch.Tensor       # [L, 6], the inverse affine map in 16.16 fixed point
-    operation: torch.Tensor  # int64 [L, steps], see `policies.draw_operations`; no step with `basic`
+    operation: torch.Tensor  # int64 [L, steps], see `policies.draw_operations`; steps is 0 with `basic`
     strength: torch.Tensor   # float64 [L, steps]
-    warp: torch.Tensor       # int32 [L, steps, 6], the maps of the steps that move pixels
+    warp: torch.Tensor       # int32 [L, steps, 6], see `policies.warps`
     boxes: torch.Tensor      # int32 [L, boxes, 4], see `erasing.draw_boxes`
 
     def __getitem__(self, index: slice | torch.Tensor) -> Draws:
-        """Of some images; the index is on the CPU. A tensor is copied to the device once, without waiting for it."""
+        """The draws of some images. A tensor `index` must be on the CPU; it is copied to the device once, without
+        waiting."""
         there = index if isinstance(index, slice) else index.to(self.turn.device, non_blocking=True)
         return Draws(*(getattr(self, f.name)[index if f.name in _ON_HOST else there] for f in fields(self)))
 
     def to(self, device: torch.device) -> Draws:
-        """The same on a device, but for what the host needs to know."""
+        """A copy on `device`, except the parts that stay on the CPU."""
         return Draws(*(value if f.name in _ON_HOST else value.to(device)
                        for f in fields(self) for value in [getattr(self, f.name)]))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How small images are augmented: a crop of `size` pixels out of the image with `border` black pixels around it,
-    a flip for half of them, a rotation by up to `degrees` either way, the `policy`'s operations; then
-    (x / 255 - mean) / std; then zeros in a square of `cutout` pixels, and in a rectangle of a share `erasing` of the
-    images."""
+    """How small images are augmented: a crop of `size` x `size` pixels from the image with a black border of `border`
+    pixels; a flip of half of the images; a rotation by up to `degrees` either way; the `policy`'s operations; then
+    (x / 255 - mean) / std; then zeros in a square of side `cutout` and, in a share `erasing` (0 to 1) of the images, in
+    a rectangle."""
 
     size: int
     mean: tuple[float, float, float]
@@ -66,8 +67,8 @@ class Recipe:
     erasing: float = 0.0
 
     def draw(self, count: int, span: int, *seeds: int) -> Draws:
-        """Random numbers for `count` images with `span` + 1 places for the crop along each side; a function of the
-        seeds alone, made on the CPU, so that every device sees the same."""
+        """Random numbers for `count` images, with `span` + 1 possible crop positions along each side. They depend on
+        the seeds alone and are drawn on the CPU, so that they are the same for every device."""
         source = generator(*seeds)
         corner = torch.randint(0, span + 1, (2, count), generator=source, dtype=torch.int32)
         flip = torch.randint(0, 2, (count,), generator=source, dtype=torch.int32) * self.flip
@@ -82,11 +83,10 @@ class Recipe:
 
 
 class MemoryImages:
-    """N square images on `device`, four bytes a pixel (red, green, blue, 0), with the recipe's border around them.
+    """N square images on `device`, stored with the recipe's border and four bytes per pixel (red, green, blue, 0).
 
-    pixels: uint8 [N, P, P, 3], P + 2 border >= size.
-    Four bytes read as one int32 make a gather of 1,024 numbers of a 32 x 32 image, not of 3,072. Word 0 is black: what
-    rotation turns in.
+    pixels: uint8 [N, P, P, 3], P + 2 border >= size. Four bytes are read as one int32 word, so that a 32 x 32 image is
+    a gather of 1,024 numbers, not 3,072. Word 0 is black, for output pixels that rotation takes from outside.
     """
 
     def __init__(self, pixels: np.ndarray | torch.Tensor, recipe: Recipe, device: str | torch.device = "cpu",
@@ -109,14 +109,14 @@ class MemoryImages:
         return self.n
 
     def raw(self, index: int) -> np.ndarray:
-        """Image `index` as it was given, uint8 [P, P, 3]."""
+        """The original image `index`, uint8 [P, P, 3]."""
         area, border = self.side ** 2, self.recipe.border
         words = self.words[1 + index * area: 1 + (index + 1) * area].cpu()
         image = words.view(torch.uint8).view(self.side, self.side, 4)
         return image[border:border + self.inner, border:border + self.inner, :3].numpy()
 
     def draw(self, count: int, *seeds: int) -> Draws:
-        """Random numbers for `count` of these images, on their device."""
+        """Random numbers for `count` of these images (see `Recipe.draw`), on their device."""
         return self.recipe.draw(count, self.side - self.recipe.size, *seeds).to(self.device)
 
     def plain(self, index: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ class MemoryImages:
         return images.float().mul_(self.scale).add_(self.shift)
 
     def _places(self, index: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """The word that each output pixel takes, [n, size, size]."""
+        """The index of each output pixel's word, [n, size, size]."""
         last, side = self.recipe.size - 1, self.side
         (x, y), inside = sources(draws.turn, self.ramp)  # in the cropped and flipped image
         flip, top, left = (t.to(self.index_dtype).view(-1, 1, 1) for t in (draws.flip, draws.top, draws.left))
@@ -160,7 +160,7 @@ class MemoryImages:
         words = torch.index_select(self.words, 0, place.reshape(-1)).view(n, size, size)
         images = torch.empty(n, 3, size, size, device=self.device)
         byte = torch.empty_like(words)
-        for channel in range(3):  # plane by plane and by whole words: every step runs over contiguous numbers
+        for channel in range(3):  # plane by plane with whole words: every operation runs over contiguous memory
             images[:, channel] = torch.bitwise_and(words, 255, out=byte)
             words.bitwise_right_shift_(8)
         return images.mul_(self.scale).add_(self.shift)  # addcmul isn't vectorised for broadcast factors
@@ -168,10 +168,10 @@ class MemoryImages:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep torch's CPU operators on this thread.
+    """Run torch's CPU operators on this thread only.
 
-    They take microseconds each: a second thread gains little, and where other programs use the cores, waiting for it
-    at every operator's end costs a hundred times the work.
+    They take microseconds each, so that more threads gain little; and if other programs use the cores, waiting for
+    these threads at the end of every operator takes a hundred times as long as the work.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -25,9 +25,11 @@ class Mixing:
     """How batches are mixed. Raises ConfigError, naming the key, for values out of range.
 
     type: `mixup`: weight * image + (1 - weight) * partner (Zhang et al., ICLR 2018); `cutmix`: a rectangle comes from
-        the partner, the weight is the share of what is left (Yun et al., ICCV 2019); `either`: each batch one of them.
-    alpha: the weight is drawn from Beta(alpha, alpha), once a batch. prob: the share of batches that are mixed.
-    off_epochs: the last epochs go without mixing.
+        the partner, and the weight is the share of the image that remains (Yun et al., ICCV 2019); `either`: one of
+        the two for each batch, with equal chance.
+    alpha: above 0; the weight is drawn from Beta(alpha, alpha), once per batch.
+    prob: the probability that a batch is mixed, 0 to 1.
+    off_epochs: the number of epochs at the end of training without mixing.
     """
 
     type: str
@@ -45,14 +47,14 @@ class Mixing:
                 raise ConfigError(f"{PATH}.{name}: must be {wanted}, not {getattr(self, name)!r}")
 
     def note(self, epochs: int | None) -> str:
-        """What to say of it before a training of so many epochs."""
+        """A line for the log before a training of `epochs` epochs."""
         if epochs is not None and self.off_epochs >= epochs:
             return f"no image is mixed: {PATH}.off_epochs is {self.off_epochs}, and trainer.epochs {epochs}"
         return "images are mixed: the training accuracy counts the label that makes up more of each"
 
     @classmethod
     def of(cls, spec: Mapping[str, Any] | None) -> Mixing | None:
-        """From a config's object, None from none. Raises ConfigError."""
+        """The Mixing for a config's object, or None for None. Raises ConfigError for anything that isn't valid."""
         if spec is None:
             return None
         if not isinstance(spec, Mapping) or "type" not in spec:
@@ -61,10 +63,11 @@ class Mixing:
 
     def mix(self, images: Tensor, labels: Tensor, seed: int, epoch: int, position: int,
             rank: int = 0) -> tuple[Tensor, MixedLabels]:
-        """A batch mixed. images: [n, 3, H, W]; labels: [n].
+        """Mix a batch: images [n, 3, H, W], labels [n] -> (images of the same shape, their labels and weight).
 
-        All is a function of (seed, epoch, position of the batch in the epoch): the weight and the rectangle, the same
-        on every rank, and who is whose partner on this one. A batch that isn't mixed has weight 1.
+        The weight and the rectangle are functions of (seed, epoch, position) alone, so that they are the same on every
+        rank; the partners also depend on `rank`. position: where the batch begins in the epoch. A batch that isn't
+        mixed has weight 1.
         """
         rng = numpy_rng(seed, epoch, MIX, position)
         chance, which, weight = rng.random(), rng.random(), float(rng.beta(self.alpha, self.alpha))
@@ -84,7 +87,10 @@ class Mixing:
 
 
 def _box(sides: tuple[int, int], weight: float, centre: Any) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a rectangle of 1 - weight of the area round any pixel, cut at the image's edge."""
+    """(top, bottom, left, right) in pixels of a rectangle with 1 - weight of the area, clipped to the image.
+
+    centre: of the rectangle, as two fractions (0 to 1) of the height and width.
+    """
     edges = []
     for side, middle in zip(sides, centre):
         length, middle = int(side * math.sqrt(1 - weight)), int(middle * side)

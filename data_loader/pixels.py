@@ -1,4 +1,4 @@
-"""Where a loader's pixels live and how they become batches: in memory, augmented by the batch, or from workers."""
+"""Where a loader's pixels are kept and how they become batches: from memory, augmented in batches, or from workers."""
 from __future__ import annotations
 
 import contextlib
@@ -21,22 +21,25 @@ from data_loader.transforms import LARGEST_RESIZED, Normalise, alternate_flips
 from data_loader.workers import FileBatches, Sources, decode_all, worker_count
 from utils.errors import ConfigError
 
-LARGEST_SMALL = 64          # up to this image_size, images are augmented by the batch
-SMALLEST_AUTO = 64          # what image_size "auto" is at least, and on CPUs always
-CACHE_LIMIT = 1 << 30       # bytes of decoded images that `cache: "auto"` keeps
+LARGEST_SMALL = 64          # up to this image_size, images are augmented in batches
+SMALLEST_AUTO = 64          # the least value of image_size "auto", which CPUs always use
+CACHE_LIMIT = 1 << 30       # largest size in bytes of decoded images that `cache: "auto"` keeps
 
 
 class PixelLoader(BaseDataLoader):
-    """The part of `ImageDataLoader` that turns an `ImageSet` into batches; the options are read off the loader."""
+    """The part of `ImageDataLoader` that turns an `ImageSet` into batches, using options that are attributes of it.
+
+    Batches are (images float [n, 3, S, S], or [n, K, 3, S, S] with several crops; labels [n] or `MixedLabels`).
+    """
 
     def _attach(self, images: ImageSet, augment: bool, store: MemoryImages | None = None) -> None:
-        """Make `images` the ones iterated: held in memory, or decoded by workers."""
+        """Set the images to iterate over, held in memory (in `store`, if given) or decoded by workers."""
         if not len(images):
             raise ConfigError(f"data_loader.args.data_dir: {self.data_dir}: the "
                               f"{'training' if self.training else 'evaluation'} split has no image")
         self.images, self.augment, self.store, self.files = images, augment, store, None
         self.paths = images.paths
-        files = images.pixels if images.paths is None else images.paths  # arrays of another size are read like files
+        files = images.pixels if images.paths is None else images.paths  # arrays of another size are treated like files
         self._draws: tuple[int, Any] = (0, None)
         small = self._is_small
         how = self.augmentation
@@ -48,7 +51,7 @@ class PixelLoader(BaseDataLoader):
             pass
         elif images.pixels is not None and images.pixels.shape[1] == self.preprocess["resize"]:
             self.store = MemoryImages(images.pixels, self.recipe, self.device)
-            self.images = ImageSet(images.targets)  # the pixels are held once
+            self.images = ImageSet(images.targets)  # hold the pixels only once
         elif small and self.cache is not False and (self.cache is True or self._bytes(images) <= CACHE_LIMIT):
             self.store = MemoryImages(decode_all(files, self.preprocess), self.recipe, self.device)
             self.images = images if images.pixels is None else ImageSet(images.targets)
@@ -67,11 +70,11 @@ class PixelLoader(BaseDataLoader):
 
     @property
     def _is_small(self) -> bool:
-        """Whether images are cropped by the batch; several crops are taken from the larger image by workers."""
+        """Whether images are cropped in batches; for several crops of each image, workers crop the larger image."""
         return self.image_size <= LARGEST_SMALL and (self.augment or "crops" not in self.views)
 
     def describe(self, digest: Any) -> None:
-        """Tell a digest of hashlib's which images these are, and how they reach the model."""
+        """Update a hashlib digest with which images these are, and how they are preprocessed."""
         how = [sorted(self.preprocess.items())]
         if self.augment:
             how += [self.recipe, self.seed, self.augmentation.flip, self.augmentation.jitter,
@@ -86,7 +89,7 @@ class PixelLoader(BaseDataLoader):
             file = file_of(path)
             if file not in seen:    # a shard once, not for each image in it
                 seen.add(file)
-                with contextlib.suppress(OSError):     # a file's size and time tell when it was replaced
+                with contextlib.suppress(OSError):     # a file's size and time change if it is replaced
                     digest.update("{} {}".format(*stamp(file, known=True)).encode())
 
     def _bytes(self, images: ImageSet) -> int:
@@ -94,7 +97,8 @@ class PixelLoader(BaseDataLoader):
         return 4 * len(images) * side * side
 
     def raw_image(self, index: int) -> np.ndarray:
-        """Image `index` of the split iterated, before resizing and normalising where it is a file: uint8 [H, W, 3]."""
+        """Image `index` of this split without augmentation or normalising, uint8 [H, W, 3]: a file's image at full
+        size, or the pixels held in memory."""
         if self.paths is not None:
             return np.asarray(read_rgb(self.paths[index]))
         return self.images.pixels[index] if self.store is None else self.store.raw(index)
@@ -119,7 +123,7 @@ class PixelLoader(BaseDataLoader):
         draws = self._epoch_draws(epoch, order) if self.augment else None
         for batch in batches:
             own = self.positions(batch)
-            mine = slice(own[0], own[-1] + 1, self.world_size)  # what is on a device already: no step waits for a copy
+            mine = slice(own[0], own[-1] + 1, self.world_size)  # a slice of tensors on the device needs no copy to it
             images = self.store.plain(index[mine]) if draws is None else \
                 self.store.augmented(index[mine], draws[mine])
             if draws is None and "crops" in self.views:
@@ -127,7 +131,7 @@ class PixelLoader(BaseDataLoader):
             yield images, labels[mine].clone()
 
     def _epoch_draws(self, epoch: int, order: np.ndarray) -> Any:
-        """The random numbers of all positions of an epoch, drawn at once."""
+        """The random numbers for all positions of an epoch, drawn at once."""
         if self._draws[0] != epoch:
             side = self.store.side if self.store is not None else self.preprocess["resize"] + 2 * self.recipe.border
             draws = self.recipe.draw(self.epoch_size, side - self.image_size, self.seed, epoch, AUGMENT)
@@ -145,28 +149,29 @@ class PixelLoader(BaseDataLoader):
         for pixels, labels, positions in self.files.batches(keys):
             pixels = pixels.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
-            if small:  # decoded by workers, augmented here as if they were in memory
+            if small:  # decoded by workers, then augmented here like images in memory
                 some = MemoryImages(pixels, self.recipe, self.device, normalise)
                 every = torch.arange(len(labels), device=self.device)
                 images = some.plain(every) if draws is None else some.augmented(every, draws[positions])
-            else:  # a custom transform's floats are taken as they are
+            else:  # a custom transform's floats are used as they are
                 images = normalise(pixels) if pixels.dtype == torch.uint8 else pixels
                 images = images if draws is None else erase(images, draws[positions].boxes)
             yield images, labels
 
 
 def half_size(own: int, takes: Callable[[int], bool] | None = None) -> int | None:
-    """The smaller size that a pretrained network is used at: half its own; None where it takes (`takes`) none of it."""
+    """Half of the image size `own` at which a network was trained, or None if `takes` says that the network can't use
+    it."""
     return own // 2 if takes is None or takes(own // 2) else None
 
 
 def suited_size(paths: list[str], fast: bool, own: int | None = None,
                 takes: Callable[[int], bool] | None = None) -> tuple[int, str]:
-    """(the `image_size` that "auto" stands for, a line about it), from the headers of a hundred images at most.
+    """(the `image_size` that "auto" stands for, a line for the log), from the headers of at most a hundred images.
 
-    fast: there is a GPU, so that large photos needn't be made small. own: what a pretrained network was trained at; it
-    knows things at that size, so that is taken, or half of it for photos of less than half as many pixels. takes:
-    whether the network takes images of a size; None: of any.
+    fast: there is a GPU, so that large photos needn't be shrunk much. own: the size at which a pretrained network was
+    trained; it is used as it is, or halved if the photos' median short side is less than half of it. takes: whether the
+    network can use images of a given size; None: any size.
     """
     sides = [side for path in paths[::-(-len(paths) // 100)] if (side := short_side(path))]
     middle = sorted(sides)[len(sides) // 2] if sides else 0

@@ -1,7 +1,7 @@
-"""Where an image is: in a file of its own, or at a position in a shard (a tar file on a disk or in an object store).
+"""Where an image is: in its own file, or at a position in a shard (a tar file on a disk or in an object store).
 
-An image in a shard has a path of three parts: the shard, `1536+20480` (first byte and bytes), its name there. Zero
-bytes lie between them, which no file's name can hold, so that no file is taken for one, whatever it is called.
+The path of an image in a shard has three parts: the shard, `1536+20480` (offset and size in bytes), and its name there.
+They are separated by zero bytes, which no file name can contain, so that ordinary files can't be mistaken for them.
 """
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from utils.errors import ConfigError
 
 KEY = "data_loader.args.shards"
 MEMBER = re.compile("([^\0]+)\0(\\d+)\\+(\\d+)\0(.*)", re.DOTALL)
-MOST_OPEN = 64          # shards that a process keeps open
-#: What object stores call that which changes with a file's content, the surest first.
+MOST_OPEN = 64          # the number of shards that a process keeps open
+#: Object stores' names for attributes that change with a file's content, the most reliable first.
 CHANGES = ("etag", "mtime", "lastmodified", "last_modified", "updated", "modified", "created")
 
 
 class Member(NamedTuple):
-    """An image in a shard: `size` bytes from `offset` on."""
+    """An image in a shard: `size` bytes from byte `offset` on."""
 
     shard: str
     offset: int
@@ -34,20 +34,20 @@ class Member(NamedTuple):
 
 
 def member_of(path: str) -> Member | None:
-    """Which image in which shard a path names; None for an ordinary file."""
+    """The image in a shard that a path refers to; None for an ordinary file's path."""
     found = MEMBER.fullmatch(path) if "\0" in path else None
     return None if found is None else Member(found[1], int(found[2]), int(found[3]), found[4])
 
 
 def member_path(shard: str, offset: int, size: int, name: str) -> str:
-    """The path of `size` bytes from `offset` on in a shard."""
+    """The path of an image in a shard: `size` bytes from byte `offset` on, called `name`."""
     return f"{shard}\0{offset}+{size}\0{name}"
 
 
 def open_image(path: str) -> BinaryIO:
-    """An image to read from: a file, or a place in a shard.
+    """Open an image for reading, from a file or a position in a shard.
 
-    Raises OSError where it can't be read, EOFError where the shard ends before the image does.
+    Raises OSError if it can't be read, EOFError if the shard ends within the image.
     """
     found = member_of(path)
     if found is None:
@@ -56,48 +56,48 @@ def open_image(path: str) -> BinaryIO:
 
 
 def _open_file(path: str, flags: int) -> int:
-    """A descriptor of a file; a named pipe of an image's name would be waited for without end."""
+    """A file descriptor, opened without blocking, as opening a named pipe could wait forever."""
     handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     kind = os.fstat(handle).st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # of a folder `open` itself says so
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # for a folder, `open` raises the error itself
         os.close(handle)
         raise OSError(errno.EINVAL, "neither a file nor a link to one", path)
     return handle
 
 
 def file_of(path: str) -> str:
-    """The file that an image is in: its own, or its shard."""
+    """The file that contains an image: the image file itself, or its shard."""
     found = member_of(path)
     return path if found is None else found.shard
 
 
 def name_below(path: str, root: str) -> str:
-    """An image's name below `root`, of one in a shard its name there, with slashes on every system."""
+    """An image's path relative to `root`, with slashes on every system; for an image in a shard, its name there."""
     found = member_of(path)
     return os.path.relpath(path, root).replace(os.sep, "/") if found is None else found.name
 
 
 def key_of(name: str) -> str:
-    """What webdataset calls a sample: its path up to the first dot of its last part."""
+    """webdataset's key of a sample: its path up to the first dot in its last part."""
     folder, base = posixpath.split(name)
     return posixpath.join(folder, base.partition(".")[0])
 
 
 def name_in_shard(name: str) -> str:
-    """A path as shards have it: without `./`, without `/` or `../` at its beginning."""
+    """A path as it is spelled in shards: without `./`, and without leading `/` or `../`."""
     return "/".join(part for part in posixpath.normpath(name).split("/") if part not in ("", ".."))
 
 
 # ---------------------------------------------------------------------- whether a file is still the same
 
-_known: dict[str, tuple[int, int]] = {}     # of URLs, each of which is a request
+_known: dict[str, tuple[int, int]] = {}     # stamps of URLs, cached because each takes a request
 
 
 def stamp(file: str, known: bool = False) -> tuple[int, int]:
-    """(bytes, a number that changes when the file is replaced) of a file or a URL; the number is 0 where a store has
-    nothing of the kind. known: of a URL that was asked for before, what it was then.
+    """(size in bytes, a number that changes when the file is replaced) of a file or URL; the number is 0 if an object
+    store provides none. known: for a URL, return the previous result if there is one.
 
-    Raises OSError, FileNotFoundError where there is none, and ConfigError as `remote`.
+    Raises OSError if the file can't be accessed (FileNotFoundError if it doesn't exist), and ConfigError as `remote`.
     """
     if "://" not in file:
         found = os.stat(file)
@@ -109,7 +109,7 @@ def stamp(file: str, known: bool = False) -> tuple[int, int]:
             size = int(about["size"])
         except OSError:
             raise
-        except Exception as error:  # a driver's own: no credentials, no network
+        except Exception as error:  # drivers' own exceptions, for missing credentials or network
             raise OSError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
         change = next((f"{name} {about[name]}" for name in CHANGES if about.get(name)), None)
         digest = hashlib.blake2b((change or "").encode(), digest_size=7).digest()
@@ -120,7 +120,7 @@ def stamp(file: str, known: bool = False) -> tuple[int, int]:
 # ---------------------------------------------------------------------- shards that are open
 
 class _Local:
-    """A shard on a disk. Reads by position share no state, so threads may use one descriptor."""
+    """A shard on a disk. Positional reads share no state, so that threads may use the same descriptor."""
 
     def __init__(self, path: str):
         self.path = path
@@ -132,7 +132,7 @@ class _Local:
                 handle.seek(offset)
                 return handle.read(size)
         parts, missing = [], size
-        while missing:  # a network disk may give less than it is asked for
+        while missing:  # a network disk may return fewer bytes than requested
             part = os.pread(self.descriptor, missing, offset + size - missing)
             if not part:
                 raise EOFError("the shard ends too early; copy or write it again")
@@ -146,7 +146,7 @@ class _Local:
 
 
 class _Remote:
-    """A shard in an object store, each image a request of its own."""
+    """A shard in an object store; each image is a separate request."""
 
     def __init__(self, url: str):
         self.system, self.path = remote(url)
@@ -158,24 +158,24 @@ class _Remote:
         return found
 
 
-@lru_cache(MOST_OPEN)  # one that is pushed out closes once nobody reads it any more
+@lru_cache(MOST_OPEN)  # an evicted shard is closed once nothing reads it any more
 def _opened(shard: str) -> _Local | _Remote:
     return _Remote(shard) if "://" in shard else _Local(shard)
 
 
 def close_shards() -> None:
-    """Forget the shards that are open; those that are read on open again."""
+    """Close all open shards; they are reopened when they are read again."""
     _opened.cache_clear()
 
 
-# A store's driver has a thread that a fork doesn't copy: what the parent has opened for itself (the first images, for
-# their sizes) can't be used by its workers.
+# An object store's driver has a thread that isn't copied by a fork, so workers can't use shards that their parent has
+# opened (to read the sizes of the first images).
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=close_shards)
 
 
 def remote(url: str) -> tuple[Any, str]:
-    """(file system, path in it) of a URL. Raises ConfigError where fsspec or its driver isn't installed."""
+    """(fsspec file system, path in it) of a URL. Raises ConfigError if fsspec or the URL's driver isn't installed."""
     try:
         import fsspec
     except ImportError:

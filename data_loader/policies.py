@@ -1,8 +1,8 @@
-"""AutoAugment, RandAugment and TrivialAugment for small images, by the batch.
+"""AutoAugment, RandAugment and TrivialAugment for small images, applied to whole batches.
 
-An operation is Pillow's, on eight-bit pixels, but done to all images of a batch that drew it together: shifts, shears
-and rotations are one gather, tone curves one look-up. Which image gets which operation how strongly is drawn for a
-whole epoch at once.
+Operations are those of Pillow, on eight-bit pixels, but applied at once to all images of a batch that drew them:
+shifts, shears and rotations are one gather, tone curves one table look-up. The operation and strength for each image
+are drawn for a whole epoch at once.
 
 Sources: AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019), RandAugment (Cubuk et al., NeurIPS 2020),
 TrivialAugment (Müller and Hutter, ICCV 2021), with torchvision's ranges of magnitudes.
@@ -19,7 +19,7 @@ OPERATIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotat
 _NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 _SIGNED = OPERATIONS[1:10]
 
-#: The 25 sub-policies that AutoAugment found for CIFAR-10: twice (operation, probability, magnitude 0 to 9).
+#: The 25 sub-policies that AutoAugment found for CIFAR-10, each two steps (operation, probability, magnitude 0 to 9).
 CIFAR10_POLICY = tuple(tuple((name, float(chance), int(level)) for name, chance, level
                              in map(str.split, pair.split(", "))) for pair in """
 Invert .1 0, Contrast .2 6 | Rotate .7 2, TranslateX .3 9 | Sharpness .8 1, Sharpness .9 3
@@ -34,11 +34,11 @@ TranslateY .7 9, AutoContrast .9 0""".strip().replace("\n", " | ").split(" | "))
 
 
 def magnitudes(bins: int, size: int, wide: bool = False) -> dict[str, Tensor]:
-    """Each operation's strengths from none to most, float64 [bins]; operations without one are left out.
+    """{operation: its strengths from weakest to strongest, float64 [bins]}, without operations that have no strength.
 
-    Shears as a ratio, shifts in pixels, rotation in degrees, Brightness to Sharpness as what is added to or taken from
-    1, Posterize in bits kept, Solarize as the level from which pixels are inverted.
-    size: of the images in pixels. wide: TrivialAugment's ranges.
+    Units: shears as a ratio, shifts in pixels, rotation in degrees; Brightness, Color, Contrast and Sharpness as the
+    factor's difference from 1; Posterize as bits kept; Solarize as the level from which pixels are inverted.
+    size: the images' side in pixels. wide: TrivialAugment's ranges.
     """
     def up_to(most: float) -> Tensor:
         return torch.linspace(0.0, most, bins).double()
@@ -52,13 +52,15 @@ def magnitudes(bins: int, size: int, wide: bool = False) -> dict[str, Tensor]:
 
 
 def draw_operations(policy: str, count: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What happens to `count` images of `size` pixels one step after the other: numbers into OPERATIONS, int64
-    [count, steps], and signed strengths, float64 [count, steps]."""
+    """Draw the steps of `policy`, a key of DRAWS, for `count` images of `size` x `size` pixels.
+
+    Returns (indices into OPERATIONS, int64 [count, steps]; signed strengths, float64 [count, steps]).
+    """
     return DRAWS[policy](count, size, source)
 
 
 def draw_autoaugment(count: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One of the 25 sub-policies for each image."""
+    """Draw AutoAugment: one of the 25 sub-policies (two steps) for each image. Returns as `draw_operations`."""
     numbers = torch.tensor([[_NUMBER[step[0]] for step in pair] for pair in CIFAR10_POLICY])
     chance = torch.tensor([[step[1] for step in pair] for pair in CIFAR10_POLICY])
     level = torch.tensor([[step[2] for step in pair] for pair in CIFAR10_POLICY])
@@ -68,20 +70,22 @@ def draw_autoaugment(count: int, size: int, source: torch.Generator) -> tuple[Te
 
 
 def draw_randaugment(count: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two operations, each at 9 of 30. Fourteen to choose from, of which one is none; Invert is AutoAugment's alone."""
+    """Draw RandAugment: two operations at magnitude 9 of 30, out of fourteen (all but Invert, which only AutoAugment
+    has; Identity is one of them). Returns as `draw_operations`."""
     number = torch.randint(_NUMBER["Invert"], (count, 2), generator=source)
     return number, _strength(number, torch.full((count, 2), 9), magnitudes(31, size), source)
 
 
 def draw_trivialaugment(count: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One operation at any strength of the wide ranges."""
+    """Draw TrivialAugment: one operation at a random strength in the wide ranges. Returns as `draw_operations`."""
     number = torch.randint(_NUMBER["Invert"], (count, 1), generator=source)
     level = torch.randint(31, (count, 1), generator=source)
     return number, _strength(number, level, magnitudes(31, size, wide=True), source)
 
 
 def _strength(number: Tensor, level: Tensor, ranges: dict[str, Tensor], source: torch.Generator) -> Tensor:
-    """The strength of each operation at its level, either way where it has two. number, level: [count, steps]."""
+    """The strength of each operation at its level, with a random sign for operations that have two directions.
+    number, level: [count, steps]."""
     table = torch.zeros(len(OPERATIONS), len(next(iter(ranges.values()))), dtype=torch.float64)
     for name, row in ranges.items():
         table[_NUMBER[name]] = row
@@ -90,16 +94,16 @@ def _strength(number: Tensor, level: Tensor, ranges: dict[str, Tensor], source: 
     return table[number, level] * sign[number, torch.randint(2, number.shape, generator=source)]
 
 
-#: `data_loader.args.augment` -> what it draws.
+#: `data_loader.args.augment` -> the function that draws its operations.
 DRAWS: dict[str, Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]] = {
     "autoaugment": draw_autoaugment, "randaugment": draw_randaugment, "trivialaugment": draw_trivialaugment}
 
 
 def apply(images: Tensor, number: Tensor, strength: Tensor, turn: Tensor | None = None) -> Tensor:
-    """One step of a policy, in place.
+    """Apply one step of a policy to images, uint8 [n, 3, S, S], in place; returns them.
 
-    images: uint8 [n, 3, S, S]. number, strength: [n], on the CPU whatever the images are on, so that no batch waits for
-    the device. turn: what `warps` gives for them, [n, 6], where it is known already.
+    number, strength: [n], always on the CPU, so that no batch waits for the device. turn: the result of `warps` for
+    them, [n, 6], if already known.
     """
     turn = warps(number, strength, images.shape[-1]) if turn is None else turn
     family_of = _FAMILY_OF[number]
@@ -118,9 +122,10 @@ def apply(images: Tensor, number: Tensor, strength: Tensor, turn: Tensor | None 
 # ---------------------------------------------------------------------- one gather
 
 def affine(rows: Tensor) -> Tensor:
-    """Pillow's 16.16 fixed point of inverse affine maps [n, 6], for pixel centres: int32 [n, 6].
+    """Inverse affine maps [n, 6] in Pillow's 16.16 fixed point, adjusted to pixel centres: int32 [n, 6].
 
-    Row (a, b, c, d, e, f): output pixel (x, y) comes from column (a x + b y + c) >> 16, row (d x + e y + f) >> 16.
+    For a result row (a, b, c, d, e, f), output pixel (x, y) is taken from column (a x + b y + c) >> 16 and row
+    (d x + e y + f) >> 16.
     """
     rows = rows.double().clone()
     rows[:, 2] += (rows[:, 0] + rows[:, 1]) * 0.5
@@ -129,7 +134,8 @@ def affine(rows: Tensor) -> Tensor:
 
 
 def rotation(angle: Tensor, size: int) -> Tensor:
-    """The map of Pillow's `Image.rotate(angle)` of a square image, see `affine`. angle: degrees [n] -> int32 [n, 6]."""
+    """The maps of Pillow's `Image.rotate(angle)` for square images of side `size`: angle in degrees [n] -> int32
+    [n, 6], see `affine`."""
     radians = -torch.deg2rad(angle.double() % 360)
     cos, sin = torch.round(radians.cos(), decimals=15), torch.round(radians.sin(), decimals=15)
     half = size / 2
@@ -138,8 +144,11 @@ def rotation(angle: Tensor, size: int) -> Tensor:
 
 
 def sources(turn: Tensor, ramp: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each output pixel of a map comes from: (column and row, [2, n, S, S]; all bits set inside the picture and
-    none outside, [n, S, S]). turn: see `affine`; ramp: 0 to S - 1, of the integer type to compute in."""
+    """The source of each output pixel: (column and row [2, n, S, S]; a mask [n, S, S] with all bits set where the
+    source is inside the image and none where it is outside).
+
+    turn: maps [n, 6], see `affine`; ramp: 0 to S - 1, in the integer dtype to compute in.
+    """
     last = len(ramp) - 1
     turn = turn.to(ramp.dtype).t().contiguous().view(2, 3, -1, 1, 1)
     across, down, start = turn[:, 0], turn[:, 1], turn[:, 2]
@@ -151,8 +160,8 @@ def sources(turn: Tensor, ramp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warps(number: Tensor, strength: Tensor, size: int) -> Tensor:
-    """The maps of shears, shifts and rotations [n] of size x size pixels, see `affine`; of other operations the map
-    that changes nothing."""
+    """The maps of shears, shifts and rotations (the identity for other operations) of size x size pixels, int32 [n, 6],
+    see `affine`. number, strength: [n]."""
     shift = strength.trunc()
     rows = torch.zeros(len(number), 6, dtype=torch.float64)
     rows[:, 0] = rows[:, 4] = 1
@@ -163,7 +172,7 @@ def warps(number: Tensor, strength: Tensor, size: int) -> Tensor:
 
 
 def _warp(images: Tensor, turn: Tensor) -> Tensor:
-    """Shear, shift or turn: the nearest pixel, black from outside."""
+    """Shear, shift or rotate with nearest-neighbour sampling; black outside the image."""
     n, channels, size = images.shape[:3]
     (x, y), inside = sources(turn, torch.arange(size, device=images.device))
     place = y.mul_(size).add_(x).bitwise_and_(inside).reshape(n, 1, -1)
@@ -174,7 +183,7 @@ def _warp(images: Tensor, turn: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- one look-up
 
 def _blend(low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
-    """low + factor (high - low), cut to 0 to 255 and then to whole levels, as Pillow's `Image.blend` does."""
+    """low + factor (high - low), clipped to 0 to 255 and truncated to uint8, as in Pillow's `Image.blend`."""
     return (low + factor * (high - low)).clamp_(0, 255).to(torch.uint8)
 
 
@@ -212,7 +221,7 @@ def _invert(images: Tensor, strength: Tensor, ramp: Tensor) -> Tensor:
 
 def _auto_contrast(images: Tensor, strength: Tensor, ramp: Tensor) -> Tensor:
     low, high = (value.double().unsqueeze(2) for value in torch.aminmax(images.flatten(2), dim=2))
-    scale = torch.full_like(low, 255).div_(high - low)  # 255 / x is 255 times the rounded 1 / x to torch
+    scale = torch.full_like(low, 255).div_(high - low)  # torch computes `255 / x` as 255 times the rounded 1 / x
     table = (ramp.double() * scale - low * scale).clamp_(0, 255)
     return torch.where(high > low, table, ramp.double()).to(torch.uint8)
 
@@ -228,7 +237,7 @@ def _equalize(images: Tensor, strength: Tensor, ramp: Tensor) -> Tensor:
     return torch.where(step > 0, table, ramp.long()).to(torch.uint8)
 
 
-#: Operations that give each level another: (images [n, 3, S, S], strength [n], levels 0 to 255) -> uint8
+#: Operations that map each level to another: (images [n, 3, S, S], strength [n], levels 0 to 255) -> table, uint8
 #: [n, 1 or 3, 256].
 _TABLES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Brightness": _brightness, "Contrast": _contrast, "Posterize": _posterize, "Solarize": _solarize,
@@ -236,7 +245,7 @@ _TABLES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def _tones(images: Tensor, number: Tensor, strength: Tensor) -> Tensor:
-    """Another level for each level, of the whole image or of each channel."""
+    """Apply operations that map levels to levels, by one table for the whole image or one per channel."""
     ramp = torch.arange(256, dtype=torch.float32, device=images.device)
     tables = torch.empty(len(images), 3, 256, dtype=torch.uint8, device=images.device)
     for name, table in _TABLES.items():
@@ -250,12 +259,12 @@ def _tones(images: Tensor, number: Tensor, strength: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- blends of each pixel
 
 def _colour(images: Tensor, number: Tensor, strength: Tensor) -> Tensor:
-    """Towards its grey, or away from it."""
+    """Blend each pixel with its grey value, or away from it."""
     return _blend(_grey(images).float(), images.float(), 1 + _column(strength, images.device).unsqueeze(3))
 
 
 def _sharpness(images: Tensor, number: Tensor, strength: Tensor) -> Tensor:
-    """Towards the mean of its neighbourhood (the pixel itself counted five times), or away from it; not at the edge."""
+    """Blend each pixel with the mean of its 3x3 neighbourhood (itself weighted 5), or away from it; edges stay."""
     wide = images.to(torch.int32)
     total = wide[..., :-2] + wide[..., 1:-1] + wide[..., 2:]
     total = total[..., :-2, :] + total[..., 1:-1, :] + total[..., 2:, :] + 4 * wide[..., 1:-1, 1:-1]
@@ -263,7 +272,7 @@ def _sharpness(images: Tensor, number: Tensor, strength: Tensor) -> Tensor:
     return _blend(wide.float(), images.float(), 1 + _column(strength, images.device).unsqueeze(3))
 
 
-#: What does each operation; those of a family are done together.
+#: The function for each family of operations, which are applied together.
 FAMILIES: dict[Callable[..., Tensor], tuple[str, ...]] = {
     _warp: ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"), _tones: tuple(_TABLES), _colour: ("Color",),
     _sharpness: ("Sharpness",)}

@@ -1,8 +1,8 @@
 """Samplers of decoupled training (Kang et al., ICLR 2020): which images an epoch shows, and how often each class.
 
 A class is drawn with p_j ~ n_j^q: instance-balanced q = 1, square-root 1/2, class-balanced 0. Every epoch's indices
-are a function of (seed, epoch) alone, so a resumed run goes on with the same images, and ranks that slice them share
-the epoch without overlap. Only classes that occur in the targets exist for a sampler; labels need not be contiguous.
+are a function of (seed, epoch) alone, so that a resumed run continues with the same images, and ranks that slice them
+share the epoch without overlap. Classes without images are ignored; labels need not be contiguous.
 """
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from utils.seed import numpy_rng
 
 
 class EpochSampler(Sampler):
-    """Base: `epoch_indices` is the epoch, the rest hands it out.
+    """Base class: `epoch_indices` gives the indices of an epoch, and iterating yields this rank's part of them.
 
-    targets: [N] labels, array, tensor or list. epoch_length: indices per epoch of all ranks together, N where absent.
-    rank, world_size: this process takes every world_size-th index, beginning with its rank-th.
+    targets: [N] labels, array, tensor or list. epoch_length: indices per epoch over all ranks; None: N. rank,
+    world_size: this process takes every world_size-th index, starting at `rank`. Raises ConfigError for empty targets
+    or an epoch_length below 1.
     """
 
-    power = 0.0     # q of a training's last epoch
+    power = 0.0     # q in the last epoch of training
 
     def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
                  world_size: int = 1):
@@ -41,7 +42,7 @@ class EpochSampler(Sampler):
         self._group_by_class(targets)
 
     def _group_by_class(self, targets: np.ndarray) -> None:
-        """Images in class order: class j's are `by_class[starts[j] : starts[j] + counts[j]]`."""
+        """Sort images by class: those of class j are `by_class[starts[j] : starts[j] + counts[j]]`."""
         smallest, largest = int(targets.min()), int(targets.max())
         if largest - smallest < 2**16:  # numpy sorts 16-bit integers by radix, ten times as fast
             targets = (targets - smallest).astype(np.uint16)
@@ -53,11 +54,11 @@ class EpochSampler(Sampler):
         self.num_classes = len(self.counts)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (1, 2, ...) that iterating gives; 1 before any call."""
+        """Set the epoch (1, 2, ...) for the next iterations; initially 1."""
         self.epoch = int(epoch)
 
     def epoch_indices(self, epoch: int | None = None) -> np.ndarray:
-        """All ranks' indices of an epoch (the one set, where absent), in order: [epoch_length] int64."""
+        """All ranks' indices for an epoch (None: the one that is set), in order: int64 [epoch_length]."""
         epoch = self.epoch if epoch is None else int(epoch)
         return self._draw(numpy_rng(self.seed, epoch), epoch)
 
@@ -71,13 +72,13 @@ class EpochSampler(Sampler):
         return len(range(self.rank, self.epoch_length, self.world_size))
 
     def _draw_images(self, classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One image, any with the same chance, for each drawn class [M] -> [M]."""
+        """A uniformly drawn image of each of the classes [M] -> indices [M]."""
         within = (rng.random(len(classes)) * self.counts[classes]).astype(np.int64)
         return self.by_class[self.starts[classes] + within]
 
 
 class InstanceBalancedSampler(EpochSampler):
-    """q = 1: each image once an epoch in shuffled order (round again for an `epoch_length` over N)."""
+    """q = 1: each image once per epoch in shuffled order; repeated in another order if `epoch_length` exceeds N."""
 
     power = 1.0
 
@@ -87,21 +88,23 @@ class InstanceBalancedSampler(EpochSampler):
 
 
 class SquareRootSampler(EpochSampler):
-    """q = 1/2, with replacement: class j with a chance proportional to the root of its size, then any image of it."""
+    """q = 1/2, with replacement: class j with probability proportional to the square root of its size, then any of its
+    images."""
 
     power = 0.5
 
     def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
         edges = np.cumsum(np.sqrt(self.counts))
         classes = np.searchsorted(edges, rng.random(self.epoch_length) * edges[-1], side="right")
-        # A product can round up to the last edge.
+        # The product may round up to the last edge.
         return self._draw_images(np.minimum(classes, self.num_classes - 1), rng)
 
 
 class ClassBalancedSampler(EpochSampler):
-    """q = 0, with replacement: any class with the same chance, then any image of it.
+    """q = 0, with replacement: any class with equal probability, then any of its images.
 
-    retain_epoch_size: an epoch has N indices; false, as in RIDE: the largest class's size times the classes.
+    retain_epoch_size: an epoch has N indices; if false, as in RIDE, the largest class's size times the number of
+    classes. `epoch_length` overrides both.
     """
 
     def __init__(self, targets: Any, seed: int = 0, retain_epoch_size: bool = True, epoch_length: int | None = None,
@@ -115,9 +118,10 @@ class ClassBalancedSampler(EpochSampler):
 
 
 class ProgressivelyBalancedSampler(EpochSampler):
-    """From instance- to class-balanced: epoch k of T mixes (k - 1) / (T - 1) of the latter with the rest of the former.
+    """From instance- to class-balanced: in epoch k of T each draw is class-balanced with probability (k - 1) / (T - 1),
+    else instance-balanced.
 
-    Both with replacement. epochs: T; T = 1 is instance-balanced, epochs after T are class-balanced.
+    Both with replacement. epochs: T, 1 or more; T = 1 is instance-balanced, epochs after T are class-balanced.
     """
 
     def __init__(self, targets: Any, epochs: int, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
@@ -128,7 +132,7 @@ class ProgressivelyBalancedSampler(EpochSampler):
         self.epochs = int(epochs)
 
     def class_balanced_share(self, epoch: int) -> float:
-        """The chance, 0 to 1, that a draw of this epoch is class-balanced."""
+        """The probability, 0 to 1, that a draw in this epoch is class-balanced."""
         return min(max(epoch - 1, 0) / max(self.epochs - 1, 1), 1.0) if self.epochs > 1 else 0.0
 
     def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
@@ -139,9 +143,10 @@ class ProgressivelyBalancedSampler(EpochSampler):
 
 
 class ClassAwareSampler(EpochSampler):
-    """Classes in shuffled cycles, `num_samples_cls` images of a class in a row, its images in shuffled cycles too.
+    """Cycles through the classes in shuffled order, taking `num_samples_cls` images of a class at a time, and through
+    each class's images in shuffled order.
 
-    So class frequencies are equal to within one turn, and no image of a class comes twice before all have come.
+    So classes are equally frequent to within one such turn, and no image is repeated before all of its class were used.
     """
 
     def __init__(self, targets: Any, seed: int = 0, num_samples_cls: int = 4, epoch_length: int | None = None,
@@ -156,15 +161,15 @@ class ClassAwareSampler(EpochSampler):
         turns = -(-self.epoch_length // self.num_samples_cls)
         cycles = -(-turns // self.num_classes)
         classes = np.concatenate([rng.permutation(self.num_classes) for _ in range(cycles)])[:turns]
-        # Cycle r holds each class once, so a turn in it takes places r k ... r k + k - 1 of its class's stream.
+        # Cycle r has each class once; with k = num_samples_cls it takes positions r k to r k + k - 1 of its stream.
         place = (np.arange(turns) // self.num_classes * self.num_samples_cls)[:, None] + np.arange(self.num_samples_cls)
         stream, begins = self._image_streams(cycles * self.num_samples_cls, rng)
         return stream[begins[classes][:, None] + place].ravel()[:self.epoch_length]
 
     def _image_streams(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """For each class at least `length` images in shuffled cycles, one class after the other.
+        """For each class a stream of at least `length` images in shuffled cycles.
 
-        Returns the streams in one array and where each class's begins, [C].
+        Returns (the streams of all classes in one array, the start of each class's stream [C]).
         """
         rounds = -(-length // self.counts)
         sizes = rounds * self.counts
@@ -187,10 +192,10 @@ SAMPLERS: dict[str, type[EpochSampler]] = {
 
 def sampler_of(spec: dict | None, balanced: bool, retain_epoch_size: bool, targets: np.ndarray, seed: int,
                epochs: int | None) -> Any:
-    """The sampler that a loader's arguments name, `sampler` or `balanced`; None where each image is shown once.
+    """The sampler for a loader's arguments, by `sampler` (spec) or `balanced`; None if each image is shown once.
 
-    Raises ConfigError, also where `retain_epoch_size` is false for a sampler that knows no other length: RIDE's configs
-    have it without `balanced`, where it says nothing.
+    targets: [N] labels. Raises ConfigError for bad arguments, and if `retain_epoch_size` is false with a `sampler` that
+    doesn't support it. It is ignored without any sampler, since RIDE's configs have it without `balanced`.
     """
     if spec is None:
         return ClassBalancedSampler(targets, seed=seed, retain_epoch_size=retain_epoch_size) if balanced else None
@@ -208,7 +213,7 @@ def sampler_of(spec: dict | None, balanced: bool, retain_epoch_size: bool, targe
 
 
 def power_of(args: dict[str, Any]) -> float:
-    """q of the sampler that a loader's arguments name, `sampler` or `balanced`; 1 where each image is shown once."""
+    """q, at the end of training, of the sampler for a loader's arguments; 1 if each image is shown once."""
     spec = args.get("sampler")
     if spec is None:
         return ClassBalancedSampler.power if args.get("balanced") else 1.0

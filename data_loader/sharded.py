@@ -1,4 +1,4 @@
-"""The splits of a data set in shards: by the shards' patterns, by folders in them, or by lists of their images."""
+"""The splits of a data set in shards: given by shard patterns, by folders in the shards, or by list files."""
 from __future__ import annotations
 
 import itertools
@@ -21,16 +21,16 @@ from utils.errors import ConfigError
 
 
 def open_shards(spec: str | dict[str, str], data_dir: str) -> dict[str, Index]:
-    """`data_loader.args.shards` -> the index of each split, "" for one pattern alone. Raises ConfigError.
-    """
+    """The index of each split in `data_loader.args.shards`; a single pattern's has the key "". Raises ConfigError, see
+    `open_index`."""
     return {split: open_index(pattern, data_dir) for split, pattern in patterns(spec).items()}
 
 
 def finder(found: dict[str, Index]) -> Find:
-    """What gives lists the paths of their images in shards: those of the list's own split first."""
+    """The function that finds the paths of listed images in shards, preferring those of the list's own split."""
     def find(names: Sequence[str], source: str, lines: Sequence[int], split: str) -> list[str]:
         places: dict[str, str] = {}
-        for key in sorted(found, key=lambda key: (key == split, key == "")):     # what is laid in last counts
+        for key in sorted(found, key=lambda key: (key == split, key == "")):     # later ones override earlier ones
             places |= zip(found[key].names, found[key].paths)
         paths = [_place_of(name, places) for name in names]
         if None in paths:
@@ -45,12 +45,14 @@ def finder(found: dict[str, Index]) -> Find:
 
 
 def _place_of(name: str, places: dict[str, str]) -> str | None:
-    """What `places` has for a listed name; Windows writes backslashes."""
+    """The entry of `places` for a listed name, as written or in a shard's spelling (lists from Windows have
+    backslashes)."""
     return places.get(name) or places.get(name_in_shard(name)) or places.get(name_in_shard(name.replace("\\", "/")))
 
 
 def _refuse_several(found: dict[str, Index], paths: set[str], source: str) -> None:
-    """A name that is in several shards of one split, as webdataset's may be, says nothing in a list."""
+    """Raises ConfigError if a listed name is in several shards of one split (as webdataset allows), so that the list is
+    ambiguous."""
     for index in found.values():
         for at, (one, two) in enumerate(itertools.pairwise(index.names)):
             if one == two and not paths.isdisjoint(index.paths[at:at + 2]):
@@ -59,7 +61,7 @@ def _refuse_several(found: dict[str, Index], paths: set[str], source: str) -> No
 
 
 def _links(found: dict[str, Index]) -> str:
-    """What to say of images that are links to others; "" where none is."""
+    """A message about images that are links to other members; "" if there are none."""
     count = sum(index.links for index in found.values())
     return f"{count_of(count, 'image in the shards is a link', 'images in the shards are links')} and left out; " \
            "tar's --dereference --hard-dereference writes the images instead" if count else ""
@@ -67,12 +69,13 @@ def _links(found: dict[str, Index]) -> str:
 
 def read_shards(data_dir: str, found: dict[str, Index], division: Division, whole: bool = False,
                 known: int | None = None) -> Splits:
-    """The splits in shards. An image's class is what its .cls or .json says, else the folder in front of its name.
+    """The splits in shards. An image's class is the label in its .cls or .json, or else the first folder in its name.
 
-    Where every training image has a number in a .cls or .json, those are the labels, and classes.txt in data_dir has
-    their names; else classes are in alphabetical order. One pattern's images are parted by a first folder train, val or
-    test (any of SPLIT_NAMES), else some are set aside for testing as in folders. whole: where there is no training
-    split, all is for testing. known: how many classes the checkpoint's model has. Raises ConfigError.
+    If every training image has a number in a .cls or .json, these are the labels, named in data_dir's classes.txt; else
+    classes are in alphabetical order. Images of a single pattern are split by their first folder, train, val or test
+    (any of SPLIT_NAMES); without such folders, some are set aside for testing as with folders. whole: without a
+    training split, all images are for testing. known: the number of classes of the checkpoint's model. Raises
+    ConfigError for missing or bad labels and splits.
     """
     parts: dict[str, tuple[Index, np.ndarray, list[str]]] = {}
     notes = []
@@ -104,7 +107,8 @@ def read_shards(data_dir: str, found: dict[str, Index], division: Division, whol
 
 
 def _by_folder(index: Index, split: str) -> dict[str, np.ndarray]:
-    """Which images are whose: split -> their numbers. Of one pattern all are "" where the folders name no splits."""
+    """{split: indices of its images}. For a single pattern (split ""), by first folders if all of these are splits'
+    names, including train; otherwise all images are in ""."""
     if split:
         return {split: np.arange(len(index))}
     part_of = [SPLIT_NAMES.get(name.partition("/")[0].lower(), "") if "/" in name else "" for name in index.names]
@@ -115,7 +119,7 @@ def _by_folder(index: Index, split: str) -> dict[str, np.ndarray]:
 
 
 def _check_labels(index: Index, chosen: np.ndarray) -> None:
-    """ConfigError for a label that means none, or that is of several photos."""
+    """Raises ConfigError for negative labels, and for labels that are shared by several photos."""
     negative = [k for k, text in enumerate(index.kinds) if re.fullmatch(r"-\d+", text)]
     for at in chosen[np.isin(index.kind[chosen], [UNCLEAR, *negative])].tolist():
         where = f"{index.shard_of(at)}: {shown(index.names[at])}"
@@ -127,7 +131,7 @@ def _check_labels(index: Index, chosen: np.ndarray) -> None:
 
 
 def _class_of(index: Index, at: int, part: str) -> str:
-    """An image's class as text."""
+    """The class of image `at` as text: its label, or else its folder. Raises ConfigError if it has neither."""
     if index.kind[at] >= 0:
         return index.kinds[index.kind[at]]
     folders = index.names[at].split("/")[:-1]
@@ -140,15 +144,15 @@ def _class_of(index: Index, at: int, part: str) -> str:
 
 
 def _numbers(index: Index, chosen: np.ndarray, texts: Sequence[str]) -> bool:
-    """Whether classes are numbers: they all come from labels. A folder's name is a name, 10 too."""
+    """Whether classes are numbers, all from labels; a folder called 10 is a name, not a number."""
     return bool((index.kind[chosen] >= 0).all()) and all(text.isascii() and text.isdigit() and len(text) < 19
                                                          for text in texts)
 
 
 def _classes(index: Index, chosen: np.ndarray, texts: list[str], data_dir: Path,
              most: int | None) -> tuple[list[str], list[str] | None]:
-    """(the classes' texts in the order of their labels, their names or None), of the training images' texts. most: how
-    many classes there may be; None: as many as there are images."""
+    """(class texts in the order of the labels, class names or None), from the training images' class `texts`. most: the
+    largest possible number of classes; None: the number of images."""
     if not _numbers(index, chosen, set(texts)):
         names = sorted(set(texts))
         return names, [shown(name) for name in names]
@@ -164,10 +168,10 @@ def _classes(index: Index, chosen: np.ndarray, texts: list[str], data_dir: Path,
 
 
 def _image_set(index: Index, chosen: np.ndarray, texts: list[str], names: list[str]) -> ImageSet:
-    """The images `chosen`, ordered by class and then as in the index: as folders are read."""
+    """The images `chosen`, sorted by class and then as in the index, which is the order of folders."""
     own = sorted(set(texts))
     if _numbers(index, chosen, own) and names == [str(label) for label in range(len(names))]:
-        label_of = {text: int(text) for text in own}                # 007 is 7
+        label_of = {text: int(text) for text in own}                # "007" is 7
         odd = next((text for text in own if label_of[text] >= len(names)), None)
     else:
         numbers = match_classes(own, names, some=True)

@@ -1,8 +1,8 @@
-"""Images in tar files: an index of names, labels and byte positions beside the shards.
+"""Images in tar files, with an index of names, labels and byte positions that is stored beside the shards.
 
-A shard is an ordinary uncompressed tar file, as webdataset or `python -m tools.shard` writes it: `key.jpg` beside
-`key.cls` or `key.json`, or `CLASS/name.jpg`. Since each image is read from its own place (`data_loader.places`), any
-sampler works on shards as on files.
+A shard is an ordinary uncompressed tar file, as written by webdataset or `python -m tools.shard`: `key.jpg` beside
+`key.cls` or `key.json`, or `CLASS/name.jpg`. Each image is read by its position (`data_loader.places`), so that any
+sampler works with shards as with files.
 """
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from utils.errors import ConfigError
 from utils.files import atomic_write
 
 RANGE = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<words>[^{}]*,[^{}]*))\}")
-VERSION = 3             # of the index's layout, and of how labels are read
+VERSION = 3             # of the index's layout and the way labels are read
 SPLITS = ("train", "val", "test")
 
 
 # ---------------------------------------------------------------------- which shards
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern stands for: `{000..999}` counts with leading zeros, `{a,b}` lists.
+    """The names that a pattern stands for: `{000..999}` is a range with leading zeros, `{a,b}` a list. Raises
+    ConfigError for anything but a non-empty string, for a descending range, and for repeated names.
 
     >>> expand("t-{08..10}.tar")
     ['t-08.tar', 't-09.tar', 't-10.tar']
@@ -62,7 +63,8 @@ def expand(pattern: str) -> list[str]:
 
 
 def patterns(spec: str | dict[str, str]) -> dict[str, str]:
-    """Split -> pattern; one pattern alone is for all splits, under the name "". Raises ConfigError."""
+    """{split: pattern} for `data_loader.args.shards`; a single pattern, for all splits, has the key "". Raises
+    ConfigError for anything else, and without train or test shards."""
     if isinstance(spec, str):
         return {"": spec}
     wrong = not isinstance(spec, dict) or not spec or set(spec) - set(SPLITS)
@@ -78,12 +80,12 @@ def patterns(spec: str | dict[str, str]) -> dict[str, str]:
 
 @dataclass
 class Index:
-    """What is in a pattern's shards, images in the order in which folders would be walked.
+    """The contents of a pattern's shards, with images in the order in which `os.walk` would list them.
 
-    shards: paths or URLs [K]; stamps: of each its size and what changes with it (`places.stamp`), int64 [K, 2]. names:
-    of the images [N]; shard int32, offset and size int64: where each is, [N]. kinds: texts of .cls and .json members;
-    kind: which is whose, int32 [N], or one of UNLABELLED, BESIDE and UNCLEAR of `data_loader.tars`. links: how many
-    images are left out since they are links.
+    shards: paths or URLs [K]. stamps: int64 [K, 2], each shard's `places.stamp`. names: of the images [N]. shard
+    (int32), offset and size (int64, bytes): each image's position, [N] each. kinds: the distinct labels, as text. kind:
+    int32 [N], each image's index into kinds, or one of UNLABELLED, BESIDE and UNCLEAR of `data_loader.tars`. links: how
+    many images are left out because they are links.
     """
 
     shards: list[str]
@@ -101,16 +103,16 @@ class Index:
 
     @cached_property
     def paths(self) -> list[str]:
-        """Each image's path, which `data_loader.images` reads."""
+        """Each image's path [N], as `data_loader.images` reads it."""
         return [member_path(self.shards[k], offset, size, name) for k, offset, size, name in zip(
             self.shard.tolist(), self.offset.tolist(), self.size.tolist(), self.names)]
 
     def shard_of(self, at: int) -> str:
-        """The shard of image `at`."""
+        """The path or URL of the shard with image `at`."""
         return self.shards[self.shard[at]]
 
     def save(self, file: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the index to `file`, atomically. Raises OSError."""
         with atomic_write(file) as handle:
             np.savez(handle, version=np.int64(VERSION), links=np.int64(self.links), stamps=self.stamps,
                      shard=self.shard, offset=self.offset, size=self.size, kind=self.kind,
@@ -119,20 +121,20 @@ class Index:
 
     @classmethod
     def load(cls, file: Path, shards: list[str], stamps: np.ndarray) -> Index | None:
-        """The index in `file`, if it is that of these shards as they are; None else."""
+        """The index in `file`, if it belongs to these shards in their current state; else None."""
         try:
-            with np.load(file) as found:  # no pickles, by default
+            with np.load(file) as found:  # refuses pickles by default
                 if int(found["version"]) != VERSION or _unpacked(found, "shards") != _known_as(shards, file) or \
                         not np.array_equal(found["stamps"], stamps):
                     return None
                 return cls(shards, stamps, _unpacked(found, "names"), found["shard"], found["offset"], found["size"],
                            _unpacked(found, "kinds"), found["kind"], int(found["links"]))
-        except Exception:  # zipfile and NumPy raise nearly anything on a damaged file, and a new one is soon made
+        except Exception:  # zipfile and NumPy raise nearly anything for a damaged file, which is then made again
             return None
 
 
 def _known_as(shards: list[str], file: Path) -> list[str]:
-    """Shards as an index knows them: URLs, or paths from its own folder, with which it may be moved."""
+    """Shards as recorded in an index: URLs, or paths relative to its folder, so that both can be moved together."""
     return [shard if "://" in shard else os.path.relpath(shard, file.parent).replace(os.sep, "/") for shard in shards]
 
 
@@ -147,18 +149,18 @@ def _unpacked(found: Any, name: str) -> list[str]:
     return [os.fsdecode(text[start:end]) for start, end in zip([0, *ends], ends)]
 
 
-#: Indices that couldn't be written, by their files' names: a run's loaders share them.
+#: Indices that couldn't be written, by their intended files, so that a run's loaders can share them.
 _unwritten: dict[Path, Index] = {}
 
 
 def open_index(pattern: str, data_dir: str) -> Index:
-    """The index of a pattern's shards, read from beside them, of URLs from `data_dir`; made, or made again, where a
-    shard is new or changed.
+    """The index of a pattern's shards, read from beside them (for URLs, from `data_dir`), or made if there is none or a
+    shard has changed.
 
-    All ranks must call it: where one lacks the index, rank 0 gives it its own, made once. Raises ConfigError naming the
-    shard: missing, compressed, truncated, damaged, or with an image that is there twice.
+    All ranks must call it: a rank without an index receives rank 0's, which is made only once. Raises ConfigError,
+    naming the shard, if it is missing, compressed, truncated or damaged, or if an image is there twice.
     """
-    close_shards()  # a shard that was replaced since is another file of the same name
+    close_shards()  # a shard may have been replaced by another file of the same name
     far = "://" in pattern
     shards = [name if far else os.path.join(data_dir, name) for name in expand(pattern)]
     stamps = _stamps(shards)
@@ -177,14 +179,14 @@ def open_index(pattern: str, data_dir: str) -> Index:
         raise ConfigError(f"{shards[at]}: has {stamps[at, 0]} bytes here and {first.stamps[at, 0]} where rank 0 is; "
                           "copy it again")
     first = replace(first, shards=shards, stamps=stamps)
-    if dist.local_rank() == 0 and Index.load(file, shards, stamps) is None:  # this machine's shards are its own
+    if dist.local_rank() == 0 and Index.load(file, shards, stamps) is None:  # this machine has its own copy of the data
         _save(first, file)
     return first
 
 
 def index_file(pattern: str, shards: list[str], folder: Path) -> Path:
-    """Where the index is: a readable name with a digest of all shards, as patterns of one name may lie in many buckets.
-    """
+    """The path of the index in `folder`: a readable name with a digest of all shards, as patterns in different buckets
+    may have equal names."""
     name = re.sub(r"[{}]", "", os.path.basename(pattern)).removesuffix(".tar")[:80]
     every = "\0".join(_known_as(shards, folder / name))
     digest = hashlib.blake2b(os.fsencode(every), digest_size=4)
@@ -222,7 +224,8 @@ def _stamps(shards: list[str]) -> np.ndarray:
 
 
 def make_index(shards: list[str], stamps: np.ndarray) -> Index:
-    """Read the headers of all shards. Raises ConfigError as `open_index`."""
+    """Build the index from the headers of all shards; stamps: int64 [K, 2]. Raises ConfigError as `open_index`, and if
+    there is no image."""
     found: list[tuple[str, int, int, int, str | int]] = []
     links = 0
     for number, shard in enumerate(shards):
@@ -233,7 +236,7 @@ def make_index(shards: list[str], stamps: np.ndarray) -> Index:
     if not found:
         raise ConfigError(f"{shards[0]}: the {len(shards)} shards hold no image" + (
             f"; {links} are links, write them with tar's --dereference --hard-dereference" if links else ""))
-    # As os.walk goes: a folder's files before the folders in it, both by name.
+    # In the order of os.walk: a folder's files before its subfolders, both by name.
     found.sort(key=lambda member: (*_walk_order(member[0]), member[1]))
     for _, group in itertools.groupby(found, key=itemgetter(0)):
         _refuse_twice(list(group), shards)
@@ -251,8 +254,8 @@ def _walk_order(name: str) -> tuple[tuple[str, ...], str]:
 
 
 def _refuse_twice(members: list[tuple[str, int, int, int, str | int]], shards: list[str]) -> None:
-    """ConfigError where members of one name are one photo. webdataset's keys may begin anew in each shard: those are
-    different photos, which only their bytes can tell."""
+    """Raises ConfigError if members of one name are the same photo. webdataset's keys may start again in each shard, so
+    that equal names can be different photos; only their bytes tell them apart."""
     if len(members) == 1:
         return
     members = sorted((member for member in members if member[4] != BESIDE), key=itemgetter(3))

@@ -1,4 +1,4 @@
-"""Dividing images by class: held-out shares, balanced left-overs, and the lines that describe a split."""
+"""Splitting images by class: held-out shares, balanced subsets of unused images, and log lines about a split."""
 from __future__ import annotations
 
 import contextlib
@@ -17,14 +17,14 @@ from logger.text import count_of
 from utils.class_counts import FEW, MANY
 from utils.errors import ConfigError
 
-_PERSON = b"split313"   # of the hash that divides by name: one with which numbered names divide evenly
-TOO_FEW_TO_TELL = 10   # test images a class, under which a class's accuracy says little
+_PERSON = b"split313"   # personalises the hash of names; chosen so that numbered names are split evenly
+TOO_FEW_TO_TELL = 10   # with fewer test images, a class's accuracy says little
 
 
 def take_share(targets: np.ndarray, share: float, seed: int, keep_rare: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Part a split by class: (indices kept, indices taken), both ascending.
+    """Take a random share (0 to 1) of each class: (indices kept, indices taken), both ascending. targets: [N] labels.
 
-    Of each class round(share · n) images are taken, at least one where it has `keep_rare` or more, and never its last.
+    round(share · n) of a class's n images are taken, at least one if n >= `keep_rare`, and never all of them.
     """
     rng = np.random.RandomState(seed)
     taken = []
@@ -38,15 +38,15 @@ def take_share(targets: np.ndarray, share: float, seed: int, keep_rare: int = 2)
 
 @dataclass
 class Division:
-    """Which images of a folder or list are set aside, by their names: a photo that is added moves no other.
+    """Which images of a folder or list are set aside for testing or validation, by name: adding a photo moves no other.
 
-    An image is taken where a hash of its name relative to `root` and of the seed, 0 to 1, is under the share. No class
-    gives its last image; a class of two or more gives at least one to the test, one of five or more to validation. What
-    such exceptions kept for training or took is remembered (`memory`), and stays there when images come or go; they
-    are made once, since a class's other images were trained on.
+    An image is taken if a hash, 0 to 1, of its name relative to `root` and of the seed is below the share. Exceptions:
+    a class never gives all its images; with two or more it gives at least one for testing, with five or more at least
+    one for validation. Exceptions are made once and recorded (`memory`), so that these images keep their split when
+    others are added or removed: later the class's other images have been trained on.
 
-    rule: "names", or "shares" for runs of versions that drew a share of each class's images by their number.
-    taken: None of a new division, which may take images against their hash: `forced`.
+    rule: "names", or "shares" for runs of old versions, which drew a share of each class by position.
+    kept, taken: "test:NAME" or "val:NAME" of exceptions. taken is None for a new division, whose own are in `forced`.
     """
 
     root: str
@@ -61,15 +61,15 @@ class Division:
 
     @classmethod
     def following(cls, facts: Mapping[str, Any], **settings: Any) -> Division:
-        """As what a checkpoint knows of its data says (`data_facts`); a new one where that is nothing."""
+        """The division recorded in a checkpoint's facts about its data (`data_facts`), or a new one without facts."""
         return cls.of(facts.get("split") or {} if facts else None, **settings)
 
     @classmethod
     def of(cls, memory: dict[str, Any] | None, **settings: Any) -> Division:
-        """As a checkpoint remembers it; memory None: a new one; without a `rule`: of an old run."""
+        """The division for a checkpoint's `memory`; None: a new one. Memory without a `rule` is an old run's."""
         if memory is None:
             return cls(**settings)
-        taken = memory.get("taken")       # None: of a version that didn't remember it
+        taken = memory.get("taken")       # None for versions that didn't record it
         return cls(**settings, rule=memory.get("rule", "shares"), kept=set(memory.get("kept", ())),
                    taken=None if taken is None else set(taken))
 
@@ -100,10 +100,10 @@ class Division:
         return np.flatnonzero(~taken), np.flatnonzero(taken)
 
     def splits(self, sets: dict[str, Any], where: str, kind: str, notes: list[str], **about: Any) -> Splits:
-        """The splits of a data set that is parted ("train", "test", "val"), or whose one part is all there is: then
-        some are set aside for testing, and `notes` says so. where: what an error names; kind: what holds a split.
+        """The Splits of a data set with split images in `sets` ("train", "test", "val"), or with one set only, of which
+        some images are set aside for testing (added to `notes`). where: prefix of errors; kind: what holds a split.
 
-        Raises ConfigError where that leaves nothing to test on.
+        Raises ConfigError if that leaves nothing to test on.
         """
         if len(sets) > 1:
             return Splits(sets["train"], sets.get("test", sets.get("val")),
@@ -118,9 +118,9 @@ class Division:
         return Splits(images.subset(kept), images.subset(taken), notes=notes, **about)
 
     def memory(self, images: Any) -> dict[str, Any]:
-        """What a checkpoint must know of it, as plain data; images: the training split, of which some are remembered by
-        name and size, so that the same photos are known again in another place; of images in shards, their shards.
-        Images in memory have no names: of them the seed is all there is to know."""
+        """What a checkpoint records about the division, as plain data. images: the training split, a sample of which is
+        recorded by name and size, to recognise the same photos in another place (for images in shards, the shards). For
+        images in memory, which have no names, only the rule and seed are recorded."""
         if images.paths is None:
             return {"rule": self.rule, "seed": self.seed}
         sample = sample_of(images.paths, self.root)
@@ -128,11 +128,11 @@ class Division:
                 "kept": sorted(self.kept), "taken": sorted((self.taken or set()) | self.forced), "sample": sample}
 
     def agree(self, facts: Mapping[str, Any], class_names: Sequence[str] | None) -> None:
-        """Raises ConfigError where the settings aren't those of the split that a model was trained with: photos that it
-        has seen would be tested.
+        """Raises ConfigError if the settings differ from those that a model was trained with, since it would be tested
+        on photos that it has seen. facts: the checkpoint's `data_facts`; class_names: the data's.
 
-        class_names: the data's. Of weights that a training starts from ("optional") a sample of photos tells that they
-        learned from this place; of images in memory, the classes do.
+        If the checkpoint only initialises a training ("optional"), this is checked only if it was trained on this data,
+        judged by a recorded sample of photos or, for images in memory, by equal class names.
         """
         memory, known = facts.get("split") or {}, facts.get("class_names")
         alike = bool(class_names and known) and list(class_names) == list(known)
@@ -146,18 +146,19 @@ class Division:
 
 
 def sample_of(paths: Sequence[str], root: str) -> dict[str, int]:
-    """The sizes of 64 images at most (of images in shards, their shards), by names below `root`: by these the same
-    photos are known again."""
+    """{name below `root`: size in bytes} of at most 64 images (for images in shards, of their shards), to recognise the
+    same photos again."""
     step = max(1, len(paths) // 64)
     files = dict.fromkeys(file_of(path) for path in paths[::step][:64])
     return {name_below(path, root): os.path.getsize(path) for path in files if "://" not in path}
 
 
 def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
-    """Whether a folder holds the training photos that a checkpoint remembers: half of the sample at least."""
+    """Whether folder `root` has at least half of the sample of training photos in a checkpoint's memory; True if there
+    is no sample."""
     sample = (memory or {}).get("sample") or {}
     def there(name: str, size: int) -> bool:
-        for form in ("NFC", "NFD"):     # as a Mac writes é into an archive
+        for form in ("NFC", "NFD"):     # macOS decomposes é in archives
             with contextlib.suppress(OSError):
                 return os.path.getsize(os.path.join(root, unicodedata.normalize(form, name))) == size
         with contextlib.suppress(OSError):
@@ -167,21 +168,21 @@ def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
 
 
 def relative_name(path: str, root: str) -> str:
-    """An image's name below `root`, the same on every system, and in a shard as in a folder."""
+    """An image's name below `root`, in a form that is the same on every system and in shards."""
     return unicodedata.normalize("NFC", name_below(path, root))
 
 
 def name_value(name: str, seed: int, what: str) -> float:
-    """A number from 0 to 1 that depends on a name and a seed alone."""
+    """A hash of name, seed and `what` ("test" or "val"), as a number from 0 to 1."""
     text = f"{seed}/{what}/{name}".encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(text, digest_size=8, person=_PERSON).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
 def match_classes(own: Sequence[str], wanted: Sequence[str], some: bool = False) -> list[int] | None:
-    """For each class of `own`, its number in `wanted`, by name: exactly, or else in any case and Unicode form.
+    """For each class of `own`, its index in `wanted`, by name: exactly, or else ignoring case and Unicode form.
 
-    some: `own` may lack classes. None where names don't fit.
+    some: `own` may lack classes. None if the names don't match.
     """
     def key(name: str) -> str:
         return unicodedata.normalize("NFC", name).strip().casefold()
@@ -195,7 +196,7 @@ def match_classes(own: Sequence[str], wanted: Sequence[str], some: bool = False)
 
 
 def stranger(own: Sequence[str], wanted: Sequence[str]) -> str:
-    """The first class of `own` for which `wanted` has none, or none that is left; `match_classes` found no numbers."""
+    """The first class of `own` that `wanted` lacks, or that is a duplicate, when `match_classes` returned None."""
     taken: set[int] = set()
     for name in own:
         number = match_classes([name], wanted, some=True)
@@ -211,12 +212,12 @@ def _first(names: Sequence[str]) -> str:
 
 
 def class_numbers(own: Sequence[str], wanted: Sequence[str], data_dir: str, some: bool) -> list[int]:
-    """For each class of the data in `data_dir`, its number in a checkpoint's `wanted`, by name. some: the data may lack
-    classes.
+    """For each class of the data in `data_dir`, its index in the checkpoint's classes `wanted`, by name. some: the data
+    may lack classes.
 
-    Raises ConfigError where names don't fit.
+    Raises ConfigError if the names don't match.
     """
-    if list(own) == list(wanted):       # as they are, be one there twice
+    if list(own) == list(wanted):       # accepted even with duplicate names
         return list(range(len(wanted)))
     numbers = match_classes(own, wanted, some)
     if numbers is None:
@@ -227,9 +228,9 @@ def class_numbers(own: Sequence[str], wanted: Sequence[str], data_dir: str, some
 
 
 def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool) -> None:
-    """Number the splits' classes as `wanted` does, by name, in place. some: the data may lack classes.
+    """Renumber the splits' classes in the order of `wanted`, by name, in place. some: the data may lack classes.
 
-    Raises ConfigError where names don't fit.
+    Raises ConfigError if the names don't match.
     """
     numbers = class_numbers(splits.class_names, wanted, data_dir, some)
     if splits.class_names != list(wanted):
@@ -244,10 +245,10 @@ def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool)
 
 def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, seed: int,
                      fewest: int = 1) -> tuple[np.ndarray, int]:
-    """A validation split out of images that no split uses: (indices, number of classes without any).
+    """A validation split from unused images with labels `targets` [N]: (indices, number of classes without any).
 
-    Balanced: every class that has images left gives as many as the poorest of them, `cap` at most. Where that would be
-    under `fewest`, each gives up to `cap`.
+    Balanced: every class with unused images gives as many as the class with the fewest has, at most `cap`. If that
+    would be less than `fewest`, each gives up to `cap` instead.
     """
     rng = np.random.RandomState(seed)
     counts = np.bincount(targets, minlength=num_classes)
@@ -259,9 +260,9 @@ def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, see
 
 def summary(train: list[int], test: np.ndarray, names: list[str] | None, notes: list[str], many: float = MANY,
             few: float = FEW) -> list[str]:
-    """Lines for the log: classes, counts, imbalance, groups, and what to be careful about.
+    """Lines for the log: classes, counts, imbalance, groups, and warnings, followed by `notes`.
 
-    many, few: the limits of the groups, in training images.
+    train, test: images per class, [C]. many, few: the limits of the groups, in training images.
     """
     counts = np.asarray(train)
     filled = counts[counts > 0]

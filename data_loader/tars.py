@@ -1,4 +1,4 @@
-"""What is in one shard: where its images are, and what the .cls and .json members beside them say."""
+"""Reading one shard's headers: the positions of its images, and their labels from .cls and .json members."""
 from __future__ import annotations
 
 import json
@@ -14,15 +14,18 @@ from utils.errors import ConfigError
 JSON_KEYS = ("label", "cls", "class")
 AGAIN = "write or copy it again"
 BLOCK = 1 << 20
-#: In place of a label's number: an image that has none; one under the key of a labelled photo that isn't the photo
-#: (`1.seg.png` beside `1.jpg`); several under one label, of which none is the photo more than another.
+#: In place of a label: the image has none; it shares the key of a labelled photo but isn't that photo (`1.seg.png`
+#: beside `1.jpg`); several images share one label, and it isn't clear which of them is the photo.
 UNLABELLED, BESIDE, UNCLEAR = -1, -2, -3
 
 
 @dataclass
 class Contents:
-    """images: (name, first byte, bytes). labels: of each image its text, or one of UNLABELLED, BESIDE and UNCLEAR.
-    links: how many images are links to other members, which have no bytes of their own."""
+    """The images in one shard.
+
+    images: (name, offset of the first byte, number of bytes) each. labels: for each image the label's text, or one of
+    UNLABELLED, BESIDE and UNCLEAR. links: how many images are links to other members, without bytes of their own.
+    """
 
     images: list[tuple[str, int, int]] = field(default_factory=list)
     labels: list[str | int] = field(default_factory=list)
@@ -30,20 +33,20 @@ class Contents:
 
 
 def is_member(name: str) -> bool:
-    """Whether a name in a shard is taken for an image's: by its ending, and unless a system has left it there."""
+    """Whether a member of this name counts as an image: it has an image's extension and isn't a system file."""
     return _ending(name) in EXTENSIONS
 
 
 def _ending(name: str) -> str:
-    """In lower case with its dot; "" of hidden files and what systems leave."""
+    """The extension in lower case with its dot; "" for hidden and system files."""
     return "" if any(is_system(part) for part in name.split("/")) else posixpath.splitext(name)[1].lower()
 
 
 def read_tar(shard: str, length: int) -> Contents:
-    """Read the headers, and the labels, of a shard of `length` bytes.
+    """Read the headers and labels of a shard (path or URL) of `length` bytes.
 
-    Raises ConfigError naming the shard: it can't be read, is compressed, truncated, or damaged anywhere but within an
-    image's own bytes.
+    Raises ConfigError, naming the shard, if it can't be read, is compressed, truncated, or damaged anywhere except
+    within an image's own bytes, or if an image has two labels.
     """
     found, texts = Contents(), {".cls": {}, ".json": {}}
     try:
@@ -57,9 +60,9 @@ def read_tar(shard: str, length: int) -> Contents:
     except Exception as error:
         if "://" not in shard and not isinstance(error, OSError):
             raise
-        # Stores' drivers have exceptions of their own.
+        # Object stores' drivers have their own exception classes.
         raise ConfigError(f"{shard}: can't be read ({getattr(error, 'strerror', None) or error})") from None
-    # A .json may be anything that is known of a photo, so the .cls goes before it.
+    # A .json may hold any information about a photo, so a .cls takes precedence.
     found.labels = _labels([name for name, _, _ in found.images], texts[".json"] | texts[".cls"])
     return found
 
@@ -74,9 +77,9 @@ def _stream(shard: str) -> BinaryIO:
 def _read(handle: BinaryIO, shard: str, length: int, found: Contents, texts: dict[str, dict[str, str]]) -> None:
     tar, last = None, None
     try:
-        tar = tarfile.open(fileobj=handle, mode="r:")  # noqa: SIM115 it owns nothing
+        tar = tarfile.open(fileobj=handle, mode="r:")  # noqa: SIM115 the caller closes `handle`
         for member in tar:
-            tar.members = []  # else it keeps them all
+            tar.members = []  # otherwise it would keep them all
             last = name = name_in_shard(member.name)
             ending = _ending(name)
             if member.isfile() and member.offset_data + member.size > length:
@@ -101,10 +104,10 @@ def _read(handle: BinaryIO, shard: str, length: int, found: Contents, texts: dic
 
 
 def _check_end(handle: BinaryIO, shard: str, end: int, length: int, last: str | None) -> None:
-    """tarfile takes a header that it can't read, and the end of the file too, for the tar's end: images behind it would
-    just be missing. A tar ends with zeros.
+    """Raises ConfigError unless there are only zeros, at least one, from byte `end` on, as at the end of a whole tar.
 
-    Two tars joined by `cat` are refused as well, since one whose middle was overwritten by zeros looks the same.
+    tarfile silently treats an unreadable header, or the end of the file, as the end of the tar, so that images after it
+    would be missing. Two tars joined by `cat` are refused too: a tar partly overwritten with zeros looks the same.
     """
     if end >= length:
         raise ConfigError(f"{shard}: has no end mark; it is truncated, {AGAIN}")
@@ -130,8 +133,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _label(content: bytes, ending: str) -> str:
-    """The text of a .cls; of a .json what it has as label, if that is a text or a whole number. "" where there is none.
-    """
+    """The text of a .cls, or the value of a .json's first key in JSON_KEYS that is a string or integer; "" if none."""
     try:
         text = content.decode("utf-8-sig")
         known = json.loads(text) if ending == ".json" else {"label": text}
@@ -139,7 +141,7 @@ def _label(content: bytes, ending: str) -> str:
         return ""
     values = [known[key] for key in JSON_KEYS if key in known] if isinstance(known, dict) else []
     texts = (str(value).strip() for value in values if isinstance(value, str | int) and not isinstance(value, bool))
-    # JSON can spell halves of characters, which no file can hold.
+    # JSON can contain lone surrogates, which can't be encoded.
     return next((text.encode("utf-8", "replace").decode() for text in texts if text), "")
 
 
@@ -152,7 +154,7 @@ def _labels(names: list[str], texts: dict[str, str]) -> list[str | int]:
             of_key.setdefault(keys[at], []).append(at)
     for key, own in of_key.items():
         if len(own) > 1:
-            # webdataset calls `1.jpg` jpg and `1.seg.png` seg.png: what has no name but its format's is the photo.
+            # webdataset's names within a sample: `1.jpg` is jpg, `1.seg.png` is seg.png. The photo is the plain one.
             plain = [at for at in own if "." not in names[at][len(key) + 1:]]
             for at in own:
                 if len(plain) != 1 or at != plain[0]:

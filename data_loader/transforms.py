@@ -1,9 +1,9 @@
-"""From images to what the model sees: resizing and cropping on eight-bit pixels, normalising last.
+"""From image files to the model's input: resizing and cropping eight-bit pixels, then normalising.
 
-Test images: the short side to 8/7 of `image_size` (224: 256), the centre cropped; images of 32 pixels or less are only
-resized. Large training images: random resized crop, flip and colour jitter, as torchvision's with Pillow, but JPEGs are
-decoded at the smallest size that still covers the crop, and torch resizes the eight-bit pixels (within a level of
-Pillow's).
+Test images: the short side is resized to 8/7 of `image_size` (256 for 224) and the centre cropped; if `image_size` is
+32 or less, they are only resized. Large training images: random resized crop, flip and colour jitter as in torchvision
+with Pillow, except that JPEGs are decoded at the smallest size that still covers the crop, and torch resizes the
+eight-bit pixels (to within one level of Pillow).
 """
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from utils.seed import numpy_rng
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = (0.2989, 0.587, 0.114)   # of red, green, blue (ITU-R BT.601)
-LARGEST_RESIZED = 32   # up to this image_size test images are resized, not cropped
-MOST_ELONGATED = 4     # of longer images the middle, 4 to 1, is used: the rest would be cropped anyway
+LARGEST_RESIZED = 32   # up to this image_size, test images are resized without cropping
+MOST_ELONGATED = 4     # more elongated images are first cropped to 4 : 1, as the rest would be cropped away anyway
 
 
 def test_preprocess(image_size: int, mean: tuple, std: tuple, wanted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What is done to a test image, as plain data that goes into checkpoints and exported models.
+    """The preprocessing of test images, as plain data for checkpoints and exported models.
 
-    wanted: what pretrained weights expect of their images: `crop_share` of the resized short side (None: no crop),
-    `interpolation`, `mean`, `std`. timm's evaluation then, at any size.
+    Returns `image_size` and `resize` in pixels, `crop` (bool), `interpolation`, `mean` and `std` (three values each,
+    for pixels from 0 to 1). wanted: the preprocessing that pretrained weights need: `crop_share` of the resized short
+    side (None: no crop), `interpolation`, `mean`, `std`; it then follows timm's evaluation, at any `image_size`.
     """
     if wanted is None:
         crop = image_size > LARGEST_RESIZED
@@ -44,17 +45,18 @@ def test_preprocess(image_size: int, mean: tuple, std: tuple, wanted: dict[str, 
 
 
 def test_transform(preprocess: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """The function PIL image (any mode) -> float [3, S, S] that `preprocess` describes, equal to the test loader's."""
+    """The function that `preprocess` describes, the same as in the test loader: PIL image (any mode) -> float
+    [3, S, S], or [K, 3, S, S] with several crops."""
     normalise = Normalise(preprocess["mean"], preprocess["std"])
     return lambda image: normalise(test_pixels(to_rgb(image), preprocess))
 
 
-# Not tests, whatever their names begin with.
+# Keep pytest from collecting these functions as tests.
 test_preprocess.__test__ = test_transform.__test__ = False
 
 
 class Normalise:
-    """uint8 or float pixels [..., 3, H, W] of 0 to 255 to float (x / 255 - mean) / std."""
+    """Pixels x [..., 3, H, W], uint8 or float from 0 to 255 -> float32 (x / 255 - mean) / std."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: str | torch.device = "cpu"):
         mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
@@ -67,10 +69,10 @@ class Normalise:
 
 
 def resize(image: Image.Image, height: int, width: int, interpolation: str = "bilinear") -> torch.Tensor:
-    """An RGB image as uint8 [3, height, width] (channels last in memory): bilinear or bicubic, antialiased where it
-    shrinks.
+    """Resize an RGB image to uint8 [3, height, width] (channels last in memory): bilinear or bicubic, antialiased when
+    shrinking.
 
-    Pillow stores four bytes a pixel; taking all four spares a copy and makes torch's resizing twice as fast.
+    Pillow stores four bytes per pixel; using all four saves a copy and makes torch's resizing twice as fast.
     """
     words = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
     batch = words.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
@@ -80,7 +82,8 @@ def resize(image: Image.Image, height: int, width: int, interpolation: str = "bi
 
 
 def test_pixels(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
-    """The part of an RGB image that a test sees, before normalising: uint8 [3, S, S], of several crops [K, 3, S, S]."""
+    """Resize and crop an RGB image for testing, without normalising: uint8 [3, S, S], or [K, 3, S, S] with several
+    crops."""
     size, resized = preprocess["image_size"], _resized(image, preprocess)
     if preprocess.get("crops"):
         return crops_of(resized, size, preprocess["crops"])
@@ -92,9 +95,9 @@ test_pixels.__test__ = False
 
 
 def base_pixels(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
-    """The square that small training images are cropped from: uint8 [R, R, 3], R the `resize` of the preprocessing.
+    """The square from which small training images are cropped: uint8 [R, R, 3], where R is `preprocess["resize"]`.
 
-    Its centre of `image_size` pixels is what `test_pixels` gives.
+    Its central `image_size` x `image_size` pixels equal the result of `test_pixels`.
     """
     size, side, resized = preprocess["image_size"], preprocess["resize"], _resized(image, preprocess)
     inner = int(round((side - size) / 2))
@@ -116,18 +119,19 @@ def _resized(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
 
 
 def read_for_test(path: str, preprocess: dict[str, Any]) -> Image.Image:
-    """The image at `path`; a JPEG is decoded at the smallest size whose short side is the resized one's or more."""
+    """The RGB image at `path`. A JPEG is decoded at the smallest size whose short side is at least
+    `preprocess["resize"]`. Raises ConfigError, naming the path, if it can't be read."""
     return read_rgb(path, lambda width, height: reduction(min(width, height), preprocess["resize"]))
 
 
 def reduction(length: int, wanted: int) -> int:
-    """The largest of the JPEG decoder's factors that leaves `wanted` pixels of `length`."""
+    """The JPEG decoder's largest reduction factor (1, 2, 4 or 8) that leaves at least `wanted` of `length` pixels."""
     return next((factor for factor in (8, 4, 2) if length // factor >= wanted), 1)
 
 
 def random_crop_box(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random resized crop (Szegedy et al., CVPR 2015): 8% to 100% of the area, sides
-    3:4 to 4:3; after ten misses the largest central crop with such sides."""
+    """(left, top, width, height) in pixels of a random resized crop (Szegedy et al., CVPR 2015): 8% to 100% of the
+    area, aspect ratio 3:4 to 4:3; after ten failed draws, the largest central crop with such a ratio."""
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -141,9 +145,10 @@ def random_crop_box(rng: np.random.Generator, width: int, height: int) -> tuple[
 
 def read_for_training(path: str, rng: np.random.Generator, size: int, flip: bool = True,
                       jitter: float = 0.0, interpolation: str = "bilinear") -> torch.Tensor:
-    """The image at `path` randomly cropped to `size`, flipped, with jittered colours: uint8 [3, size, size].
+    """The image at `path` after random crop, flip and colour jitter (strength 0 to 1): uint8 [3, size, size].
 
-    rng decides everything, in a fixed order, so the same generator gives the same pixels.
+    All random numbers are drawn from `rng` in a fixed order, so that equal generators give equal pixels. Raises
+    ConfigError, naming the path, if the image can't be read.
     """
     full: list[int] = []
     box: list[int] = []
@@ -153,7 +158,7 @@ def read_for_training(path: str, rng: np.random.Generator, size: int, flip: bool
         return reduction(min(box[2:]), size)
 
     image = read_rgb(path, plan)
-    if not box:  # the plan is asked for JPEGs only
+    if not box:  # read_rgb calls `plan` for JPEGs only
         plan(*image.size)
     left, top, wide, high = box
     across, down = image.width / full[0], image.height / full[1]
@@ -166,16 +171,16 @@ def read_for_training(path: str, rng: np.random.Generator, size: int, flip: bool
 
 
 def alternate_flips(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """Whether images `indices` [n] are flipped in an epoch, int32 0 or 1: a fixed random half in odd epochs, the other
-    half in even ones, so that two epochs show both sides of each (Jordan, arXiv 2404.00498)."""
+    """Whether images `indices` [n] are flipped in an epoch, int [n] of 0 or 1: a fixed random half in odd epochs, the
+    other half in even ones, so that two epochs show each image both ways (Jordan, arXiv 2404.00498)."""
     half = numpy_rng(seed, FLIP).integers(0, 2, int(indices.max()) + 1, dtype=np.int32) if len(indices) else indices
     return (half[indices] + epoch) % 2
 
 
 def torchvision_policy(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The augmentation policy of that name for large images, uint8 [3, H, W] to the same; it draws from torch's global
-    generator. AutoAugment's is the one found for ImageNet."""
-    from torchvision.transforms import v2  # takes a while to import
+    """torchvision's augmentation policy for large images: uint8 [3, H, W] -> the same. It draws from torch's global
+    generator. "autoaugment" is the policy found on ImageNet. Raises ConfigError for an unknown name."""
+    from torchvision.transforms import v2  # slow to import
     kinds = {"autoaugment": v2.AutoAugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
     if name not in kinds:
         raise ConfigError(f"data_loader.args.augment: {name} is for images of 64 pixels or less; use one of "
@@ -184,9 +189,10 @@ def torchvision_policy(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def colour_jitter(pixels: torch.Tensor, rng: np.random.Generator, strength: float) -> torch.Tensor:
-    """Brightness, contrast and saturation each scaled by a factor of 1 - strength to 1 + strength, in random order.
+    """Scale brightness, contrast and saturation, in random order, each by a factor from 1 - strength to 1 + strength.
 
-    uint8 [3, H, W] to uint8 [3, H, W]; torchvision's ColorJitter on float tensors, rounded at the end only.
+    uint8 [3, H, W] -> uint8 [3, H, W]; strength: 0 to 1. Like torchvision's ColorJitter on float tensors, rounded only
+    at the end.
     """
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3)
     image = pixels.to(torch.float32)

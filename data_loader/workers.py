@@ -1,4 +1,4 @@
-"""Image files decoded by worker processes that live as long as the loader, a batch at a time."""
+"""Decoding image files, a batch at a time, in worker processes that live as long as the loader."""
 from __future__ import annotations
 
 import os
@@ -35,14 +35,15 @@ from logger.text import count_of
 from utils.errors import ConfigError, RunError
 from utils.seed import mix, numpy_rng
 
-NAMED = 10              # images that can't be read and are named
-LOOK_ON = 60            # seconds in which others are looked for
+NAMED = 10              # at most this many unreadable images are named in an error
+LOOK_ON = 60            # seconds spent on finding further unreadable images
 
 Key = tuple[int, int, int]   # epoch, position in the epoch, index of the image
 
 
 def worker_count(wanted: int | None, world_size: int, in_memory: bool = False) -> int:
-    """How many worker processes: as wanted, else one a core that this process may use, 8 at most; 0 for memory."""
+    """The number of worker processes: 0 if the images are in memory; else `wanted`; else (None) this process's share of
+    the available cores, from 1 to 8."""
     if in_memory:
         return 0
     if wanted is not None:
@@ -53,28 +54,31 @@ def worker_count(wanted: int | None, world_size: int, in_memory: bool = False) -
 
 @dataclass
 class Failure:
-    """A user's mistake met in a worker: torch would wrap the exception in a page of traceback."""
+    """A ConfigError raised in a worker, returned as a value because torch would wrap an exception in a long traceback.
+    """
 
     message: str
 
 
 class Sources(Dataset):
-    """Key -> (uint8 pixels, or a custom transform's tensor, index, position), a function of (seed, key) alone.
+    """Dataset: key -> (uint8 pixels or a custom transform's tensor, index, position), a function of (seed, key) alone;
+    a `Failure` if the image can't be read.
 
-    paths: files, or the images themselves, uint8 [N, P, P, 3]. mode: `train`: random crops of large images; `test`: the
-    test's pixels; `base`: the square that small images are cropped from later, by the batch.
+    paths: files, or the images themselves, uint8 [N, P, P, 3]; None: the transform's input comes from `store`. mode:
+    `train`: random crops of large images [3, S, S]; `test`: see `test_pixels`; `base`: the square [R, R, 3] from which
+    small images are cropped later, in batches. degrees: maximum rotation, with `train`.
     """
 
     def __init__(self, paths: list[str] | np.ndarray | None, store: MemoryImages | None, preprocess: dict[str, Any], *,
                  seed: int, mode: str, jitter: float = 0.0, flip: bool | str = True, policy: str = "basic",
                  degrees: float = 0.0, transform: Callable | None = None):
-        # One block of bytes instead of many strings: workers share its pages with the parent.
+        # One block of bytes instead of many strings, so that workers share its memory pages with the parent.
         self.paths = np.array([os.fsencode(path) for path in paths]) if isinstance(paths, list) else paths
         self.store, self.preprocess, self.seed, self.mode = store, preprocess, seed, mode
         self.jitter, self.flip, self.transform, self.degrees = jitter, flip, transform, degrees
         self.policy = None if policy == "basic" else torchvision_policy(policy)
         if degrees:
-            from torchvision.transforms.functional import rotate  # takes a while to import
+            from torchvision.transforms.functional import rotate  # slow to import
             self.rotate = rotate
 
     def __getitem__(self, key: Key) -> tuple[Any, int, int] | Failure:
@@ -109,7 +113,7 @@ class Sources(Dataset):
 
 @contextmanager
 def _seeded(value: int) -> Iterator[None]:
-    """The global generators that custom transforms draw from, seeded for one image and put back."""
+    """Inside, the global generators that transforms may draw from are seeded by `value`; then they are restored."""
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(value)
@@ -123,7 +127,7 @@ def _seeded(value: int) -> Iterator[None]:
 
 
 class _Keys:
-    """The batches of keys that the workers are to do next; torch asks for them anew each epoch."""
+    """The batch sampler: the batches of keys for the workers, which torch reads again each epoch."""
 
     def __init__(self) -> None:
         self.batches: Iterable[list[Key]] = ()
@@ -133,24 +137,27 @@ class _Keys:
 
 
 class FileBatches:
-    """A torch DataLoader whose batches of keys are set anew for each epoch, so its workers never restart."""
+    """A torch DataLoader whose batches of keys are replaced each epoch, so that its workers never restart."""
 
     def __init__(self, source: Sources, targets: np.ndarray, workers: int, pin_memory: bool, prefetch: int):
         self.targets = torch.from_numpy(targets)
         self.keys = _Keys()
         more = {"persistent_workers": True, "prefetch_factor": prefetch} if workers else {}
-        # A generator of its own: torch would draw the workers' seeds from the global one, and a run that goes on in the
-        # middle of an epoch would see other random numbers than one that never stopped.
-        with warnings.catch_warnings():  # torch advises against more workers than cores; the user has decided
+        # A separate generator: otherwise torch draws the workers' seeds from the global one, and a run resumed in the
+        # middle of an epoch would get other random numbers than one that never stopped.
+        with warnings.catch_warnings():  # torch warns about more workers than cores, but that is the user's choice
             warnings.simplefilter("ignore")
             self.loader = DataLoader(source, batch_sampler=self.keys, num_workers=workers, pin_memory=pin_memory,
                                      collate_fn=_collate, generator=torch.Generator(),
                                      worker_init_fn=leave_stops_to_parent, **more)
-        # Before anything is torn down: once the garbage collector has closed a queue, workers can't be told to stop.
+        # Stop the workers before anything is torn down: once a queue is garbage-collected, they can't be told to stop.
         weakref.finalize(self, _dismiss, self.loader)
 
     def batches(self, keys: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """(pixels, labels [n], positions [n]) for each (epoch, positions [n], indices [n]). Raises ConfigError."""
+        """Yield (pixels [n, ...], labels [n], positions [n]) for each (epoch, positions [n], indices [n]) in `keys`.
+
+        Raises ConfigError, naming the file, for an image that can't be read, RunError if a worker dies.
+        """
         self.keys.batches = ([(epoch, int(p), int(i)) for p, i in zip(positions, indices, strict=True)]
                              for epoch, positions, indices in keys)
         try:
@@ -160,13 +167,11 @@ class FileBatches:
                 pixels, indices, positions = batch
                 yield pixels, self.targets[indices], positions
         finally:
-            self.keys.batches = ()  # they refer to the loader, which would live on where an epoch is left early
+            self.keys.batches = ()  # they refer to the loader and would keep it alive if an epoch is left early
 
     def others_like(self, failure: Failure) -> str:
-        """What is said of the other images that can't be read either, so that one restart does for all of them.
-
-        They are looked for in threads here, for LOOK_ON seconds at most.
-        """
+        """The end of an error message, naming other images that can't be read, so that all can be fixed before the next
+        start. They are searched for here in threads, for at most LOOK_ON seconds."""
         paths = self.loader.dataset.paths
         if paths is None or paths.dtype.kind != "S":
             return ""
@@ -185,14 +190,14 @@ class FileBatches:
 
 
 def loaded(loader: DataLoader) -> Iterator[Any]:
-    """A torch DataLoader's batches. Raises RunError, one line that names num_workers, where a worker is killed."""
+    """Yield a torch DataLoader's batches. Raises RunError, with advice about num_workers, if a worker is killed."""
     batches = iter(loader)
     while True:
         try:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:  # torch's, where a worker process has gone
+        except RuntimeError as error:  # from torch, if a worker process has died
             if "DataLoader worker" not in str(error):
                 raise
             raise RunError(f"{str(error).splitlines()[0]} (often for want of memory: try a smaller "
@@ -201,8 +206,11 @@ def loaded(loader: DataLoader) -> Iterator[Any]:
 
 
 def leave_stops_to_parent(worker: int) -> None:
-    """A batch system sends SIGTERM or SIGUSR1, and a terminal SIGINT, to every process of a job, but the parent
-    needs its workers until its step is done: only its own SIGTERM ends them."""
+    """DataLoader's `worker_init_fn`: make a worker ignore signals to stop unless the parent sends SIGTERM.
+
+    A batch system sends SIGTERM or SIGUSR1, and a terminal SIGINT, to every process of a job, but the parent needs its
+    workers until its step is done.
+    """
     if not hasattr(signal, "sigwaitinfo"):
         return  # macOS
 
@@ -231,7 +239,8 @@ def _collate(items: list) -> Any:
 
 
 def decode_all(paths: list[str] | np.ndarray, preprocess: dict[str, Any]) -> torch.Tensor:
-    """All images as `base_pixels` gives them, uint8 [N, R, R, 3]. Raises ConfigError naming the bad files."""
+    """All images as returned by `base_pixels`, uint8 [N, R, R, 3]. Raises ConfigError naming the files that can't be
+    read."""
     side = preprocess["resize"]
     pixels = torch.empty(len(paths), side, side, 3, dtype=torch.uint8)
 
@@ -250,7 +259,7 @@ def decode_all(paths: list[str] | np.ndarray, preprocess: dict[str, Any]) -> tor
 
 
 def name_others(names: list[str]) -> str:
-    """The end of an error about one image that can't be read, where there are more."""
+    """The end of an error message about an unreadable image: names of further ones, or "" if there are none."""
     if not names:
         return ""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""

@@ -1,1 +1,1 @@
-"""What a run leaves to read: console lines, info.log, metrics.csv and TensorBoard events."""
+"""What a run reports: console lines, info.log, metrics.csv and TensorBoard events."""

@@ -9,19 +9,19 @@ from pathlib import Path
 
 from utils import dist
 
-# pytorch-template's numbers: 0 warnings only, 1 one line an epoch, 2 also a line each log step.
+# Verbosity, numbered as in pytorch-template: 0 warnings only, 1 one line per epoch, 2 also one per log step.
 LEVELS = {0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
 COLOURS = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
 
 
 def colours_wanted(stream: object) -> bool:
-    """Colours only on a terminal, and never where NO_COLOR is set (https://no-color.org)."""
+    """Whether to use colours: only on a terminal, and never if NO_COLOR is set (https://no-color.org)."""
     return bool(getattr(stream, "isatty", lambda: False)()) and "NO_COLOR" not in os.environ \
         and os.environ.get("TERM") != "dumb"
 
 
 class ConsoleFormatter(logging.Formatter):
-    """Plain messages; warnings and errors say what they are, in colour on a terminal."""
+    """Formats messages as they are; warnings and errors are prefixed with their level, in colour if `colour`."""
 
     def __init__(self, colour: bool):
         super().__init__("%(message)s")
@@ -37,7 +37,7 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class _Stdout(logging.StreamHandler):
-    """Writes to whatever sys.stdout is now, beside a progress bar where there is one."""
+    """Writes to the current sys.stdout, above a progress bar if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = sys.modules.get("tqdm")
@@ -51,15 +51,15 @@ class _Stdout(logging.StreamHandler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A reader that went away (`| head`) has read enough: the run goes on, and info.log has the rest."""
+        """If the reader of a pipe has exited (`| head`), print no more: the run goes on, and info.log has the rest."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
-            self.setLevel(logging.CRITICAL + 1)  # taken out of the list here, the next handler would miss this record
+            self.setLevel(logging.CRITICAL + 1)  # removing it would make the next handler miss this record
         else:
             super().handleError(record)
 
 
 class _InfoLog(logging.FileHandler):
-    """A log file that gives up, with one warning, where its disk is full."""
+    """A log file handler that removes itself, with one warning, if its file can't be written (a full disk)."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -71,7 +71,7 @@ class _InfoLog(logging.FileHandler):
 
 
 class _Early(logging.Handler):
-    """Keeps what is said before the run has a folder, for the beginning of its info.log."""
+    """Keeps what is logged before the run has a folder (the last 1,000 records), to be copied to info.log later."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -82,7 +82,8 @@ class _Early(logging.Handler):
 
 
 def setup_logging(verbosity: int = 2) -> logging.Logger:
-    """Send the project's log to stdout (rank 0 only). Verbosity 0 warnings, 1 one line an epoch, 2 every log step."""
+    """Send the project's log to stdout (rank 0 only); returns the logger. verbosity: 0 warnings, 1 one line per epoch,
+    2 also each log step."""
     root = logging.getLogger("ltr")
     root.setLevel(logging.DEBUG)
     root.propagate = False
@@ -98,7 +99,7 @@ def setup_logging(verbosity: int = 2) -> logging.Logger:
 
 
 def set_verbosity(verbosity: int) -> None:
-    """How much of the log stdout shows, where that is known later than the log begins."""
+    """Change how much of the log stdout shows, if that becomes known only after logging began (see `setup_logging`)."""
     for handler in logging.getLogger("ltr").handlers:
         if isinstance(handler, _Stdout):
             handler.setLevel(_console_level(verbosity))
@@ -109,9 +110,9 @@ def _console_level(verbosity: int) -> int:
 
 
 def log_to_file(folder: Path) -> None:
-    """Add info.log in `folder` (created if absent), with what was said so far; rank 0 only.
+    """Also log to info.log in `folder` (created if absent), including what was logged so far; rank 0 only.
 
-    A resumed run goes on in the same file.
+    A resumed run appends to the same file. Raises OSError if it can't be opened.
     """
     if not dist.is_main():
         return
@@ -125,7 +126,7 @@ def log_to_file(folder: Path) -> None:
     for kept in early:
         root.removeHandler(kept)
         for record in kept.records:
-            if handler in root.handlers:  # it goes where its disk is full
+            if handler in root.handlers:  # it removes itself if its disk is full
                 handler.handle(record)
 
 

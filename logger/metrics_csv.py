@@ -1,4 +1,4 @@
-"""Tables as CSV, written and read. metrics.csv and timing.csv: one row an epoch; a resumed run continues the file."""
+"""Reading and writing CSV tables. metrics.csv and timing.csv have one row per epoch; a resumed run continues them."""
 from __future__ import annotations
 
 import csv
@@ -12,13 +12,13 @@ from utils.files import write_text
 
 
 class MetricsCSV:
-    """Rows by epoch, rewritten whole each time, so that a crash never leaves half a row.
+    """A CSV file with one row per epoch, rewritten as a whole each time, so that a crash never leaves half a row.
 
     Args:
-        path: the file; rows that are already there are kept up to `last_epoch`.
-        last_epoch: rows of later epochs are dropped: a resumed run writes them again.
+        path: the file; existing rows up to `last_epoch` are kept.
+        last_epoch: rows of later epochs are dropped, as a resumed run writes them again; 0 starts a new table.
     Raises:
-        ConfigError: what is there isn't a table of numbers with an epoch a row (a spreadsheet has saved it anew).
+        ConfigError: the existing file isn't a table of numbers with an epoch in each row (a spreadsheet re-saved it).
     """
 
     def __init__(self, path: Path, last_epoch: int = 0):
@@ -42,13 +42,13 @@ class MetricsCSV:
         write_text(self.path, csv_text(columns, self.rows))
 
 
-#: What a spreadsheet takes for the beginning of a formula; in full width too, as some do.
+#: What spreadsheets take for the beginning of a formula; some also accept the full-width forms.
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 
 def plain_cell(value: Any) -> Any:
-    """A CSV cell that no spreadsheet computes: a text that would be a formula there gets an apostrophe in front, which
-    makes it text (OWASP, "CSV Injection"). Numbers stay as they are, and so does a text that is one.
+    """A CSV cell that no spreadsheet evaluates: a string that would be a formula gets a leading apostrophe, which makes
+    it text (OWASP, "CSV Injection"). Numbers, and strings that are numbers, stay as they are.
 
     >>> [plain_cell(value) for value in ("=1+1", "-a.png", "-0.5", -0.5, "cat", None)]
     ["'=1+1", "'-a.png", '-0.5', -0.5, 'cat', None]
@@ -63,9 +63,9 @@ def plain_cell(value: Any) -> Any:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as CSV with a heading, for programs and spreadsheets alike (see `plain_cell`); None and absent: empty."""
+    """Rows as CSV with a header line, safe for spreadsheets (see `plain_cell`); None and missing keys are empty."""
     lines: list[str] = []
-    # Told that lines end with both, it quotes a cell with either; what is written ends with "\n".
+    # With "\r\n" as its terminator the writer quotes cells that contain either; the lines returned end with "\n".
     writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
     writer.writerow(map(plain_cell, columns))
     writer.writerows([plain_cell(row.get(column)) for column in columns] for row in rows)
@@ -73,7 +73,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
 
 
 def read_table(path: Path) -> list[dict[str, float | None]]:
-    """A CSV file of numbers as a dict a row; what isn't a number is None. [] where the file isn't there."""
+    """Read a CSV file of numbers, a dict per row; what isn't a number becomes None. [] if the file can't be read."""
     def number(text: str | None) -> float | None:
         try:
             return float(text)

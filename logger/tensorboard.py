@@ -15,7 +15,7 @@ log = get_logger()
 
 
 class NoWriter:
-    """Accepts every call of a SummaryWriter and does nothing."""
+    """Accepts every call of a SummaryWriter and does nothing; false as a condition."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -29,7 +29,7 @@ class NoWriter:
 def prune(folder: Path, epoch: int, step: int) -> None:
     """Drop what a resumed run will write again: epoch scalars after `epoch` and step scalars after `step`.
 
-    TensorBoard's own purge_step knows one axis only, so the event files are read and written once more.
+    TensorBoard's own purge_step knows only one axis, so the event files are rewritten here.
     """
     files = sorted(folder.glob("events.out.tfevents.*"))
     if not files:
@@ -58,7 +58,8 @@ def prune(folder: Path, epoch: int, step: int) -> None:
 
 
 def make_writer(folder: Path | None, enabled: bool = True, epoch: int = 0, step: int = 0) -> Any:
-    """A SummaryWriter on `folder`, going on after (`epoch`, `step`); NoWriter where disabled or not installed."""
+    """A SummaryWriter on `folder` that continues after (`epoch`, `step`); a NoWriter if there is no folder, if
+    disabled, or if TensorBoard isn't installed."""
     if folder is None or not enabled:
         return NoWriter()
     try:
@@ -66,5 +67,5 @@ def make_writer(folder: Path | None, enabled: bool = True, epoch: int = 0, step:
     except ImportError:
         log.warning("TensorBoard isn't installed: no event files are written (pip install tensorboard)")
         return NoWriter()
-    prune(folder, epoch, step)  # a run that begins anew too: it may have been killed before its first checkpoint
+    prune(folder, epoch, step)  # for a new run too: it may have been killed before its first checkpoint
     return SummaryWriter(str(folder))

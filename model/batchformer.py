@@ -8,12 +8,12 @@ from torch import nn
 
 from utils.dist import all_gather_with_grad
 
-# add_bt -> encoder layers; 32 and 33 are one layer with a shared classifier.
+# add_bt -> number of encoder layers; 32 and 33 are one layer with a shared classifier.
 DEPTHS = {0: 0, 1: 1, 12: 8, 13: 6, 32: 1, 33: 1}
-# add_bt -> weights of the losses (after the block, before it) with a shared classifier. 33 adds them; 32 all but leaves
-# out the stream after, the author's way to train the block slowly (zhihou7/BatchFormer, issue 4). In between for the
-# others: with equal weights on CIFAR-100-LT the block learns a constant that opposes the features (cosine -0.78 after
-# five epochs at rate 0.1), and the classifier that both streams share can serve neither.
+# add_bt -> loss weights (after the block, before it) with a shared classifier. 33 weights both equally; 32 almost drops
+# the stream after the block, the author's way to train the block slowly (zhihou7/BatchFormer, issue 4). The others lie
+# in between: with equal weights on CIFAR-100-LT the block learns a constant opposed to the features (cosine -0.78 after
+# five epochs at learning rate 0.1), and the shared classifier can serve neither stream.
 STREAM_WEIGHTS = {1: (0.1, 1.0), 12: (0.1, 1.0), 13: (0.1, 1.0), 33: (1.0, 1.0), 32: (0.01, 1.0)}
 DROPOUT = 0.5
 
@@ -21,11 +21,11 @@ DROPOUT = 0.5
 class BatchFormerLayer(nn.TransformerEncoderLayer):
     """One encoder layer over the batch: post-norm, ReLU, feed-forward as wide as the features, dropout 0.5.
 
-    features `[N, E, D]` -> `[N, E, D]`: the N images are the sequence. Experts don't see each other, they take the
-    place that the batch has elsewhere, so one call serves all E with the same weights.
+    features `[N, E, D]` -> `[N, E, D]`: the N images are the sequence, and the E experts take the place of a batch, so
+    that they don't see each other and one call applies the same weights to all. width: D.
 
-    `record = True` keeps `last_attention` `[N, N]`, detached: row i says how much image i looks at each image, the
-    mean over heads and experts, without attention dropout. Recording changes neither results nor random numbers.
+    `record = True` keeps `last_attention` `[N, N]`, detached: row i is image i's attention to each image, the mean
+    over heads and experts, without attention dropout. Recording changes neither results nor random numbers.
     """
 
     def __init__(self, width: int):
@@ -50,16 +50,19 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
 
 
 class BatchFormerStack(nn.Module):
-    """Several layers, one after another, that start equal (as `nn.TransformerEncoder`'s do; the same keys)."""
+    """`depth` layers in sequence with equal initial weights, as in `nn.TransformerEncoder`, whose keys it shares.
+
+    features `[N, E, D]` -> `[N, E, D]`.
+    """
 
     def __init__(self, width: int, depth: int):
         super().__init__()
         layer = BatchFormerLayer(width)
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(depth)])
 
-    # What is recorded is the first layer's attention: later ones look at mixtures of images.
     @property
     def record(self) -> bool:
+        """Whether to record the first layer's attention; later layers attend to mixtures of images."""
         return self.layers[0].record
 
     @record.setter
@@ -68,6 +71,7 @@ class BatchFormerStack(nn.Module):
 
     @property
     def last_attention(self) -> torch.Tensor | None:
+        """The first layer's `last_attention`, `[N, N]`."""
         return self.layers[0].last_attention
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -77,7 +81,7 @@ class BatchFormerStack(nn.Module):
 
 
 def make_block(add_bt: int, width: int) -> nn.Module | None:
-    """The block that `add_bt` asks for (0: none), `width` features wide."""
+    """The block for a value of `add_bt` (a key of DEPTHS; 0: None), `width` = D features wide."""
     depth = DEPTHS[add_bt]
     if depth == 0:
         return None
@@ -87,8 +91,8 @@ def make_block(add_bt: int, width: int) -> nn.Module | None:
 def across_ranks(block: nn.Module, features: torch.Tensor) -> torch.Tensor:
     """Apply `block` to all ranks' features together and keep this rank's rows; gradients reach every rank.
 
-    features `[n_rank, E, D]` -> `[n_rank, E, D]`; ranks may hold different n. A recorded attention is cut to this
-    rank's images (its rows then sum to less than 1).
+    features `[n, E, D]` -> `[n, E, D]`; n may differ between ranks. A recorded attention is cut to this rank's images,
+    so that its rows then sum to less than 1.
     """
     everyone, start = all_gather_with_grad(features)
     own = slice(start, start + len(features))

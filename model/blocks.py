@@ -10,18 +10,20 @@ from utils.errors import ConfigError
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution with padding 1 and no bias."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, groups=groups, bias=False)
 
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 1x1 convolution without bias."""
     return nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
 
 
 class PadShortcut(nn.Module):
-    """Option A: every `stride`-th pixel, zero channels added half before and half after; nothing to learn.
+    """Shortcut option A: every `stride`-th pixel, with zero channels added half before and half after; no parameters.
 
-    x `[N, inputs, H, W]` -> `[N, outputs, ceil(H / stride), ceil(W / stride)]`. An odd number of new channels puts
-    the larger half behind; fewer outputs than inputs cut channels off in the same way.
+    x `[N, inputs, H, W]` -> `[N, outputs, ceil(H / stride), ceil(W / stride)]`. If the number of new channels is odd,
+    the larger half comes after; with fewer outputs than inputs, channels are cut off in the same way.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
@@ -30,19 +32,20 @@ class PadShortcut(nn.Module):
         self.stride, self.padding = stride, (0, 0, 0, 0, before, outputs - inputs - before)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Pooling over single pixels is slicing, but its gradient is one pass, where slicing's fills and copies twice.
+        # 1x1 pooling equals slicing, but its backward is one pass, where slicing's fills and copies twice.
         return F.pad(F.avg_pool2d(x, 1, self.stride), self.padding)
 
 
 def projection(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """Option B: a 1x1 convolution and a norm."""
+    """Shortcut option B: a 1x1 convolution and a norm. x `[N, inputs, H, W]` -> `[N, outputs, H / stride, W / stride]`.
+    """
     return nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions. x `[N, inputs, H, W]` -> `[N, planes, H / stride, W / stride]`.
 
-    The attributes are `bn1`, `bn2` whatever norm they hold: old weights are found by these names.
+    The norms are called `bn1`, `bn2` whatever their type, so that old weights load.
     """
 
     expansion = 1
@@ -62,10 +65,11 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries the stride), 1x1. x `[N, inputs, H, W]` -> `[N, 4 * planes, H / stride, W / stride]`.
+    """1x1, 3x3 (with the stride) and 1x1 convolutions. x `[N, inputs, H, W]` -> `[N, 4 * planes, H / stride,
+    W / stride]`.
 
-    `groups` and `base_width` make it ResNeXt's (Xie et al., CVPR 2017): the 3x3 convolution has
-    floor(planes * base_width / 64) channels in each of its groups.
+    `groups` and `base_width` make it ResNeXt's block (Xie et al., CVPR 2017): the 3x3 convolution has
+    floor(planes * base_width / 64) channels in each of its groups. Raises ConfigError if that is 0.
     """
 
     expansion = 4

@@ -1,4 +1,4 @@
-"""Classifier heads: pooled features `[N, D]` in, scaled logits `[N, C]` out."""
+"""Classifier heads: pooled features `[N, D]` -> logits `[N, C]`, with any scale applied."""
 from __future__ import annotations
 
 import torch
@@ -9,10 +9,10 @@ from utils.config.build import lookup
 
 
 class CosineLinear(nn.Module):
-    """Cosine of feature and class weight, times `s` (LDAM's classifier; Cao et al., NeurIPS 2019).
+    """Cosine similarity of feature and class weight, times `s` (LDAM's classifier; Cao et al., NeurIPS 2019).
 
-    logits = s * (x / |x|) @ (W / |W|), W `[D, C]` (not `[C, D]` as in `nn.Linear`), columns normalised. W starts
-    uniform(-1, 1) with columns of unit length. No bias.
+    logits = s * (x / |x|) @ (W / |W|), W `[D, C]` (not `[C, D]` as in `nn.Linear`), columns normalised. W is
+    initialised uniformly in (-1, 1), then its columns are scaled to unit length. No bias.
     """
 
     def __init__(self, features: int, classes: int, s: float = 30.0):
@@ -33,7 +33,8 @@ class CosineLinear(nn.Module):
 class BatchNormLinear(nn.Linear):
     """A linear layer with batch norm on its logits: NBN's logit rectification (Bao et al., TIP 2024).
 
-    The norm is the child `bn`, so the layer's own keys stay `weight` and `bias`.
+    The norm is the child `bn`, so that the layer's own keys stay `weight` and `bias`. A training batch of one image is
+    normalised by the running statistics.
     """
 
     def __init__(self, features: int, classes: int, affine: bool = True):
@@ -43,14 +44,15 @@ class BatchNormLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = super().forward(x)
         if self.bn.training and len(logits) == 1:
-            # One image has no variance (torch refuses it): normalise by the running statistics.
+            # A single image has no variance, and torch refuses it: normalise by the running statistics.
             bn = self.bn
             return F.batch_norm(logits, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
         return self.bn(logits)
 
 
 class ScaledLinear(nn.Linear):
-    """LWS: z_j = s_j * (w_j . x + b_j), s learned from 1 (Kang et al., ICLR 2020)."""
+    """LWS, learnable weight scaling: z_j = s_j * (w_j . x + b_j), `scales` s [C] learned from 1 (Kang et al., ICLR
+    2020)."""
 
     def __init__(self, features: int, classes: int):
         super().__init__(features, classes)
@@ -72,5 +74,6 @@ HEADS = {
 
 def make_head(kind: str, features: int, classes: int, s: float = 30.0,
               path: str = "arch.args.classifier") -> nn.Module:
-    """The head that `kind` names; ConfigError with the nearest right name otherwise."""
+    """Build the head that `kind`, a key of HEADS, names: `[N, features]` -> `[N, classes]`. Raises ConfigError for an
+    unknown name."""
     return lookup(HEADS, kind, path, "classifier")(features, classes, s)

@@ -1,4 +1,4 @@
-"""A model on several crops of each image: what it says of them, averaged."""
+"""Evaluating a model on several crops of each image and averaging its outputs."""
 from __future__ import annotations
 
 from typing import Any
@@ -10,11 +10,11 @@ from utils.errors import ConfigError
 
 def forward_crops(model: Any, images: torch.Tensor,
                   memory_format: torch.memory_format = torch.channels_last) -> dict[str, Any]:
-    """The model's dict for images [N, 3, S, S] (or whatever else it takes, as it is), or for crops [N, K, 3, S, S] the
-    mean of the K dicts.
+    """The model's output dict for images [N, 3, S, S]; for crops [N, K, 3, S, S] the mean of the K dicts.
 
-    Crops pass one after the other, so that a batch of them needs no more memory than one of images. Raises ConfigError
-    for crops of an expert-assignment model, whose gates would choose for each crop.
+    The mean covers floating-point tensors only, in float32. Inputs of fewer dimensions (features) are passed on as
+    they are. The K crops run one after the other, so that they need no more memory than N images. Raises ConfigError
+    for crops with an expert-assignment model, whose gates would choose experts for each crop separately.
     """
     if images.ndim == 4:
         return model(images.contiguous(memory_format=memory_format))

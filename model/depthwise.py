@@ -1,4 +1,4 @@
-"""Depthwise convolutions in mixed precision on a CPU."""
+"""Depthwise convolutions in mixed-precision training on a CPU."""
 from __future__ import annotations
 
 from types import MethodType
@@ -8,15 +8,14 @@ from torch import nn
 
 
 def steady_depthwise(module: nn.Module) -> None:
-    """Have `module`'s depthwise convolutions train in float32 under a CPU's autocast; what comes in and goes out keeps
-    its type, all else its precision, and evaluation is as before.
+    """Make `module`'s depthwise convolutions compute in float32 when trained under CPU autocast, in place.
 
-    oneDNN has fast bfloat16 kernels for their forward pass only: the gradients of 5x5 filters on small maps take four
-    times as long as in float32, so that in bfloat16 a network of them trains more slowly than in float32
-    (`python -m benchmarks.depthwise`).
+    Outputs keep the input's dtype; other layers and evaluation aren't affected. oneDNN has fast bfloat16 kernels for
+    the forward pass only: gradients of 5x5 filters on small maps take four times as long as in float32, so that a
+    network of such layers would train more slowly in bfloat16 than in float32 (`python -m benchmarks.depthwise`).
     """
     for conv in module.modules():
-        # The class stays: folding and exchanging norms ask for it.
+        # Replace the method, not the class: norm folding and conversion look for nn.Conv2d itself.
         if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels > 1:
             conv.forward = MethodType(_forward, conv)
 

@@ -1,4 +1,4 @@
-"""Models whose `backbone` is a network of experts: what they check, and what they answer to whoever uses them."""
+"""Models whose `backbone` is a network of experts: checks of their arguments, and `BaseModel`'s interface."""
 from __future__ import annotations
 
 from typing import Any
@@ -17,12 +17,14 @@ from utils.errors import ConfigError
 
 
 def require(ok: bool, key: str, message: str) -> None:
+    """Raises ConfigError about the config key `arch.args.{key}` unless `ok`."""
     if not ok:
         raise ConfigError(f"arch.args.{key}: {message}")
 
 
 def chosen_experts(use_experts: str | list | None, num_experts: int) -> list[int] | str | None:
-    """`use_experts` as a list of indices, "rand" or None; ConfigError where it names none or one that isn't there."""
+    """`use_experts` as a list of indices, "rand" or None (all). Raises ConfigError if it names no expert, one twice, or
+    one that doesn't exist."""
     if use_experts is None:
         return None
     if use_experts == "rand":
@@ -42,9 +44,10 @@ def chosen_experts(use_experts: str | list | None, num_experts: int) -> list[int
 def check_common(*, num_classes: int | None, num_experts: int, use_norm: bool, s: float, use_experts: str | list | None,
                  dropout: float | None, add_bt: int, eval_bt: bool, classifier: str, shared_classifier: bool | None,
                  bt_gather: bool, bt_weight: float | None, routed: bool, shared_by_default: bool) -> dict[str, Any]:
-    """The arguments that every such model takes, checked, as `ExpertNet` and `add_heads` take them.
+    """Check the arguments that every such model has; returns them as the backbones' constructors take them.
 
-    shared_by_default: what `shared_classifier` None means where BatchFormer is on. Raises ConfigError.
+    routed: whether it is for expert assignment. shared_by_default: what `shared_classifier=None` means if BatchFormer
+    is on. Raises ConfigError for a value out of range or a combination that makes no sense.
     """
     require(num_classes is not None, "num_classes", "missing; give the number of classes")
     for key, value in (("num_classes", num_classes), ("num_experts", num_experts)):
@@ -61,7 +64,7 @@ def check_common(*, num_classes: int | None, num_experts: int, use_norm: bool, s
     require(shared_classifier is not False or add_bt not in (32, 33), "shared_classifier",
              f"add_bt {add_bt} is the one with a shared classifier; leave it out or use add_bt 1")
     if shared_classifier is None:
-        # An unshared classifier collapses there: about 25% on CIFAR-100-LT (zhihou7/BatchFormer, issue 7).
+        # Without sharing, these collapse: about 25% accuracy on CIFAR-100-LT (zhihou7/BatchFormer, issue 7).
         shared_classifier = shared_by_default or add_bt in (32, 33)
     shared = bool(shared_classifier and add_bt)
     require(bt_weight is None or shared, "bt_weight",
@@ -84,10 +87,10 @@ class ExpertModel(BaseModel):
     backbone: ExpertNet
 
     def _finish(self, norm: str | dict) -> None:
-        """What a constructor does last, once `backbone` is there."""
+        """The last step of a constructor, once `backbone` is set."""
         self._convert_norms(norm)
         if self.routed:
-            self.backbone.freeze_experts()   # NBN's scales are newer than the gates
+            self.backbone.freeze_experts()   # again: NBN's scales were added since
         net = self.backbone
         self.num_classes, self.num_experts, self.feat_dim = net.num_classes, net.num_experts, net.feat_dim
 
@@ -102,7 +105,7 @@ class ExpertModel(BaseModel):
     def from_features(self, feats: torch.Tensor, **more: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.backbone.from_features(feats, **more)
 
-    # ---- what others ask, see BaseModel ------------------------------------------------------------------------
+    # ---- BaseModel's interface ---------------------------------------------------------------------------------
 
     @property
     def batchformer(self) -> torch.nn.Module | None:
@@ -154,7 +157,7 @@ class ExpertModel(BaseModel):
 
 
 class Gated(ExpertModel):
-    """Goes before such a model among a class's bases: expert assignment, RIDE's second stage."""
+    """Mixin, listed before an `ExpertModel` among a class's bases: expert assignment, RIDE's second stage."""
 
     routed = True
 
@@ -162,11 +165,12 @@ class Gated(ExpertModel):
         return [*self.classifier_prefixes(), f"backbone.{GATES}"]
 
     def gates(self) -> list[torch.nn.Linear]:
-        """Each gate's last layer, [E - 1], or the one that all share."""
+        """The last linear layer of each of the E - 1 gates, or the single one that all share."""
         return self.backbone.gates
 
     def gate_logits(self, feats: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """What each gate says, "help" above 0: feats [N, E, D] and the experts' logits [N, E, C] -> [N, E - 1]."""
+        """Each gate's logit for "another expert would help": feats [N, E, D] and the experts' logits [N, E, C] ->
+        [N, E - 1]."""
         means = logits.cumsum(1) / torch.arange(1, self.num_experts + 1, device=logits.device)[:, None]
         return torch.stack([self.backbone.ask(i, feats[:, i], means[:, i]) for i in range(self.num_experts - 1)], 1)
 

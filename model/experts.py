@@ -1,4 +1,4 @@
-"""What a network with experts does with its features: heads, BatchFormer, the dict of outputs; its trunk is its own."""
+"""The part common to all networks with experts, from pooled features on: dropout, BatchFormer, heads, output dict."""
 from __future__ import annotations
 
 import contextlib
@@ -13,8 +13,10 @@ from utils.errors import ConfigError
 
 
 def nbn_stages(where: str | list[int], stages: list[int]) -> list[int]:
-    """The stages whose norms NBN replaces, out of `stages`, the network's from the stem on: the "last", "all" or those
-    listed. Raises ConfigError for any other `where`."""
+    """The numbers of the stages whose norms NBN replaces, ascending. stages: all of the network's stages, in order.
+
+    where: "last", "all", or a list of numbers out of `stages`. Raises ConfigError for anything else.
+    """
     chosen = {"last": stages[-1:], "all": stages}.get(where) if isinstance(where, str) else where
     if not isinstance(chosen, list | tuple) or not chosen or not set(chosen) <= set(stages):
         raise ConfigError(f"arch.args.norm.args.where: {where!r} should be 'last', 'all' or a list of stages "
@@ -24,7 +26,7 @@ def nbn_stages(where: str | list[int], stages: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def statistics_kept(heads: list[nn.Module]) -> Iterator[None]:
-    """Batch norms in heads (NBN's logit rectification) normalise by the batch and don't remember it."""
+    """Inside, batch norms in `heads` (NBN's logit rectification) use batch statistics, leaving running ones alone."""
     norms = [part for head in heads for part in head.modules() if getattr(part, "track_running_stats", False)]
     for norm in norms:
         norm.track_running_stats = False
@@ -36,15 +38,15 @@ def statistics_kept(heads: list[nn.Module]) -> Iterator[None]:
 
 
 class ExpertNet(nn.Module):
-    """Experts on a shared trunk. Subclasses say what is shared (`trunk`) and what an expert has (`expert_feat`).
+    """Experts on a shared trunk. Subclasses define the shared part (`trunk`) and each expert's part (`expert_feat`).
 
     x `[N, 3, H, W]` -> dict of `output` `[N, C]` (mean over experts), `logits` `[N, E, C]` and `feat` `[N, E, D]`, the
-    pooled features as the heads get them without BatchFormer. With `shared_classifier`, training adds `logits_old`,
-    `output_old` (the same heads on the features before the block) and `bt_weights` (loss weights after and before).
+    pooled features after dropout but before BatchFormer. With `shared_classifier`, training adds `logits_old`,
+    `output_old` (the same heads on the features before the block) and `bt_weights`, the loss weights (after, before).
 
-    BatchFormer runs while its own module is in training mode: a frozen block is in evaluation mode and is skipped.
-    `eval_bt` runs it always. Experts not in `use_experts` take no part; "rand" drops a random one each training step
-    and uses all in evaluation.
+    BatchFormer runs while its own module is in training mode, so a frozen block, which stays in evaluation mode, is
+    skipped; with `eval_bt` it always runs. Experts not in `use_experts` are left out (E counts those used); "rand"
+    leaves out a random one each training step and uses all in evaluation.
     """
 
     def __init__(self, *, num_classes: int, feat_dim: int, num_experts: int = 1,
@@ -57,7 +59,7 @@ class ExpertNet(nn.Module):
         self.bt_weights = bt_weights
 
     def add_heads(self, classifier: str, s: float, dropout: float, add_bt: int) -> None:
-        """Register BatchFormer's block, the features' dropout and the classifiers: last, in RIDE's order."""
+        """Register the BatchFormer block, the dropout of features and the classifiers. Call it last: RIDE's order."""
         self.encoder_layers = batchformer.make_block(add_bt, self.feat_dim)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         if self.num_experts == 1:
@@ -67,28 +69,28 @@ class ExpertNet(nn.Module):
                                          for _ in range(self.num_experts))
 
     def init(self, module: nn.Module) -> None:
-        """The family's initial weights of a part that is added later (gates); torch's own unless a family says so."""
+        """Initialise a part that is added later (gates) as this family does; the default keeps torch's values."""
 
     @property
     def batchformer(self) -> nn.Module | None:
-        """The BatchFormer block (its keys are RIDE's `encoder_layers`), or None."""
+        """The BatchFormer block (`encoder_layers` in state_dicts, as in RIDE), or None."""
         return self.encoder_layers
 
     @property
     def heads(self) -> list[nn.Module]:
-        """The classifier of each expert."""
+        """The classifier of each expert, [E]."""
         return [self.linear] if self.num_experts == 1 else list(self.linears)
 
     def trunk(self, x: torch.Tensor) -> torch.Tensor:
-        """What all experts share: x `[N, 3, H, W]` -> what `expert_feat` takes."""
+        """The part that all experts share: x `[N, 3, H, W]` -> the input of `expert_feat`."""
         raise NotImplementedError
 
     def expert_feat(self, shared: torch.Tensor, expert: int) -> torch.Tensor:
-        """The pooled features of one expert: what `trunk` gave -> `[N, D]`."""
+        """The pooled features of one expert (index from 0): output of `trunk` -> `[N, D]`."""
         raise NotImplementedError
 
     def pick_experts(self) -> list[int]:
-        """The experts that take part in this step."""
+        """The indices of the experts used in this step; with "rand", training draws which one is left out."""
         if self.use_experts != "rand":
             return self.use_experts
         if not self.training:
@@ -107,8 +109,10 @@ class ExpertNet(nn.Module):
 
     def from_features(self, feats: torch.Tensor, experts: list[int] | None = None,
                       ) -> dict[str, torch.Tensor | tuple[float, float]]:
-        """What `forward` makes of pooled features `[N, E, D]` of `experts`; None: of those that evaluation uses, out of
-        which training with "rand" picks."""
+        """The dict that `forward` returns, from pooled features `[N, E, D]`.
+
+        experts: the experts that `feats` is of. None: those that evaluation uses; training with "rand" drops one.
+        """
         if experts is None:
             experts = self.pick_experts()
             feats = feats[:, experts] if self.use_experts == "rand" else feats
@@ -119,7 +123,7 @@ class ExpertNet(nn.Module):
             return {"output": logits.mean(1), "logits": logits, "feat": feats}
         related = batchformer.across_ranks(block, feats) if self.bt_gather else block(feats)
         both = self.shared_classifier and block.training
-        # What a head's norm remembers is for evaluation, whose stream is one of the two.
+        # A head's norm keeps running statistics of one stream only: the one that it will see in evaluation.
         with statistics_kept(self.heads if both and not self.eval_bt else []):
             logits = self.classify(related, experts)
         outputs = {"output": logits.mean(1), "logits": logits, "feat": feats}

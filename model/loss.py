@@ -43,9 +43,10 @@ LOSSES: dict[str, type[LongTailLoss]] = {loss.__name__: loss for loss in (
 
 def build_loss(spec: Mapping[str, Any], cls_num_list: list | None = None, path: str = "loss",
                **extra: Any) -> LongTailLoss:
-    """The loss that a config's `{"type": NAME, "args": {...}}` names; `extra` goes to constructors that take it.
+    """Build the loss given by a config's `{"type": NAME, "args": {...}}`.
 
-    cls_num_list: the training data's images per class; the spec's own list, if it has one, goes before it.
+    cls_num_list: training images per class, [C]; overridden by the spec's own, if any. extra: further arguments, passed
+    on if the constructor accepts them.
 
     Raises ConfigError, with `path`, for an unknown type, an unknown argument or a value out of range.
     """

@@ -1,8 +1,8 @@
-"""Metrics on predictions: accuracy as a whole, per class and by many / medium / few, macro-F1, calibration, open set.
+"""Metrics on predictions: overall, per-class and many/medium/few-shot accuracy, macro-F1, calibration, open set.
 
-The functions named in a config's `metrics` take (output [N, C], target [N]) and return a 0-d tensor on the device, so
-that nothing waits for the GPU. `EvalState` gathers everything that `test_metrics.json` holds in counters of the size
-of the classes. The rest works on arrays, tensors or lists.
+The functions that a config's `metrics` may name take (output [N, C], target [N]) and return a 0-d tensor on the device,
+so that nothing waits for the GPU. `EvalState` accumulates everything for `test_metrics.json` in per-class counters.
+The other functions take arrays, tensors or lists.
 """
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 
 
 def top_k_acc(output: Tensor, target: Tensor, k: int = 5) -> Tensor:
-    """Share of images whose target is among the k largest outputs; k is cut to C. -> 0-d float tensor."""
+    """Share of images whose target is among the k largest outputs; k is limited to C. -> 0-d float tensor."""
     top = output.topk(min(k, output.shape[1]), dim=1).indices
     return (top == target[:, None]).any(1).float().mean()
 
 
 def _disagreement(preds: Tensor) -> Tensor:
-    """Share of an image's expert pairs that differ. preds: [N, E] -> [N] float."""
+    """Share of expert pairs whose predictions differ, for each image. preds: [N, E] -> [N] float."""
     experts = preds.shape[1]
     differ = (preds[:, :, None] != preds[:, None, :]).float().sum((1, 2))  # each pair counted twice
     return differ / max(experts * (experts - 1), 1)
@@ -45,7 +45,7 @@ def as_array(values: Any) -> np.ndarray:
 
 
 def class_tally(preds: Any, labels: Any, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right answers and images per class, both [C] int64. Labels outside 0..C-1 (open set: -1) are left out."""
+    """(correct predictions, images) per class, both [C] int64. Labels outside 0..C-1 (open set: -1) are ignored."""
     preds, labels = as_array(preds).astype(np.int64).ravel(), as_array(labels).astype(np.int64).ravel()
     known = (labels >= 0) & (labels < num_classes)
     right = np.bincount(labels[known & (preds == labels)], minlength=num_classes)
@@ -62,7 +62,7 @@ def _ratios(part: Sequence[float], whole: Sequence[float]) -> list[float | None]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are there; None where there is none."""
+    """Mean of the values that aren't None; None if there are none."""
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there) if there else None
 
@@ -71,7 +71,8 @@ def group_means(class_acc: Sequence[float | None], train_cls_num: Sequence[float
                 few: float = FEW) -> dict[str, float | None]:
     """Mean class accuracy of the many-, medium- and few-shot classes, by training count; None for an empty group.
 
-    A class without test images (None) has no accuracy and doesn't enter its group's mean.
+    class_acc: [C], None for a class without test images, which is left out of its group's mean. train_cls_num: [C]
+    training images per class. many, few: the groups' limits, see `shot_accuracy`.
     """
     groups = [shot_group(count, many, few) for count in train_cls_num]
     return {name: _mean([acc for acc, group in zip(class_acc, groups, strict=True) if group == name])
@@ -80,10 +81,11 @@ def group_means(class_acc: Sequence[float | None], train_cls_num: Sequence[float
 
 def shot_accuracy(preds: Any, labels: Any, train_cls_num: Any, many: float = MANY,
                   few: float = FEW) -> dict[str, float | None]:
-    """Accuracies by training frequency, as `many`, `medium`, `few` and `all`, fractions from 0 to 1.
+    """Accuracies by training frequency: `many`, `medium`, `few` and `all`, fractions from 0 to 1.
 
-    A group is the mean of its classes' accuracies (many: more than `many` training images, few: fewer than `few`,
-    medium: between), None where it has no class with test images. `all` is the share of images that are right.
+    A group's value is the mean of its classes' accuracies (many: more than `many` training images, few: fewer than
+    `few`, medium: the rest), or None if it has no class with test images. `all` is the share of correct images, None
+    without any.
 
     preds, labels: [N] class indices; train_cls_num: [C] training images per class. Arrays, tensors or lists.
     """
@@ -94,16 +96,19 @@ def shot_accuracy(preds: Any, labels: Any, train_cls_num: Any, many: float = MAN
 
 
 def f1_from_tally(right: Any, predicted: Any, labelled: Any) -> float | None:
-    """Mean F1 over the classes that were predicted or are labelled: 2 right / (predicted + labelled). All: [C]."""
+    """Macro-F1, 0 to 1: the mean of 2 right / (predicted + labelled) over the classes where that is defined, or None.
+
+    right, predicted, labelled: [C] numbers of images that are correct, predicted as, and labelled as each class.
+    """
     return _mean(_ratios(2 * as_array(right).astype(np.float64), as_array(predicted) + as_array(labelled)))
 
 
 def open_set_f_measure(preds: Any, labels: Any, probs: Any, threshold: float = 0.1) -> float:
-    """F-measure with unknown images among the known (OLTR, Liu et al., CVPR 2019), 0 to 1.
+    """Open-set F-measure, for known and unknown classes mixed (OLTR, Liu et al., CVPR 2019), 0 to 1.
 
-    Unknown images are labelled -1; a prediction whose probability is under `threshold` counts as -1 ("unknown").
-    F = 2PR / (P + R) with P = right / known images taken as known, R = right / (right + unknown images taken as
-    known). 0 where nothing is right.
+    Images of unknown classes are labelled -1; a prediction with a probability below `threshold` counts as -1
+    ("unknown"). F = 2PR / (P + R) with P = right / (known images taken as known), R = right / (right + unknown images
+    taken as known), where right counts known images predicted correctly; 0 if there are none.
 
     preds, labels: [N]; probs: [N] probability of each prediction, or [N, C], whose row maximum is taken.
     """
@@ -120,12 +125,12 @@ def open_set_f_measure(preds: Any, labels: Any, probs: Any, threshold: float = 0
 
 
 class EvalState:
-    """Counters of one evaluation, on the device: `update` per batch without waiting for it, `compute` at the end.
+    """Counters of one evaluation, on the device: call `update` for each batch (it doesn't wait for the device) and
+    `compute` at the end.
 
-    Memory is proportional to C (times E for `used`), not C². Over several ranks each keeps its own; `merge` adds them
-    up (all are plain sums).
-
-    num_experts: with it, `update` also takes each expert's logits, and the number of experts an image used.
+    Memory is proportional to C (times E for `used`), not C². Each rank has its own counters, which are plain sums;
+    `merge` adds them up. num_experts: E, if `update` is to count experts' logits and the number of experts used; else
+    0.
     """
 
     def __init__(self, num_classes: int, device: str | torch.device = "cpu", num_experts: int = 0):
@@ -142,19 +147,19 @@ class EvalState:
         self.used = torch.zeros((num_classes, num_experts), **count)
 
     def tensors(self) -> list[Tensor]:
-        """Every counter; the sum over ranks of each is the counter of the whole set."""
+        """All counters; summed over ranks they are the counters of the whole split."""
         return [self.right, self.predicted, self.labelled, self.bin_right, self.bin_confidence, self.loss_sum,
                 self.expert_right, self.disagreement, self.expert_images, self.used]
 
     def merge(self) -> None:
-        """Make every rank's counters those of the whole set. All ranks call it, once, before `compute`."""
+        """Sum the counters over all ranks, in place. All ranks must call it, once, before `compute`."""
         for tensor in self.tensors():
             all_reduce_sum(tensor)
 
     @torch.no_grad()
     def update(self, output: Tensor, labels: Tensor, expert_logits: Tensor | None = None,
                sample_num_experts: Tensor | None = None) -> None:
-        """Count one batch. Images with a label outside 0..C-1 (open set: -1) are left out.
+        """Count one batch. Images with a label outside 0..C-1 (open set: -1) are ignored.
 
         output: [N, C] logits; labels: [N]; expert_logits: [N, E, C]; sample_num_experts: [N] from 1 to E.
         """
@@ -163,7 +168,7 @@ class EvalState:
         log_probs = F.log_softmax(output.float(), dim=1)
         confidence, preds = log_probs.max(1)
         hits = counted & (preds == labels)
-        # index_add_ and not bincount: bincount asks the GPU for the largest index and so waits for it.
+        # index_add_ instead of bincount, which waits for the GPU to find the largest index.
         self.labelled.index_add_(0, labels, ones)
         self.predicted.index_add_(0, preds, ones)
         self.right.index_add_(0, labels, hits.long())
@@ -184,11 +189,11 @@ class EvalState:
             self.used.view(-1).index_add_(0, place, ones)
 
     def compute(self, train_cls_num: Any = None, many: float = MANY, few: float = FEW) -> dict[str, Any]:
-        """The figures of `test_metrics.json` as plain numbers, fractions from 0 to 1, None for what is empty.
+        """The figures of `test_metrics.json` as plain numbers, fractions from 0 to 1, None if undefined.
 
-        train_cls_num: [C] training images per class; without it the groups are None and their sizes 0. Adds
-        `expert_acc` (list) and `expert_disagreement` where experts' logits were counted, `expert_share` where the
-        number of experts used was. `loss` is None where it isn't finite.
+        train_cls_num: [C] training images per class; without it the groups' accuracies are None and their sizes 0.
+        many, few: the groups' limits. Includes `expert_acc` (list) and `expert_disagreement` if experts' logits were
+        counted, and `expert_share` if the numbers of experts used were. `loss` is None if it isn't finite.
         """
         right, labelled = self.right.cpu().numpy(), self.labelled.cpu().numpy()
         n_samples = int(labelled.sum())
@@ -218,6 +223,6 @@ class EvalState:
 
 
 def shares(counts: np.ndarray) -> list[float] | None:
-    """Counts [E] over their sum; None where the sum is 0."""
+    """counts [E] divided by their sum, or None if that is 0."""
     total = int(counts.sum())
     return [int(count) / total for count in counts] if total else None

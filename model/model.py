@@ -1,4 +1,4 @@
-"""The public architectures: each name is a line of data given to the one ResNet family; norms are converted here."""
+"""The public architectures: each name is one row of data for the same ResNet code, and `build_model` makes them."""
 from __future__ import annotations
 
 import re
@@ -19,32 +19,37 @@ if TYPE_CHECKING:
 
 
 class Model(ExpertModel):
-    """A backbone with its classifier. Subclasses say which one in `family`: layout, block, depths, groups.
+    """A backbone with its classifier. Subclasses set `family`, the network's layout, block, depths and groups.
+
+    x `[N, 3, H, W]` -> dict; see `ExpertModel`.
 
     Args:
-        num_classes: C. Comes from the data where a config leaves it out.
+        num_classes: C. Taken from the data if the config omits it.
         num_experts: E, 1 or more.
         reduce_dimension: narrower last two stages (CIFAR 24, 48; ImageNet 192, 384).
-        layer2_output_dim, layer3_output_dim, layer4_output_dim: widths of single stages, before the expansion.
-        use_norm: the cosine classifier, as `classifier="cosine"`.
-        s: its scale, above 0.
-        share_layer3: ImageNet only: experts share stage 3 too.
-        use_experts: "0,2" or [0, 2]: only these; "rand": all but a random one in each training step.
-        dropout: share of pooled features dropped, 0 to 1 (None: none).
-        returns_feat: taken for old configs; features are always returned.
-        add_bt: BatchFormer: 0 off, 1 on, 12 and 13 with 8 and 6 layers, 33 and 32 with a shared classifier (32 weighs
-            the stream after the block 0.01).
-        eval_bt: apply the block in evaluation too.
-        top_choices_num, pos_weight, share_expert_help_pred_fc, force_all, route_threshold: expert assignment only.
+        layer2_output_dim, layer3_output_dim, layer4_output_dim: channels of single stages, before the block's
+            expansion.
+        use_norm: the cosine classifier, same as `classifier="cosine"`.
+        s: scale of the cosine classifier, above 0.
+        share_layer3: ImageNet layouts only: experts share stage 3 too.
+        use_experts: "0,2" or [0, 2]: only these experts; "rand": each training step leaves out one at random.
+        dropout: dropout probability on the pooled features, 0 or more and below 1 (None: no dropout).
+        returns_feat: accepted for old configs; features are always returned.
+        add_bt: BatchFormer: 0 off, 1 one layer, 12 and 13 with 8 and 6 layers, 33 and 32 one layer with a shared
+            classifier (32 weights the loss of the stream after the block by 0.01).
+        eval_bt: apply the BatchFormer block in evaluation too.
+        top_choices_num, pos_weight, share_expert_help_pred_fc, force_all, route_threshold: for expert assignment only,
+            see `model.routing.Routed`.
         norm: a type of `model.norm`, or {"type": ..., "args": {...}}.
         classifier: linear, cosine, linear_fcbn, linear_fcbn_notaffine or lws.
-        shared_classifier: None: where BatchFormer is on and the backbone is CIFAR's or has one expert.
+        shared_classifier: with BatchFormer, train the classifier on the features before the block as well as after it.
+            None: yes, if the backbone is CIFAR's, has one expert, or `add_bt` is 32 or 33.
         bt_gather: BatchFormer attends across all ranks' images.
-        bt_weight: with a shared classifier, the loss weight of the stream after BatchFormer's block, 0 or more; the one
-            before it weighs 1. None: `add_bt`'s own (`model.batchformer.STREAM_WEIGHTS`).
+        bt_weight: with a shared classifier, the loss weight of the stream after BatchFormer's block, 0 or more; the
+            stream before it has weight 1. None: the default for `add_bt` (`model.batchformer.STREAM_WEIGHTS`).
 
     Raises:
-        ConfigError: a value out of range or a name that isn't known.
+        ConfigError: a value out of range or an unknown name.
     """
 
     family: dict = {}
@@ -78,7 +83,7 @@ class Model(ExpertModel):
             **(gates if self.routed else {}))
         self._finish(norm)
 
-    # ---- what others ask, see BaseModel ------------------------------------------------------------------------
+    # ---- BaseModel's interface ---------------------------------------------------------------------------------
 
     def cost_parts(self) -> list[CostPart]:
         net = self.backbone
@@ -101,10 +106,10 @@ class Model(ExpertModel):
 
 
 class EAModel(Gated, Model):
-    """Expert assignment on the same backbone."""
+    """Expert assignment (`model.routing`) on the same backbone; the arguments are `Model`'s."""
 
 
-#: Each network and, with EAModel for Model at its name's end, its expert assignment: what differs is data.
+#: Name and settings of each network. NAMEModel is the plain model, NAMEEAModel the one with expert assignment.
 FAMILIES: dict[str, dict] = {
     "ResNet32": dict(layout=CIFAR, block=BasicBlock, depths=(5, 5, 5)),
     "ResNet10": dict(block=BasicBlock, depths=(1, 1, 1, 1)),
@@ -116,7 +121,7 @@ FAMILIES: dict[str, dict] = {
     "ResNeXt152": dict(block=Bottleneck, depths=(3, 8, 36, 3), groups=32, base_width=4),
 }
 
-#: A config's `arch.type`: also names of this module, which pickle and help() know like any other class.
+#: What a config's `arch.type` may name. Also set as attributes of this module, so that pickle and help() find them.
 ARCHS: dict[str, type[BaseModel]] = {
     name + base.__name__: type(name + base.__name__, (base,), {
         "family": family, "__module__": __name__, "__doc__": f"{name}; the arguments are `Model`'s."})
@@ -124,7 +129,7 @@ ARCHS: dict[str, type[BaseModel]] = {
 globals().update(ARCHS)
 
 
-#: Architectures whose module is imported when they are asked for: torchvision alone takes a second.
+#: Architectures whose modules are imported only on demand: importing torchvision alone takes a second.
 ELSEWHERE = {"MaskRCNNR50FPNModel": "model.detection.mask_rcnn:MaskRCNNR50FPNModel",
              "TimmModel": "model.timm_model:TimmModel", "TimmEAModel": "model.timm_model:TimmEAModel"}
 
@@ -136,11 +141,15 @@ def __getattr__(name: str) -> type[BaseModel]:
 
 
 def build_model(arch: dict, num_classes: int | None = None, path: str = "arch", bare: bool = False) -> BaseModel:
-    """The model that `arch` = {"type", "args"} describes.
+    """Build the model that `arch` = {"type", "args"} describes.
 
-    `num_classes` is the data's, filled in where the config has none. `bare`: `weights` of the arch's arguments aren't
-    fetched or read, as others follow (a checkpoint's). Raises ConfigError, with `path` in the message,
-    for an unknown type, for values out of range, and where config and data disagree about the number of classes.
+    Args:
+        num_classes: the data's, used if the config gives none.
+        path: the config key of `arch`, for error messages.
+        bare: don't fetch or read the pretrained weights that the arch's `weights` names, because others (a
+            checkpoint's) will replace them.
+    Raises:
+        ConfigError: an unknown type, values out of range, or config and data disagree about the number of classes.
     """
     given = (arch.get("args") or {}).get("num_classes")
     if None not in (given, num_classes) and given != num_classes:
@@ -149,5 +158,5 @@ def build_model(arch: dict, num_classes: int | None = None, path: str = "arch", 
         return build(ARCHS | ELSEWHERE, arch, path, num_classes=num_classes if given is None else given,
                      **({"weights": False} if bare else {}))
     except ConfigError as error:
-        # The constructors don't know where in the config they were named.
+        # The constructors assume the key "arch.args"; put in the actual one.
         raise type(error)(re.sub(r"^arch\.args", f"{path}.args", str(error))) from None

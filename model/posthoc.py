@@ -1,7 +1,7 @@
-"""Classifiers made from a trained model without training: tau-normalised heads, nearest class mean.
+"""Classifiers made from a trained model without further training: tau-normalised heads and nearest class mean.
 
-All work on pooled features `feat` [N, E, D], expert by expert, and give [N, C]: the mean over the experts, as a
-model's `output` is. Work is cut into pieces of rows; nothing of size N x C x D is ever made.
+All take pooled features `feat` [N, E, D], expert by expert, and return logits [N, C], the mean over the experts, like
+a model's `output`. They work on chunks of rows; nothing of size N x C x D is ever allocated.
 """
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from utils.errors import ConfigError, unknown
 
 FEAT_TYPES = ("un", "l2n", "cl2n")
 DISTANCES = ("euclidean", "cosine")
-CHUNK = 2**24  # logits [n, E, C] held at once
+CHUNK = 2**24  # number of logits [n, E, C] held at once
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], feats: Tensor, classes: int) -> Tensor:
-    """`function` of rows of feats [N, E, D] -> [N, C], in pieces of at most CHUNK logits."""
+    """Apply `function` ([n, E, D] -> [n, C]) to feats [N, E, D] in chunks of rows with at most CHUNK logits: [N, C]."""
     rows = max(1, CHUNK // max(feats.shape[1] * classes, 1))
     return torch.cat([function(piece) for piece in feats.split(rows)]) if len(feats) > rows else function(feats)
 
@@ -32,16 +32,17 @@ def _in_chunks(function: Callable[[Tensor], Tensor], feats: Tensor, classes: int
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A head without its bias. weight: [C, D]; scale: None, or s of a cosine head, which takes unit features."""
+    """A head without its bias. weight: [C, D]; scale: s of a cosine head, which normalises its features, else None."""
 
     weight: Tensor
     scale: float | None = None
 
 
 def linear_head(head: nn.Module) -> LinearHead:
-    """What is linear in a classifier head: `nn.Linear` [C, D] or a cosine head with `s` and weight [D, C].
+    """The linear part of a classifier head: `nn.Linear`, weight [C, D], or a cosine head with `s` and weight [D, C].
 
-    The factors that LWS (`scales`) or a batch norm on the logits (`bn`) give each class are part of its weight.
+    Per-class factors of LWS (`scales`) or of a batch norm on the logits (`bn`) are multiplied into the weight. Raises
+    ConfigError for other heads.
     """
     if not isinstance(head, nn.Linear) and not (hasattr(head, "weight") and hasattr(head, "s")):
         raise ConfigError(f"--classifier tau: {type(head).__name__} isn't linear in a `weight` (nn.Linear's [C, D], or "
@@ -59,12 +60,13 @@ def linear_head(head: nn.Module) -> LinearHead:
 
 
 def model_heads(model: nn.Module) -> list[LinearHead]:
-    """The linear heads of the experts that a model uses in evaluation, in the order of its `feat`."""
+    """The linear heads of the experts that a model uses in evaluation, in the order of its `feat`. Raises ConfigError
+    for heads that aren't linear."""
     return [linear_head(head) for head in model.used_heads()]
 
 
 def used_experts(model: nn.Module) -> list[int]:
-    """The experts that a model uses in evaluation, by number, in the order of its `feat`."""
+    """The indices of the experts that a model uses in evaluation, in the order of its `feat`."""
     heads = [id(head) for head in model.heads()]
     return [heads.index(id(head)) for head in model.used_heads()]
 
@@ -74,10 +76,10 @@ def _norm_factor(weight: Tensor, tau: float) -> Tensor:
 
 
 class TauHeads:
-    """Tau-normalised classifiers of one or several experts: w_j / |w_j|^tau, bias dropped (Kang et al., ICLR 2020). tau
-    0 leaves the weights, 1 makes them unit length.
+    """Tau-normalised classifiers of one or several experts: w_j / |w_j|^tau, bias dropped (Kang et al., ICLR 2020).
 
-    A cosine head keeps unit features and its scale, so tau = 1 is that head itself.
+    tau = 0 leaves the weights as they are, tau = 1 makes them unit length. For a cosine head features are normalised
+    and its scale is kept, so that tau = 1 is the head itself.
     """
 
     def __init__(self, heads: Sequence[LinearHead]):
@@ -85,7 +87,7 @@ class TauHeads:
         self.num_classes = len(self.heads[0].weight)
 
     def _raw(self, feats: Tensor) -> Tensor:
-        """Logits before the norms come in: [n, E, D] -> [n, E, C]."""
+        """Logits before dividing by |w_j|^tau: [n, E, D] -> [n, E, C]."""
         if feats.shape[1] != len(self.heads):
             raise ValueError(f"features of {feats.shape[1]} experts for {len(self.heads)} heads")
         logits = []
@@ -107,9 +109,9 @@ class TauHeads:
 
     @torch.no_grad()
     def count(self, feats: Tensor, labels: Tensor, taus: Sequence[float], states: Sequence[EvalState]) -> None:
-        """Count in `states`, one for each tau, what it makes of the images. feats: [N, E, D]; labels: [N].
+        """Update `states`, one for each tau, with that tau's logits. feats: [N, E, D]; labels: [N].
 
-        The products of features and weights are made once for all taus.
+        The products of features and weights are computed once for all taus.
         """
         factors = [self.factors(tau) for tau in taus]
         rows = max(1, CHUNK // (feats.shape[1] * self.num_classes))
@@ -120,14 +122,17 @@ class TauHeads:
 
 
 def best_tau(taus: Sequence[float], values: Sequence[float]) -> float:
-    """The tau with the largest value; the smaller of equals."""
+    """The tau with the largest of `values`; the smallest one if several are equal."""
     return min(zip(taus, values, strict=True), key=lambda pair: (-float(pair[1]), pair[0]))[0]
 
 
 # ---- nearest class mean --------------------------------------------------------------------------------------------
 
 class ClassMeans:
-    """Means of features per class, gathered batch by batch: memory is E · C · D, whatever the number of images."""
+    """Per-class means of features, accumulated batch by batch: memory is E · C · D, whatever the number of images.
+
+    transform: applied to the features [N, E, D] first.
+    """
 
     def __init__(self, num_classes: int, transform: Callable[[Tensor], Tensor] = lambda feats: feats):
         self.num_classes, self.transform = num_classes, transform
@@ -145,7 +150,7 @@ class ClassMeans:
         self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.int64))
 
     def means(self) -> Tensor:
-        """[C, E, D]; zeros for a class without images."""
+        """The class means [C, E, D]; zeros for a class without images."""
         return self.sums / self.counts.clamp_min(1)[:, None, None].to(self.sums)
 
     def overall(self) -> Tensor:
@@ -156,10 +161,15 @@ class ClassMeans:
 class NearestClassMean:
     """Classify by the nearest class mean (Kang et al., ICLR 2020).
 
-    feat_type: `un` raw features, `l2n` unit features, `cl2n` features minus the training mean, then unit. distance:
-    `euclidean` (logits are minus the squared distance) or `cosine`. A class without training images gets -inf.
-
-    means: [C, E, D] of such features; counts: [C]; centre: [E, D], for cl2n.
+    Args:
+        means: class means [C, E, D] of features transformed as `feat_type` says.
+        counts: training images per class, [C]; a class without any gets the logit -inf.
+        feat_type: `un` raw features, `l2n` normalised to unit length, `cl2n` centred by the training mean, then
+            normalised.
+        centre: the training mean [E, D], for cl2n.
+        distance: `euclidean` (logits are minus the squared distance) or `cosine`.
+    Raises:
+        ConfigError: an unknown feat_type or distance.
     """
 
     def __init__(self, means: Tensor, counts: Tensor, feat_type: str = "cl2n", centre: Tensor | None = None,
@@ -168,7 +178,7 @@ class NearestClassMean:
             raise unknown("distance", distance, DISTANCES)
         self.prepare = feature_transform(feat_type, centre)
         self.distance, self.empty = distance, counts == 0
-        # Distances are the same seen from the means' own centre, and their squares cancel less there.
+        # Shifting the origin to the means' centre doesn't change distances, but their squares cancel less.
         self.origin = means.mean(0) if distance == "euclidean" else torch.zeros_like(means[0])
         self.means = (means - self.origin).transpose(0, 1).contiguous()  # [E, C, D]
         if distance == "cosine":
@@ -176,7 +186,7 @@ class NearestClassMean:
 
     @torch.no_grad()
     def logits(self, feats: Tensor) -> Tensor:
-        """feats: [N, E, D] -> [N, C], the mean over the experts."""
+        """feats: [N, E, D] -> logits [N, C], the mean over the experts."""
         return _in_chunks(self._logits, feats.to(self.means.dtype), self.means.shape[1])
 
     def _logits(self, feats: Tensor) -> Tensor:
@@ -190,7 +200,8 @@ class NearestClassMean:
 
 
 def feature_transform(feat_type: str, centre: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """What `feat_type` does to features [N, E, D]; centre [E, D] is for cl2n."""
+    """The function that transforms features [N, E, D] as `feat_type` says (see `NearestClassMean`); centre [E, D] is
+    needed for cl2n. Raises ConfigError for an unknown type."""
     if feat_type not in FEAT_TYPES:
         raise unknown("feat_type", feat_type, FEAT_TYPES)
     if feat_type == "un":
@@ -204,10 +215,11 @@ def feature_transform(feat_type: str, centre: Tensor | None = None) -> Callable[
 def fit_nearest_class_mean(batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], num_classes: int,
                            feat_type: str = "cl2n", distance: str = "euclidean",
                            merge: Callable[[Tensor], Any] | None = None) -> NearestClassMean:
-    """Fit on training features.
+    """Fit a `NearestClassMean` on training features.
 
-    batches: called for each pass over them (two for cl2n, else one), gives (feats [n, E, D], labels [n]).
+    batches: called once for each pass over them (two for cl2n, else one); yields (feats [n, E, D], labels [n]).
     merge: sums a tensor over ranks in place, for data-parallel evaluation (`utils.dist.all_reduce_sum`).
+    Raises ConfigError for an unknown feat_type or distance, ValueError if there are no features.
     """
     def one_pass(transform: Callable[[Tensor], Tensor]) -> ClassMeans:
         gathered = ClassMeans(num_classes, transform)

@@ -1,7 +1,7 @@
 """The ResNet family: CIFAR's and ImageNet's, one expert or several on a shared trunk (RIDE; Wang et al., ICLR 2021).
 
-State_dict keys and registration order are RIDE's: stage n is `layer{n}` where it is shared or there is one expert,
-`layer{n}s` where every expert has its own. Experts are therefore no modules: `expert_feat` picks index i out of them.
+State_dict keys and registration order are RIDE's: stage n is `layer{n}` if it is shared or there is one expert, and
+`layer{n}s` if every expert has its own. So an expert isn't a module: `expert_feat` picks its stages by index.
 """
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from utils.errors import ConfigError
 
 
 def init_cifar(module: nn.Module) -> None:
-    """Kaiming-normal, fan-in, for every convolution and plain linear weight (BatchFormer's and the gates' too)."""
+    """Initialise the weights of all convolutions and `nn.Linear`s (also BatchFormer's and the gates') with
+    Kaiming-normal, fan-in."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(part.weight)
 
 
 def init_imagenet(module: nn.Module) -> None:
-    """Convolutions normal(0, sqrt(2 / (k * k * out))); norms 1 and 0; linear layers as torch makes them."""
+    """Initialise convolutions with normal(0, std sqrt(2 / (k * k * out))) and norms with weight 1 and bias 0; linear
+    layers keep torch's initialisation."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             kernel = part.kernel_size[0] * part.kernel_size[1]
@@ -39,18 +41,19 @@ def init_imagenet(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """What tells the two families apart, blocks and depths aside."""
+    """What distinguishes the CIFAR and ImageNet families, apart from blocks and depths."""
 
     widths: tuple[int, ...]                 # channels of each stage, before the block's expansion
     reduced: tuple[int, ...]                # the same with `reduce_dimension`
-    first_private: int                      # the first stage of which every expert has its own
+    first_private: int                      # the first stage (from 1) that isn't shared by experts
     stem: dict[str, int]                    # kernel_size, stride, padding of conv1
-    pool: bool                              # 3x3/2 max pool after the stem
+    pool: bool                              # whether a 3x3 max pool with stride 2 follows the stem
     shortcut: Callable[[int, int, int], nn.Module]
     init: Callable[[nn.Module], None]
 
     def stage_widths(self, reduce_dimension: bool, overrides: dict[int, int | None]) -> tuple[int, ...]:
-        """Channels of stages 1, 2, ...: the layout's, with `overrides` (stage -> width, None: keep) put in."""
+        """Channels of stages 1, 2, ...: the layout's, replaced by `overrides` (stage -> width, None: keep). Raises
+        ConfigError for a stage that doesn't exist or a width below 1."""
         widths = list(self.reduced if reduce_dimension else self.widths)
         for stage, width in overrides.items():
             if width is None:
@@ -71,7 +74,7 @@ IMAGENET = Layout(widths=(64, 128, 256, 512), reduced=(64, 128, 192, 384), first
 
 def make_stage(layout: Layout, block: type[nn.Module], inputs: int, planes: int, depth: int, stride: int,
                block_args: dict[str, int]) -> nn.Sequential:
-    """`depth` blocks; the first one strides, and has a shortcut of its own where it changes the shape."""
+    """A stage of `depth` blocks. The first has the stride, and the layout's shortcut if it changes the shape."""
     outputs = planes * block.expansion
     shortcut = layout.shortcut(inputs, outputs, stride) if stride != 1 or inputs != outputs else None
     blocks = [block(inputs, planes, stride, shortcut, **block_args)]
@@ -80,9 +83,10 @@ def make_stage(layout: Layout, block: type[nn.Module], inputs: int, planes: int,
 
 
 class ResNet(ExpertNet):
-    """Stem, shared stages, each expert's own stages and head; BatchFormer before the heads where `add_bt` is on.
+    """Stem, shared stages, then each expert's own stages and head; BatchFormer before the heads if `add_bt` isn't 0.
 
-    What goes in and comes out: see `model.experts.ExpertNet`.
+    Inputs and outputs: see `model.experts.ExpertNet`. Arguments: see `model.model.Model`; `block_args` are those of
+    `block`.
     """
 
     def __init__(self, *, layout: Layout, block: type[nn.Module], depths: tuple[int, ...], widths: tuple[int, ...],
@@ -113,35 +117,35 @@ class ResNet(ExpertNet):
                 self.add_module(f"layer{n}s", nn.ModuleList([stage() for _ in range(num_experts)]))
             inputs = planes * block.expansion
         self.add_heads(classifier, s, dropout, add_bt)
-        layout.init(self)  # last, so that no line above can change the initial weights
+        layout.init(self)  # last, so that nothing above can change the initial weights
 
     def stage(self, n: int, expert: int = 0) -> nn.Sequential:
-        """Stage n as `expert` sees it."""
+        """Stage n (from 1) as used by `expert` (from 0)."""
         return getattr(self, f"layer{n}") if n < self.first_private else getattr(self, f"layer{n}s")[expert]
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def trunk(self, x: torch.Tensor) -> torch.Tensor:
-        """What all experts share: x `[N, 3, H, W]` -> map `[N, c, h, w]`."""
+        """The part that all experts share: x `[N, 3, H, W]` -> maps `[N, c, h, w]`."""
         x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
         for n in range(1, min(self.first_private, self.num_stages + 1)):
             x = self.stage(n)(x)
         return x
 
     def expert_feat(self, shared: torch.Tensor, expert: int) -> torch.Tensor:
-        """The pooled features of one expert: shared map `[N, c, h, w]` -> `[N, D]`."""
+        """The pooled features of one expert (index from 0): shared maps `[N, c, h, w]` -> `[N, D]`."""
         for n in range(self.first_private, self.num_stages + 1):
             shared = self.stage(n, expert)(shared)
         return shared.mean((2, 3))
 
-    # ---- facts for other parts ---------------------------------------------------------------------------------
+    # ---- for norm conversion -----------------------------------------------------------------------------------
 
     def nbn_scope(self, where: str | list[int] = "last") -> list[list[nn.Module]]:
-        """Which norms NBN replaces, a list an expert: those share the expert's scale (Bao et al., TIP 2024).
+        """The norms that NBN replaces, one list per expert, whose norms share a scale (Bao et al., TIP 2024).
 
-        `where`: "last" stage, a list of stage numbers (from 1), or "all" (the stem's and every block's norms). With
-        several experts all norms of the stages named; with one expert each block's last norm and its shortcut's,
-        except for "all". Norms of shared stages use expert 0's scale, as there is one set of them.
+        where: "last" (stage), a list of stage numbers (from 1), or "all" (the stem's and every block's norms). With
+        several experts these are all norms of the chosen stages; with one expert, unless `where` is "all", only each
+        block's last norm and its shortcut's. Norms in shared stages use expert 0's scale.
         Raises ConfigError for any other `where`.
         """
         chosen = nbn_stages(where, list(range(1, self.num_stages + 1)))

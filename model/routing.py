@@ -15,23 +15,24 @@ GATES = "expert_help_pred"
 
 
 class Routed(ExpertNet):
-    """Goes before a network of experts among a class's bases: they are asked one after another, each image stopping
-    where its gate says so.
+    """Mixin, listed before a network of experts among a class's bases: experts run one after another, and a gate
+    decides for each image whether to stop.
 
-    Gate i < E looks at expert i's unit-length features (linear to 16, ReLU) and at the `top_choices_num` highest logits
-    of the mean over experts 1..i, and gives one logit: "a further expert would help".
+    Gate i < E takes expert i's unit-length features (linear to 16, ReLU) and the `top_choices_num` highest logits
+    of the mean over experts 1..i, and gives one logit for "another expert would help".
 
-    Training: only the gates learn; everything else is frozen, in evaluation mode and untouched (`force_all`: all of it
-    learns but the last expert, which no gate looks at). Given `target` `[N]` the dict adds `loss`, the mean over gates
-    of the binary cross-entropy, weighted by `pos_weight`, with the truth "wrong so far, and the mean after some later
-    expert is right". `output` `[N, C]` is the mean over all experts.
+    Training: only the gates learn; everything else is frozen and in evaluation mode (`force_all`: everything learns,
+    except the last expert, which no gate sees and which therefore gets no gradient). Given `target` `[N]` the dict
+    adds `loss`, the mean over gates of the binary cross-entropy with positive weight `pos_weight`; the target is 1
+    where the mean so far is wrong and the mean after some later expert is right. `output` `[N, C]` is the mean over
+    all experts.
 
     Evaluation: an image goes on to the next expert while sigmoid(gate) > `route_threshold`. The dict has `output`
     `[N, C]`, its mean over the experts it used, and `sample_num_experts` `[N]`. With `route = False` all experts run
-    for all images and `logits` `[N, E, C]` and `feat` `[N, E, D]` are there too; `output` and `sample_num_experts`
-    stay what the gates decide. `force_all`: every image uses every expert.
+    for all images and `logits` `[N, E, C]` and `feat` `[N, E, D]` are included; `output` and `sample_num_experts`
+    still follow the gates' decisions. `force_all`: every image uses every expert.
 
-    A BatchFormer block (`add_bt`) is there so that a first stage's weights fit; it takes no part.
+    A BatchFormer block (`add_bt`) exists only so that the first stage's weights load; it is never run.
     """
 
     def __init__(self, *, top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
@@ -60,7 +61,7 @@ class Routed(ExpertNet):
         self.freeze_experts()
 
     def freeze_experts(self) -> None:
-        """Let only the gates learn (with `force_all`: everything but BatchFormer, which takes no part here)."""
+        """Let only the gates learn (with `force_all`: everything but BatchFormer, which isn't run here)."""
         for name, parameter in self.named_parameters():
             block = name.startswith("encoder_layers.")
             parameter.requires_grad_(not block if self.force_all else name.startswith(GATES))
@@ -76,14 +77,15 @@ class Routed(ExpertNet):
         return self
 
     def ask(self, i: int, feat: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Gate i (from 0): features `[N, D]` of expert i, mean logits `[N, C]` so far -> logits `[N]`, "help"."""
+        """Gate i (from 0): expert i's features `[N, D]` and the mean logits of experts 0..i `[N, C]` -> logits `[N]`
+        of "another expert would help"."""
         hidden = F.relu(self.expert_help_pred_hidden_fcs[i](F.normalize(feat, dim=1)))
         seen = torch.cat([logits.topk(self.top_choices_num, dim=1).values.to(hidden.dtype), hidden], dim=1)
         return self.gates[i % len(self.gates)](seen).squeeze(1)
 
     @property
     def gates(self) -> list[nn.Linear]:
-        """The gates' last layers: one, or one each."""
+        """The last linear layer of each gate, or the single one that all gates share."""
         return list(self.expert_help_pred_fcs) if hasattr(self, "expert_help_pred_fcs") else [self.expert_help_pred_fc]
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -92,15 +94,15 @@ class Routed(ExpertNet):
         return self._decide(*self._all_experts(x), target)
 
     def from_features(self, feats: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """What `forward` makes of pooled features `[N, E, D]` of all experts."""
+        """The dict that `forward` returns, from pooled features `[N, E, D]` of all experts."""
         outputs = self._decide(*self._judge(self.dropout(feats)), target)
         if self.training or not self.route or self.force_all:
             return outputs
-        return {key: outputs[key] for key in ("output", "sample_num_experts")}   # as where experts are asked in turn
+        return {key: outputs[key] for key in ("output", "sample_num_experts")}   # the same keys as `_routed`
 
     def _decide(self, outputs: dict[str, torch.Tensor], means: torch.Tensor,
                 target: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The dict with what the gates say, from every expert's outputs and the running means `[N, E, C]`."""
+        """Add the gates' results to `outputs` of all experts; means: the running means of the logits `[N, E, C]`."""
         if not self.training:
             used = self._used(outputs["feat"], means)
             outputs["output"] = means[torch.arange(means.shape[0], device=means.device), used - 1]
@@ -110,7 +112,8 @@ class Routed(ExpertNet):
         return outputs
 
     def _all_experts(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Every expert on every image; also the running means of the logits `[N, E, C]`, after 1, 2, ... experts."""
+        """Run every expert on every image; also returns the running means of the logits after 1, 2, ... experts,
+        `[N, E, C]`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.force_all):
             shared = self.trunk(x)
             feats = self.dropout(torch.stack([self.expert_feat(shared, i) for i in range(self.num_experts)], dim=1))
@@ -123,8 +126,8 @@ class Routed(ExpertNet):
         return {"output": logits.mean(1), "logits": logits, "feat": feats}, means
 
     def _used(self, feats: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-        """How many experts each image uses by the gates' word: `[N, E, D]`, `[N, E, C]` -> `[N]`, 1 to E."""
-        n = feats.shape[0]  # not len(): that is a constant to exporters, and the batch must stay free
+        """How many experts each image uses by the gates' decisions: `[N, E, D]`, `[N, E, C]` -> `[N]`, 1 to E."""
+        n = feats.shape[0]  # not len(), which exporters would record as a constant: the batch size must stay dynamic
         used = torch.ones(n, dtype=torch.long, device=feats.device)
         if self.force_all:
             return used * self.num_experts
@@ -140,7 +143,7 @@ class Routed(ExpertNet):
     def _loss(self, feats: torch.Tensor, means: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Mean over gates of the weighted binary cross-entropy against "wrong now, right after some later expert"."""
         if self.num_experts == 1:
-            # Nothing to decide: a loss that is 0 and has (zero) gradients, so that any loop runs.
+            # Nothing to decide: a loss of 0 with zero gradients, so that any training loop runs.
             return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
         right = means.argmax(2) == target.view(-1, 1)                                # [N, E]
         truth = ~right[:, :-1] & _any_later(right)                                  # [N, E - 1]
@@ -149,7 +152,7 @@ class Routed(ExpertNet):
         return F.binary_cross_entropy_with_logits(asked, truth.to(asked.dtype), pos_weight=weight)
 
     def _routed(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Later experts see only the images that ask for them; each gathers its images' shared maps once."""
+        """Run each later expert only on the images that need it, gathering their shared maps once per expert."""
         shared = self.trunk(x)
         heads = self.heads
         feat = self.expert_feat(shared, 0)
@@ -174,7 +177,7 @@ class RoutedResNet(Routed, ResNet):
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """At least float32: sums and sigmoids of half-precision logits lose the digits that decide."""
+    """x as float32 at least: half-precision sums and sigmoids of logits lose the digits that decide."""
     return x.to(wide_type(x.dtype))
 
 
@@ -184,7 +187,7 @@ def _any_later(right: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(maps: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """maps[index] in the memory format of `maps`: index_select alone would give NCHW, and slow convolutions."""
+    """maps[index] in the memory format of `maps`: index_select alone would return NCHW, which slows convolutions."""
     if maps.is_contiguous(memory_format=torch.channels_last):
         return maps.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return maps.index_select(0, index)

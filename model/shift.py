@@ -1,7 +1,7 @@
-"""What a model's finished logits become where it is used: other class frequencies, honest probabilities, weighed
-experts. Nothing here needs a label of a test image, and nothing is trained but a handful of numbers.
+"""Adapting a trained model's logits to where it is used: to other class frequencies, to calibrated probabilities, and
+by weights for the experts. No test label is needed, and only a handful of numbers is fitted.
 
-Every `merge` sums a tensor over all processes in place; each process brings its own images.
+`merge` sums a tensor over all processes in place and returns it; each process passes its own images.
 """
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from utils.class_counts import class_counts
 
 Merge = Callable[[Tensor], Any]
-ROWS = 4096                     # images whose probabilities are held at once
-COLDEST, HOTTEST = 0.05, 20.0   # temperatures tried
+ROWS = 4096                     # images whose float64 probabilities are held at once
+COLDEST, HOTTEST = 0.05, 20.0   # range of temperatures that is searched
 
 
 def frequencies(cls_num_list: Sequence[float]) -> Tensor:
-    """n_j / n, float64 [C]; a class without images counts as the rarest that has some."""
+    """Class frequencies n_j / n, float64 [C]; a class without images counts like the rarest one that has some."""
     counts = torch.tensor(class_counts(cls_num_list), dtype=torch.float64)
     return counts / counts.sum()
 
@@ -29,24 +29,25 @@ def frequencies(cls_num_list: Sequence[float]) -> Tensor:
 def adjust_logits(logits: Tensor, cls_num_list: Sequence[float], tau: float = 1.0) -> Tensor:
     """Post-hoc logit adjustment (Menon et al., ICLR 2021): z_j - tau · log(n_j / n). logits: [..., C] -> the same.
 
-    For models trained with plain cross-entropy; one trained with the logit-adjusted loss needs none.
+    For models trained with plain cross-entropy; one trained with the logit-adjusted loss needs no adjustment.
     """
     return logits - (tau * frequencies(cls_num_list).log()).to(logits)
 
 
 def estimate_prior(logits: Tensor, learned: Tensor, merge: Merge = lambda x: x, steps: int = 200,
                    tolerance: float = 1e-6) -> Tensor:
-    """The class distribution of unlabelled images by expectation maximisation (Saerens et al., Neural Computation
-    2002): p(j | x) ~ q_j / a_j · a(j | x), then q_j = the mean of p(j | x) over the images; q begins as a.
+    """Estimate the class distribution of unlabelled images by expectation maximisation (Saerens et al., Neural
+    Computation 2002): p(j | x) ~ q_j / a_j · a(j | x), then q_j = the mean of p(j | x) over the images, from q = a.
 
-    logits: [N, C], right for the class distribution `learned` a [C]. -> q, float64 [C], the likelihood's maximum.
-    Ends after `steps`, or once no share moves by `tolerance`.
+    logits: [N, C] of a model whose probabilities a(j | x) hold for the class distribution a = `learned` [C].
+    Returns q, float64 [C], which maximises the likelihood. Stops after `steps` iterations, or once every q_j changes
+    by less than `tolerance`.
     """
     log_learned = learned.double().log().to(logits.device)
     count = merge(torch.tensor(float(len(logits)), dtype=torch.float64, device=logits.device))
     prior = log_learned.exp()
     for _ in range(steps):
-        shift = prior.log() - log_learned           # -inf where a class has died out: it stays so
+        shift = prior.log() - log_learned           # -inf for a class whose share has become 0, and stays 0
         total = torch.zeros_like(prior)
         for piece in logits.split(ROWS):
             total += (piece.double() + shift).softmax(1).sum(0)
@@ -59,9 +60,9 @@ def estimate_prior(logits: Tensor, learned: Tensor, merge: Merge = lambda x: x, 
 def fit_temperature(logits: Tensor, labels: Tensor, merge: Merge = lambda x: x) -> float:
     """The temperature T for which softmax(z / T) has the smallest cross-entropy (Guo et al., ICML 2017).
 
-    logits: [N, C]; labels: [N]. The loss is convex in 1 / T, and its slope, the mean of E_p[z] - z_y, is brought to 0
-    by halving between COLDEST and HOTTEST, where it ends if the best lies outside. A class with a logit of -inf has no
-    part in an image's mean; an image of such a class fits at no T and doesn't count.
+    logits: [N, C]; labels: [N]. The loss is convex in 1 / T; the root of its derivative, the mean of E_p[z] - z_y, is
+    found by bisection between COLDEST and HOTTEST. If it lies outside, the nearer bound is returned. Logits of -inf
+    are left out of E_p[z]; an image whose own class has the logit -inf fits at no T and is ignored.
     """
     low, high = 1 / HOTTEST, 1 / COLDEST
     for _ in range(50):
@@ -77,12 +78,12 @@ def fit_temperature(logits: Tensor, labels: Tensor, merge: Merge = lambda x: x) 
 
 def learn_expert_weights(first: Tensor, second: Tensor, merge: Merge = lambda x: x, steps: int = 100,
                          lr: float = 0.1, least: float = 0.05) -> Tensor:
-    """Weights of experts from two views of unlabelled images (Zhang et al., NeurIPS 2022): those under which the
-    views' predictions agree most. An expert that knows a distribution is steady on it.
+    """Learn weights for the experts from two augmented views of unlabelled images (SADE; Zhang et al., NeurIPS 2022):
+    those for which the predictions on both views agree most. An expert that suits a distribution is stable on it.
 
-    first, second: each view's logits [N, E, C]. The weights are w = softmax(v); the mean over the images of
-    cos(softmax(sum w_e z_e), softmax(sum w_e z'_e)) is raised by steps of Adam on v, from equal weights, until the
-    smallest weight falls below `least` (SADE stops there too). -> float64 [E], sum 1.
+    first, second: each view's logits [N, E, C]. The weights are w = softmax(v); Adam maximises the mean over the
+    images of cos(softmax(sum w_e z_e), softmax(sum w_e z'_e)) over v, from equal weights, for `steps` steps or until
+    the smallest weight is below min(least, 0.5 / E), as in SADE. Returns float64 [E], which sum to 1.
     """
     experts = first.shape[1]
     v = torch.zeros(experts, dtype=torch.float64, device=first.device, requires_grad=True)
@@ -101,6 +102,9 @@ def learn_expert_weights(first: Tensor, second: Tensor, merge: Merge = lambda x:
 
 
 def stability(weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Sum over the images of the cosine between both views' predictions. weights: [E]; first, second: [N, E, C]."""
+    """Sum over the images of the cosine between the two views' predicted probabilities, 0-d.
+
+    weights: [E]; first, second: logits [N, E, C].
+    """
     one, two = (torch.einsum("nec,e->nc", z.double(), weights).softmax(1) for z in (first, second))
     return F.cosine_similarity(one, two, dim=1).sum()

@@ -1,4 +1,4 @@
-"""Any classification network of timm's or torchvision's, pretrained or not, as a backbone like every other."""
+"""Any timm or torchvision classification network, pretrained or not, as a backbone like any other."""
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -26,23 +26,23 @@ class TimmModel(ExpertModel):
     (`torchvision/resnet18`), with this project's experts, BatchFormer, norms and classifiers.
 
     The network without its classifier is `backbone.body`. With several experts each has its own last stage in
-    `backbone.experts.{i}`, under the body's names, or, where the body has none that can be told, a block of its own on
-    the pooled features; `summary` says which. What goes in and comes out: see `ExpertModel`.
+    `backbone.experts.{i}`, under the names that the body has for it; if the body's last stage can't be identified,
+    each has its own block on the pooled features (`summary` says which). Inputs and outputs: see `ExpertModel`.
 
     Args:
-        model_name: with timm, optionally a tag: which of the pretrained weights.
-        weights: true: the package's own, from its cache or the network; false: none; text: a file of weights, of
-            timm's, torchvision's, lukemelas' EfficientNets (.pth or .safetensors), one in which others have put the
-            network under a prefix, or a checkpoint of this project. A classifier of other classes is left new.
-        norm: exchanges batch norms, in networks that have them. NBN's `where` counts the network's stages.
-        tuning: fine-tuning with few parameters: a name of `model.tuning.TUNINGS` or {"type": name, "args": {...}}; all
-            else of the network is frozen. It comes after the weights, whose names stay.
-        shared_classifier: None: where BatchFormer is on and there is one expert.
-        The others are those of `model.model.Model`.
+        model_name: for timm, optionally with a tag that selects the pretrained weights.
+        weights: true: the package's own, from its cache or downloaded; false: none; a string: a weight file (.pth or
+            .safetensors) from timm, torchvision or lukemelas' EfficientNets, one in which the network lies under a
+            prefix, or a checkpoint of this project. A classifier for other classes is initialised anew.
+        norm: replaces the batch norms, in networks that have them. NBN's `where` counts the network's stages.
+        tuning: parameter-efficient fine-tuning: a name in `model.tuning.TUNINGS` or {"type": name, "args": {...}}; the
+            rest of the network is frozen. Applied after the weights are loaded; their names don't change.
+        shared_classifier: as in `model.model.Model`, but None means yes only with one expert or `add_bt` 32 or 33.
+        The other arguments are those of `model.model.Model`.
 
     Raises:
-        ConfigError: a missing package, unknown network, value out of range, weights that don't fit; `MissingWeights`
-            where `weights` is true and they can't be had.
+        ConfigError: a missing package, an unknown network, a value out of range, or weights that don't fit;
+            `MissingWeights` if `weights` is true and they can't be obtained.
     """
 
     def __init__(self, model_name: str, weights: Literal[True, False] | str = True, num_classes: int | None = None,
@@ -74,7 +74,7 @@ class TimmModel(ExpertModel):
             self._tune(tuning)
 
     def _tune(self, tuning: str | dict) -> None:
-        """Freeze the network but for what `tuning` trains; heads, BatchFormer and experts' new blocks are trained."""
+        """Freeze the network except what `tuning` trains; heads, BatchFormer and new expert blocks stay trainable."""
         net = self.backbone
         install_tuning(net.body, tuning, self.num_classes, tails=net.experts if net.private else ())
         if self.routed and not self.force_all:
@@ -82,13 +82,13 @@ class TimmModel(ExpertModel):
 
     @staticmethod
     def preprocess(model_name: str) -> dict[str, Any]:
-        """What the network's weights expect of images: `image_size`, `crop_share` (of the resized short side; None: no
-        crop), `interpolation`, `mean`, `std`. Needs no weights."""
+        """How images must be prepared for the network's weights: `image_size` in pixels, `crop_share` (the crop's share
+        of the resized short side; None: no crop), `interpolation`, `mean`, `std`. Loads no weights."""
         return input_of(model_name)
 
     @staticmethod
     def size_problem(model_name: str, size: int) -> str | None:
-        """Why images of `size` pixels can't be used, and what can; None where they can. Needs no weights."""
+        """Why images of `size` pixels can't be used, and which can; None if they can. Loads no weights."""
         return size_problem(model_name, size)
 
     def _check_norm(self, norm: str | dict) -> None:
@@ -101,17 +101,19 @@ class TimmModel(ExpertModel):
                 "(TensorFlow's way) do; take a network without tf_ in its name")
 
     def own_names(self, weights: dict[str, torch.Tensor], origin: str, spread: bool) -> dict[str, torch.Tensor]:
-        """Weights of the network, as timm, torchvision or this project names them, under this model's names."""
+        """Rename the network's weights from timm's, torchvision's or this project's names to this model's. spread: copy
+        one expert's weights to all experts."""
         return timm_names(self, weights, spread)
 
     @property
     def new_prefixes(self) -> tuple[str, ...]:
-        """Beginnings of the names of what no network has that weights to start from are of: the experts' own blocks."""
+        """Name prefixes of parameters that no pretrained network has: the experts' own blocks."""
         return () if self.num_experts == 1 or self.backbone.private else ("backbone.experts.",)
 
     @property
     def added_names(self) -> set[str]:
-        """The names of what `tuning` has added: weights to start from have all of it, or none and it starts anew."""
+        """The names of the tensors that `tuning` has added. Initial weights must have all of them, or none: then they
+        keep their initialisation."""
         return {f"backbone.{name}" for name in added_names(self.backbone)}
 
     def stage_prefixes(self) -> list[tuple[str, ...]]:
@@ -147,4 +149,4 @@ class TimmModel(ExpertModel):
 
 
 class TimmEAModel(Gated, TimmModel):
-    """Expert assignment on the same network; the arguments are `TimmModel`'s."""
+    """Expert assignment (`model.routing`) on the same network; the arguments are `TimmModel`'s."""

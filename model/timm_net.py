@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision as a body with experts: which part of them each expert has for itself."""
+"""Networks of timm and torchvision as a body with experts, each with its own last stage."""
 from __future__ import annotations
 
 import re
@@ -19,7 +19,7 @@ PATH = "arch.args.model_name"
 
 
 class Halves(NamedTuple):
-    """A body's forward pass in two: images -> maps or tokens -> pooled features `[N, D]`."""
+    """A body's forward pass in two halves: images `[N, 3, H, W]` -> maps or tokens -> pooled features `[N, D]`."""
 
     features: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     pool: Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -43,7 +43,7 @@ def _vit_features(body: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return body.encoder(torch.cat([body.class_token.expand(x.shape[0], -1, -1), x], 1))
 
 
-#: How each kind of body goes; torchvision's others have one half only.
+#: Each kind of body's forward pass; other torchvision networks run "whole", as the first half.
 HALVES = {
     "timm": Halves(lambda body, x: body.forward_features(x), lambda body, x: body.forward_head(x, pre_logits=True)),
     "ResNet": Halves(_resnet_features, lambda body, x: body.avgpool(x).flatten(1)),
@@ -66,19 +66,20 @@ HALVES["MobileNetV3"] = HALVES["EfficientNet"]
 # ---- bodies ----------------------------------------------------------------------------------------------------------
 
 def make_body(name: str) -> tuple[nn.Module, str, int]:
-    """(a network without its classifier, its key in HALVES, its number of features D), with initial weights.
+    """(a network without its classifier and with initial weights, its key in HALVES, its number of features D).
 
-    Raises ConfigError: the package is missing, no such network, or one that gives more than features.
+    Raises ConfigError if the package is missing, the network unknown, or a classifier can't be put on its features.
     """
     return _torchvision_body(name) if name.startswith(TORCHVISION) else _timm_body(name)
 
 
 class MissingPackage(ConfigError):
-    """The package that a network is of isn't installed."""
+    """The package that a network comes from isn't installed."""
 
 
 def check_package(name: str) -> Any:
-    """The package that `name` is of, imported. Raises MissingPackage with the line that installs it."""
+    """The imported package of network `name`: timm or torchvision.models. Raises MissingPackage, naming the command
+    that installs it."""
     package = "torchvision" if name.startswith(TORCHVISION) else "timm"
     if find_spec(package) is None:
         raise MissingPackage(f"{PATH}: {name} needs the package {package}; pip install {package}")
@@ -90,7 +91,7 @@ def check_package(name: str) -> Any:
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError where neither package knows the network."""
+    """Raises ConfigError if the package that `name` refers to doesn't know the network."""
     package = check_package(name)
     names, known, what = None, False, "timm"
     if name.startswith(TORCHVISION):
@@ -110,7 +111,7 @@ def check_name(name: str) -> None:
 def _timm_body(name: str) -> tuple[nn.Module, str, int]:
     check_name(name)
     timm = check_package(name)
-    # Images of another size than a transformer was trained with: its position embedding is resampled.
+    # Let a transformer take other image sizes than it was trained with, by resampling its position embedding.
     for sizes in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         try:
             body = timm.create_model(name, pretrained=False, num_classes=0, **sizes)
@@ -137,17 +138,17 @@ def _torchvision_body(name: str) -> tuple[nn.Module, str, int]:
 
 
 def classifier_of(body: nn.Module) -> str:
-    """The name of a torchvision network's last linear layer. Raises ConfigError where it ends otherwise."""
+    """The name of a torchvision network's last linear layer. Raises ConfigError if it has none."""
     linear = [name for name, module in body.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ConfigError(f"{PATH}: torchvision's {type(body).__name__} doesn't end in a linear layer; take timm's")
     return linear[-1]
 
 
-# ---- what each expert has --------------------------------------------------------------------------------------------
+# ---- experts' own parts ----------------------------------------------------------------------------------------------
 
 class Tail(nn.Module):
-    """An expert's own end of a body: its modules, under the names they have in the body, one after another."""
+    """An expert's own end of a body: the modules `names`, under the names they have in `body`, run in sequence."""
 
     def __init__(self, body: nn.Module, names: list[str]):
         super().__init__()
@@ -168,7 +169,10 @@ class Tail(nn.Module):
 
 
 class OwnBlock(nn.Module):
-    """An expert's own block on pooled features, where a body has no stage that could be copied: x + MLP(norm(x))."""
+    """An expert's own block on pooled features, for bodies without a stage that can be copied: x + MLP(norm(x)).
+
+    x `[N, width]` -> the same shape.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -181,16 +185,19 @@ class OwnBlock(nn.Module):
 
 
 class TimmNet(ExpertNet):
-    """A network of timm's or torchvision's, `body`, with experts: see `ExpertNet`.
+    """A timm or torchvision network, `body`, with experts; inputs and outputs: see `ExpertNet`.
 
-    With one expert `body` is whole. With several each has its own last stage and what follows it, `experts.{i}`, under
-    the names that they have in the body, where identities take their places; a body whose last stage can't be told
-    leaves each expert a block on its pooled features (`OwnBlock`). What belongs to the pooling (a norm, a layer before
-    the classifier) is shared.
+    With one expert `body` is the whole network. With several, each has its own last stage and all after it in
+    `experts.{i}`, under the names that they have in the body, which holds identities there instead. If the body's last
+    stage can't be identified, each expert has its own block on the pooled features (`OwnBlock`). Layers that are part
+    of the pooling (a norm, a layer before the classifier) are shared.
 
     Args:
         model_name: timm's name, or torchvision's after "torchvision/".
-        size: of the images that the last stage is found with.
+        size: side in pixels of the trial image used to find the last stage.
+        Others: see `model.expert_model.check_common`.
+    Raises:
+        ConfigError: an unknown network, or one whose features BatchFormer's heads can't split.
     """
 
     def __init__(self, *, model_name: str, size: int, num_classes: int, num_experts: int = 1,
@@ -209,7 +216,7 @@ class TimmNet(ExpertNet):
         self.private: list[str] = tail_of(body, HALVES[kind].features, size, self.places) if num_experts > 1 else []
         self.body = body
         if num_experts > 1:
-            # Each from a network of its own: copies of random weights would learn the same.
+            # Each tail from a newly initialised network: experts with equal weights would learn the same.
             sources = [body, *(make_body(model_name)[0] for _ in range(num_experts - 1 if self.private else 0))]
             self.experts = nn.ModuleList([Tail(source, self.private) for source in sources] if self.private else
                                          [OwnBlock(width) for _ in range(num_experts)])
@@ -218,12 +225,13 @@ class TimmNet(ExpertNet):
         self.add_heads(classifier, s, dropout, add_bt)
 
     def trunk(self, x: torch.Tensor) -> torch.Tensor:
-        """What all experts share: x `[N, 3, H, W]` -> maps or tokens, or pooled features where no stage is private."""
+        """The part that all experts share: x `[N, 3, H, W]` -> maps or tokens; if experts have an `OwnBlock` instead of
+        a stage, pooled features `[N, D]`."""
         shared = HALVES[self.kind].features(self.body, x)
         return self._pooled(shared) if self.num_experts > 1 and not self.private else shared
 
     def expert_feat(self, shared: torch.Tensor, expert: int) -> torch.Tensor:
-        """The pooled features of one expert: what `trunk` gave -> `[N, D]`."""
+        """The pooled features of one expert (index from 0): output of `trunk` -> `[N, D]`."""
         if self.num_experts > 1:
             shared = self.experts[expert](shared)
         return self._pooled(shared) if self.num_experts == 1 or self.private else shared
@@ -232,8 +240,8 @@ class TimmNet(ExpertNet):
         return HALVES[self.kind].pool(self.body, maps)
 
     def stages(self) -> list[tuple[str, ...]]:
-        """Names of modules and parameters of the backbone, stage by stage from the stem on (`find_stages`); what came
-        into a body since it was made (prompts) belongs to what is before it. An expert's own are in `experts.{i}`."""
+        """Names of the backbone's modules and parameters, stage by stage from the stem on (`find_stages`). Parts added
+        later (prompts) belong to the stage of the part before them. Experts' own parts are named `experts.{i}.*`."""
         found: dict[int, list[str]] = {}
         parents = parents_of(self.places)
         number = 0
@@ -257,8 +265,8 @@ class TimmNet(ExpertNet):
         return stages if self.num_experts == 1 or self.private else [*stages, ("experts",)]
 
     def nbn_scope(self, where: str | list[int] = "last") -> list[list[nn.Module]]:
-        """Which norms NBN replaces, a list an expert: all those of the `where` stages ("last", a list of numbers from
-        1, or "all", the stem's too). Raises ConfigError for any other `where`."""
+        """The norms that NBN replaces, one list per expert: all norms in the stages that `where` selects ("last", a
+        list of numbers from 1, or "all", which includes the stem). Raises ConfigError for any other `where`."""
         stages = self.stages()[1:] or self.stages()
         chosen = nbn_stages(where, list(range(1, len(stages) + 1)))
         names = [*(self.stages()[0] if where == "all" else ()), *(name for n in chosen for name in stages[n - 1])]

@@ -1,4 +1,4 @@
-"""Which image sizes a network of timm's or torchvision's takes, found by trying."""
+"""Which image sizes a timm or torchvision network accepts, found by trying."""
 from __future__ import annotations
 
 from functools import lru_cache
@@ -9,15 +9,15 @@ import torch
 from model.timm_net import HALVES, make_body
 from model.weights.pretrained import input_of
 
-STEPS = (32, 16, 14)     # sizes that fit go up by these: the strides of stages, the sides of patches
+STEPS = (32, 16, 14)     # usable sizes tend to be multiples of these: total strides, patch sizes
 
 
 def size_problem(model_name: str, size: int) -> str | None:
-    """Why images of `size` pixels can't be used, with the nearest size that can; None where they can.
+    """Why square images of `size` pixels can't be used, with the nearest size that can; None if they can.
 
-    Many networks take one size only (fixed embeddings of places, mixing over places), others multiples of a patch or a
-    window, and each says so in a way of its own; so one image goes through the network. The size that its weights were
-    trained at is right without trying.
+    Many networks accept one size only (fixed position embeddings, mixing over positions), others multiples of a patch
+    or window, and each fails in its own way; so one image is passed through the network. The size that its weights
+    were trained at is accepted without trying.
     """
     own = input_of(model_name)["image_size"]
     if takes(model_name, size):
@@ -32,8 +32,8 @@ def size_problem(model_name: str, size: int) -> str | None:
 def takes(model_name: str, size: int) -> bool:
     """Whether a square image of `size` pixels passes through the network.
 
-    Tried on torch's meta device, which costs no arithmetic: of a network of each of timm's families, at three sizes,
-    it says what real numbers say. Networks that can't be tried there at their own size either are made for real.
+    Tried on torch's meta device, which computes nothing: for one network of each timm family, at three sizes, the
+    answers were those of a real pass. A network that fails there even at its own size is run on the CPU instead.
     """
     own = input_of(model_name)["image_size"]
     return size == own or _passes(model_name, size, "meta") or (
@@ -45,14 +45,14 @@ def _passes(model_name: str, size: int, device: str) -> bool:
     try:
         body, kind = _body(model_name, device)
         HALVES[kind].pool(body, HALVES[kind].features(body, torch.zeros(1, 3, size, size, device=device)))
-    except Exception:   # whatever a network of others' says of a size that doesn't fit
+    except Exception:   # third-party networks raise anything for a size that doesn't fit
         return False
     return True
 
 
 @lru_cache(maxsize=1)
 def _body(model_name: str, device: str) -> tuple[Any, str]:
-    """A body with random weights, for which nothing is drawn from the global generator."""
+    """A body with random weights, made without drawing from the global generator."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         body, kind, _ = make_body(model_name)
     return body.eval(), kind

@@ -1,4 +1,4 @@
-"""Where the stages of other people's networks are, and which modules an expert can have a copy of."""
+"""Finding the stages of third-party networks, and the modules of which each expert can have a copy."""
 from __future__ import annotations
 
 import copy
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Names that hold a network's stages, one child each; and of stages that stand beside one another.
+#: Names of modules whose children are a network's stages; and names of stages that are siblings.
 CONTAINERS = ("stages", "blocks", "layers", "features", "transformers", "network")
 NUMBERED = re.compile(r"(layer|stage|level|block|s)_?\d+")
-LEAST_SHARE = 0.02     # of the body's parameters that an expert's own stage has
+LEAST_SHARE = 0.02     # the least share of the body's parameters that an expert's own stage must have
 
 Features = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
 def find_stages(body: nn.Module) -> dict[str, int]:
-    """The stage of each part of a body, by name: 0 is the stem, what follows a stage and is none belongs to it.
+    """{name: stage} of each part of a body. Stage 0 is the stem; a part that is no stage belongs to the one before it.
 
-    The parts are modules and parameters that cover the body once. Told by names, and where these tell of one stage only
-    by timm's own groups of layers (`group_matcher`), which are finer.
+    The parts are modules and parameters that together cover the body exactly once. Stages are recognised by name; if
+    that finds only one, by timm's own layer groups (`group_matcher`), which are finer.
     """
     named = _by_names(body)
     return named if max(named.values(), default=0) > 1 else _by_groups(body) or named
@@ -49,7 +49,7 @@ def _by_names(body: nn.Module) -> dict[str, int]:
             elif not row and not NUMBERED.fullmatch(name) and _size(child) > half and holds_stages(child):
                 visit(child, f"{prefix}{name}.", False)
             elif _size(child):
-                # A single convolution in a row of blocks is no stage: a stem, a head, a step between two stages.
+                # A single convolution among blocks is no stage but a stem, a head, or a transition between stages.
                 number += _layers(child) > 1 or not several if row else NUMBERED.fullmatch(name) is not None
                 places[prefix + name] = number
     visit(body, "", False)
@@ -57,12 +57,12 @@ def _by_names(body: nn.Module) -> dict[str, int]:
 
 
 def _layers(module: nn.Module) -> int:
-    """How many of a module's parameters are matrices or filters."""
+    """How many of a module's parameter tensors are matrices or filters."""
     return sum(p.dim() > 1 for p in module.parameters())
 
 
 def _by_groups(body: nn.Module) -> dict[str, int]:
-    """By timm's groups, each as the largest modules that are in one; none where the network has no groups."""
+    """The stages by timm's groups, each given as the largest modules inside one group; {} if the network has none."""
     if not hasattr(body, "group_matcher"):
         return {}
     from timm.models import group_parameters
@@ -75,7 +75,7 @@ def _by_groups(body: nn.Module) -> dict[str, int]:
                       for name, _ in module.named_parameters(recurse=False) if prefix + name in group_of)
         for name, child in module.named_children():
             inside = {group_of[full] for part, _ in child.named_parameters()
-                      if (full := f"{prefix}{name}.{part}") in group_of}     # a shared layer counts where it is first
+                      if (full := f"{prefix}{name}.{part}") in group_of}     # a shared layer counts only once
             if len(inside) > 1:
                 visit(child, f"{prefix}{name}.")
             elif inside:
@@ -85,15 +85,16 @@ def _by_groups(body: nn.Module) -> dict[str, int]:
 
 
 def parents_of(places: dict[str, int]) -> set[str]:
-    """The names of the modules that the parts are in, the body's own, "", among them."""
+    """The names of all modules that contain parts, including the body's own, ""."""
     return {"", *(".".join(name.split(".")[:depth]) for name in places for depth in range(1, name.count(".") + 1))}
 
 
 def tail_of(body: nn.Module, features: Features, size: int, places: dict[str, int]) -> list[str]:
-    """The names of the modules from the last stage to the end of a body's first half, in the order of the pass.
+    """The names of the modules from the last stage to the end of `features`, a body's first half, in call order.
 
-    Read off one pass without numbers (on torch's meta device): each must be called once, with one tensor, which is
-    what the one before it gave, and the last gives what the half, `features`, gives. Empty where that isn't so.
+    Found by one pass on torch's meta device, with images of `size` pixels: each module must be called once, with one
+    tensor that is the output of the module before it, and the last one's output must be that of `features`. Returns []
+    otherwise, and also if the tail would be the whole body.
     """
     trial = copy.deepcopy(body).to("meta").eval()
     parents, least = parents_of(places), LEAST_SHARE * _size(body)
@@ -108,7 +109,7 @@ def tail_of(body: nn.Module, features: Features, size: int, places: dict[str, in
     try:
         with torch.no_grad():
             wanted = features(trial, torch.empty(2, 3, size, size, device="meta"))
-    except Exception:  # whatever a network of others' does with a tensor without numbers
+    except Exception:  # third-party networks may raise anything for a tensor on the meta device
         return []
     called = [name for name, _, _ in calls]
     tail: list[str] = []

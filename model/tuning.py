@@ -1,10 +1,11 @@
-"""Fine-tuning with few parameters: what is added to a pretrained network, or left free in it, while the rest is frozen.
+"""Parameter-efficient fine-tuning: training parts added to a pretrained network, or a few of its own parameters.
 
-`arch.args.tuning` names a line of TUNINGS. Each keeps the network's own names, so that its weights load as ever, adds
-parts that change nothing at the start, and leaves `requires_grad` set on what is trained. The settings are those of
-LIFT (Shi et al., *Long-Tail Learning with Foundation Model: Heavy Fine-Tuning Hurts*, ICML 2024) where it has any.
+`arch.args.tuning` names an entry of TUNINGS. Each keeps the network's own parameter names, so that its weights load as
+usual; all but prompts change nothing at the start; `requires_grad` is left set on trained parameters only. The defaults
+are those of LIFT (Shi et al., *Long-Tail Learning with Foundation Model: Heavy Fine-Tuning Hurts*, ICML 2024) where it
+has any.
 
-The library peft would wrap the network and rename its parameters, and has no AdaptFormer: these parts are few lines.
+The peft library isn't used because it wraps the network, renames its parameters and lacks AdaptFormer.
 """
 from __future__ import annotations
 
@@ -25,17 +26,18 @@ PATH = "arch.args.tuning"
 
 def install_tuning(network: nn.Module, spec: str | Mapping[str, Any], num_classes: int,
                    tails: Iterable[nn.Module] = (), path: str = PATH) -> list[nn.Parameter]:
-    """Freeze `network` but for what a kind of tuning trains, which is added where the network has it not.
+    """Freeze `network` except what a kind of tuning trains, after adding the parts that it needs, in place.
 
     Args:
-        network: without its classifier; one of timm's vision transformers, or for "bias" and "norm" any.
-        spec: a name of TUNINGS or {"type": name, "args": {...}}.
-        num_classes: C, which the default width of what is added follows.
-        tails: last parts of the network that were taken out of it, one an expert, with the names they had there.
+        network: a network without its classifier: one of timm's vision transformers, or any for "bias" and "norm".
+        spec: a name in TUNINGS or {"type": name, "args": {...}}.
+        num_classes: C, which determines the default width of added parts.
+        tails: end parts that were moved out of the network, one per expert, with the names that they had in it.
+        path: the config key of `spec`, for error messages.
     Returns:
         the parameters that are trained.
     Raises:
-        ConfigError: unknown type or arguments, or a network that has no place for it.
+        ConfigError: an unknown type or argument, or a network that the tuning doesn't suit.
     """
     spec = {"type": spec} if isinstance(spec, str) else spec
     parts = Parts(network, tuple(tails))
@@ -50,40 +52,42 @@ def install_tuning(network: nn.Module, spec: str | Mapping[str, Any], num_classe
 
 
 class Parts(NamedTuple):
-    """A network, and what was taken out of its end, one an expert."""
+    """A network, and the end parts that were moved out of it, one per expert."""
 
     body: nn.Module
     tails: tuple[nn.Module, ...] = ()
 
     def places(self) -> list[tuple[nn.Module, str]]:
-        """(holder, name) of each block of a plain vision transformer; none of another network."""
+        """(parent module, name) of each block of a plain vision transformer; [] for other networks."""
         holders = [getattr(part, "blocks", None) for part in (self.body, *self.tails)]
         found = [(holder, name) for holder in holders if holder is not None for name, block in holder.named_children()
-                 if not isinstance(block, nn.Identity)]     # which stands for one in the tails
+                 if not isinstance(block, nn.Identity)]     # an identity replaces a block that is in the tails
         whole = all(isinstance(getattr(getattr(getattr(*place), "attn", None), "qkv", None), nn.Linear)
                     for place in found)
         return found if whole and isinstance(self.body.blocks if found else None, nn.Sequential) else []
 
     def depth(self) -> int:
-        """L, the blocks that an image passes."""
+        """L, the number of blocks that an image passes through."""
         apart = max(len(self.tails), 1)
         inner = [holder is self.body.blocks for holder, _ in self.places()]
         return sum(inner) + (len(inner) - sum(inner)) // apart
 
     def trainable(self) -> list[nn.Module]:
-        """Where biases and norms are tuned: a vision transformer's blocks, else everything."""
+        """The modules whose biases and norms are tuned: a vision transformer's blocks, or else everything."""
         return [getattr(*place) for place in self.places()] or [self.body, *self.tails]
 
 
 def default_width(num_classes: int, depth: int) -> int:
-    """LIFT's bottleneck of adapters and rank of LoRA: 2^floor(log2(C / (2 L))), at least 1, for L blocks. The parts
-    then have about as many parameters together as the classifier."""
+    """LIFT's bottleneck width for adapters and rank for LoRA: 2^floor(log2(C / (2 L))), at least 1, for C classes and L
+    = `depth` blocks. All added parts together then have about as many parameters as the classifier."""
     return 2 ** max(0, math.floor(math.log2(num_classes / (2 * depth))))
 
 
 def vit_places(parts: Parts, kind: str, whole: bool = False) -> list[tuple[nn.Module, str]]:
-    """A vision transformer's blocks, (holder, name) each; ConfigError for another network. whole: the blocks' insides
-    must be as usual."""
+    """(parent module, name) of a vision transformer's blocks. whole: their parts must be exactly `BLOCK`.
+
+    Raises ConfigError, naming the tuning `kind`, for any other network.
+    """
     places = parts.places()
     if not places or (whole and any({name for name, _ in getattr(*place).named_children()} != set(BLOCK)
                                     for place in places)):
@@ -93,6 +97,7 @@ def vit_places(parts: Parts, kind: str, whole: bool = False) -> list[tuple[nn.Mo
 
 
 def at_least_one(value: int | None, name: str) -> None:
+    """Raises ValueError if `value` is below 1; None is accepted."""
     if value is not None and value < 1:
         raise ValueError(f"{name} must be 1 or more, not {value}")
 
@@ -101,8 +106,8 @@ def at_least_one(value: int | None, name: str) -> None:
 
 def adaptformer(parts: Parts, num_classes: int, dim: int | None = None,
                 scale: float | None = None) -> Iterable[nn.Parameter]:
-    """AdaptFormer: an adapter of width `dim` (None: see default_width) beside each MLP, times `scale` (None: learned).
-    2 D dim + 3 D + dim + 1 parameters a block with a learned scale."""
+    """AdaptFormer (Chen et al., NeurIPS 2022): an adapter of width `dim` (None: see default_width) beside each MLP,
+    times `scale` (None: learned). 2 D dim + 3 D + dim + 1 parameters per block with a learned scale."""
     at_least_one(dim, "dim")
     places = vit_places(parts, "adaptformer", whole=True)
     dim = dim or default_width(num_classes, parts.depth())
@@ -119,8 +124,8 @@ def adaptformer(parts: Parts, num_classes: int, dim: int | None = None,
 
 def lora(parts: Parts, num_classes: int, rank: int | None = None, alpha: float = 1.0,
          targets: list[Literal["q", "k", "v", "proj", "fc1", "fc2"]] = ("q", "v")) -> Iterable[nn.Parameter]:
-    """LoRA of the attention's queries, keys, values and output (`proj`) and the MLP's layers, of `rank` (None: see
-    default_width), times alpha / rank. rank (D + rows) parameters a target and block."""
+    """LoRA of `rank` (None: see default_width), times alpha / rank, on the `targets`: the attention's queries, keys,
+    values and output (`proj`), and the MLP's layers. rank (D_in + D_out) parameters per target and block."""
     at_least_one(rank, "rank")
     if not targets:
         raise ValueError("targets must name one of q, k, v, proj, fc1, fc2")
@@ -146,30 +151,30 @@ def lora(parts: Parts, num_classes: int, rank: int | None = None, alpha: float =
 # ---------------------------------------------------------------------- prompts
 
 def prompt(parts: Parts, num_classes: int, tokens: int = 10, deep: bool = True) -> Iterable[nn.Parameter]:
-    """Visual prompt tuning: `tokens` learned tokens, before every block or (`deep` false) before the first only.
-    Blocks that each expert has for itself get none."""
+    """Visual prompt tuning (Jia et al., ECCV 2022): `tokens` learned tokens added before every block, or (`deep` false)
+    before the first only. Experts' own blocks get none."""
     at_least_one(tokens, "tokens")
     shared = [place for place in vit_places(parts, "prompt") if place[0] is parts.body.blocks]
     features = getattr(*shared[0]).attn.qkv.in_features
     patch = getattr(parts.body.patch_embed, "proj", None)
     area = math.prod(patch.weight.shape[1:]) if patch is not None else features
-    bound = math.sqrt(6 / (area + features))        # Xavier's of the patch embedding, as VPT has it
+    bound = math.sqrt(6 / (area + features))        # Xavier-uniform bound of the patch embedding, as in VPT
     prompts = torch.empty(len(shared) if deep else 1, tokens, features).uniform_(-bound, bound)
     parts.body.blocks = PromptedBlocks(parts.body.blocks, prompts)
     return [parts.body.blocks.prompts]
 
 
-# ---------------------------------------------------------------------- what is there already
+# ---------------------------------------------------------------------- the network's own parameters
 
 def bias(parts: Parts, num_classes: int) -> Iterable[nn.Parameter]:
-    """BitFit (Ben Zaken et al., ACL 2022): every bias, of a vision transformer those of its blocks."""
+    """BitFit (Ben Zaken et al., ACL 2022): all biases; in a vision transformer, those in its blocks only."""
     return [p for part in parts.trainable() for name, p in part.named_parameters()
             if name.rpartition(".")[2] == "bias"]
 
 
 def norm(parts: Parts, num_classes: int) -> Iterable[nn.Parameter]:
-    """The norms' weights and biases, of a vision transformer those of its blocks. Batch norms' statistics move with
-    the training images."""
+    """The norms' weights and biases; in a vision transformer, those in its blocks only. Batch norms' running statistics
+    are updated too."""
     return [p for part in parts.trainable() for layer in part.modules()
             if is_norm(layer) or "norm" in type(layer).__name__.lower() for p in layer.parameters(recurse=False)]
 

@@ -1,4 +1,4 @@
-"""The parts that `model.tuning` adds to a vision transformer: adapters, low-rank updates, learned tokens."""
+"""The parts that `model.tuning` adds to a vision transformer: adapters, low-rank updates, prompt tokens."""
 from __future__ import annotations
 
 import copy
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-#: What a block of a plain vision transformer is made of; one with other parts computes something else.
+#: The parts of a plain vision transformer's block; a block with other parts has another forward pass.
 BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
 
 class Adapter(nn.Module):
-    """A bottleneck beside a block's MLP: scale · up(relu(down(norm(x)))), x [N, T, D].
+    """A bottleneck beside a block's MLP: scale · up(relu(down(norm(x)))), x [N, T, D] -> the same shape.
 
-    `up` starts at 0. scale: None for a learned one that starts at 1.
+    `up` starts at 0, so the block is unchanged at first. scale: a fixed factor; None: learned, from 1.
     """
 
     def __init__(self, features: int, width: int, scale: float | None = None):
@@ -34,8 +34,10 @@ class Adapter(nn.Module):
 
 
 class AdaptedBlock(nn.Module):
-    """A transformer block with an Adapter beside its MLP (Chen et al., NeurIPS 2022). The block's parts keep their
-    names, and the adapter is `adapter`."""
+    """A transformer block with an Adapter beside its MLP (AdaptFormer; Chen et al., NeurIPS 2022), named `adapter`.
+
+    The block's other parts keep their names. x [N, T, D] -> the same shape.
+    """
 
     def __init__(self, block: nn.Module, adapter: Adapter):
         super().__init__()
@@ -49,11 +51,11 @@ class AdaptedBlock(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """W x + b with a low-rank update of some of W's rows: part p gets (alpha / rank) · B_p A_p x.
+    """W x + b with a low-rank update of some rows of W: the rows of part p get (alpha / rank) · B_p A_p x in addition.
 
-    Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022. `weight` and `bias` are the linear
-    layer's own. parts: name -> (first row, number of rows); A_p [rank, D] starts Kaiming-uniform, B_p [rows, rank] at
-    0.
+    Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022. `weight` and `bias` are those of
+    `linear`. parts: name -> (first row, number of rows). A_p [rank, D_in] starts Kaiming-uniform, B_p [rows, rank] as
+    zeros. x [..., D_in] -> [..., D_out].
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, parts: Mapping[str, tuple[int, int]]):
@@ -88,7 +90,7 @@ class LoRALinear(nn.Linear):
 
 
 def merge_lora(module: nn.Module) -> nn.Module:
-    """A copy with every LoRA update added into the weights that it belongs to; `module` stays as it is."""
+    """A copy of `module` in which every LoRA update is added to its layer's weights; `module` is unchanged."""
     merged = copy.deepcopy(module)
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LoRALinear):
@@ -98,10 +100,10 @@ def merge_lora(module: nn.Module) -> nn.Module:
 
 
 class PromptedBlocks(nn.Sequential):
-    """A vision transformer's blocks with learned tokens behind the image's (Jia et al., ECCV 2022).
+    """A vision transformer's blocks with learned prompt tokens appended to the image's (VPT; Jia et al., ECCV 2022).
 
-    `prompts` [L or 1, P, D]: shallow, P tokens join before the first block; deep, each block gets P of its own in place
-    of those before. What comes out has the image's tokens only.
+    x [N, T, D] -> [N, T, D], without prompt tokens. `prompts` [1, P, D] (shallow): P tokens are appended before the
+    first block; [L, P, D] (deep): before each block, P of its own replace the previous ones.
     """
 
     def __init__(self, blocks: nn.Sequential, prompts: torch.Tensor):
@@ -117,11 +119,11 @@ class PromptedBlocks(nn.Sequential):
         return x[:, :own]
 
 
-#: Beginnings of the names in each part of what it adds to the network's own.
+#: Name prefixes of the tensors that each of these parts adds to the network's own.
 _ADDED = {AdaptedBlock: ("adapter.",), LoRALinear: ("lora_a.", "lora_b."), PromptedBlocks: ("prompts",)}
 
 
 def added_names(network: nn.Module) -> set[str]:
-    """The names in a network's state dict of what tuning has added, which no weights of the network alone have."""
+    """The state_dict names of tensors that tuning has added, which the network's pretrained weights don't have."""
     return {f"{place}.{name}" for place, part in network.named_modules() if type(part) in _ADDED
             for name in part.state_dict() if name.startswith(_ADDED[type(part)])}

@@ -1,4 +1,4 @@
-"""Memory that a training step frees stays with the process, for the next step."""
+"""Keeps memory that a training step frees in the process, for the next step."""
 from __future__ import annotations
 
 import ctypes
@@ -14,9 +14,9 @@ def keep_freed_memory() -> bool:
     """Make the C library keep freed blocks of up to 1 GiB instead of handing them back to the system.
 
     Activations are megabytes large, and glibc may map each one anew: the kernel then clears and maps thousands of
-    pages a step, 3 to 13% of a ResNet-32's step on a CPU. The peak use of memory stays what it was; what falls is how
-    much of it is given back in between. Nothing happens, and False is returned, where the C library isn't glibc, or
-    where the user has chosen its settings (`MALLOC_*`, `GLIBC_TUNABLES`) or another allocator (`LD_PRELOAD`).
+    pages a step, 3 to 13% of a ResNet-32's step on a CPU. The peak use of memory stays the same; only less of it is
+    given back in between. Returns whether it was set: nothing is changed where the C library isn't glibc, or where the
+    user has chosen its settings (`MALLOC_*`, `GLIBC_TUNABLES`) or another allocator (`LD_PRELOAD`).
     """
     chosen = [name for name in os.environ if name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD")]
     if chosen or not sys.platform.startswith("linux"):

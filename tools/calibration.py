@@ -16,16 +16,16 @@ FILE = "calibration.json"
 
 
 def keep_temperature(checkpoint: Path, epoch: Any, model: nn.Module, found: dict[str, float]) -> None:
-    """Write what was found (`temperature`, ECE `before` and `after`) under the checkpoint's file name, with its epoch
-    and a fingerprint of the model's weights."""
+    """Write `found` (`temperature`, ECE `before` and `after`) to calibration.json beside the checkpoint, under its file
+    name, with its epoch and a fingerprint of the model's weights."""
     kept = _read(checkpoint)
     write_json(checkpoint.parent / FILE, {**kept, checkpoint.name: {"epoch": epoch, "weights": fingerprint(model),
                                                                     **found}})
 
 
 def kept_temperature(checkpoint: Path, epoch: Any, model: nn.Module) -> float:
-    """What is kept for this file, epoch and weights; 1 where nothing usable is, or the file was written again since:
-    a run that goes on from an earlier epoch writes the later ones anew."""
+    """The temperature kept for this file, epoch and weights; 1 where there is no usable one, or the checkpoint was
+    rewritten since (a run that is resumed from an earlier epoch writes the later ones again)."""
     try:
         found = _read(checkpoint)[checkpoint.name]
         same = found["epoch"] == epoch and ("weights" not in found or found["weights"] == fingerprint(model))
@@ -36,7 +36,7 @@ def kept_temperature(checkpoint: Path, epoch: Any, model: nn.Module) -> float:
 
 
 def fingerprint(model: nn.Module) -> int:
-    """A number that another set of weights hardly ever has."""
+    """A CRC-32 of the state dict, which tells one set of weights from another."""
     value = 0
     for tensor in model.state_dict().values():
         value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)

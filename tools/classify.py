@@ -1,4 +1,4 @@
-"""A trained model on image files: finding them, decoding them in threads, classifying them in batches.
+"""Applies a trained model to image files: finds them, decodes them in threads, classifies them in batches.
 
 Shared by `tools.predict` and by test.py's open-set testing.
 """
@@ -25,11 +25,11 @@ def class_name(names: Sequence[str] | None, label: int) -> str:
 # ---------------------------------------------------------------------- which images
 
 def find_images(paths: Iterable[str], other: list[str] | None = None) -> list[str]:
-    """Image files: those named, and all in the folders named and below (through links too), in order and once each.
+    """The image files in `paths`: files as named, folders searched recursively (also through links), once each.
 
-    In folders only names that end like an image's count (the rest joins `other`), and nothing hidden or left there by a
-    system does (see data_loader.images.is_system). Raises ConfigError for a path that isn't there, and where there is
-    no image.
+    In folders only files with an image's extension count; the names of the rest are appended to `other`. Hidden files
+    and those that operating systems leave are skipped (see data_loader.images.is_system). Raises ConfigError for a path
+    that doesn't exist, and where there is no image.
     """
     from data_loader.images import EXTENSIONS, is_image, shown, walk
     found: dict[str, None] = {}
@@ -51,10 +51,10 @@ def find_images(paths: Iterable[str], other: list[str] | None = None) -> list[st
 
 
 def read_open_set(file: str | Path, data_dir: str | None = None, allow_outside: bool = False) -> list[str]:
-    """The images in a list of images of no known class: `path` or `path -1` a line.
+    """The paths in an open-set list, i.e. of images of no known class: `path` or `path -1` per line.
 
-    Paths are relative to the list's folder or, if they aren't there, to `data_dir`. Raises ConfigError with file and
-    line: another label, no such image, one outside those folders unless `allow_outside`.
+    Paths are relative to the list's folder or, if the first isn't there, to `data_dir`. Raises ConfigError with file
+    and line: another label, no such image, one outside the folder unless `allow_outside`.
     """
     from data_loader.files import check_paths
     from data_loader.images import shown
@@ -87,11 +87,11 @@ def read_open_set(file: str | Path, data_dir: str | None = None, allow_outside: 
 
 @dataclass
 class Prediction:
-    """What the model says of one image.
+    """The prediction for one image.
 
-    classes, probabilities: the likeliest k, the likeliest first. experts: how many were used (None: an exported model
-    doesn't say). agreement: the share of them whose own first choice is the first class (None where that isn't known:
-    one expert, or expert assignment).
+    classes, probabilities: the k most likely, in descending order. experts: how many were used (None: an exported model
+    doesn't say). agreement: the share of them, 0 to 1, whose own top class is the first one (None where that isn't
+    known: one expert, or expert assignment).
     """
 
     path: str
@@ -103,7 +103,7 @@ class Prediction:
 
 @dataclass
 class Predictions:
-    """The images that were read, in order, and the others with the reason."""
+    """found: a result per image that was read, in order. unreadable: (path, reason) of the others."""
 
     found: list[Any] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
@@ -111,8 +111,8 @@ class Predictions:
 
 def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, threads: int | None,
             ) -> Iterator[list[tuple[str, Any, str | None]]]:
-    """Batches of (path, what `read` made of it or None, why it couldn't be read or None), read ahead by threads
-    (None: one a core, 8 at most)."""
+    """Batches of (path, what `read` returned or None, why it couldn't be read or None), read ahead by `threads` threads
+    (None: one per core, 8 at most)."""
     from data_loader.workers import worker_count
 
     def attempt(path: str) -> tuple[str, Any, str | None]:
@@ -135,15 +135,16 @@ def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, t
 def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, head: Callable | None = None,
              temperature: float = 1.0, topk: int = 5, batch_size: int = 64, threads: int | None = None,
              advance: Callable[[int], Any] = lambda n: None) -> Predictions:
-    """The model on image files, preprocessed as its test images are.
+    """Classify image files, preprocessed as the model's test images are.
 
     Args:
         model: one of model.model's, in evaluation mode.
         preprocess: as in a checkpoint's `data`; see data_loader.transforms.
-        head: other logits [N, C] from the model's dict (NCM, tau-normalised), in place of `output`.
-        temperature: what logits are divided by.
-        threads: that decode (None: one a core, 8 at most).
-        advance: told the number of images done, after each batch.
+        head: a function of the model's output dict to logits [N, C] (NCM, tau-normalised), in place of `output`.
+        temperature: what logits are divided by, above 0.
+        topk: classes per image, 1 or more; all C where it is larger.
+        threads: how many decode images (None: one per core, 8 at most).
+        advance: called after each batch with its number of images.
     """
     import torch
 
@@ -167,7 +168,7 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
 
 def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | None, topk: int,
                  temperature: float = 1.0) -> list[Prediction]:
-    """A model's dict for a batch as a Prediction an image."""
+    """A model's output dict for a batch as one Prediction per image."""
     logits = (outputs["output"] if head is None else head(outputs)).float() / temperature
     best = logits.softmax(1).topk(min(topk, logits.shape[1]), dim=1)
     used, experts = outputs.get("sample_num_experts"), outputs.get("logits")
@@ -185,9 +186,9 @@ def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | Non
 
 def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, threshold: float = 0.5, masks: int = 0,
            advance: Callable[[int], Any] = lambda n: None) -> Predictions:
-    """A detector on image files: (path, {"boxes", "labels", "scores"} on the CPU, of `threshold` or more).
+    """Run a detector on image files: finds (path, {"boxes", "labels", "scores"} on the CPU, scores >= `threshold`).
 
-    masks: of so many images also "masks", bool: each is as large as its image.
+    masks: how many images also keep "masks", bool, each as large as its image.
     """
     import torch
 
@@ -211,8 +212,8 @@ def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, thre
 
 
 def classify_list(run: Any, file: str, preprocess: dict[str, Any], head: Callable | None = None) -> tuple[Any, Any]:
-    """The images of an open-set list (see `read_open_set`) as test.py needs them: (predictions int64 [n], their
-    probabilities float [n]). preprocess: the test images'. Raises ConfigError for the first that can't be read."""
+    """Classify the images of an open-set list (see `read_open_set`) for test.py: (predictions int64 [n], their
+    probabilities float32 [n]). preprocess: the test images'. Raises ConfigError for the first that can't be read."""
     import numpy as np
     args = run.config["data_loader"].get("args") or {}
     paths = read_open_set(file, args.get("data_dir"), bool(args.get("allow_outside")))
@@ -224,8 +225,8 @@ def classify_list(run: Any, file: str, preprocess: dict[str, Any], head: Callabl
 
 
 def facts_of(run: Any) -> dict[str, Any]:
-    """`preprocess` and `class_names` of a run: from its checkpoint, else (weights of others) as its loader has them.
-    An `image_size` that -c or --set give goes before the checkpoint's, as it does in test.py."""
+    """`preprocess` and `class_names` of a run: from its checkpoint, else (another project's weights) its loader's
+    defaults, without names. An `image_size` given by -c or --set overrides the checkpoint's, as in test.py."""
     from data_loader import data_loaders
     from data_loader.transforms import test_preprocess
     from tools.parts import input_of

@@ -1,7 +1,7 @@
 """What all command lines share: config, checkpoint, device, and the flags that change config values.
 
-Only the standard library is needed here, so `--help` and a wrong flag answer at once. The flags that change the
-config are data (`NAMED`): each stands for a dotted path, and its value goes through the same checks as the file's.
+Only the standard library is needed here, so that `--help` and a wrong flag are answered at once. The flags that change
+the config are data (`NAMED`): each stands for a dotted path, and its value is checked like the file's.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.config.load import Override
 from utils.config.read import parse_json
 from utils.errors import ConfigError, closest
 
-#: flags -> (config path, what it is). `--learning_rate` and the like are RIDE's and BatchFormer's names.
+#: (flags, config path, what it is). `--learning_rate` and the like are RIDE's and BatchFormer's names.
 NAMED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--name",), "name", "the run's name"),
     (("--seed",), "seed", "random seed"),
@@ -41,22 +41,24 @@ NAMED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--distill_checkpoint",), "distill_checkpoint", "the teacher's weights"),
     (("--add_bt_teacher",), "distill_arch.args.add_bt", "BatchFormer in the teacher"),
 )
-#: Flags of other launchers: taken so that old command lines run, without effect (torchrun sets ranks itself).
+#: Flags of other launchers, accepted without effect so that old command lines still run (torchrun sets ranks itself).
 LEGACY = ("--world-size", "--rank", "--dist-url", "--dist-backend", "--gpu", "--local_rank", "--local-rank")
 LEGACY_SWITCHES = ("--multiprocessing-distributed",)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ConfigErrors: one line, no usage block."""
+    """An argparse parser that raises ConfigError, one line, instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise argparse's `message` as a ConfigError."""
         raise ConfigError(message.removeprefix("argument "))
 
 
 class SetValue(argparse.Action):
     """Append an `Override` to `overrides`, in the order of the command line.
 
-    Of `path`, or of KEY where that is "" and the word is KEY=VALUE; with `const` a switch that stands for that value.
+    It sets `path` or, where that is "", the KEY of a word KEY=VALUE. With `const` the flag is a switch that sets `path`
+    to that value.
     """
 
     def __init__(self, option_strings: Sequence[str], dest: str, path: str = "", const: Any = None, **more: Any):
@@ -87,9 +89,9 @@ class _Ignore(argparse.Action):
 
 
 def value_of(text: str) -> Any:
-    """JSON where it is JSON, else the text itself: 5 -> 5, true -> True, NBN -> "NBN"."""
+    """`text` parsed as JSON where it is JSON, else as it is: 5 -> 5, true -> True, NBN -> "NBN"."""
     def not_json(name: str) -> Any:
-        raise ValueError(name)  # NaN and Infinity, which may be somebody's name
+        raise ValueError(name)  # NaN and Infinity stay text: they may be somebody's name
 
     try:
         return parse_json(text, parse_constant=not_json)
@@ -97,18 +99,18 @@ def value_of(text: str) -> Any:
         return text
 
 
-#: An option that leaves no attribute of its own.
+#: Arguments of an option for which argparse stores no attribute of its own.
 _SILENT = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
 
 
 def add_named(group: Any, rows: Iterable[tuple[tuple[str, ...], str, str]]) -> None:
-    """A flag for each row of a table like `NAMED`."""
+    """Add a flag to `group` for each row of a table like `NAMED`."""
     for flags, path, doc in rows:
         group.add_argument(*flags, action=SetValue, path=path, metavar="V", help=f"{doc} ({path})", **_SILENT)
 
 
 def base_parser(prog: str, what: str, examples: str) -> Parser:
-    """-c, -r, -d and --help."""
+    """A parser with -c, -r, -d and --help. what: its description; examples: printed below the flags."""
     parser = Parser(prog=prog, description=what, epilog=examples, allow_abbrev=False, add_help=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(overrides=[], ignored=[])
@@ -121,9 +123,9 @@ def base_parser(prog: str, what: str, examples: str) -> Parser:
 
 
 def tool_parser(prog: str, what: str, examples: str = "", overrides: bool = False) -> argparse.ArgumentParser:
-    """The beginning of a tool's command line: -c, -r, -d, --set, --help and, if asked for, the named overrides.
+    """A tool's parser with -c, -r, -d, --set, --help and, if asked for, the named overrides.
 
-    Read it with `parse_tool`, which knows the nearest right name of a misspelt flag.
+    Parse with `parse_tool`, which suggests the nearest right name for a misspelt flag.
     """
     parser = base_parser(prog, what, examples)
     if overrides:
@@ -134,12 +136,12 @@ def tool_parser(prog: str, what: str, examples: str = "", overrides: bool = Fals
 
 
 def parse_tool(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """A tool's flags. Raises ConfigError as the parsers of train.py and test.py do."""
+    """Parse a tool's command line. Raises ConfigError as the parsers of train.py and test.py do."""
     return parse(parser, argv, parser.parse_known_intermixed_args)
 
 
 def add_set(parser: argparse.ArgumentParser) -> Any:
-    """`--set KEY=VALUE`, gathered in `overrides`; the group of flags that it is in."""
+    """Add `--set KEY=VALUE`, collected in `overrides`; returns its group of flags."""
     parser.set_defaults(overrides=[])
     group = parser.add_argument_group("config values", "instead of what the config says")
     group.add_argument("--set", action=SetValue, metavar="KEY=V", **_SILENT,
@@ -148,7 +150,7 @@ def add_set(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """`--set`, the named overrides, and the flags of other launchers."""
+    """Add `--set`, the named overrides, -q, -v, and the flags of other launchers, which have no effect."""
     group = add_set(parser)
     add_named(group, NAMED)
     group.add_argument("-q", "--quiet", action=SetValue, path="trainer.verbosity", const=0, help="only warnings")
@@ -160,7 +162,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: Parser, argv: Sequence[str] | None, read: Callable | None = None) -> argparse.Namespace:
-    """What a command line says. Raises ConfigError: an unknown flag (with the nearest), a missing value, no device."""
+    """Parse `argv` (None: sys.argv). Raises ConfigError: an unknown flag (and the nearest), no value, a bad -d."""
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
     args, left = (read or parser.parse_known_args)(_joined(list(sys.argv[1:] if argv is None else argv), flags))
     if left:
@@ -177,7 +179,7 @@ def parse(parser: Parser, argv: Sequence[str] | None, read: Callable | None = No
 
 
 def _joined(argv: list[str], flags: dict[str, Any]) -> list[str]:
-    """`--gamma -2e-1` as `--gamma=-2e-1`: argparse takes such a number for a flag."""
+    """`--gamma -2e-1` as `--gamma=-2e-1`: argparse would take such a number for a flag."""
     joined: list[str] = []
     for word in argv:
         before = joined[-1] if joined else ""
@@ -196,7 +198,7 @@ def _is_negative(word: str) -> bool:
 
 
 def check_file(path: str, flag: str) -> None:
-    """ConfigError unless `path` is a file that can be read."""
+    """Raise ConfigError unless `path` is a file that can be read."""
     shown = repr(path)[1:-1]
     try:
         if os.path.isdir(path):
@@ -210,7 +212,7 @@ def check_file(path: str, flag: str) -> None:
 
 
 def check_device(device: str) -> None:
-    """`cpu`, or GPU numbers such as `0` or `0,1`. Raises ConfigError; whether they exist is seen later."""
+    """Raise ConfigError unless it is `cpu` or GPU numbers such as `0` or `0,1`; whether they exist is checked later."""
     parts = device.strip().split(",")
     if device.strip().lower() != "cpu" and not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
         raise ConfigError(f"-d/--device: {device[:80]!r} is neither \"cpu\" nor GPU numbers such as 0 or 0,1")

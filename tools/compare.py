@@ -6,7 +6,7 @@
     python -m tools.compare results/ --curves docs/curves.png
 
 Runs that differ only in their seed are followed by their mean and standard deviation. A run that test.py hasn't
-evaluated shows its last validation figures, and says so. Figures that papers publish for the same data stand between
+evaluated shows its last validation figures, and says so. Figures that papers publish for the same data are listed among
 the runs, marked as such.
 """
 from __future__ import annotations
@@ -35,7 +35,7 @@ from utils.files import write_text
 if TYPE_CHECKING:  # a second to import: only where a table is made
     from pandas import DataFrame
 
-#: Config values that change what is written or shown, or how fast it goes, not what is learned.
+#: Keys of `trainer` that change what is written or shown, or the speed, but not what is learned.
 COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "figures",
             "image_grid", "histograms", "profile", "record_statistics", "statistics_layer", "log_batch_attention",
             "monitor", "compile")
@@ -44,7 +44,7 @@ COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", 
 # ---------------------------------------------------------------------- rows
 
 def row_of(run: RunRecord, costs: bool = True) -> Row:
-    """A run as a row: the columns' keys, None for what isn't known."""
+    """A run as a row: the columns' keys, None for what isn't known. costs: with parameters and GFLOPs (slower)."""
     asked = run.config["trainer"].get("epochs")
     described = json.dumps({key: run.config[key] for key in ("arch", "data_loader")}, sort_keys=True)
     shares = (run.figures.get("expert_share") or {}).get("all")
@@ -70,20 +70,20 @@ def finite(value: Any) -> float | None:
 
 
 def sameness(run: RunRecord) -> str:
-    """Equal for runs that differ only in their seed (and in their names and places, what is logged, compiled layers,
-    how many workers load the images, and whether bf16 was asked for or left to "auto")."""
+    """A text that is equal for runs that differ only in their seed (and in names, folders, GPUs, logging, compilation,
+    the number of data workers, and whether bf16 was asked for or left to "auto")."""
     config = {key: value for key, value in run.config.items() if key not in ("seed", "name", "n_gpu")}
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
-    if config["trainer"].get("amp") == "bf16":      # what "auto" is where the processor has it
+    if config["trainer"].get("amp") == "bf16":      # what "auto" means on a processor that has it
         config["trainer"]["amp"] = "auto"
     loader = config["data_loader"]
     config["data_loader"] = {**loader, "args": {key: value for key, value in (loader.get("args") or {}).items()
                                                 if key != "num_workers"}}
-    for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has a stage 1 of its own
+    for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has its own stage 1
         config[start] = bool(config.get(start))
     how = {key: run.figures.get(key) for key in ("tau", "feat_type", "prior", "expert_weights")}
     how["other"] = other_evaluation(run.figures)
-    how["classifier"] = run.figures.get("classifier", "joint")     # figures of a training's own end don't name it
+    how["classifier"] = run.figures.get("classifier", "joint")     # the figures that train.py writes don't name one
     return json.dumps([config, how, run.split, run.epochs_done], sort_keys=True, default=str)
 
 
@@ -96,7 +96,7 @@ def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[in
     config = json.loads(described)
     try:
         from tools.gflops import gflops_of
-        refuse_outside(config, ())    # a run's own config doesn't choose what is run
+        refuse_outside(config, ())    # a run's config alone doesn't decide what code is run
         cost = gflops_of(config, shares)
         return cost["parameters"], cost["gflops"]
     except Exception:  # a run of another version, or a model that can't be built here, still has a row
@@ -104,8 +104,8 @@ def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[in
 
 
 def mean_row(table: DataFrame) -> Row:
-    """The mean of runs that differ only in seed, with their standard deviations as `<key>_sd`, and the least and the
-    most `seconds` that one took."""
+    """The mean of runs that differ only in seed, with standard deviations as `<key>_sd`, and the least and the most
+    `seconds` that one of them took."""
     numbers = table[[*FIGURES, "images_per_s", "seconds"]].astype(float)
     means, spreads = numbers.mean(skipna=False), numbers[list(FIGURES)].std(skipna=False)
     return {**table.iloc[0], **means, **{f"{key}_sd": value for key, value in spreads.items()}, "kind": "mean",
@@ -129,9 +129,10 @@ def published_rows(data: Iterable[str] | None) -> list[Row]:
 
 
 def arrange(rows: Iterable[Row], sort: str | None = None, only_means: bool = False) -> DataFrame:
-    """The rows in order, runs that differ only in seed together and followed by their mean.
+    """The rows in order. Runs that differ only in seed stand together, followed (only_means: replaced) by their mean.
 
-    Without `sort`: by data set, then the best first. With it, by that column, the best (else the smallest) first.
+    Without `sort`: by data set, the most accurate first. With it, by that column, the highest first where more is
+    better, else the smallest.
     """
     import pandas as pd
     table, blocks = frame(rows), []
@@ -161,7 +162,8 @@ def compare(folder: Path, *, sort: str | None = None, published: str = "same", o
     """(the table of every run under `folder`, a line for each folder that was skipped).
 
     published: "same" adds published rows for the data sets that occur, "all" every one, "none" none.
-    aside: with the kept runs that are none of README's (tools.results.ASIDE).
+    only_means, costs: see `arrange` and `row_of`. aside: with the kept runs that README leaves out
+    (tools.results.ASIDE).
     """
     runs, skipped = find_runs(folder)
     rows = [row_of(run, costs) for run in runs if aside or not is_aside(run, folder)]
@@ -171,6 +173,7 @@ def compare(folder: Path, *, sort: str | None = None, published: str = "same", o
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
+    """The flags. Raises ConfigError."""
     parser = Parser(prog="python -m tools.compare", description="All runs under a folder in one table.",
                     allow_abbrev=False)
     parser.add_argument("folder", metavar="DIR", help="where the runs are, e.g. saved/")
@@ -190,6 +193,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises ConfigError."""
     args = parse(argv)
     keys = [column.key for column in COLUMNS]
     if args.sort is not None and args.sort not in keys:
@@ -210,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
     table, skipped = compare(folder, sort=args.sort, published="none" if args.readme else args.published,
                              only_means=args.only_means or args.readme, costs=not args.no_costs, aside=not args.readme)
-    for line in skipped:    # beside a table that goes somewhere, not in it
+    for line in skipped:    # on stderr where stdout holds nothing but the table
         print(f"skipped {line}", file=sys.stderr if args.readme or args.markdown == "-" else sys.stdout)
     if not table["kind"].isin(["run", "mean"]).any():
         raise ConfigError(f"{args.folder}: holds no runs (models/<name>/<run_id> with a config.json)")
@@ -225,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_file(path: str, text: str) -> None:
-    """Write and say so; ConfigError where that isn't possible."""
+    """Write a file and say so. Raises ConfigError where that isn't possible."""
     try:
         write_text(path, text)
     except OSError as error:

@@ -1,9 +1,9 @@
 """Write another project's checkpoint in this project's layout: `python -m tools.convert_checkpoint IN OUT`.
 
 IN may be RIDE's, BatchFormer's, classifier-balancing's, NBN's, MABN's, torchvision's or timm's. OUT holds plain
-tensors and data: `arch epoch state_dict optimizer config`, and `data` where IN has it. What is known of the config
-(inside IN, or in config.json beside it) goes along, its `arch` as it is where that takes the weights; else the
-architecture is read off them. `python test.py -r OUT -c CONFIG` needs no more.
+tensors and data: `arch epoch state_dict optimizer config`, and `data` where IN has it. The config that is known
+(inside IN, or in config.json beside it) is kept, its `arch` unchanged where that takes the weights; else the
+architecture is inferred from them. `python test.py -r OUT -c CONFIG` needs no more.
 """
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tools.cli import Parser
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError
 
-# Of an architecture that is read off the weights, the args that leave no trace in them are taken from the old config.
+# Args that leave no trace in the weights: where the architecture is inferred, they are taken from the old config.
 _TRACELESS = ("s", "dropout", "returns_feat", "use_experts", "pos_weight", "force_all", "eval_bt", "shared_classifier")
 
 
 def convert(source: Path, target: Path) -> dict[str, Any]:
-    """Convert `source` into `target`; returns what was written. Raises ConfigError."""
+    """Convert `source` into `target`; returns what was written. Raises ConfigError; RunError if it can't be written."""
     from model.weights.remap import recognise
     from tools.session import facts_of_checkpoint
     from utils.checkpoint.store import load_checkpoint, plain_data, save_checkpoint
@@ -50,7 +50,7 @@ def convert(source: Path, target: Path) -> dict[str, Any]:
 def own_arch(checkpoint: dict, config: dict[str, Any], num_classes: int | None) -> tuple[dict, dict] | None:
     """(the config's own arch, the weights under its model's keys); None where there is none that takes them.
 
-    It says what no weights tell: where NBN stands, the gates' threshold. A class outside the repo isn't imported.
+    It says what weights don't: where NBN is applied, the gates' threshold. A class outside the repo isn't imported.
     """
     from model.model import build_model
     from model.weights.remap import load_weights, to_ours
@@ -68,7 +68,7 @@ def own_arch(checkpoint: dict, config: dict[str, Any], num_classes: int | None) 
 
 
 def read_off(checkpoint: dict, config: dict[str, Any]) -> tuple[dict, dict]:
-    """(the arch that the weights show, the weights under our keys). Raises ConfigError."""
+    """(the arch inferred from the weights, the weights under our keys). Raises ConfigError."""
     from model.weights.infer_arch import infer_arch
     from model.weights.remap import to_ours
     weights = to_ours(checkpoint)
@@ -83,7 +83,7 @@ def read_off(checkpoint: dict, config: dict[str, Any]) -> tuple[dict, dict]:
 
 
 def known_config(checkpoint: dict, source: Path) -> dict[str, Any]:
-    """The config inside a checkpoint, else the one in config.json beside it, else an empty one."""
+    """The config in a checkpoint, else in config.json beside it, else an empty one. Raises ConfigError: not JSON."""
     from utils.checkpoint.store import recover_config
     config = recover_config(checkpoint)
     beside = source.parent / "config.json"
@@ -96,6 +96,7 @@ def known_config(checkpoint: dict, source: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command. Raises ConfigError and RunError."""
     parser = Parser(prog="python -m tools.convert_checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="IN", type=Path, help="the checkpoint to read; no code in it is run")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write")

@@ -5,7 +5,7 @@
 
 The file takes `images`, float [N, 3, H, W] normalised as its metadata say, and gives `output`, logits [N, C], for any
 N. Norms are folded into the convolutions, LoRA into the weights. An expert-assignment model runs all its experts and
-gives what its gates choose. What is written is compared with the model first; where they differ, nothing is left
+gives what its gates choose. The exported outputs are compared with the model's; where they differ, no file is left
 behind.
 """
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tools.cli import check_file, parse_tool, tool_parser
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError, unknown
 
-TOLERANCE = 1e-4     # largest difference of a logit
+TOLERANCE = 1e-4     # largest allowed difference of a logit
 ROUNDING = 1e-5      # of the largest logit: what float32 can keep where logits are large (cosine heads: up to 30)
 CHECKED = (1, 2, 5)  # batch sizes compared
 OPSET = 18
@@ -32,13 +32,13 @@ ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file can hold itself
 
 
 def exportable(model: Any, temperature: float = 1.0) -> Any:
-    """The model as a function of images alone: folded, evaluating, [N, 3, H, W] -> logits [N, C] over `temperature`."""
+    """The model as a module of images alone, folded, for evaluation: [N, 3, H, W] -> logits [N, C] / `temperature`."""
     import torch
 
     from model.norm import fold_norm
     from model.tuning_parts import merge_lora
     if model.routed:
-        model.route = False  # every expert for every image, and the gates' word as a mask: no branch on the data
+        model.route = False  # every expert for every image, masked by the gates: nothing branches on the data
 
     class Classifier(torch.nn.Module):
         def __init__(self) -> None:
@@ -53,7 +53,7 @@ def exportable(model: Any, temperature: float = 1.0) -> Any:
 
 
 def metadata(run: Any, facts: dict[str, Any], model: Any) -> dict[str, str]:
-    """What a user of the file needs to know, text by name: `preprocess` and `class_names` are JSON."""
+    """What a user of the file needs to know, name -> text; `preprocess` and `class_names` are JSON."""
     preprocess = facts["preprocess"]
     names = facts["class_names"] or [str(label) for label in range(model.num_classes)]
     size, mode = preprocess["image_size"], preprocess["interpolation"]
@@ -97,6 +97,7 @@ def write_pt2(model: Any, example: Any, about: dict[str, str], path: Path) -> No
 
 
 def run_pt2(path: Path) -> Callable[[Any], Any]:
+    """The file as a function of a tensor."""
     import torch
     return torch.export.load(str(path)).module()
 
@@ -109,7 +110,7 @@ FORMATS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
 
 
 def check_packages(kind: str) -> None:
-    """ConfigError, with the line that installs them, where a format's packages are missing."""
+    """Raise ConfigError, with the command that installs them, where a format's packages are missing."""
     from importlib.util import find_spec
     missing = [name for name in FORMATS[kind][2] if find_spec(name) is None]
     if missing:
@@ -120,7 +121,7 @@ def check_packages(kind: str) -> None:
 # ---------------------------------------------------------------------- writing and checking
 
 def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
-    """Write a run's model as `target`; (the largest difference from the model, the files written).
+    """Write a run's model to `target`; returns (the largest difference from the model's logits, the files written).
 
     Raises ConfigError for a detector, a missing package or a folder that can't be written, RunError where the file
     and the model disagree; then nothing is left behind.
@@ -141,7 +142,7 @@ def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
         raise ConfigError(f"--out: {target}: can't be written: {error.strerror}") from None
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters' own insides
+            warnings.simplefilter("ignore")  # the exporters' internal ones
             # Two images: a program traced with one takes N = 1 for a constant.
             write(model, torch.randn(2, 3, size, size, generator=generator), metadata(run, facts, run.model),
                   folder / target.name)
@@ -155,9 +156,10 @@ def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
 
 def largest_difference(model: Any, answers: Callable, size: int, generator: Any,
                        temperature: float = 1.0) -> float:
-    """The largest |difference| of a logit between `model`, unfolded, and the exported one.
+    """The largest |difference| of a logit between `model`, not folded, and `answers`, the exported one.
 
-    Raises RunError above TOLERANCE or, with logits above 10, above ROUNDING of them.
+    Raises RunError where it exceeds TOLERANCE or, with logits above 10, ROUNDING times the largest; and where shapes
+    differ.
     """
     import torch
     device, worst, scale = next(model.parameters()).device, 0.0, 0.0
@@ -179,6 +181,7 @@ def largest_difference(model: Any, answers: Callable, size: int, generator: Any,
 # ---------------------------------------------------------------------- the command
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """The flags, with `out`, the path to write. Raises ConfigError."""
     parser = tool_parser("python -m tools.export", "A trained model as one file that needs nothing of this toolkit.",
                          __doc__.split("\n\n")[1])
     parser.add_argument("--format", default="onnx", metavar="F", help=f"{' or '.join(FORMATS)} (default onnx)")
@@ -194,13 +197,14 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         raise ConfigError(f"--out: {args.out}: " + ("is a folder" if args.out.is_dir() else "there is no such folder"))
     if args.out.exists() and os.path.samefile(args.out, args.resume):
         raise ConfigError(f"--out: {args.out}: is the checkpoint itself")
-    if args.out.suffix != f".{args.format}":     # which is what tells others, torch and tools.predict too, its format
+    if args.out.suffix != f".{args.format}":     # by which torch, tools.predict and others tell the format
         raise ConfigError(f"--out: {args.out}: must end in .{args.format}")
     check_packages(args.format)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises ConfigError and RunError."""
     args = parse(argv)
     import logging
 

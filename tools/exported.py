@@ -1,7 +1,7 @@
-"""A file that tools.export wrote, opened to predict with: ONNX by onnxruntime; PyTorch's exported program is named.
+"""Opens a file that tools.export wrote, to predict with it: ONNX by onnxruntime; PyTorch's exported program is refused.
 
-Nothing in a file is executed. An ONNX file is a list of known operators, so it may be run. Reading a `.pt2` with
-torch.export.load unpickles parts of it and evaluates text in it, so only who made the file should do that: not here.
+No code from a file is executed. An ONNX file is a list of known operators, so it is safe to run. torch.export.load
+unpickles parts of a `.pt2` and evaluates text in it, which is safe only for those who made the file: not here.
 """
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 
 from utils.errors import ConfigError, brief
 
-#: What `preprocess` says, see data_loader.transforms.test_preprocess.
+#: Keys of `preprocess`, see data_loader.transforms.test_preprocess.
 _SIZES, _TRIPLES = ("image_size", "resize"), ("mean", "std")
 
 
 def is_exported(path: str) -> str | None:
-    """"onnx" or "pt2" for a file of that kind by its name, or a .pt2 by what is in it; None for anything else."""
+    """"onnx" or "pt2" by the file's extension, or "pt2" by what is in it; None for anything else."""
     kind = Path(path).suffix.lower()
     if kind in (".onnx", ".pt2"):
         return kind[1:]
@@ -33,7 +33,7 @@ def is_exported(path: str) -> str | None:
 
 
 def session_of(path: str | Path, threads: int) -> Any:
-    """onnxruntime's session for a file, on the CPU. Raises ConfigError: no such package, no such model."""
+    """onnxruntime's session for a file, on so many CPU threads. Raises ConfigError: no onnxruntime, unreadable file."""
     if find_spec("onnxruntime") is None:
         raise ConfigError(f"{path}: an ONNX file needs the package onnxruntime; pip install onnxruntime")
     import onnxruntime
@@ -51,7 +51,7 @@ class OnnxModel(torch.nn.Module):
     """An exported classifier as a model: images [N, 3, H, W] -> {"output": logits [N, C]}, on the CPU.
 
     `preprocess` and `class_names` are those of the file's metadata. Raises ConfigError where the file has none that
-    fit its input and output: a model that another program exported.
+    fit its input and output, e.g. because another program exported it.
     """
 
     num_experts = 1  # how many there were isn't in the file
@@ -72,12 +72,13 @@ class OnnxModel(torch.nn.Module):
                               "tools.export")
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """images: float32, normalised as `preprocess` says."""
         found, = self.session.run(["output"], {"images": images.cpu().contiguous().numpy()})
         return {"output": torch.from_numpy(found)}
 
 
 def _fits(preprocess: dict[str, Any], names: list[str], inputs: list[Any], outputs: list[Any]) -> bool:
-    """Whether metadata are of the kind that tools.export writes, and of this very input and output."""
+    """Whether metadata are as tools.export writes them, and match the model's input and output."""
     size = preprocess["image_size"]
     numbers = [value for key in _TRIPLES for value in preprocess[key]]
     return ([len(preprocess[key]) for key in _TRIPLES] == [3, 3]

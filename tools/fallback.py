@@ -1,4 +1,4 @@
-"""A config that wants a pretrained network and names another for where its weights can't be had."""
+"""Configs that want a pretrained network and name a `fallback` config for where its weights can't be had."""
 from __future__ import annotations
 
 import os
@@ -11,30 +11,30 @@ from utils.config.load import Override, load_config
 from utils.config.read import leaves, read_config
 from utils.errors import ConfigError
 
-#: Where overrides begin that are meant for the pretrained network.
+#: Prefixes of overrides that are meant for the pretrained network.
 OF_THE_NETWORK = ("arch.", "trainer.freeze", "trainer.cache_features")
-#: What a config says of its data and its run, whatever the network: the fallback is told it too.
+#: Keys and prefixes that concern the data and the run, whatever the network: the fallback takes them over.
 CARRIED = ("seed", "n_gpu", "groups.", "data_loader.type", "data_loader.args.", "trainer.save_dir",
            "trainer.save_period", "trainer.keep_last", "trainer.verbosity", "trainer.tensorboard", "trainer.log_step",
            "trainer.progress", "trainer.report", "trainer.figures")
-#: What belongs to a recipe, and is carried over only from a file that extends the one with the recipe and `fallback`.
+#: Keys of a training recipe, taken over only from a file that extends the one with the recipe and `fallback`.
 OF_THE_RECIPE = ("data_loader.args.batch_size", "trainer.epochs")
-#: The network's own, which the fallback finds out for itself.
+#: Depends on the network; the fallback determines its own.
 OF_ITS_INPUT = "data_loader.args.image_size"
 
 
 def settle_weights(config: dict[str, Any], overrides: list[Override] = (),
                    file: str | os.PathLike | None = None, brought: bool = False) -> dict[str, Any]:
-    """The config to train with: itself, or its `fallback` under its own name, with one line that says so.
+    """The config to train with: itself or, with a log message, its `fallback` under the config's name.
 
-    The fallback is taken where `arch.args.weights` is true and the network's package isn't installed or its weights are
-    in no cache and out of reach. Rank 0 looks, and all ranks follow it.
+    The fallback is taken where `arch.args.weights` is true and the network's package isn't installed, or its weights
+    are neither cached nor downloadable. Rank 0 looks, and all ranks follow it.
 
-    brought: a file has all of the model's weights, so that the package's are not looked for. file: where the config was
-    read; what it says of its data and its run holds for the fallback too, and the line names the rest of what it says.
+    brought: a file has all of the model's weights, so that the package's aren't looked for. file: the config's file;
+    what it says of the data and the run is taken over, and the log names its other keys.
 
-    Raises ConfigError where nobody knows the network, where its weights are missing and `overrides` say something of it
-    (that would be lost), and what the fallback's own check raises.
+    Raises ConfigError where the network is unknown, where its weights are missing and `overrides` concern it (they
+    would be lost), and where the fallback itself is wrong.
     """
     other, config = config.get("fallback"), {**config, "fallback": None}
     args = config["arch"].get("args") or {}
@@ -53,8 +53,8 @@ def settle_weights(config: dict[str, Any], overrides: list[Override] = (),
 
 def as_begun(config: dict[str, Any], before: dict[str, Any], overrides: list[Override] = (),
              file: str | os.PathLike | None = None) -> dict[str, Any]:
-    """The config for a run that is there and was trained as `before` says: itself, or its `fallback`, as in
-    `settle_weights`, where the run began with that, even if the network's weights can be had by now."""
+    """The config to go on with in an existing run, whose config is `before`: itself, or its `fallback` (as in
+    `settle_weights`) where the run began with that, even if the network's weights can be had by now."""
     other, config = config.get("fallback"), {**config, "fallback": None}
     chosen = any(item.path.startswith(OF_THE_NETWORK) for item in overrides)
     if other is None or chosen or network(before) == network(config):
@@ -67,14 +67,14 @@ def as_begun(config: dict[str, Any], before: dict[str, Any], overrides: list[Ove
 
 
 def network(config: dict[str, Any]) -> tuple[Any, Any]:
-    """What tells a config's network from its fallback's."""
+    """(arch.type, model_name): what tells a config's network from its fallback's."""
     return value_at(config, "arch.type"), value_at(config, "arch.args.model_name")
 
 
 def with_what_is_carried(other: str, name: str, overrides: list[Override], file: str | os.PathLike | None
                          ) -> tuple[dict[str, Any], list[str]]:
-    """(the config `other` under the name `name`, with what `file` says of its data and its run; the keys of what else
-    it says)."""
+    """(the config `other`, named `name`, with what `file` says of the data and the run; the keys of `file` that it
+    doesn't take over)."""
     said = [] if file is None else list(statements(file))
     taken = [Override(key, value, str(file)) for key, value, own in said if is_carried(key, own)]
     settled = {**load_config(other, [*taken, *overrides]), "name": name}
@@ -83,8 +83,8 @@ def with_what_is_carried(other: str, name: str, overrides: list[Override], file:
 
 
 def statements(file: str | os.PathLike) -> Iterator[tuple[str, Any, bool | None]]:
-    """(key, value, own) of what a config file says, sections of classes apart from the loader's as a whole. own: None
-    where the file names its `fallback` itself, else whether the key is of a file that extends the one that names it."""
+    """(key, value, own) of each key that a config file sets (see `key_of`). own: None where the file itself names the
+    `fallback`, else whether the key comes from a file that extends the one which does."""
     config, inherited = read_config(file)
     base = inherited.get("fallback")
     recipe = set() if base is None else {base, *read_config(base)[1].values()}
@@ -98,8 +98,7 @@ def statements(file: str | os.PathLike) -> Iterator[tuple[str, Any, bool | None]
 
 
 def key_of(leaf: str) -> str:
-    """The key that is carried over or not: an argument of the loader's, a key of `trainer` or `groups`, or a section.
-    """
+    """The key that is taken over or left: a loader's argument, a key of `trainer` or `groups`, or a whole section."""
     parts = leaf.split(".")
     return ".".join(parts[:{"data_loader": 3, "trainer": 2, "groups": 2}.get(parts[0], 1)])
 
@@ -113,14 +112,14 @@ def value_at(config: dict[str, Any], key: str) -> Any:
 
 
 def is_carried(key: str, own: bool | None) -> bool:
-    """Whether a key holds for the fallback too."""
+    """Whether the fallback takes over a key; own: see `statements`."""
     if key in OF_THE_RECIPE:
         return own is True
     return key.startswith(CARRIED) and key != OF_ITS_INPUT
 
 
 def missing(arch: dict[str, Any]) -> str | None:
-    """Why a network's own weights can't be had; None where they are there now. ConfigError where nobody knows it."""
+    """Why a network's pretrained weights can't be had; None if they can. Raises ConfigError for an unknown network."""
     from model.timm_net import MissingPackage, check_name
     from model.weights.pretrained import MissingWeights, own_file
     try:

@@ -1,4 +1,4 @@
-"""The command lines of train.py and test.py. Nothing heavy is imported: `--help` and a wrong flag answer at once."""
+"""The command lines of train.py and test.py. Nothing heavy is imported, so `--help` and mistakes answer at once."""
 from __future__ import annotations
 
 import argparse
@@ -9,12 +9,12 @@ from tools.cli import SetValue, add_named, add_overrides, base_parser, check_fil
 from utils.errors import ConfigError
 from utils.files import check_folder_name
 
-#: Flags of a start from other weights: they are files, and config keys too so that a resumed run knows.
+#: Flags that name a file of weights to start from; they are config keys too, so that a resumed run knows them.
 STARTS = (
     (("--pretrained",), "pretrained", "start from these weights"),
     (("--load_crt",), "load_crt", "stage 2: load all but the classifier from here, freeze the rest"),
 )
-#: Flags of test.py about its images.
+#: Flags of test.py on how it sees images.
 CROPS = (
     (("--crops",), "data_loader.args.crops", "average the logits of 5 or 10 crops of each image"),
     (("--expand",), "data_loader.args.expand", "with crops: pixels that an image is larger than a crop"),
@@ -134,7 +134,7 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_taus(text: str) -> list[float]:
-    """`0.7` as [0.7]; `0:2:0.5` as [0, 0.5, 1, 1.5, 2]: both ends belong to it. Raises ConfigError."""
+    """`0.7` as [0.7]; `0:2:0.5` as [0, 0.5, 1, 1.5, 2]: both ends included, none below 0. Raises ConfigError."""
     parts = [_number(part, "--tau") for part in text.split(":")]
     if len(parts) == 1:
         taus = parts

@@ -5,7 +5,7 @@
     python -m tools.gflops -r saved/models/<name>/<run_id>/model_best.pth
 
 A multiply-add counts as two operations (GFLOPs) or as one (GMACs). RIDE's tables, and most papers, print GMACs under
-the name GFLOPs. Counted are convolutions and matrix products; norms, activations and pooling are a percent of these.
+the name GFLOPs. Only convolutions and matrix products are counted; norms, activations and pooling add about 1 %.
 """
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from utils.config.load import load_config
 from utils.config.schema import SECTIONS
 from utils.errors import ConfigError
 
-#: Classes of the data sets that always have as many, for configs that leave the number to the data.
+#: Number of classes of the data sets where it is fixed, for configs that leave it to the data.
 CLASSES = {"DigitsLTDataLoader": 10, "ImbalanceCIFAR10DataLoader": 10, "ImbalanceCIFAR100DataLoader": 100,
            "CIFAR100DataLoader": 100, "ImageNetLTDataLoader": 1000, "PlacesLTDataLoader": 365,
            "iNaturalistDataLoader": 8142}
-#: What makes a model more than the plain network of its kind: none of it is in the network compared with.
+#: Arguments that make a model differ from the plain network of its kind, which its cost is compared with.
 EXTRAS = ("num_experts", "reduce_dimension", "layer2_output_dim", "layer3_output_dim", "layer4_output_dim", "use_norm",
           "s", "share_layer3", "use_experts", "add_bt", "eval_bt", "norm", "classifier", "tuning", "shared_classifier",
           "top_choices_num", "pos_weight", "share_expert_help_pred_fc", "force_all", "route_threshold", "bt_gather",
@@ -38,13 +38,13 @@ def gflops_of(config: dict[str, Any], ea: Sequence[float] | None = None) -> dict
     """The cost of one image of a config's size (needs its `arch` and `data_loader`), in evaluation.
 
     Args:
-        ea: of an expert-assignment model, the share of images that use 1, 2, ... E experts: percentages or fractions.
+        ea: for an expert-assignment model, the shares of images that use 1, 2, ... E experts: percentages or fractions.
     Returns:
         `gflops` (a multiply-add is 2; all experts, or the mean under `ea`), `gmacs` (half of it), `parameters`,
         `image_size`, `image_size_why` (None: the config says it); `parts`: a dict of name, `gflops`, `parameters` for
         each stage, expert and head; `by_experts`: GFLOPs of an image that uses 1, 2, ... E experts (gates included);
         `all_experts`: GFLOPs with every one;
-        `plain`: `gflops`, `parameters` of the plain network with one expert and full widths, `ratio`: gflops to its.
+        `plain`: `gflops`, `parameters` of the plain network with one expert and full widths, `ratio`: gflops over its.
     Raises:
         ConfigError: a detector, an unknown number of classes, a size that the network can't take, shares that don't
             fit the experts.
@@ -79,8 +79,8 @@ def gflops_of(config: dict[str, Any], ea: Sequence[float] | None = None) -> dict
 def count(arch: dict[str, Any], num_classes: int, size: int) -> tuple[Any, dict[str, int]]:
     """A model without weights, and the FLOPs of one image in each of its modules.
 
-    On torch's meta device where it can be made there. The key "" is the whole. A module that is called several times
-    counts each time.
+    It runs on torch's meta device where it can be made there. The key "" is the whole model. A module that is called
+    several times counts each time.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -92,7 +92,7 @@ def count(arch: dict[str, Any], num_classes: int, size: int) -> tuple[Any, dict[
             model = build_model(arch, num_classes, bare=True).eval()
     except NotImplementedError:    # torchvision's RegNets compute while they are made
         device, model = "cpu", build_model(arch, num_classes, bare=True).eval()
-    model.route = False  # every expert, whatever the gates say: they can't say anything about an empty image
+    model.route = False  # every expert: without data the gates have nothing to decide by
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, size, size, device=device))
     found = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
@@ -103,7 +103,7 @@ def count(arch: dict[str, Any], num_classes: int, size: int) -> tuple[Any, dict[
 def take_apart(model: Any, counts: dict[str, int]) -> tuple[list[dict[str, Any]], list[float]]:
     """(parts with their costs in the order of the forward pass, GFLOPs of an image that uses 1, 2, ... experts)."""
     def spent(name: str) -> int:
-        """A list of modules is never called itself."""
+        """FLOPs of a module; of a ModuleList, which is never called itself, those of its members."""
         if name in counts:
             return counts[name]
         return sum(spent(f"{name}.{child}") for child, _ in model.get_submodule(name).named_children())
@@ -125,15 +125,15 @@ def take_apart(model: Any, counts: dict[str, int]) -> tuple[list[dict[str, Any]]
     totals = [shared + math.fsum(costs[:k]) + gates * min(k, model.num_experts - 1)
               for k in range(1, model.num_experts + 1)]
     known = sum(part["parameters"] for part in parts)
-    if known != model.num_parameters():  # NBN's scales, or a transformer's tokens and embedding of places
+    if known != model.num_parameters():  # NBN's scales, or a transformer's tokens and position embedding
         parts.append({"name": "embeddings" if model.nbn_scales is None else "norm scales", "gflops": 0.0,
                       "parameters": model.num_parameters() - known})
     return parts, totals
 
 
 def image_size(config: dict[str, Any]) -> tuple[int, str | None]:
-    """(side of the images a config's model gets, why it is that where the config doesn't say): its `image_size`, else
-    its network's own, else its loader's default."""
+    """(side in pixels of a config's images, why it is that where the config doesn't say): its `image_size`, else its
+    network's own, else its loader's default."""
     from data_loader import data_loaders
     from data_loader.pixels import SMALLEST_AUTO, half_size
     from tools.parts import input_of, size_problem
@@ -152,7 +152,7 @@ def image_size(config: dict[str, Any]) -> tuple[int, str | None]:
 
 
 def number_of_classes(config: dict[str, Any]) -> int:
-    """C: the config's, else the data set's. Raises ConfigError where neither says."""
+    """The number of classes: the config's, else the data set's. Raises ConfigError where neither is known."""
     classes = config["arch"]["args"].get("num_classes") or CLASSES.get(config["data_loader"]["type"])
     if classes is None:
         raise ConfigError("arch.args.num_classes: not in the config, and it depends on the images; give it with "
@@ -201,6 +201,7 @@ def table(cost: dict[str, Any], ea: Sequence[float] | None = None) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """The flags, with `ea` as a list of floats. Raises ConfigError."""
     parser = tool_parser("python -m tools.gflops", "GFLOPs and parameters for one image.", __doc__.split("\n\n")[1],
                          overrides=True)
     parser.add_argument("--ea", "--ea_percentage", nargs="+", metavar="P", help="expert assignment: percentages of "
@@ -229,6 +230,7 @@ def measured_shares(checkpoint: Path) -> list[float] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises ConfigError."""
     args = parse(argv)
     if args.config:
         config = load_config(args.config, args.overrides)

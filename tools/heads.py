@@ -23,8 +23,8 @@ from utils.config.outside import is_outside
 from utils.errors import ConfigError
 
 log = get_logger()
-IMAGES = ("image_size", "crops", "expand")      # of `data_loader.args`: how a test image is seen
-SUBSET = ("imb_factor", "imb_type", "split_seed")   # and which images class means are of
+IMAGES = ("image_size", "crops", "expand")      # keys of `data_loader.args`: how a test image is seen
+SUBSET = ("imb_factor", "imb_type", "split_seed")   # and which training images class means are of
 
 
 def crops_of(loader: Any) -> int | None:
@@ -33,8 +33,8 @@ def crops_of(loader: Any) -> int | None:
 
 
 def changes_of(args: Namespace, run: Any) -> list[str]:
-    """What this command has otherwise than the checkpoint's own evaluation would: the model's or the images' settings
-    (`use_experts=2`, `crops=5`), other weights of the file, or only some."""
+    """How this command differs from a plain evaluation of the checkpoint: settings of the model or of the images
+    (`use_experts=2`, `crops=5`), the file's raw weights, or only some of the weights."""
     own = recover_config(run.checkpoint) or {}
     found, names = [], IMAGES + (SUBSET if args.classifier == "ncm" else ())
     for path, value, *_ in args.overrides:
@@ -45,7 +45,7 @@ def changes_of(args: Namespace, run: Any) -> list[str]:
 
 
 def choose_classifier(args: Namespace, run: Any, loader: Any) -> tuple[Any, dict[str, Any]]:
-    """The head that `--classifier` asks for (None: the model's own) and what to note of it in the metrics."""
+    """(the head that `--classifier` asks for, None: the model's own; a note for the metrics). Raises ConfigError."""
     if args.expert_weights == "learn":
         if crops_of(loader):
             raise ConfigError("--expert_weights: learn moves whole images; leave out --crops")
@@ -93,13 +93,13 @@ def trained(outputs: dict[str, Any]) -> Any:
 
 
 def kept_features(run: Any, split: str) -> tuple[Path, str]:
-    """Where a run that trained on its features has them, and their precision."""
+    """(the file of features, their precision) of a run that trained on cached features; there may be no such file."""
     amp, _ = choose_precision(run.config["trainer"]["amp"], run.device)
     return run.path.parent / "features" / f"{split}.f16", amp
 
 
 def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """`--calibrate` and `--prior` on top of a head; what they found joins the note."""
+    """Apply `--calibrate` and `--prior` to a head; returns it, and the note with what they found."""
     is_own_head = head is None and args.weights == "ema" and not changes_of(args, run)
     head = head or trained
     if args.calibrate:
@@ -110,8 +110,8 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
 
 
 def calibrated(run: Any, head: Any, note: dict[str, Any], keep: bool) -> tuple[Any, dict[str, Any]]:
-    """`--calibrate`: the head with its logits over the temperature that suits the validation images. keep: it is the
-    model's own head, whose temperature predictions and export use from now on."""
+    """`--calibrate`: the head with its logits divided by the temperature that suits the validation images. keep: save
+    it for predictions and export, which is right for the model's own head."""
     found = classifiers.calibrate(run.model, run.loader("val"), head)
     note = {**note, "calibration": found, **run.note_of_choice("the temperature")}
     log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
@@ -122,7 +122,7 @@ def calibrated(run: Any, head: Any, note: dict[str, Any], keep: bool) -> tuple[A
 
 
 def with_prior(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """`--prior`: the head for another distribution of the classes than the one that it has learned."""
+    """`--prior`: the head, adapted to another class distribution than the one it has learned. Raises ConfigError."""
     counts = run.data["cls_num_list"]
     uniform = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
     learned = uniform   # tau-normalised logits are for classes of equal size
@@ -147,8 +147,8 @@ def with_prior(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str
 
 
 def trained_with(run: Any) -> tuple[Any, float]:
-    """The loss that trained a run's model, and the power q of its sampler (1: images as they come, 0: classes alike);
-    whatever -c and --set say now."""
+    """The loss that a run's model was trained with, and the power q of its sampler (1: images as they come, 0: all
+    classes equally often), whatever -c and --set say now."""
     own = recover_config(run.checkpoint) or {}
     known = "loss" in own and not is_outside(own["loss"].get("type"))
     criterion = make_criterion(own if known else run.config, run.data["cls_num_list"])
@@ -158,14 +158,14 @@ def trained_with(run: Any) -> tuple[Any, float]:
 
 
 def trained_experts(run: Any) -> list[int]:
-    """The experts that the training used, in the order in which its loss had them, whatever `use_experts` says now."""
+    """The experts used in training, in the order in which the loss saw them, whatever `use_experts` says now."""
     own = recover_config(run.checkpoint) or run.config
     found = chosen_experts(value_at(own, "arch.args.use_experts"), run.model.num_experts)
     return list(range(run.model.num_experts)) if found in (None, "rand") else found
 
 
 def warn_of_adjusting_twice(run: Any) -> None:
-    """`--classifier la` is for logits that follow the training images; of others a warning says what they follow."""
+    """Warn where loss or sampler already adjusted for rare classes in training, as `--classifier la` does again."""
     if run.model.routed:
         return
     criterion, power = trained_with(run)
@@ -178,8 +178,8 @@ def warn_of_adjusting_twice(run: Any) -> None:
 
 
 def shares_of_experts(run: Any, note: dict[str, Any]) -> torch.Tensor:
-    """What each expert counts in the logits, float64 [E] of sum 1: those of `trained_experts`. note: has
-    `expert_weights` where some were learned."""
+    """The weight of each of `trained_experts` in the logits, float64 [E] of sum 1. note: has `expert_weights` where
+    they were learned. Raises ConfigError where an expert is used that wasn't trained."""
     used, trained = used_experts(run.model), trained_experts(run)
     new = sorted(set(used) - set(trained))
     if new:

@@ -1,4 +1,4 @@
-"""A finished run as one small folder, to keep beside the code: what is quoted of it, and weights to check that with.
+"""Keeps a finished run as one small folder beside the code: the figures to quote, and weights to check them with.
 
     python -m tools.keep saved/models/<name>/<run_id> results/
     python -m tools.keep saved/models/<name>/<run_id> results/ --name cifar100_lt_ride_s0
@@ -6,8 +6,8 @@
 
 Writes results/<name>/ with config.json, metrics.csv, timing.csv, test_metrics.json and weights.pth: a checkpoint
 without the optimizer's state, its matrices and filters in float16 (`--float32`: as they are), for
-`python test.py -r results/<name>/weights.pth --data_dir data`. `--no_weights` leaves that out. Paths of
-this machine are left out: images are looked for in `data`.
+`python test.py -r results/<name>/weights.pth --data_dir data`. `--no_weights` leaves out weights.pth. Paths of
+this machine are removed: images are looked for in `data`.
 """
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from utils.errors import ConfigError
 from utils.files import check_folder_name
 
 COPIED = ("metrics.csv", "timing.csv")
-#: Dotted keys of the config and of the figures whose values are places on this machine -> what a reader of the folder
-#: has instead.
+#: Dotted keys of the config and of the figures whose values are paths on this machine -> what a reader of the folder
+#: gets instead.
 PLACES = {"data_loader.args.data_dir": "data", "data_dir": "data", "trainer.save_dir": "saved/"}
 
 
 def without_places(config: Any, path: str = "") -> Any:
     """A config, or facts of the data, whose absolute paths are replaced (PLACES) or cut to their last part."""
-    if isinstance(config, dict):     # a class may be named /m/01g317: that is no place
+    if isinstance(config, dict):     # a class may be named /m/01g317: that is no path
         return {key: value if key == "class_names" else without_places(value, f"{path}.{key}".lstrip("."))
                 for key, value in config.items()}
     if isinstance(config, list):
@@ -48,7 +48,7 @@ def without_places(config: Any, path: str = "") -> Any:
 
 
 def halved(weights: dict[str, Any]) -> dict[str, Any]:
-    """Weights with matrices and filters as float16, where that holds them; statistics, biases and norms as they are."""
+    """Weights with matrices and filters as float16, if their values fit; statistics, biases and norms as they are."""
     def half(name: str, value: Any) -> Any:
         if not name.endswith("weight") or value.dim() < 2 or not value.is_floating_point():
             return value
@@ -58,9 +58,9 @@ def halved(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_figures(file: Path, figures: dict[str, Any], checkpoint: Path) -> None:
-    """Figures must be those of the weights that are kept. Raises ConfigError.
+    """Raise ConfigError unless the figures of `file` are of `checkpoint`, evaluated as it is and since it was written.
 
-    test.py names the checkpoint in them; what names none is from a training's own end, of its last one.
+    Figures name their checkpoint; those that name none were written at the end of a training, for its last one.
     """
     epochs = RunPaths(checkpoint.parent, checkpoint.parent).checkpoints()
     tested = figures.get("checkpoint") or (epochs[-1].name if epochs else checkpoint.name)
@@ -79,8 +79,8 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
          overrides: Sequence[Any] = ()) -> Path:
     """Write the folder of `checkpoint`'s run under `top`, whole or not at all; returns it.
 
-    half: see `halved`. weights: whether they are kept. overrides: what the config says, said again, for its classes
-    from outside.
+    name: the folder's (default: the config's name and the seed). half: see `halved`. weights: whether they are kept.
+    overrides: values of the config, repeated to allow its classes from outside; they can't change any.
 
     Raises ConfigError: no test figures, or those of other weights, no config, overrides that change it, a folder of
     that name is there, or it can't be written.
@@ -122,7 +122,7 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
                 "arch": loaded.get("arch", config["arch"]["type"]), "epoch": loaded.get("epoch"), "config": config,
                 "state_dict": (halved if half else dict)(loaded["state_dict"]),
                 "data": without_places(loaded.get("data"))})
-        os.chmod(unfinished, 0o755)  # mkdtemp's are private
+        os.chmod(unfinished, 0o755)  # mkdtemp makes private folders
         unfinished.rename(target)
     except OSError as error:
         raise ConfigError(f"{target}: can't be written: {error.strerror}") from None
@@ -134,6 +134,7 @@ def keep(checkpoint: Path, top: Path, name: str | None = None, half: bool = True
 # ---------------------------------------------------------------------- the command
 
 def parse(argv: Sequence[str] | None) -> Namespace:
+    """The flags, with `path`, the checkpoint. Raises ConfigError."""
     parser = Parser(prog="python -m tools.keep", description="Keep a finished run as one small folder.",
                     allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="the run's folder, <save_dir>/models/<name>/<run_id>")
@@ -153,6 +154,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises ConfigError."""
     args = parse(argv)
     target = keep(args.path, Path(args.top), args.name, not args.float32, not args.no_weights, args.overrides)
     size = sum(path.stat().st_size for path in target.iterdir())

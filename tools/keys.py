@@ -1,4 +1,4 @@
-"""The reference of a config's keys, as docs/config.md has it.
+"""Prints the reference of a config's keys that docs/config.md contains.
 
     python -m tools.keys
 """

@@ -15,22 +15,22 @@ from utils.errors import RunError
 
 #: Seconds that workers have, after a SIGTERM or SIGINT, to finish their step and save.
 PATIENCE_S = 120
-#: What is caught, by torch's launcher or here, and left caught.
+#: Signals whose handlers torch's launcher or this module replaces; the launcher doesn't restore them.
 CAUGHT = tuple({*STOPS, *(getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name))})
 
 
 def run_workers(workers: int, command: list[str]) -> int:
-    """Run `python *command` in `workers` processes that train together; their exit status, as one process would give.
+    """Run `python *command` in `workers` processes that train together; returns one exit status for all.
 
-    The workers say what is to be said, errors included; the launcher itself stays silent. A stop by SIGTERM,
-    SIGINT or SIGUSR1 is passed on to them. Raises RunError for a worker that was killed.
+    Only the workers print, errors included; the launcher itself stays silent. A stop by SIGTERM, SIGINT or SIGUSR1 is
+    passed on to them. Raises RunError for a worker that was killed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.disable(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in CAUGHT}
-    for number in set(STOPS) - {signal.SIGTERM, signal.SIGINT}:  # torch's launcher doesn't know it: it hears a SIGTERM
+    for number in set(STOPS) - {signal.SIGTERM, signal.SIGINT}:  # unknown to torch's launcher: becomes a SIGTERM
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
     wished = {"shutdown_timeout": PATIENCE_S}  # newer torch has it; older ones wait 30 s
     known = {entry.name for entry in dataclasses.fields(LaunchConfig)}
@@ -42,7 +42,7 @@ def run_workers(workers: int, command: list[str]) -> int:
         try:
             elastic_launch(config, sys.executable)("-u", *command)
         except ChildFailedError as error:
-            # What happened first says most: ranks that lost another end with 1, or by the launcher's own SIGTERM.
+            # The first failure matters: ranks that lost another end with 1, or by the launcher's own SIGTERM.
             failures = {failure.exitcode: rank for rank, failure in error.failures.items()}
             killed = [status for status in failures if status < 0 and status != -signal.SIGTERM]
             if killed and 2 not in failures:
@@ -60,12 +60,12 @@ def run_workers(workers: int, command: list[str]) -> int:
 
 
 def note_stop() -> None:
-    """Tell the launcher that the run was saved on its way out; nothing where there is none."""
+    """Tell the launcher, where there is one, that the run was stopped on request and saved."""
     folder = os.environ.get(LAUNCHED_HERE)
     if folder and Path(folder).is_dir():
         stopped_note(folder).touch()
 
 
 def stopped_note(folder: str) -> Path:
-    """The file that says so."""
+    """The file in the launcher's folder that says that the run was stopped."""
     return Path(folder) / "stopped"

@@ -1,4 +1,4 @@
-"""A test split with images of no known class among it (OLTR; Liu et al., CVPR 2019)."""
+"""Open-set testing: images of no known class among the test images (OLTR; Liu et al., CVPR 2019)."""
 from __future__ import annotations
 
 from argparse import Namespace
@@ -12,7 +12,10 @@ from tools.classify import classify_list
 
 
 def open_set(args: Namespace, run: Any, head: Any, result: dict[str, Any]) -> dict[str, Any]:
-    """The F-measure with extra images of no known class among the test images."""
+    """The F-measure (0 to 1) with the images in the list `args.open_set`, of no known class, among the test images.
+
+    result: what `evaluate` returned with keep=True. Raises ConfigError for a wrong list or an unreadable image.
+    """
     loader = run.loader(args.split)
     preds, probs = classify_list(run, args.open_set, getattr(loader, "views", loader.preprocess), head)
     labels = np.concatenate([result["labels"], np.full(len(preds), -1)])

@@ -1,4 +1,4 @@
-"""A finished run, for test.py and the tools."""
+"""Opens a finished run, for test.py and the tools."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -38,13 +38,13 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """What the checkpoint knows of its data."""
+        """What the checkpoint says of its data (see tools.session.data_facts), or None."""
         return facts_of_checkpoint(self.checkpoint)
 
     @property
     def is_own_data(self) -> bool:
-        """Whether the config's data are those that the model was trained for, there or elsewhere."""
-        return of_same_data(*self._loader_specs(), self.facts, doubt=False)     # its figures might be another's
+        """Whether the config's data are those that the model was trained on, wherever they lie."""
+        return of_same_data(*self._loader_specs(), self.facts, doubt=False)     # if in doubt, no
 
     def _loader_specs(self) -> list[dict[str, Any]]:
         """`data_loader` as the checkpoint has it (empty where it has no config), and as it is now."""
@@ -61,8 +61,8 @@ class Run:
         return kept_temperature(self.path, self.checkpoint.get("epoch"), self.model)
 
     def note_of_choice(self, chosen: str) -> dict[str, str]:
-        """What figures must say of something that was chosen on the validation images: nothing, unless those are the
-        test images, which a warning tells too."""
+        """What to add to figures if something, named `chosen`, was chosen on the validation images: nothing, unless
+        those are the test images; then {"chosen_on": "test"}, with a warning."""
         loader = self.loader("train")
         if not getattr(loader, "validates_on_test", False):
             return {}
@@ -73,8 +73,8 @@ class Run:
         return {"chosen_on": "test"}
 
     def about(self) -> list[str]:
-        """What names of files about it must say: [] of the newest or best weights on the run's own data, else the other
-        data and the checkpoint."""
+        """What the names of files about this run must contain: [] for the newest or best weights on the run's own data,
+        else the other data and the checkpoint."""
         parts = []
         if not self.is_own_data:
             data = self.config["data_loader"]
@@ -85,7 +85,8 @@ class Run:
         return [*parts, self.path.stem] if older or parts else []
 
     def loader(self, split: str = "test") -> BaseDataLoader:
-        """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader."""
+        """The "test", "train" (augmented), "train_eval" (in order, plain) or "val" split's loader, made once. Raises
+        ConfigError, e.g. where there is no validation split or the model was trained on some of its images."""
         if split not in self._loaders:
             if split in ("test", "train"):
                 self._loaders[split] = make_loader(self.config, self.device, training=split == "train",
@@ -114,13 +115,14 @@ def open_run(path: str | Path, config: str | Path | None = None, overrides: list
 
     Args:
         path: a checkpoint file.
-        config: a config that goes before the checkpoint's own.
+        config: a config to use in place of the checkpoint's own.
         overrides: (dotted path, value, flag) as the command line gives them.
-        weights: "ema", what the file is for (the average, where one was kept), or "raw", what training went on with.
+        allow_partial: load the weights that fit and leave the others as they were initialised.
+        weights: "ema", those that the file is for (the average, where one was kept), or "raw", those in training.
     Raises:
         ConfigError: unreadable or refused file, no config, weights that don't fit.
     """
-    allow_tf32(False)     # a process that opens a run evaluates: the same figures on every processor
+    allow_tf32(False)     # runs are opened to be evaluated: the same figures on every processor
     path = Path(path)
     checkpoint = load_checkpoint(path)
     if weights == "raw":

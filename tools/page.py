@@ -1,6 +1,6 @@
-"""Our HTML pages: one file each, no network, light and dark, readable on a phone and on paper.
+"""Renders our HTML pages: one self-contained file each, light and dark, readable on a phone and on paper.
 
-The templates are jinja2's, in tools/templates; what is put into them is escaped.
+The jinja2 templates are in tools/templates; values put into them are escaped.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of ours with `values` as a whole HTML document."""
+    """The HTML document made of the file `template` and `values`; a missing value raises jinja2's UndefinedError."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     pages = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                         keep_trailing_newline=True)

@@ -1,4 +1,4 @@
-"""The pieces that a config names: loader, model, loss. What models and data need to know of each other is here."""
+"""Makes what a config names: loader, model, loss. What models and data must know of each other is settled here."""
 from __future__ import annotations
 
 import copy
@@ -30,7 +30,8 @@ def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, t
                 **more: Any) -> BaseDataLoader:
     """The loader of the config's training split, or of its test split (`training=False`).
 
-    Raises ConfigError, before anything is read, also for an `image_size` that the network can't take.
+    Raises ConfigError, also for an image size that the network can't take (before anything is read, if the config names
+    the size).
     """
     named = (config["data_loader"].get("args") or {}).get("image_size")
     if isinstance(named, int):
@@ -41,20 +42,20 @@ def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, t
     loader = build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
                           world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training,
                           preprocess=wanted, **more)
-    if hasattr(loader, "image_size"):    # what a data set has by itself
+    if hasattr(loader, "image_size"):    # where the data decide it
         check_size(config, loader.image_size, training)
     return loader
 
 
 def check_size(config: dict[str, Any], size: int, training: bool = False) -> None:
-    """Raises ConfigError where a network of the config's can't take images of `size` pixels."""
+    """Raise ConfigError where the config's network, in training also its teacher, can't take `size` x `size` images."""
     problem = size_problem(config, size, training)
     if problem is not None:
         raise ConfigError(f"data_loader.args.image_size: {problem}")
 
 
 def size_problem(config: dict[str, Any], size: int, training: bool = False) -> str | None:
-    """What the config's network, in training its teacher too, has against `size`: see `TimmModel.size_problem`."""
+    """Why the config's network, in training also its teacher, can't take `size` (None: it can); see `TimmModel`."""
     for section in ("arch", "distill_arch") if training and config.get("distill") else ("arch",):
         spec = config.get(section) or {}
         asks = "type" in spec and getattr(lookup(ARCHS | ELSEWHERE, spec["type"], f"{section}.type", "model"),
@@ -66,16 +67,15 @@ def size_problem(config: dict[str, Any], size: int, training: bool = False) -> s
 
 
 def input_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What the arch's pretrained weights expect of images (`TimmModel.preprocess`); None where it has none of its own.
-    """
+    """The preprocessing that the arch's pretrained weights expect (`TimmModel.preprocess`); None where it has none."""
     arch = config["arch"]
     asks = getattr(lookup(ARCHS | ELSEWHERE, arch["type"], "arch.type", "model"), "preprocess", None)
     return None if asks is None else asks((arch.get("args") or {})["model_name"])
 
 
 def settled(config: dict[str, Any], loader: BaseDataLoader) -> dict[str, Any]:
-    """The config with what it left to the data, so that it says the same for every split and on any machine: the number
-    of classes, and an `image_size` of "auto"."""
+    """The config with what it left to the data filled in, so that it means the same for every split and on any machine:
+    the number of classes, and an `image_size` of "auto"."""
     arch, data = config["arch"].get("args") or {}, config["data_loader"].get("args") or {}
     arch = {**arch, "num_classes": arch.get("num_classes") or loader.num_classes}
     if data.get("image_size") == "auto":
@@ -85,23 +85,23 @@ def settled(config: dict[str, Any], loader: BaseDataLoader) -> dict[str, Any]:
 
 def make_model(config: dict[str, Any], num_classes: int | None = None, section: str = "arch",
                bare: bool = False) -> nn.Module:
-    """The model a section names, on the CPU; `num_classes` comes from the data where the config leaves it out. bare:
-    without the arch's own pretrained weights, as others follow."""
+    """The model that a section names, on the CPU; `num_classes` comes from the data where the config leaves it out.
+    bare: without the arch's pretrained weights, because others will be loaded. Raises ConfigError."""
     return build_model(config[section], num_classes=num_classes, path=section, bare=bare)
 
 
 def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module:
-    """The loss a config names, told the training counts."""
+    """The loss that a config names. cls_num_list: training images per class. Raises ConfigError."""
     return build_loss(config["loss"], cls_num_list=cls_num_list, path="loss")
 
 
 def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
                teacher: nn.Module | None = None) -> None:
-    """A loss that the model's outputs don't fit is refused before anything is written; of a teacher that nothing looks
-    at, and of rare classes that both loss and sampler favour, a warning says so.
+    """Raise ConfigError where the loss doesn't fit the model's outputs. Warn of a teacher that nothing uses, of
+    re-weighting that never begins, and of rare classes that both loss and sampler favour.
 
-    A copy of the loss is asked, with logits as many as the model's. What comes from outside may give or need more than
-    these, and is left to the first step. Raises ConfigError.
+    A copy of the loss is run on made-up logits of the model's shape, before anything is written. Classes from outside
+    may give or need more than these and are left to the first training step.
     """
     loss = config["loss"]["type"]
     named = (loss, config["arch"]["type"], config["trainer"]["type"])
@@ -114,7 +114,7 @@ def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
     if isinstance(criterion, ShiftedExperts) and model.drops_experts:
         raise ConfigError(f"arch.args.use_experts: \"rand\" leaves out another expert each step, and {loss} gives each "
                           "expert an offset of its own by its place; leave it out, or name the experts")
-    asked = copy.deepcopy(criterion).train(not model.routed)    # gates have a loss of their own, and this in validation
+    asked = copy.deepcopy(criterion).train(not model.routed)    # gates have their own loss and use this in validation
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         experts = len(model.used_heads()) - model.drops_experts
         logits = torch.arange(float(model.num_classes)).repeat(2, experts, 1)
@@ -131,14 +131,14 @@ def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
                     "classes more often, so that they are favoured twice; leave one of the two out", loss, sampler)
 
 
-#: What only expert assignment looks at.
+#: Arguments of `arch` that only expert assignment uses.
 OF_GATES = ("top_choices_num", "pos_weight", "share_expert_help_pred_fc", "force_all", "route_threshold")
 
 
 def warn_of_no_effect(overrides: Iterable[Any], config: dict[str, Any], model: nn.Module,
                       optimizer: torch.optim.Optimizer) -> None:
-    """Of values that were given on the command line and that nothing looks at, a warning says so. overrides: the
-    command line's (see `utils.config.load.Override`); optimizer: before any step."""
+    """Warn of values given on the command line that have no effect. overrides: the command line's (see
+    `utils.config.load.Override`); optimizer: before any step."""
     schedule = (config["lr_scheduler"] or {}).get("type")
     dropped = SECTIONS["lr_scheduler"].dropped.get(schedule, ())
     for item in overrides:

@@ -3,8 +3,8 @@
     python -m tools.predict -r saved/models/<name>/<run_id>/model_best.pth photo.jpg holiday/ --csv found.csv
     python -m tools.predict -r CHECKPOINT holiday/ --topk 3 --gallery found.png
 
-Folders are searched with all that is below them, without what systems leave there. Files that can't be read are listed
-at the end. CHECKPOINT may also be the ONNX file that tools.export made of one.
+Folders are searched recursively; hidden files and those that systems leave are skipped. Files that can't be read are
+listed at the end. CHECKPOINT may also be the ONNX file that tools.export made of one.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from utils.errors import ConfigError, RunError
 # ---------------------------------------------------------------------- what is written
 
 def rows(done: Predictions, names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """A dict an image (of a detector, an instance), in the order of the CSV's columns; None for what isn't known."""
+    """One dict per image (detectors: per instance) with keys as the CSV's columns; None for what isn't known."""
     from data_loader.images import shown
     table = []
     for one in done.found:
@@ -68,6 +68,7 @@ def as_line(row: dict[str, Any], width: int, num_experts: int) -> str:
 # ---------------------------------------------------------------------- the command
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """The flags, with numbers converted and in range. Raises ConfigError."""
     parser = tool_parser("python -m tools.predict", "What a trained model sees in images.", __doc__.split("\n\n")[1])
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, or folders to search for them")
     parser.add_argument("--csv", metavar="FILE", help="write a row an image: path, class, probability (a fraction) ...")
@@ -108,7 +109,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def check_targets(args: Namespace, images: Sequence[str]) -> None:
-    """Raises ConfigError where a file to write is the checkpoint, one of the images, or to be written twice."""
+    """Raise ConfigError where a file to write is the checkpoint, one of the images, or to be written twice."""
     taken: list[str] = []
     for flag in ("csv", "json", "gallery"):
         target = getattr(args, flag)
@@ -164,7 +165,7 @@ def predict(args: Namespace) -> None:
     if broken:
         raise ConfigError(f"-r {args.resume}: its outputs aren't finite numbers ({broken[0]}); give a checkpoint from "
                           "before its training went wrong")
-    if done.found or args.json or args.csv:    # what couldn't be read, too, is told rather than left as it was before
+    if done.found or args.json or args.csv:    # also if no file could be read: old output mustn't pass for new
         report(args, done, table, names, model.num_experts)
     if done.unreadable and len(paths) > 1:
         print(f"\n{len(done.unreadable)} of {len(paths)} files couldn't be read:")
@@ -177,7 +178,7 @@ def predict(args: Namespace) -> None:
 
 
 def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
-    """(the checkpoint's model, its facts: `preprocess` and `class_names`, and the crops that its config asks for)."""
+    """(the checkpoint's model, its facts: `preprocess`, `class_names`, `temperature`, and its config's crops)."""
     from tools.opened import open_run
     from utils.device import pick_device
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
@@ -187,7 +188,7 @@ def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def open_export(args: Namespace, kind: str) -> tuple[Any, dict[str, Any]]:
-    """The same of a file that tools.export wrote."""
+    """As `open_model`, for a file that tools.export wrote. Raises ConfigError, also for flags that it can't heed."""
     from tools.exported import open_exported
     for given, flag in ((args.config, "-c"), (args.overrides, "--set")):
         if given:
@@ -222,7 +223,7 @@ def report(args: Namespace, done: Predictions, table: list[dict[str, Any]], name
 
 
 def most_pictures(path: str | None) -> int:
-    """Of how many images a gallery shows what was seen."""
+    """How many images the gallery at `path` can show, 0 without one: masks of others aren't needed."""
     if not path:
         return 0
     from tools.gallery import MOST
@@ -230,12 +231,13 @@ def most_pictures(path: str | None) -> int:
 
 
 def write_gallery(path: str, done: Predictions, names: Sequence[str] | None) -> int:
-    """How many are on it: a sheet has room for the first ones only."""
+    """Write the gallery; returns how many images are on it, as it has room for the first ones only."""
     from tools.gallery import gallery
     return gallery(done.found, names, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises ConfigError and RunError."""
     predict(parse(argv))
 
 

@@ -3,8 +3,8 @@
     python -m tools.report saved/models/<name>/<run_id>
     python -m tools.report saved/models/<name>/<run_id> --checkpoint best
 
-Writes report.html, one file that needs no network, and the figures as PNGs in report/, both in the run's folder. That
-may also be one that tools.keep wrote.
+Writes report.html, one file that needs no network, and the figures as PNGs in report/, both in the run's folder. The
+folder may also be one that tools.keep wrote.
 """
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = N
 
     Args:
         run: see tools.opened.open_run.
-        result: what `trainer.evaluate.evaluate` returned on `loader` with keep=True. Without it, or without single
-            predictions of the model's own classifier in it, the split is evaluated here.
-        loader: the split's.
+        result: what `trainer.evaluate.evaluate` returned on `loader` with keep=True. Without it, or if it is of the
+            model's own classifier but lacks the single predictions, the split is evaluated here.
+        loader: the split's (default: made here).
         split: the one that is shown, "test" or "val".
     Raises:
         ConfigError: the run's folder can't be written.
@@ -54,7 +54,7 @@ def write_report(run: Any, result: dict[str, Any] | None = None, loader: Any = N
 
 
 def gather(run: Any, result: dict[str, Any] | None, loader: Any, paths: RunPaths, split: str) -> Any:
-    """The facts a report is drawn from; evaluates, in float32 as test.py does, where `result` doesn't suffice."""
+    """The RunFacts that a report shows; evaluates, in float32 as test.py does, where `result` doesn't suffice."""
     from logger.figures.facts import BY_IMAGE, RunFacts
     from logger.figures.norms import norm_facts
     from logger.metrics_csv import read_table
@@ -73,7 +73,7 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any, paths: RunPaths
         result = {**known, **found}
     if task.classifies:
         refuse_nonfinite(result, run.path)
-    if len(result.get("labels", ())) != loader.n_samples:  # a rank's share: which images they are isn't known
+    if len(result.get("labels", ())) != loader.n_samples:  # one rank's share: of which images isn't known
         result = {key: value for key, value in result.items() if key not in BY_IMAGE}
     data = run.data
     return RunFacts(run.config, result, list(data.get("cls_num_list") or []), data.get("class_names"),
@@ -83,9 +83,9 @@ def gather(run: Any, result: dict[str, Any] | None, loader: Any, paths: RunPaths
 # ---------------------------------------------------------------------- the command
 
 def choose_checkpoint(folder: Path, which: str, kept: bool = False) -> Path:
-    """`last` (the newest epoch's), `best`, or a file's name in the folder. Raises ConfigError where it isn't there.
+    """The checkpoint in `folder` that `which` names: `last` (the newest epoch's), `best`, or a file's name.
 
-    kept: the folder may be one that tools.keep wrote, with weights.pth alone.
+    kept: the folder may be one that tools.keep wrote, with weights.pth alone. Raises ConfigError where it isn't there.
     """
     weights = folder / "weights.pth"
     there = [*([weights] if kept and weights.is_file() else []), *RunPaths(folder, folder).saved()]
@@ -103,6 +103,7 @@ def choose_checkpoint(folder: Path, which: str, kept: bool = False) -> Path:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
+    """The flags, with `path`, the checkpoint. Raises ConfigError."""
     parser = Parser(prog="python -m tools.report", allow_abbrev=False,
                     description="Write a run's report: one HTML page in its folder.")
     parser.add_argument("run", metavar="RUN",
@@ -131,6 +132,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises ConfigError."""
     args = parse(argv)
     from logger.log import setup_logging
     from tools.opened import open_run

@@ -1,4 +1,4 @@
-"""The report's HTML, from top to bottom: headline, figures with their sentences, hard images, how to do it again."""
+"""The report's HTML, from top to bottom: headline, figures with their captions, hard images, how to reproduce it."""
 from __future__ import annotations
 
 import base64
@@ -29,8 +29,8 @@ LARGEST_IMAGE = 320  # pixels of the longer side of a photo in the page, shown a
 
 
 def report_name(split: str, run: Any) -> str:
-    """What a page is called, and the folder of its figures: validation's never pass for test's, nor other data's for
-    the run's own."""
+    """The name of a page and of its figures' folder. It differs for validation and for other data, so that none passes
+    for the test on the run's own."""
     return ".".join(["report" if split == "test" else f"{split}_report", *run.about()])
 
 
@@ -51,7 +51,7 @@ def report_page(facts: RunFacts, run: Any, paths: RunPaths, shown: list[tuple[Dr
 
 
 def _facts(facts: RunFacts, run: Any, record: RunRecord) -> dict[str, Any]:
-    """What was trained, in small facts; None where one isn't known."""
+    """What was trained: label -> value, None where it isn't known."""
     epoch = run.checkpoint.get("epoch")
     return {"run": record.name, "checkpoint": run.path.name,
             "epochs": None if epoch is None else f"{epoch} of {run.config['trainer']['epochs']}",
@@ -115,7 +115,7 @@ def _sections(shown: list[tuple[Drawing, Any]]) -> list[tuple[str, bool, list[di
 
 
 def _images(facts: RunFacts, loader: Any) -> dict[str, Any]:
-    """The images that were wrong with the greatest confidence, and what to look for in them."""
+    """The images with the most confident mistakes, and what to look for in them."""
     images = []
     for index in facts.hardest() if facts.by_image and hasattr(loader, "raw_image") else ():
         said, true = (facts.names[int(facts.image(key)[index])] for key in ("predictions", "labels"))
@@ -133,7 +133,7 @@ def _images(facts: RunFacts, loader: Any) -> dict[str, Any]:
 
 
 def data_uri(picture: Any) -> tuple[str, bool]:
-    """A picture (uint8 [H, W, 3]) as a data URI, large ones made smaller; and whether it is a tiny one."""
+    """(a picture, uint8 [H, W, 3], as a data URI, scaled down if large; whether no side is over 64 pixels)."""
     image = Image.fromarray(picture)
     small = max(image.size) <= 64
     out = io.BytesIO()
@@ -147,7 +147,7 @@ def data_uri(picture: Any) -> tuple[str, bool]:
 
 
 def _commands(facts: RunFacts, run: Any, paths: RunPaths) -> list[str]:
-    """The commands that make this run and its figures again."""
+    """The commands that reproduce this run and its figures."""
     extra = " -r STAGE1_CHECKPOINT" if run.config.get("resume_state_dict_only") else ""
     how = evaluation_flags(facts.result) + (f" --split {facts.split}" if facts.split != "test" else "")
     changed = ", ".join(map(str, facts.result.get("changed") or ()))

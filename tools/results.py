@@ -1,4 +1,4 @@
-"""What README says of the runs kept in results/ (see tools.keep): its table, and their training curves."""
+"""README's table and training curves of the runs kept in results/ (see tools.keep)."""
 from __future__ import annotations
 
 import os
@@ -15,12 +15,12 @@ from utils.errors import ConfigError
 
 COLUMNS = (Column("run", "run"), Column("method", "method"), Column("data", "data"), Column("model", "backbone"),
            Column("parameters", "params M", lambda n: f"{n / 1e6:.2f}"), Column("epochs", "epochs", lambda n: f"{n:g}"),
-           Column("minutes", "minutes", lambda text: text),     # written already, to the right like numbers
+           Column("minutes", "minutes", lambda text: text),     # already text, but right-aligned like numbers
            *(Column(key, head, percent, 1, True) for key, head in (
                ("all", "all %"), ("many", "many"), ("medium", "medium"), ("few", "few"), ("ece", "ECE %"))),
            Column("published", "published", lambda value: f"{value:.1f}"), Column("command", "command"))
 
-#: Folders of results/ that hold no rows of README's table: runs that go on, and those that settings were chosen by.
+#: Folders of results/ that README's table leaves out: unfinished runs, and trials by which settings were chosen.
 ASIDE = frozenset({"unfinished", "trials"})
 
 
@@ -35,12 +35,12 @@ def is_kept(run: RunRecord) -> bool:
 
 
 def is_aside(run: RunRecord, top: str | Path) -> bool:
-    """Whether a kept run under `top` is none of README's (ASIDE)."""
+    """Whether README's table leaves out a kept run under `top` (see ASIDE)."""
     return is_kept(run) and not ASIDE.isdisjoint(Path(os.path.relpath(run.paths.models, top)).parts)
 
 
 def is_ablation(name: str) -> bool:
-    """Whether a kept run only shows what is lost without something."""
+    """Whether a kept run is an ablation, which shows what is lost without something."""
     return "minus_" in name
 
 
@@ -54,16 +54,16 @@ def _plain(method: str) -> str:
 
 
 def published_for(row: Row) -> Published | None:
-    """The published figure to read a row beside: same data, backbone, method (with or without expert assignment) and
-    number of experts; of several the one whose training is most nearly as long."""
+    """The published figures to compare a row with: same data, backbone, method (with or without expert assignment) and
+    number of experts; of several, those with the most similar number of epochs. None where there are none."""
     alike = [entry for entry in PUBLISHED if (entry.data, entry.model, entry.experts) == (
         row["data"], row["model"], row["experts"]) and _plain(entry.method) == _plain(row["method"])]
     return min(alike, key=lambda entry: abs((entry.epochs or 0) - (row["epochs"] or 0)), default=None)
 
 
 def starts_from(row: Row, rows: Sequence[Row]) -> str:
-    """The flag that gives a second stage's command the kept weights that it begins from, "" where it needs none: those
-    that its config names, else those of the method that it is a second stage of."""
+    """The flag that names the kept weights which a second stage starts from: those that its config names, else those of
+    the method that it is a second stage of. "" where it needs none or none are kept."""
     before = re.sub(r" \+ (cRT|LWS|EA)\b", "", row["method"])
     if before == row["method"]:
         return ""
@@ -78,7 +78,7 @@ def starts_from(row: Row, rows: Sequence[Row]) -> str:
 
 
 def minutes(row: Row) -> str | None:
-    """How long a run took, or from the least to the most that a seed did, where they ran on unlike machines."""
+    """The minutes that a run took, or "least to most" of several seeds where these differ by over 20 %; or None."""
     if row["seconds"] is None:
         return None
     least, most = (row.get(key) or row["seconds"] for key in ("seconds_least", "seconds_most"))
@@ -89,7 +89,8 @@ def minutes(row: Row) -> str | None:
 def readme_table(rows: Sequence[Row]) -> str:
     """Markdown: a row a method (seeds as mean ± standard deviation), ablations last, quoted figures explained below.
 
-    rows: as `tools.compare.arrange` gives them with only_means, without those of ASIDE.
+    rows: as `tools.compare.arrange` gives them with only_means, without those of ASIDE. Raises ConfigError for a run
+    without test figures.
     """
     table, notes = [], {}
     for row in rows:
@@ -116,15 +117,15 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 
 def draw_curves(runs: Sequence[RunRecord], folder: str, path: str) -> None:
-    """The training curves of the runs that are no ablations as the PNG `path`: of those that train a network from the
-    start where there are such. Raises ConfigError."""
+    """Draw the training curves of the runs as the PNG `path`: no ablations and, where any run trains a network from
+    scratch, only such runs. Raises ConfigError: nothing to draw, or the file can't be written."""
     from logger.figures.style import to_png
     from logger.figures.training import compared
     drawn = [run for run in runs
              if run.history and not is_ablation(run.paths.models.name) and not is_aside(run, folder)]
     together: dict[str, list] = {}
     for run in [run for run in drawn if not _continues(run)] or drawn:
-        # Runs of saved/ all have folders of the kind <name>/<run_id>; kept ones a folder each.
+        # Kept runs are one folder each, named by method and seed; those in saved/ are <name>/<run_id>.
         name = stem(run.paths.models.name) if is_kept(run) else run.name
         together.setdefault(name, []).append(run.history)
     if not together:

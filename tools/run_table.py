@@ -10,16 +10,17 @@ from logger.metrics_csv import csv_text
 if TYPE_CHECKING:  # a second to import: only where a table is made
     from pandas import DataFrame
 
-#: A run, a mean or a published figure: the columns' keys, `kind` ("run", "mean" or "published"), a mean's `<key>_sd`.
+#: A run, a mean or published figures: the columns' keys, `kind` ("run", "mean" or "published"), a mean's `<key>_sd`.
 Row = dict[str, Any]
 
 
 def percent(value: float) -> str:
+    """A fraction as percent with one decimal: 0.4567 -> "45.7"."""
     return f"{100 * value:.1f}"
 
 
 def clock(seconds: float) -> str:
-    """8 s, 4:05 min, 2:07 h."""
+    """Seconds as text: 8 s, 4:05 min, 2:07 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60) if seconds >= 3600 else seconds // 60
@@ -34,10 +35,11 @@ class Column:
     head: str
     write: Callable[[Any], str] = str
     best: int = 0           # 1: the largest is best, -1: the smallest
-    spread: bool = False    # means of it show a standard deviation
+    spread: bool = False    # means show a standard deviation
 
     @property
     def numeric(self) -> bool:
+        """Whether it holds numbers, which are right-aligned."""
         return self.write is not str
 
 
@@ -52,12 +54,12 @@ COLUMNS = (
     Column("images_per_s", "images/s", lambda n: f"{n:,.0f}"),
     Column("seconds", "time", clock), Column("seed", "seed"), Column("note", "note"),
 )
-#: The rows' accuracies and the like -> their names in test_metrics.json.
+#: A row's key -> the figure's name in test_metrics.json.
 FIGURES = {"all": "accuracy", "many": "many_shot_acc", "medium": "medium_shot_acc", "few": "few_shot_acc", "ece": "ece",
            "class_mean": "class_mean_acc", "macro_f1": "macro_f1"}
 
 
-#: What only programs see of a row: in the CSV, and (HIDDEN) nowhere.
+#: A row's keys beside the columns: MORE and SPREADS are in the CSV only, HIDDEN in no output.
 MORE = ("class_mean", "macro_f1", "kind", "source")
 SPREADS = tuple(f"{key}_sd" for key in FIGURES)
 HIDDEN = ("seconds_least", "seconds_most", "same", "config")
@@ -81,7 +83,7 @@ def cell(row: Mapping[str, Any], column: Column) -> str:
 
 
 def shown(table: DataFrame) -> tuple[list[Column], list[Row], list[list[str]]]:
-    """(the columns that have any entry, the rows as dicts, their texts)."""
+    """(the columns that have any entry, the rows as dicts, their cells' texts)."""
     columns = [column for column in COLUMNS if not table[column.key].isin([None, ""]).all()]
     rows = table.to_dict("records")
     return columns, rows, [[cell(row, column) for column in columns] for row in rows]
@@ -103,7 +105,7 @@ def text_table(table: DataFrame) -> str:
 
 
 def markdown(columns: Sequence[Column], texts: Sequence[Sequence[str]]) -> str:
-    """Lines of texts as a Markdown table under the columns' heads."""
+    """A Markdown table of lines of cells under the columns' heads."""
     lines = [[column.head for column in columns], ["---:" if column.numeric else "---" for column in columns],
              *([text.replace("|", "\\|") for text in line] for line in texts)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -124,7 +126,7 @@ def csv_table(table: DataFrame) -> str:
 
 
 def html_table(table: DataFrame, title: str) -> str:
-    """A page of its own with the table; the best of each data set is marked."""
+    """An HTML page with the table; the best of each data set is marked."""
     from tools.page import render
     columns, rows, texts = shown(table)
     own = table[table["kind"] != "published"]

@@ -1,4 +1,4 @@
-"""Finished and unfinished runs as their folders tell of them: config, figures, times. Nothing heavy is imported."""
+"""Finished and unfinished runs, read from their folders: config, figures, times. Nothing heavy is imported."""
 from __future__ import annotations
 
 import json
@@ -66,7 +66,7 @@ def method_of(config: dict[str, Any]) -> str:
 
 
 def _pretraining(config: dict[str, Any]) -> str:
-    """What happens to a pretrained network of timm's under its classifier; else ""."""
+    """How a pretrained network of timm's is trained: its tuning, "frozen backbone" or "fine-tuning"; else ""."""
     args, trainer = config["arch"].get("args") or {}, config.get("trainer") or {}
     if not args.get("model_name") or not (args.get("weights", True) or config.get("pretrained")):
         return ""
@@ -86,7 +86,7 @@ def experts_of(config: dict[str, Any]) -> int:
 
 
 def norm_of(spec: Any) -> str:
-    """A norm that isn't plain batch norm, with the size it normalises by where that was chosen; else ""."""
+    """A norm that isn't plain batch norm, with its normalisation batch size where that is set; else ""."""
     if not spec:
         return ""
     kind, args = (spec, {}) if isinstance(spec, str) else (spec.get("type", ""), spec.get("args") or {})
@@ -106,7 +106,7 @@ def sampler_of(config: dict[str, Any]) -> str:
 
 
 def data_of(config: dict[str, Any]) -> str:
-    """The data set's name; of a user's own images the folder's."""
+    """The data set's name; for a user's own images, the folder's."""
     spec = config["data_loader"]
     args, kind = spec.get("args") or {}, spec["type"].removesuffix("DataLoader")
     if kind not in DATA:
@@ -122,7 +122,7 @@ def model_of(config: dict[str, Any]) -> str:
 
 
 def other_evaluation(figures: dict[str, Any]) -> list[str]:
-    """What test.py's figures say was otherwise than in an evaluation of the checkpoint as it is, but for the
+    """How the evaluation behind test.py's figures differed from that of the checkpoint as it is, apart from the
     classifier: `use_experts=2`, `calibrated`, `chosen on the test images`."""
     words = [str(change) for change in figures.get("changed") or ()]
     words += [f"prior {figures['prior']}"] if figures.get("prior") else []
@@ -132,7 +132,7 @@ def other_evaluation(figures: dict[str, Any]) -> list[str]:
 
 
 def evaluation_flags(figures: dict[str, Any]) -> str:
-    """test.py's flags that such figures come from, ` --classifier la --tau 1`; "" of a checkpoint as it is."""
+    """The flags of test.py that give such figures, ` --classifier la --tau 1`; "" for the checkpoint as it is."""
     tau = f" --tau {figures.get('tau', 0):g}"
     flags = {"ncm": f" --classifier ncm --feat_type {figures.get('feat_type', 'cl2n')}", "tau": tau,
              "la": f" --classifier la{tau}"}.get(figures.get("classifier", "joint"), "")
@@ -145,7 +145,7 @@ def evaluation_flags(figures: dict[str, Any]) -> str:
 
 @dataclass
 class RunRecord:
-    """What a run left behind. `figures` has test_metrics.json's keys, from `split` "test" or "val" (or None)."""
+    """A run's folder, read. `figures` has test_metrics.json's keys and is of `split`: "test", "val" or None (empty)."""
 
     paths: RunPaths
     config: dict[str, Any]
@@ -159,15 +159,15 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """What was trained, and how it was evaluated where that isn't by its own classifier."""
+        """What was trained, and how it was evaluated where that differs from its plain evaluation."""
         classifier = self.figures.get("classifier", "joint")
         tau = self.figures.get("tau", 0)
         how = {"joint": "", "ncm": ", NCM", "tau": f", tau {tau:g}", "la": f", adjusted {tau:g}"}.get(classifier, "")
         return ", ".join([method_of(self.config) + how, *other_evaluation(self.figures)])
 
     def tell(self) -> None:
-        """Look at everything that tables say of a run: what was changed by hand may hold anything. Raises TypeError,
-        ValueError, AttributeError or KeyError."""
+        """Compute everything that tables show of a run, as files changed by hand may hold anything. Raises TypeError,
+        ValueError, AttributeError or KeyError where that fails."""
         _ = self.method, data_of(self.config), model_of(self.config), experts_of(self.config)
         if type(self.config.get("seed", 0)) is not int:
             raise TypeError(f"seed: must be a whole number, not {self.config['seed']!r}")
@@ -194,20 +194,20 @@ class RunRecord:
 
     @property
     def seconds(self) -> float | None:
-        """Wall time of all epochs, validation included."""
+        """Wall time of all epochs, validation included; None where it isn't known."""
         spent = [row["seconds"] for row in self.times if row.get("seconds") is not None]
         return math.fsum(spent) if spent else None
 
     @property
     def images_per_second(self) -> float | None:
-        """Training speed, the median of its epochs."""
+        """Training speed, the median over epochs; None where it isn't known."""
         speeds = sorted(row["images_per_second"] for row in self.times if row.get("images_per_second") is not None)
         return speeds[len(speeds) // 2] if speeds else None
 
 
 def is_older(run: RunRecord) -> bool:
-    """Whether the test figures are of an epoch that the run has gone on from, or of one that it has left to go on from
-    an earlier one and hasn't come to again."""
+    """Whether the test figures are outdated: of an epoch that the run has since trained past, or of one that it
+    discarded, as it was resumed from an earlier one, and hasn't reached again."""
     tested, newest = CHECKPOINT.search(str(run.figures.get("checkpoint"))), run.paths.checkpoints()[-1:]
     if not tested or not newest:
         return False
@@ -216,7 +216,7 @@ def is_older(run: RunRecord) -> bool:
 
 
 def read_run(models: Path) -> RunRecord:
-    """The run in a models folder. Raises ConfigError, with the reason, where it is broken."""
+    """The run in its folder of checkpoints. Raises ConfigError, with the reason, where it is broken."""
     config_path = models / "config.json"
     if not config_path.is_file():
         raise ConfigError(f"{models}: has checkpoints but no config.json")
@@ -253,7 +253,7 @@ def run_folders(top: Path) -> Iterator[Path]:
         if any(name.startswith("checkpoint-epoch") or name in ("model_best.pth", "weights.pth") for name in files) \
                 or ("config.json" in files and (Path(folder).parent.parent.name == "models" or "metrics.csv" in files)):
             yield Path(folder)
-            below.clear()  # what a run holds (a report's pictures) is no run
+            below.clear()  # a run's subfolders (a report's pictures) are no runs
 
 
 def find_runs(top: Path) -> tuple[list[RunRecord], list[str]]:

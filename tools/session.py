@@ -1,4 +1,4 @@
-"""How a run starts, and how a checkpoint's config and data are read; the pieces that a config names: `tools.parts`."""
+"""How a run starts, and how a checkpoint's config and data facts are read. `tools.parts` makes what a config names."""
 from __future__ import annotations
 
 import re
@@ -25,16 +25,16 @@ from utils.errors import ConfigError
 
 log = get_logger()
 GATES = f"backbone.{routing.GATES}"
-#: What names a file of weights to begin from, and what names a run's folder, in which it stays.
+#: Keys that name a file of weights to start from, and those that name a run's folder, which a resumed run keeps.
 FILES, PLACE = ("pretrained", "load_crt"), ("name", "trainer.save_dir")
-#: What a model is when its run begins, and never looked at again.
+#: Keys that have an effect only where a run begins.
 AT_START = ("init_classifier", "arch.args.weights")
 
 
 # ---------------------------------------------------------------------- configs of checkpoints
 
 def config_of(checkpoint: dict[str, Any], path: Path, overrides: list[tuple] = ()) -> dict[str, Any]:
-    """The config that goes with a checkpoint: inside it (RIDE's pickled parser included), or config.json beside.
+    """The config that goes with a checkpoint: inside it (RIDE's pickled parser included), or config.json beside it.
 
     Classes outside the repo that it names are refused unless `overrides` name them too. Raises ConfigError, also where
     there is neither.
@@ -57,16 +57,16 @@ class Start:
     path: Path | None = None
     #: True: the same run goes on, in its own folder. False: a new run.
     goes_on: bool = False
-    #: Files that the config names and that were read for their facts, until their weights are wanted.
+    #: Files that the config names, read for their data facts and kept until their weights are loaded.
     _opened: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def facts_of(self, file: str) -> dict[str, Any] | None:
-        """What a file that the config names knows of its data; the file is kept for `take`."""
+        """The data facts in a file that the config names, or None; what was read is kept for `take`."""
         self._opened[file] = load_file(file)
         return facts_of_checkpoint(self._opened[file])
 
     def take(self, file: str) -> dict[str, Any]:
-        """A file that the config names, read once; it isn't held any longer, since a training takes hours."""
+        """What a file that the config names holds, read only once; not kept afterwards, as a training takes hours."""
         return self._opened.pop(file) if file in self._opened else load_file(file)
 
     @property
@@ -80,7 +80,8 @@ def find_start(args: Namespace, config: dict[str, Any] | None) -> Start:
 
     `-r FILE` alone goes on with the file's run; with `-c` too, a config with `resume_state_dict_only` starts a new run
     from the file's weights, any other replaces the run's config. `-r auto` takes the newest good checkpoint of the run
-    that `-c` and `--run_id` name, and starts anew where there is none.
+    that `-c` and `--run_id` name, and starts a new run where there is none. Raises ConfigError for flags that don't go
+    together, and for a checkpoint that can't be read.
     """
     if not args.resume:
         return Start(config)
@@ -124,7 +125,8 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str,
                  preprocess: dict[str, Any] | None = None) -> nn.Module | None:
     """The teacher of a config that distils, with its weights, in evaluation mode.
 
-    preprocess: how the images that it gets are normalised, where that may not be as in its own training.
+    preprocess: how the images that it gets are normalised; they are renormalised as in the teacher's own training.
+    Returns None where the config doesn't distil. Raises ConfigError for weights that don't fit.
     """
     from trainer.distill_trainer import Renormalised
     config = start.config
@@ -142,14 +144,14 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str,
 
 
 def data_facts(loader: BaseDataLoader) -> dict[str, Any]:
-    """What a model's user needs to know of its data, as plain data for the checkpoint."""
+    """The data facts for a checkpoint, as plain data: classes, training counts, preprocessing, and the split."""
     return {"num_classes": int(loader.num_classes), "cls_num_list": [int(n) for n in loader.cls_num_list],
             "class_names": None if loader.class_names is None else [str(name) for name in loader.class_names],
             "preprocess": loader.preprocess, "split": getattr(loader, "split_memory", None) or {"rule": "names"}}
 
 
 def check_labels(config: dict[str, Any], loader: BaseDataLoader) -> None:
-    """A list's label beyond what `arch.args.num_classes` allows is named by file and line. Raises ConfigError."""
+    """Raise ConfigError, with file and line, for a list's label beyond what `arch.args.num_classes` allows."""
     limit = (config["arch"].get("args") or {}).get("num_classes")
     where = getattr(getattr(loader, "images", None), "where", None)
     if limit is None or where is None or not (loader.targets >= limit).any():
@@ -160,14 +162,14 @@ def check_labels(config: dict[str, Any], loader: BaseDataLoader) -> None:
 
 
 def facts_of_checkpoint(checkpoint: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What a checkpoint knows of its data; None where it says nothing (another project's)."""
+    """The data facts in a checkpoint (see `data_facts`); None where it has none, being another project's."""
     facts = (checkpoint or {}).get("data")
     return facts if isinstance(facts, dict) else None
 
 
 def facts_to_follow(start: Start) -> dict[str, Any] | None:
-    """The data facts of the model that a training's data must agree with: of the run that goes on, of the teacher, or,
-    as far as the classes fit, of the weights that it starts from."""
+    """The data facts that a training's data must agree with, or None: of the run that is resumed, of the teacher or
+    (with "optional": where the classes are the same) of the weights that it starts from."""
     if start.checkpoint is not None:
         return facts_of_checkpoint(start.checkpoint)
     config = start.config
@@ -179,7 +181,7 @@ def facts_to_follow(start: Start) -> dict[str, Any] | None:
 
 
 def warn_of_seen(start: Start, loader: BaseDataLoader) -> None:
-    """Say so where validation images may be among those that the weights to start from learned from."""
+    """Warn where the weights to start from may have been trained on some of the validation images."""
     source = start.config.get("load_crt") or start.config.get("pretrained")
     file = start._opened.get(source) if source else None
     if start.goes_on:
@@ -198,16 +200,18 @@ def warn_of_seen(start: Start, loader: BaseDataLoader) -> None:
 def load_start(model: nn.Module, start: Start, class_names: list[str] | None = None) -> None:
     """Load the weights that a run starts from, and freeze what stage 2 doesn't train.
 
-    class_names: the data's, in the order of their labels. A classifier that knows other classes isn't taken, whatever
-    their number.
+    class_names: the data's, in the order of their labels. A classifier of other classes isn't loaded, even where their
+    number is the same.
 
     The config's `pretrained` is a file of weights to start from (a classifier of other classes is left new); its
-    `load_crt` is stage 1's file: all but the classifier is loaded, and everything but the classifier frozen (Kang
-    2020). With the `lws` classifier stage 1's classifier is loaded too and only its scales are learned.
+    `load_crt` is stage 1's file: all but the classifier is loaded, and everything but the classifier frozen (Kang et
+    al., ICLR 2020). With the `lws` classifier stage 1's classifier is loaded too and only its scales are learned.
+
+    Raises ConfigError for weights that don't fit.
     """
     config = start.config
     if start.checkpoint is not None:
-        # Stage 1's file has no gates yet; any other must bring everything.
+        # Stage 1's file has no gates yet; any other must hold all weights.
         stage1 = not start.goes_on and not any(GATES in key for key in start.checkpoint.get("state_dict") or {})
         load_weights(model, start.checkpoint, name=str(start.path), skip_prefixes=(GATES,) if stage1 else (),
                      exact=start.goes_on or model.routed)
@@ -242,7 +246,7 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
 
 def refuse_other_classes(model: nn.Module, file: dict[str, Any], name: str, learned: tuple[str, ...],
                          class_names: list[str] | None) -> None:
-    """A second stage that keeps stage 1's classifier (LWS) needs its classes. Raises ConfigError."""
+    """Raise ConfigError where a second stage keeps stage 1's classifier (LWS) but the data have other classes."""
     known = (facts_of_checkpoint(file) or {}).get("class_names")
     keeps = not set(learned) >= set(model.classifier_prefixes())
     if keeps and None not in (known, class_names) and list(known) != list(class_names):

@@ -1,12 +1,12 @@
-"""A data set's image files packed into shards: tar files that disks with millions of files read faster.
+"""Packs a data set's image files into shards: tar files, which disks read faster than millions of small files.
 
     python -m tools.shard my_images my_shards
     python -m tools.shard data/iNaturalist18 shards --size 500M
 
 IN holds folders of classes (with or without train/, val/ and test/ above them) or lists (`*train.txt`, `*val.txt`,
-`*test.txt`). OUT, a new folder, gets `train-00000.tar` and so on, the lists and classes.txt, and the index that loaders
-read, all or nothing. Files go in as they are, in an order shuffled by --seed. webdataset reads the shards too: each
-image has its class's number beside it.
+`*test.txt`). OUT, a new or empty folder, gets `train-00000.tar` and so on, the lists and classes.txt (all or nothing),
+then the index that loaders read. Files are packed unchanged, in an order shuffled by --seed. webdataset reads the
+shards too: each image has its class's number beside it.
 """
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from utils.errors import ConfigError
 from utils.files import atomic_write, write_text
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-UNFINISHED = ".unfinished"      # a folder in OUT, where all is written until it is whole
+UNFINISHED = ".unfinished"      # the folder in OUT that all is written to until it is complete
 LOADERS = ("ImageNetLTDataLoader", "PlacesLTDataLoader", "iNaturalistDataLoader", "ListFileDataLoader")
 
 
 class Source(NamedTuple):
-    """What is packed: of each split its images and their names in the shards; the classes' names; files that go along.
-    """
+    """What is packed: each split's images and their names in the shards, the class names, the list files to copy along,
+    and notes to print."""
 
     splits: dict[str, tuple[ImageSet, list[str]]]
     class_names: list[str] | None
@@ -48,7 +48,7 @@ class Source(NamedTuple):
 
 
 def read_source(source: Path, allow_outside: bool = False) -> Source:
-    """A folder of lists or of classes. Raises ConfigError as the loaders do, and for images that shards can't name."""
+    """Read a folder of lists or of classes. Raises ConfigError as loaders do, and for names unfit for shards."""
     from data_loader import data_loaders
     from data_loader.files import list_folder
     for kind in (getattr(data_loaders, name) for name in LOADERS):
@@ -58,21 +58,21 @@ def read_source(source: Path, allow_outside: bool = False) -> Source:
             return _listed(source, root, kind, lists, allow_outside)
     from data_loader.folders import read_parts, split_folders
     notes: list[str] = []
-    # Nothing is set aside here: the loader does that, by the images' names, on shards as on folders.
+    # No images are held out here: the loader does that, by the images' names, from shards as from folders.
     sets, names = read_parts(source, split_folders(source), allow_outside, notes)
     return Source({split: (images, [name_below(path, str(source)) for path in images.paths])
                    for split, images in sets.items()}, [shown(name) for name in names], [], notes)
 
 
 def _listed(source: Path, root: Path, kind: Any, lists: list[Path], allow_outside: bool) -> Source:
-    """Images are named in shards as in their lists, wherever the lists say that they are."""
+    """The Source of a folder of lists: images keep the names of their lists in shards, wherever they lie."""
     from data_loader.files import find_files, read_lists
     named: dict[str, list[str]] = {}
     files = find_files(root, source, allow_outside)
 
     def find(names: Sequence[str], where: str, lines: Sequence[int], split: str) -> list[str]:
         paths = files(names, where, lines, split)
-        # Only Windows's backslashes part folders; a name that has some on this disk keeps them.
+        # Backslashes become slashes only in lists made on Windows; file names that contain some here keep them.
         named[split] = [name_in_shard(name if not _windows(name, path) else name.replace("\\", "/"))
                         for name, path in zip(names, paths)]
         _check_names(names, named[split], paths, where, lines)
@@ -106,7 +106,7 @@ def _check_names(names: Sequence[str], members: Sequence[str], paths: Sequence[s
 
 
 def can_be_labelled(names: list[str]) -> bool:
-    """Whether every image has a key of its own, its name up to the first dot, for a label beside it."""
+    """Whether all keys (names up to the first dot) are unique, as labels beside the images require."""
     return len({key_of(name) for name in names}) == len(names)
 
 
@@ -114,7 +114,8 @@ def write_split(images: ImageSet, names: list[str], split: str, target: Path, si
                 labelled: bool) -> int:
     """Write a split's shards, each whole or not at all; returns how many.
 
-    size: bytes of images in one, about. labelled: each image's class goes beside it.
+    size: approximate bytes of images in one. seed: of the images' order, 0 or more. labelled: each image's class number
+    goes beside it.
 
     Raises ConfigError where an image can't be read or a shard can't be written.
     """
@@ -133,9 +134,9 @@ def write_split(images: ImageSet, names: list[str], split: str, target: Path, si
 
 
 def write_classes(names: list[str], file: Path) -> None:
-    """classes.txt, so that these names are read from it. Raises ConfigError where a name can't be a line of it."""
+    """Write classes.txt such that it reads as these names. Raises ConfigError where a name can't be a line of it."""
     from data_loader.files import read_class_names
-    # Names that end in their own numbers, `blue 0`, would lose them: then they get a number each, as Places365's have.
+    # Names that end in their own class number, `blue 0`, would lose it: then all get one, as in Places365's file.
     for lines in (names, [f"{name} {number}" for number, name in enumerate(names)]):
         write_text(file, "".join(f"{line}\n" for line in lines))
         try:
@@ -172,14 +173,14 @@ def _add(tar: tarfile.TarFile, path: str, name: str, label: int | None) -> None:
 
 
 def pattern(split: str, count: int) -> str:
-    """What `data_loader.args.shards` says of `count` shards."""
+    """A split's value in `data_loader.args.shards`: the pattern of its `count` shards."""
     return f"{split}-{{00000..{count - 1:05d}}}.tar" if count > 1 else f"{split}-00000.tar"
 
 
 # ---------------------------------------------------------------------- the command
 
 def byte_count(text: str) -> int:
-    """500M -> 500,000,000."""
+    """500M -> 500,000,000. Raises ConfigError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
         raise ConfigError(f"--size: {text!r} should be bytes, like 500M or 1G")
@@ -187,6 +188,7 @@ def byte_count(text: str) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
+    """The flags, with `size` in bytes. Raises ConfigError."""
     parser = Parser(prog="python -m tools.shard", description="Pack image files into tar files.", allow_abbrev=False)
     parser.add_argument("source", metavar="IN", help="a folder of classes, or of lists")
     parser.add_argument("target", metavar="OUT", help="where the shards go")
@@ -213,7 +215,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def pack(source: Source, target: Path, size: int, seed: int) -> dict[str, str]:
-    """Write everything, whole or not at all; split -> the pattern of its shards."""
+    """Write everything, whole or not at all; returns split -> the pattern of its shards. Raises ConfigError."""
     labelled = all(can_be_labelled(names) for _, names in source.splits.values())
     if not labelled:
         print("no .cls members: some images share a name up to its first dot; loaders here don't need them")
@@ -239,6 +241,7 @@ def pack(source: Source, target: Path, size: int, seed: int) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises ConfigError."""
     args = parse(argv)
     from data_loader.shards import open_index
     target = Path(args.target)

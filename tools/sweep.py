@@ -13,7 +13,7 @@
 
 `set` holds config values under dotted keys, for all methods and then for one. `{ce}` in a value stands for the last
 checkpoint of method "ce" with the same seed; `start` is a method whose checkpoint is given as `-r`. Each run is
-`<save_dir>/models/<name>_<method>/seed<N>`. Call it again after a stop: finished runs are skipped, cut-off ones go on.
+`<save_dir>/models/<name>_<method>/seed<N>`. Call it again after a stop: finished runs are skipped, others resumed.
 """
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from utils.errors import ConfigError, RunError
 
 
 class Runner:
-    """Runs jobs one after another on each device; a job waits for those that it needs."""
+    """Runs jobs one after another on each device; a job waits for those that it needs. logs: their logs' folder."""
 
     def __init__(self, jobs: Sequence[Job], devices: Sequence[str | None], logs: Path):
         self.jobs, self.devices, self.logs = jobs, devices, logs
@@ -47,13 +47,13 @@ class Runner:
         self.stopping = False
 
     def run(self) -> None:
-        """Until nothing is left to do, or a stop was asked for (a signal of STOPS): then the runs save and end."""
+        """Run until no job is left, or until a signal of STOPS, which has running jobs save and end."""
         before = {number: signal.signal(number, self._stop) for number in STOPS}
         workers = [threading.Thread(target=self._work, args=(device,)) for device in self.devices]
         for worker in workers:
             worker.start()
         for worker in workers:
-            while worker.is_alive():  # joined in slices, so that signals are seen
+            while worker.is_alive():  # joined in slices, so that signals are handled
                 worker.join(0.2)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -93,7 +93,7 @@ class Runner:
                 problem = "" if before else self._run(job, device)
             except OSError as error:
                 problem = f"{error.filename or self._log(job)}: {error.strerror or error}"
-            except Exception as error:  # of a worker that dies nobody hears, and others wait for its job
+            except Exception as error:  # if this thread died, others would wait for its job forever
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             with self.changed:
                 job.seconds = None if before else time.monotonic() - began
@@ -149,7 +149,7 @@ class Runner:
             self._print(job, f"done{figures}{took}")
 
     def _print(self, job: Job, text: str) -> None:
-        with contextlib.suppress(OSError):  # the runs go on where nobody reads of them
+        with contextlib.suppress(OSError):  # the runs go on even if nobody reads this
             print(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.title}: {text}", flush=True)
 
 
@@ -165,6 +165,7 @@ def _accuracy(job: Job) -> str:
 # ---------------------------------------------------------------------- the command
 
 def parse(argv: Sequence[str] | None) -> Namespace:
+    """The flags. Raises ConfigError."""
     parser = Parser(prog="python -m tools.sweep", allow_abbrev=False,
                     description="Run a grid of methods and seeds, and compare them.")
     parser.add_argument("sweep", metavar="SWEEP.json", help="the grid: see the top of tools/sweep.py")
@@ -183,6 +184,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns 1 if a run failed, else 0. Raises ConfigError; RunError where it was stopped."""
     args = parse(argv)
     jobs, save_dir = read_sweep(args.sweep)
     for job in jobs:
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_table(jobs: Sequence[Job], save_dir: Path) -> None:
-    """The comparison of this sweep's runs, and how to see it again."""
+    """Print the comparison of this sweep's runs, and the command that shows it again."""
     from tools.compare import arrange, row_of
     from tools.run_table import text_table
     from tools.runs import read_run

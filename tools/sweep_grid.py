@@ -1,4 +1,4 @@
-"""The grid of a sweep: its file read and checked, its runs in order, and the command of each."""
+"""The grid of a sweep: reads and checks its file, orders its runs, and gives the commands of each."""
 from __future__ import annotations
 
 import json
@@ -23,9 +23,9 @@ from utils.errors import ConfigError, unknown
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("name", "save_dir", "base", "methods", "seeds", "set")
 METHOD_KEYS = ("config", "set", "start")
-#: A method's name in braces; a range of shards is none.
+#: A method's name in braces, `{ce}`; a range of shards, `{00..19}`, doesn't match.
 PLACE = re.compile(r"\{(?!\d+\.\.\d+\})(\w[\w.-]*)\}")
-#: What the grid itself gives each run -> where to say it.
+#: Config keys that the grid sets for each run -> where in its file to give them.
 OF_THE_GRID = {"seed": '"seeds"', "name": '"name"', "trainer.save_dir": '"save_dir"',
                "resume_state_dict_only": 'a method\'s "start"'}
 
@@ -37,9 +37,9 @@ class Job:
     method: str
     seed: int
     config: str                                   # the config file
-    settings: dict[str, Any]                      # dotted key -> value; `{method}` still in it
+    settings: dict[str, Any]                      # dotted key -> value; `{method}` not yet replaced
     paths: RunPaths
-    start: str | None = None                      # the method whose checkpoint goes to -r
+    start: str | None = None                      # the method whose checkpoint is given as -r
     needs: tuple[str, ...] = ()                   # methods that must be done before, with the same seed
     state: str = "waiting"                        # then: running, done, failed
     problem: str = ""
@@ -48,6 +48,7 @@ class Job:
 
     @property
     def title(self) -> str:
+        """The job's name in messages: "ride seed 0"."""
         return f"{self.method} seed {self.seed}"
 
     @property
@@ -58,7 +59,7 @@ class Job:
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything to go on with."""
+        """Whether there is a checkpoint to resume from."""
         return bool(self.paths.saved())
 
     @property
@@ -71,7 +72,7 @@ class Job:
         return done >= options["epochs"] or self._ended_early(options)
 
     def _ended_early(self, options: dict[str, Any]) -> bool:
-        """Whether the last checkpoint is of an epoch's end at which its run was to end before the last epoch."""
+        """Whether the last checkpoint is of the end of an epoch at which `early_stop` or `iterations` ended the run."""
         limits = {key: options.get(name) for key, name in (("not_improved", "early_stop"),
                                                            ("global_step", "iterations")) if options.get(name)}
         if not limits:
@@ -79,13 +80,13 @@ class Job:
         from utils.checkpoint.store import load_checkpoint
         try:
             last = load_checkpoint(self.last)
-        except ConfigError:     # cut short
+        except ConfigError:     # the file is truncated
             return False
         return last.get("batch") is None and any((last.get(key) or 0) >= limit for key, limit in limits.items())
 
     @property
     def finished(self) -> bool:
-        """Trained to the end and tested since. One that was stopped may have been tested too."""
+        """Trained to the end and tested since then (a run that was stopped may have been tested before its end)."""
         tested = self.paths.models / "test_metrics.json"
         return self.trained and tested.is_file() and tested.stat().st_mtime >= self.last.stat().st_mtime
 
@@ -144,7 +145,8 @@ def _job(path: str, sweep: dict[str, Any], save_dir: str, name: str, method: str
         if needed not in sweep["methods"]:
             raise unknown(where, needed, sweep["methods"], "method")
     job = Job(method, seed, config, settings, new_run(save_dir, f"{name}_{method}", f"seed{seed}"), start, needs)
-    # Checked whole now: a slip in the last method shouldn't show after a night. Files of runs to come aren't there yet.
+    # Checked now: a mistake in the last method shouldn't show only after a night of training. Values that stand for
+    # checkpoints of other runs are left out, as these may not exist yet.
     known = [Override(key, value, f"{where}: {key}") for key, value in settings.items()
              if not (isinstance(value, str) and PLACE.search(value))]
     overrides = [*known, *_identity(job)]
@@ -156,14 +158,14 @@ def _job(path: str, sweep: dict[str, Any], save_dir: str, name: str, method: str
 
 def _identity(job: Job) -> list[Override]:
     """The overrides that make a run this job's."""
-    # A start from another run's checkpoint is a new run; without this key it would go on in the other's folder.
+    # A start from another run's checkpoint is a new run; without this key it would resume in the other's folder.
     starts = [Override("resume_state_dict_only", True, "start")] if job.start else []
     return [Override("seed", job.seed, "seeds"), Override("name", job.paths.models.parent.name, "name"),
             Override("trainer.save_dir", str(job.paths.models.parent.parent.parent), "save_dir"), *starts]
 
 
 def _in_order(path: str, jobs: list[Job]) -> list[Job]:
-    """Jobs after those that they need."""
+    """The jobs, each after those that it needs. Raises ConfigError where one needs itself."""
     ordered: list[Job] = []
     while len(ordered) < len(jobs):
         done = {(job.method, job.seed) for job in ordered}
@@ -176,7 +178,7 @@ def _in_order(path: str, jobs: list[Job]) -> list[Job]:
 
 
 def check_unchanged(job: Job) -> None:
-    """A run that is there must be of the config that the sweep asks for now. Raises ConfigError naming what differs."""
+    """Raise ConfigError, naming the key, where the job's folder has a run of another config than it now asks for."""
     if not job.paths.config.is_file():
         return
     before = check_config(read_json(job.paths.config, "config"), allowed=[name for _, name, _ in
@@ -185,14 +187,14 @@ def check_unchanged(job: Job) -> None:
                 "distill_arch.args.num_classes", *(f"trainer.{key}" for key in COSMETIC)}
     old, new = (_flat({**config}) for config in (before, job.effective))
     for key in sorted(old.keys() | new.keys()):
-        if key not in left_out and old.get(key) != new.get(key) != "auto":  # a run notes what "auto" found
+        if key not in left_out and old.get(key) != new.get(key) != "auto":  # a run's config has what "auto" became
             raise ConfigError(f"{job.paths.models}: was run with {key} {old.get(key)!r}, the sweep now says "
                               f"{new.get(key)!r}; delete the folder or give the sweep another name")
 
 
 def check_origins(jobs: Sequence[Job]) -> None:
-    """A run that is there came from runs that are there: one that has to be trained anew (its folder was deleted since
-    its config changed) makes those that began from it another method's. Raises ConfigError."""
+    """Raise ConfigError where a run has begun from another that has yet to be trained, perhaps again because its folder
+    was deleted after a change of its config: what began from the old weights would no longer be this sweep's method."""
     by_name = {(job.method, job.seed): job for job in jobs}
     for job in jobs:
         for need in (by_name[name, job.seed] for name in job.needs if job.begun):
@@ -202,7 +204,7 @@ def check_origins(jobs: Sequence[Job]) -> None:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """A nested dict with dotted keys."""
+    """A nested dict flattened to dotted keys."""
     if not isinstance(value, dict) or not value:
         return {path: value}
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
@@ -211,7 +213,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------------- commands
 
 def train_command(job: Job, jobs: Sequence[Job], device: str | None) -> list[str]:
-    """The train.py call that begins the job's run, or goes on with it."""
+    """The train.py call that starts the job's run or resumes it."""
     checkpoints = {other.method: str(other.last or other.paths.models / "checkpoint-epochN.pth") for other in jobs
                    if other.seed == job.seed}
     command = [sys.executable, str(ROOT / "train.py"), "-c", job.config, "--run_id", job.paths.models.name]
@@ -225,7 +227,7 @@ def train_command(job: Job, jobs: Sequence[Job], device: str | None) -> list[str
 
 
 def written(value: Any) -> str:
-    """A value as `--set` reads it: text as it is, where that wouldn't be taken for a number or the like."""
+    """A value as `--set` reads it back: JSON, or plain text where that can't be mistaken for JSON."""
     return value if isinstance(value, str) and value_of(value) == value else json.dumps(value)
 
 

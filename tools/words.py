@@ -11,12 +11,12 @@ from utils.errors import ConfigError
 
 MOST = 5            # classes that are named
 CLEARLY = 0.10      # how far under the accuracy of all photos a class must lie to be named
-OFF = 0.05          # a calibration error from which on probabilities are called into question
-Z = 1.96            # of a 95 % interval
+OFF = 0.05          # the calibration error (ECE) above which calibrating is suggested
+Z = 1.96            # the normal quantile of a 95 % interval
 
 
 def in_words(facts: RunFacts) -> list[str]:
-    """One or two sentences each on trust and on photos that are missing; [] where there are no test figures.
+    """Sentences on how far to trust the model, and on which photos are missing; [] where there are no test figures.
 
     The range is Wilson's 95 % interval of the share of right answers (Wilson, JASA 1927): what other photos of the
     same kind would give. A class is named where its own accuracy lies ten points under that of all photos, those with
@@ -32,28 +32,28 @@ def in_words(facts: RunFacts) -> list[str]:
 
 
 def words_for(config: dict[str, Any], result: dict[str, Any], loader: Any) -> list[str]:
-    """`in_words` of a split's figures where its images are somebody's own; nothing is said of a benchmark's."""
+    """`in_words` of a split's figures where the images are a user's own; [] for a benchmark data set."""
     if not getattr(loader, "own_images", False):
         return []
     return in_words(RunFacts(config, result, list(loader.cls_num_list), loader.class_names))
 
 
 def refuse_nonfinite(result: dict[str, Any], checkpoint: Any) -> None:
-    """Of outputs that aren't numbers the first class would seem to be predicted. Raises ConfigError."""
+    """Raise ConfigError where the model's outputs aren't finite: they would count as predictions of the first class."""
     if result.get("n_samples") and result.get("loss", 0.0) is None:
         raise ConfigError(f"-r {checkpoint}: its outputs aren't finite numbers; give a checkpoint from before its "
                           "training went wrong")
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` trials: (low, high), 0 to 1."""
+    """Wilson's 95 % interval of a share (0 to 1) seen in `count` trials (1 or more): (low, high), 0 to 1."""
     middle = share + Z * Z / (2 * count)
     half = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
     return max((middle - half) / (1 + Z * Z / count), 0.0), min((middle + half) / (1 + Z * Z / count), 1.0)
 
 
 def _trust(accuracy: float, count: int, ece: float | None, hint: bool) -> str:
-    """hint: whether to name what would calibrate it."""
+    """hint: whether --calibrate may be suggested."""
     low, high = (f"{100 * value:.0f}" for value in wilson(accuracy, count))
     text = (f"how far to trust it: of 100 photos like the {count:,} it was tested on it names {100 * accuracy:.0f} "
             f"right ({low} to {high})")

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from utils.config.build import lookup
 
-#: `trainer.type` -> its class, imported when it is asked for.
+#: `trainer.type` -> its class, imported on first use.
 TRAINERS = {
     "Trainer": "trainer.trainer:Trainer",
     "DistillTrainer": "trainer.distill_trainer:DistillTrainer",
@@ -13,5 +13,5 @@ TRAINERS = {
 
 
 def trainer_class(name: str) -> type:
-    """The trainer a config names; ConfigError where there is no such."""
+    """The trainer class that a config names. Raises ConfigError for an unknown name."""
     return lookup(TRAINERS, name, "trainer.type", "trainer")

@@ -1,4 +1,4 @@
-"""A rank's one image whose maps end 1 x 1: batch norm can't learn from one value a channel, and that is said first."""
+"""Reports early if a rank gets one image whose maps end 1 x 1: batch norm can't train on one value per channel."""
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +14,7 @@ from utils.errors import ConfigError
 
 @contextlib.contextmanager
 def one_value_told() -> Iterator[None]:
-    """torch's error of batch norm with one value as a ConfigError that says what would help."""
+    """Turns torch's error about batch norm with one value per channel into a ConfigError that says what would help."""
     try:
         yield
     except ValueError as error:
@@ -26,14 +26,14 @@ def one_value_told() -> Iterator[None]:
 
 
 def check_least_share(model: nn.Module, loader: BaseDataLoader, image_size: int) -> None:
-    """Try the smallest share of a batch that a rank gets, where that is one image, on a copy of the model.
+    """If a rank may get a batch of one image, try such a batch on a copy of the model. image_size: side in pixels.
 
-    Raises ConfigError where the model can't train on it: before the run has a folder, not at the end of an epoch.
+    Raises ConfigError if the model can't train on it: before the run has a folder rather than at the end of an epoch.
     """
     if loader.least_share() > 1:
         return
     tried = copy.deepcopy(model).train()
     of = next(tried.parameters())
     devices = [of.device] if of.device.type == "cuda" else []
-    with one_value_told(), torch.no_grad(), torch.random.fork_rng(devices):   # dropout draws
+    with one_value_told(), torch.no_grad(), torch.random.fork_rng(devices):   # dropout draws random numbers
         tried(torch.zeros(1, 3, image_size, image_size, device=of.device))

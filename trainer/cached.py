@@ -21,7 +21,7 @@ KEY = "trainer.cache_features"
 def views_wanted(value: Any) -> int | None:
     """How many augmented views of each image `trainer.cache_features` asks for; 0: the plain image; None: it is off.
 
-    Raises ConfigError.
+    Raises ConfigError for unknown keys and invalid values.
     """
     if value is None or value is False:
         return None
@@ -37,19 +37,18 @@ def views_wanted(value: Any) -> int | None:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """`trainer.freeze` and `trainer.cache_features` as far as they can be judged without a model. Raises ConfigError.
-    """
+    """Check `trainer.freeze` and `trainer.cache_features` as far as possible without a model. Raises ConfigError."""
     freeze_plan(options["freeze"])
     views_wanted(options["cache_features"])
 
 
 def keeps_plain(options: dict[str, Any]) -> bool:
-    """Whether the features that training keeps are of the images as they are."""
+    """Whether the features that training caches are those of images without augmentation."""
     return views_wanted(options["cache_features"]) == 0
 
 
 class OnFeatures(nn.Module):
-    """A model whose input is its features: [N, E, D] in, the model's dict out. Everything else is the model's own."""
+    """Wraps a model so that its input is features, [N, E, D], instead of images; it returns the model's dict."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -61,19 +60,21 @@ class OnFeatures(nn.Module):
 
     @property
     def num_experts(self) -> int:
+        """The wrapped model's."""
         return self.model.num_experts
 
     @property
     def route(self) -> bool:
+        """The wrapped model's."""
         return self.model.route
 
 
 class CachedFeatures:
-    """The features of a run's training and validation images, in its folder, and the loaders that give them.
+    """The features of a run's training and validation images, stored in its folder, and the loaders that read them.
 
-    views: 0 for one pass over the plain images, else the number of augmented views. until: the last epoch on features,
-    None for all. Raises ConfigError where the features would change: something under the classifier is trained, images
-    are mixed, a teacher needs them.
+    views: 0 for one pass over the plain images, else the number of augmented views. until: the last epoch that trains
+    on features; None: all do. Raises ConfigError if features can't stand in for images: something below the classifier
+    is trained, images are mixed throughout, a teacher needs them, or the loader has none (detection).
     """
 
     def __init__(self, model: nn.Module, train_loader: Any, valid_loader: Any, views: int, until: int | None,
@@ -104,13 +105,14 @@ class CachedFeatures:
 
     @classmethod
     def wanted(cls, options: dict[str, Any], *args: Any, **more: Any) -> CachedFeatures | None:
-        """What the config's `trainer` asks for, or None."""
+        """The cache that the config's `trainer` (`options`) asks for, or None. args, more: the constructor's others."""
         views, plan = views_wanted(options["cache_features"]), freeze_plan(options["freeze"])
         return None if views is None else cls(*args, views=views, until=plan and plan.until, **more)
 
     def prepare(self, model: nn.Module, folder: Path, amp: object, stop: Callable[[], bool],
                 progress: bool = True) -> bool:
-        """Make the loaders, computing what isn't in `folder` yet; False where `stop` ended it. For every rank."""
+        """Create the loaders `train` and `valid`, computing what isn't in `folder` yet. Returns False if `stop` ended
+        it. Every rank must call it."""
         for name, loader in self.sources.items():
             if loader is None or getattr(self, name) is not None:
                 continue

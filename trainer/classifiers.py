@@ -1,5 +1,6 @@
-"""What test.py puts on a trained model without training: tau-normalised heads and NCM (Kang 2020), adjusted logits
-(Menon 2021), the class distribution at use, weights of experts, a temperature; the formulas are in `model`."""
+"""What test.py can put on a trained model without training: tau-normalised heads and NCM (Kang et al., ICLR
+2020), logit adjustment (Menon et al., ICLR 2021), a test-time class prior, expert weights, a temperature; the
+formulas are in `model`."""
 from __future__ import annotations
 
 import math
@@ -32,10 +33,11 @@ def features(model: nn.Module, loader: Any) -> Iterator[tuple[torch.Tensor, torc
 
 def features_once(model: nn.Module, loader: Any, kept: tuple[Path, object] | None = None,
                   ) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-    """`features` for several passes over them, of which the first alone computes any; the others read a temporary file.
+    """`features` for several passes: the returned function starts a pass. Only the first one computes features; later
+    ones read them from a temporary file.
 
-    kept: (file, precision) of the features of this split that a training kept (`trainer.cache_features`). They are
-    taken where they are of these weights and these images, each seen in one crop as there.
+    kept: (file, precision) of this split's features that a training cached (`trainer.cache_features`). They are used if
+    they were made with these weights from these images and, like them, `loader` takes one crop per image.
     """
     one_crop = "crops" not in getattr(loader, "views", {})
     if one_crop and kept is not None and kept[0].with_suffix(".json").is_file() and hasattr(loader, "feature_loader"):
@@ -71,10 +73,11 @@ def tau_head(model: nn.Module, tau: float) -> Head:
 
 def sweep_tau(model: nn.Module, loader: Any, taus: list[float],
               metric: str = "class_mean_acc", kept: tuple[Path, object] | None = None) -> tuple[float, list[float]]:
-    """The tau with the largest `metric` on `loader`'s split (the smaller of equals), and each one's value.
+    """The tau with the largest `metric` on `loader`'s split (the smallest on a tie), and the metric's
+    value for each tau.
 
-    metric: `class_mean_acc`, `accuracy` or `macro_f1`, as `model.metric.EvalState` computes them. kept: see
-    `features_once`.
+    metric: `class_mean_acc`, `accuracy` or `macro_f1`, as `model.metric.EvalState` computes them. kept:
+    see `features_once`.
     """
     heads = posthoc.TauHeads(posthoc.model_heads(model))
     states = [EvalState(heads.num_classes, next(model.parameters()).device) for _ in taus]
@@ -85,7 +88,7 @@ def sweep_tau(model: nn.Module, loader: Any, taus: list[float],
 
 def sweep_la(logits: torch.Tensor, labels: torch.Tensor, cls_num_list: list[int], taus: list[float],
              metric: str = "class_mean_acc") -> tuple[float, list[float]]:
-    """The same for adjusted logits: this rank's logits [n, C] and labels [n] of a split."""
+    """`sweep_tau` for logit adjustment. logits [n, C] and labels [n]: this rank's share of a split."""
     states = [EvalState(logits.shape[1], logits.device) for _ in taus]
     for tau, state in zip(taus, states, strict=True):
         state.update(shift.adjust_logits(logits, cls_num_list, tau), labels)
@@ -101,7 +104,8 @@ def _best(taus: list[float], states: list[EvalState], metric: str) -> tuple[floa
 
 def ncm_head(model: nn.Module, train_loader: Any, num_classes: int, feat_type: str,
              kept: tuple[Path, object] | None = None) -> Head:
-    """Nearest class mean over the training images' features; kept: see `features_once`."""
+    """Nearest class mean of the training images' features; feat_type: see `posthoc.fit_nearest_class_mean`; kept:
+    see `features_once`."""
     classifier = posthoc.fit_nearest_class_mean(features_once(model, train_loader, kept), num_classes, feat_type,
                                                 merge=dist.all_reduce_sum)
     return lambda outputs: classifier.logits(outputs["feat"])
@@ -115,20 +119,21 @@ def la_head(cls_num_list: list[int], tau: float, base: Head = lambda outputs: ou
 @torch.no_grad()
 def outputs_of(model: nn.Module, loader: Any, head: Head, view: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
                ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's logits of a split, [n, ...] float32 as `head` gives them, and labels [n]; `view` is what the model
-    sees of a batch."""
+    """This rank's logits of a split, [n, ...] float32 as `head` returns them, and labels [n]. view: applied to each
+    batch of images before the model sees it."""
     model.eval()
     found = []
     for batch, (images, labels) in enumerate(loader):
         n, _ = loader.share(batch)
         logits = head(forward_crops(model, view(images))).float()
-        found.append((logits[:n], labels[:n]))      # no row of a rank that was lent an image; its shape though
+        found.append((logits[:n], labels[:n]))      # a borrowed image adds no row, but gives the shape
     logits, labels = zip(*found)
     return torch.cat(logits), torch.cat(labels)
 
 
 def calibrate(model: nn.Module, loader: Any, head: Head) -> dict[str, float]:
-    """The temperature of `head`'s logits that fits `loader`'s split best, and that split's ECE `before` and `after`."""
+    """The `temperature` that fits `head`'s logits best on `loader`'s split, and that split's ECE
+    `before` and `after`."""
     logits, labels = outputs_of(model, loader, head)
     temperature = shift.fit_temperature(logits, labels, dist.all_reduce_sum)
     eces = []
@@ -142,11 +147,11 @@ def calibrate(model: nn.Module, loader: Any, head: Head) -> dict[str, float]:
 
 def learned_prior(criterion: nn.Module, cls_num_list: list[int], power: float,
                   expert_weights: torch.Tensor) -> torch.Tensor:
-    """The class distribution that a model's plain logits are right for, [C]: what its sampler drew, its loss's class
-    weights and what its loss added.
+    """The class prior that a model's plain logits imply, [C]: the class frequencies drawn by its sampler, times its
+    loss's class weights, corrected for what its loss added to the logits.
 
-    cls_num_list: training images a class, of the training itself, whatever data are there now. power: see
-    `data_loader.samplers.power_of`. expert_weights: what each expert that was trained counts in the logits, [E].
+    cls_num_list: training images per class in the training itself, whatever data are used now. power: see
+    `data_loader.samplers.power_of`. expert_weights: the weight in the logits of each expert that was trained, [E].
     """
     seen = shift.frequencies(cls_num_list) ** power
     seen = seen / seen.sum()
@@ -156,20 +161,20 @@ def learned_prior(criterion: nn.Module, cls_num_list: list[int], power: float,
 
 
 def prior_head(base: Head, learned: torch.Tensor, prior: torch.Tensor) -> Head:
-    """The logits of `base`, right for the class distribution `learned` [C], made right for `prior` [C]."""
+    """The logits of `base`, which imply the class prior `learned` [C], corrected to the class prior `prior` [C]."""
     offset = prior.double().clamp_min(torch.finfo(torch.float32).tiny).log() - learned.double().log()
     return lambda outputs: base(outputs).float() + offset.to(outputs["output"].device, torch.float32)
 
 
 def estimated_prior(model: nn.Module, loader: Any, head: Head, learned: torch.Tensor) -> torch.Tensor:
-    """The class distribution of a split's images, without their labels: see `model.shift.estimate_prior`."""
+    """The class distribution of a split's images, [C], estimated without labels: see `model.shift.estimate_prior`."""
     logits, _ = outputs_of(model, loader, head)
     return shift.estimate_prior(logits, learned, dist.all_reduce_sum).cpu()
 
 
 def learned_expert_weights(model: nn.Module, loader: Any, seed: int = 0) -> torch.Tensor:
-    """Weights of the experts, [E], from each image as it is and once flipped (unless the data mustn't be) or moved by
-    up to an eighth of its side: see `model.shift.learn_expert_weights`. No label is looked at."""
+    """Weights of the experts, [E], learned without labels from two views of each image: as it is, and moved by up to an
+    eighth of its side and, unless the data must not be, randomly flipped. See `model.shift.learn_expert_weights`."""
     generator, flips = torch.Generator().manual_seed(seed), bool(getattr(loader, "flip", True))
 
     def moved(images: torch.Tensor) -> torch.Tensor:
@@ -184,6 +189,6 @@ def learned_expert_weights(model: nn.Module, loader: Any, seed: int = 0) -> torc
 
 
 def weighted_head(weights: torch.Tensor) -> Head:
-    """The experts' logits weighed by `weights` [E], in place of their mean."""
+    """The sum of the experts' logits with `weights` [E], in place of their mean."""
     return lambda outputs: torch.einsum("nec,e->nc", outputs["logits"].float(),
                                         weights.to(outputs["logits"].device, torch.float32))

@@ -1,4 +1,4 @@
-"""Training with a teacher's logits beside the model's own (RIDE's distillation, Wang 2021)."""
+"""Training with a teacher's logits beside the model's own (RIDE's distillation; Wang et al., ICLR 2021)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from utils.errors import ConfigError
 
 
 class Renormalised(nn.Module):
-    """A model that was trained on images normalised as `theirs` says, for x [N, 3, H, W] normalised as `ours` says.
+    """Wraps a model trained on images normalised with `theirs`, so that it takes x [N, 3, H, W] normalised with `ours`.
 
-    ours, theirs: `mean` and `std`, each of three numbers.
+    ours, theirs: dicts with `mean` and `std`, three numbers each.
     """
 
     def __init__(self, model: nn.Module, ours: Mapping[str, Any], theirs: Mapping[str, Any]):
@@ -30,10 +30,10 @@ class Renormalised(nn.Module):
 
 
 class DistillTrainer(Trainer):
-    """A Trainer whose outputs carry `teacher` [N, C]: the mean logits of a frozen model with more experts.
+    """A Trainer whose outputs carry `teacher` [N, C]: the mean logits of a frozen model, usually with more experts.
 
     Args:
-        teacher: in evaluation mode for good and without gradients.
+        teacher: put in evaluation mode, without gradients, for the whole run.
     Raises:
         ConfigError: no teacher, or one with other classes.
     """

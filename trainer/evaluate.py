@@ -31,19 +31,22 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
     """Evaluate `model` on `loader`'s split; every rank sees its share and all get the same figures.
 
     Args:
-        model: returns the contract's dict; put in evaluation mode here.
-        criterion: for `loss` (its evaluation mode); cross-entropy of the logits without one.
-        metrics: more figures by name: functions of (output [N, C], target [N]), whose mean over the images is taken,
-            or of (probs [N, C], labels [N]), the whole split's on every rank; None for what is counted anyway.
-        groups: {"many": 100, "few": 20}, the limits of training counts.
-        head: other logits [N, C] from the model's dict (NCM, tau-normalised), in place of `output`.
+        model: returns the dict described in `BaseModel`; it is put in evaluation mode for this.
+        criterion: computes `loss`, in its evaluation mode; without one, or with `head`, that is the
+            cross-entropy of the logits.
+        metrics: further figures by name: functions of (output [N, C], target [N]), which are averaged over the
+            images, or of (probs [N, C], labels [N]), called with the whole split on every rank; None for what
+            is computed anyway.
+        groups: {"many": 100, "few": 20}, the groups' limits in training images per class.
+        amp: `bf16`, `fp16` or `off` (None).
+        head: computes other logits [N, C] from the model's dict (NCM, tau-normalised), in place of `output`.
         max_batches: stop early (a dry run).
-        keep: also return `predictions`, `confidences`, `labels` by image (this rank's, on the CPU) and, where the
-            logits of several experts are known, `expert_predictions` [N, E].
-        stop: asked before each batch, on every rank; where it answers True, evaluation ends and returns None.
+        keep: also return `predictions`, `confidences`, `labels` by image (this rank's, NumPy arrays) and, if the logits
+            of several experts are known, `expert_predictions` [N, E].
+        stop: called before each batch, on every rank; if it returns True, evaluation ends and returns None.
     Returns:
-        the figures of test_metrics.json, each metric, and `seconds`; where the model's dict has each expert's logits
-        also `expert_acc` and `expert_disagreement`; for expert-assignment models `expert_share`.
+        the figures of test_metrics.json, each metric, and `seconds`; if the model's dict has each expert's logits also
+            `expert_acc` and `expert_disagreement`; for expert-assignment models `expert_share`.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -64,13 +67,13 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         if stop is not None and stop(batch):
             model.train(was_training)
             return None
-        # A rank with no image of its own has been lent one: it knows the figures' names, and counts none of it.
+        # A rank without images of its own has a borrowed one: it adds the figures' names, but isn't counted.
         n, n_global = loader.share(batch)
         images, labels = images[:max(n, 1)], labels[:max(n, 1)]
         with autocast(device, amp):
             outputs = forward_crops(model, images, memory_format)
         logits = (outputs["output"] if head is None else head(outputs)).float()
-        gated = getattr(model, "route", False)      # then it's the gates that chose, whatever the head
+        gated = getattr(model, "route", False)      # then the gates chose the experts, whatever the head
         own = {} if head is not None and not gated else {"expert_logits": outputs.get("logits"),
                                                          "sample_num_experts": outputs.get("sample_num_experts")}
         if own.get("expert_logits") is not None and own["expert_logits"].shape[1] != num_experts:
@@ -87,7 +90,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
         state.update(logits, labels, **own)
         if keep:
             confidence, prediction = logits.softmax(-1).max(-1)
-            experts = own.get("expert_logits") if num_experts > 1 else None  # one alone is the model
+            experts = own.get("expert_logits") if num_experts > 1 else None  # a single one is the model itself
             kept.append((prediction.cpu(), confidence.cpu(), labels.cpu(),
                          torch.empty(n, 0) if experts is None else experts.argmax(2).cpu()))
     state.merge()
@@ -110,11 +113,12 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
 
 
 def with_all_experts(model: nn.Module, loader: Any, result: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """The figures of a model that routes and what routing leaves unseen, from a second pass in which every image asks
-    every expert: `all_experts_acc` and, by group, `all_experts_shot_acc` of their mean, `expert_acc` of each alone,
-    `expert_disagreement`, and with `keep` `expert_predictions` [N, E]. Those of any other model as they are.
+    """For a model that routes images to experts, `result` and what routing leaves unseen, from a second pass in which
+    every image uses every expert: `all_experts_acc` and, by group, `all_experts_shot_acc` of their mean logits,
+    `expert_acc` of each alone, `expert_disagreement`, and with `keep` `expert_predictions` [N, E]. Any other model's
+    `result` is returned as it is.
 
-    how: the arguments of `evaluate`, as for the first pass. Every rank calls it.
+    how: the arguments of `evaluate`, as for the first pass. Every rank must call it.
     """
     if "expert_share" not in result or "expert_acc" in result:
         return result
@@ -130,8 +134,8 @@ def with_all_experts(model: nn.Module, loader: Any, result: dict[str, Any], **ho
 
 
 def format_result(result: dict[str, Any], title: str = "") -> str:
-    """The figures a person looks for first, in percent: all, many, medium, few, and what each expert has to do with it.
-    """
+    """A table of the main figures, in percent: all, many, medium, few, and each expert's accuracy and
+    share of the images."""
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
     header = f"{title:<16}" + "".join(f"{name:>9}" for name in ("all", "many", "medium", "few"))

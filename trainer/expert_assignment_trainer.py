@@ -1,4 +1,4 @@
-"""RIDE's second stage: train the gates that decide how many experts an image needs (Wang 2021)."""
+"""RIDE's second stage: train the gates that decide how many experts an image needs (Wang et al., ICLR 2021)."""
 from __future__ import annotations
 
 from typing import Any
@@ -11,7 +11,7 @@ from trainer.trainer import Trainer
 class ExpertAssignmentTrainer(Trainer):
     """A Trainer whose loss comes from the model (binary cross-entropy of the gates).
 
-    Validation says which share of images used 1, 2, ... experts.
+    Validation also reports the share of the images that used 1, 2, ... experts.
     """
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Features of a frozen network, computed once and kept on disk, and a loader that gives them in place of images."""
+"""Features of a frozen network, computed once and kept on disk, and a loader that yields them in place of images."""
 from __future__ import annotations
 
 import contextlib
@@ -25,21 +25,21 @@ from utils import dist
 from utils.errors import ConfigError, RunError
 from utils.files import write_json
 
-IN_MEMORY = 256 << 20     # bytes of features that are read whole, to the device
-CHUNK = 32 << 20          # bytes that are written at once
-STOP_EVERY = 16           # batches between two looks at whether to stop
+IN_MEMORY = 256 << 20     # bytes; files up to this size are held whole on the device
+CHUNK = 32 << 20          # bytes written at once
+STOP_EVERY = 16           # batches between two checks for a stop request
 LARGEST = torch.finfo(torch.float16).max
 
 
 def feature_key(model: nn.Module, loader: Any, views: int, amp: object) -> str:
-    """A digest of what features depend on: the layers under the classifier and their weights, which experts are used,
-    the images, how they are prepared."""
+    """A digest of everything that features depend on: the layers below the classifier and their weights, which experts
+    are used, the images, their preprocessing, `views` and `amp`."""
     digest = hashlib.blake2b(f"3 {views} {amp}".encode(), digest_size=16)
     experts = used_experts(model)
-    if experts != list(range(len(model.heads()))):      # "0" and "1" of two have one shape and one set of weights
+    if experts != list(range(len(model.heads()))):      # either of two experts alone: same shape, same weights
         digest.update(f"experts {experts}".encode())
     after = tuple(model.feature_prefixes())
-    for name, module in model.named_modules():                  # what isn't in weights: strides, a norm's eps
+    for name, module in model.named_modules():                  # what weights don't show: strides, a norm's eps
         if not f"{name}.".startswith(after):
             digest.update(f"{name} {type(module).__name__} {module.extra_repr()}".encode())
     for name, value in model.state_dict().items():
@@ -52,11 +52,11 @@ def feature_key(model: nn.Module, loader: Any, views: int, amp: object) -> str:
 
 class FeatureStore:
     """The features of a split's images: float16 [V, N, E, D] in `file`, and beside it a .json with their key, their
-    shape and how many rows of the [V N] are done.
+    shape and how many of the V · N rows are done.
 
-    key: see `feature_key`; features with another one are computed anew. shape: (V views, N images, E experts, D).
-    All ranks see the same file. Up to 256 MiB are then held on `device`; of larger files each batch's rows are read,
-    and memory doesn't grow with the file.
+    key: see `feature_key`; features with another key are recomputed. shape: (V views, N images, E experts, D).
+    All ranks use the same file. A file of up to 256 MiB is held on `device`; from a larger one each batch's rows are
+    read, so that memory use doesn't grow with the file.
     """
 
     def __init__(self, file: Path, key: str, shape: tuple[int, int, int, int], device: torch.device | str = "cpu"):
@@ -70,7 +70,7 @@ class FeatureStore:
     # ---- writing -----------------------------------------------------------------------------------------------
 
     def rows_done(self) -> int:
-        """How many rows are there, of this key and shape."""
+        """How many rows the file has; 0 if it is of another key or shape."""
         try:
             known = json.loads(self.notes.read_text(encoding="utf-8"))
             fits = known["key"] == self.key and known["shape"] == list(self.shape)
@@ -80,13 +80,14 @@ class FeatureStore:
 
     @property
     def complete(self) -> bool:
+        """Whether all rows are done."""
         return self.rows_done() == self.shape[0] * self.shape[1]
 
     def _note(self, done: int) -> None:
         write_json(self.notes, {"key": self.key, "shape": list(self.shape), "dtype": "float16", "done": done})
 
     def _open(self) -> int:
-        """Rank 0: the rows that are done; where there are none, the file at its full size."""
+        """Rank 0: the number of rows that are done; if none are, create the file at its full size. Raises RunError."""
         done = self.rows_done()
         if done:
             return done
@@ -95,7 +96,7 @@ class FeatureStore:
             self.notes.unlink(missing_ok=True)
             with open(self.file, "wb") as handle:
                 handle.truncate(self.bytes)
-                # Mapped pages that the disk has no room for would end the process without a word.
+                # Writing to mapped pages on a full disk would kill the process without a message: reserve the space.
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(handle.fileno(), 0, self.bytes)
             self._note(0)
@@ -107,9 +108,11 @@ class FeatureStore:
 
     def fill(self, model: nn.Module, loader: Any, amp: object = "off", stop: Callable[[], bool] = lambda: False,
              progress: bool = True) -> bool:
-        """Compute what is missing; False where `stop`, asked on every rank, ended it. What was written is kept.
+        """Compute what is missing. Returns False if `stop`, called on every rank, ended it; what was written is kept.
 
         loader: the images in order, each once (`feature_loader`); its epoch is set to each view's number, from 1.
+        Raises ConfigError if ranks don't share the folder or features have another shape, RunError if they aren't
+        finite in float16 or the file can't be created.
         """
         done = dist.on_main(self._open)
         if not self.file.is_file():
@@ -119,7 +122,7 @@ class FeatureStore:
         if done == self.shape[0] * n:
             return True
         with self._bar(done, progress) as bar, _all_experts(model):
-            # The same features, to rounding, for a tenth to a fifth less time.
+            # With folded norms: the same features up to rounding, in 10 to 20 % less time.
             folded = fold_norm(model) if any(map(is_norm, model.modules())) else model.eval()
             for view in range(done // n, self.shape[0]):
                 loader.set_epoch(view + 1, 0, done % n if view == done // n else 0)
@@ -134,7 +137,7 @@ class FeatureStore:
         first = loader.span(0)[0]
         for batch, (images, _) in enumerate(loader):
             start, end = loader.span(batch)
-            own = loader.share(batch)[0]    # none where this rank was lent an image
+            own = loader.share(batch)[0]    # 0 if this rank borrows an image
             feats = self._features(model, images, amp)[:own]
             waiting.append((loader.positions(batch)[:own], feats.cpu().numpy()))
             bar.update(end - start)
@@ -154,13 +157,13 @@ class FeatureStore:
         if tuple(feats.shape[1:]) != self.shape[2:]:
             raise ConfigError(f"trainer.cache_features: {type(model).__name__} gives features {list(feats.shape[1:])} "
                               f"an image, not {list(self.shape[2:])}")
-        if not bool((feats.abs() <= LARGEST).all()):    # a NaN isn't, either
+        if not bool((feats.abs() <= LARGEST).all()):    # a NaN fails this too
             raise RunError("trainer.cache_features: a feature isn't finite in half precision, in which they are kept; "
                            "set it to null")
         return feats.half()
 
     def _write(self, view: int, first: int, end: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Rows [first, end) of a view, this rank's of them; then, when all ranks are done, their number."""
+        """Write this rank's part of rows [first, end) of a view; once all ranks are done, record the number of rows."""
         begin = view * self.shape[1] + first
         place = np.memmap(self.file, np.float16, "r+", 2 * begin * self.row, (end - first, *self.shape[2:]))
         for positions, feats in parts:
@@ -178,7 +181,8 @@ class FeatureStore:
     # ---- reading -----------------------------------------------------------------------------------------------
 
     def rows(self, view: int, index: np.ndarray) -> torch.Tensor:
-        """The features of images `index` [n] in a view, [n, E, D] of torch's default type, on the device."""
+        """The features of images `index` [n] in view `view` (from 0): [n, E, D] in torch's default dtype, on the
+        device. Raises RunError if the file is too short."""
         kind = torch.get_default_dtype()
         if self._held is None and self.bytes <= IN_MEMORY:
             self._held = torch.from_numpy(np.fromfile(self.file, np.float16).reshape(self.shape)).to(self.device)
@@ -186,7 +190,7 @@ class FeatureStore:
             return self._held[view][torch.from_numpy(index).to(self.device, non_blocking=True)].to(kind)
         if self._handle is None:
             self._handle = open(self.file, "rb", buffering=0)  # noqa: SIM115 read from as long as the store lives
-        # A mapping would count 64 KiB of the file as this process's memory for each row that is touched.
+        # With a memory map each row read would add 64 KiB of the file to this process's memory.
         found = np.empty((len(index), *self.shape[2:]), np.float16)
         for i in np.argsort(index):
             self._handle.seek(2 * self.row * (view * self.shape[1] + int(index[i])))
@@ -197,7 +201,7 @@ class FeatureStore:
 
 @contextlib.contextmanager
 def _all_experts(model: nn.Module) -> Iterator[None]:
-    """Expert assignment gives features where every image asks every expert."""
+    """Inside, an expert-assignment model doesn't route: only then does it return every expert's features."""
     route = getattr(model, "route", False)
     if route:
         model.route = False
@@ -209,9 +213,8 @@ def _all_experts(model: nn.Module) -> Iterator[None]:
 
 
 class FeatureLoader(BaseDataLoader):
-    """Gives (features [n, E, D], labels [n]) in the order in which `loader` gives its images: the same batches,
-    samplers and ranks. Epoch e takes view (e - 1) mod V.
-    """
+    """Yields (features [n, E, D], labels [n]) in the order in which `loader` yields its images: the same batches,
+    samplers and ranks. Epoch e uses view (e - 1) mod V."""
 
     def __init__(self, loader: Any, store: FeatureStore):
         super().__init__(loader.targets, loader.batch_size, shuffle=loader.shuffle, training=loader.training,
@@ -221,7 +224,7 @@ class FeatureLoader(BaseDataLoader):
         self.cls_num_list, self.num_classes = loader.cls_num_list, loader.num_classes
 
     def train_eval_loader(self) -> FeatureLoader:
-        """The training images' features in order."""
+        """A loader of the training images' features in order, each once."""
         return FeatureLoader(self.source.train_eval_loader(), self.store)
 
     def _batches(self, epoch: int, batches: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,7 +1,7 @@
-"""What a classifier starts from before training: the class means of the training images, or the classes' names.
+"""Initial classifier weights: the class means of the training images' features, or text features of the class names.
 
-`init_classifier` names a line of STARTS. Both give each class a direction in feature space, so that a pretrained
-network classifies from the first step on (the semantic-aware start of LIFT; Shi et al., ICML 2024).
+`init_classifier` names an entry of STARTS. Both give each class a direction in feature space, so that a pretrained
+network classifies from the first step on (the semantic-aware initialisation of LIFT; Shi et al., ICML 2024).
 """
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ PATH = "init_classifier"
 
 
 def start_classifier(model: nn.Module, loader: Any, spec: Mapping[str, Any], max_batches: int | None = None) -> None:
-    """Give `model`'s classifiers the weights that `spec`, {"type", "args"}, asks for.
+    """Set the weights of `model`'s classifiers as `spec`, {"type", "args"}, asks for.
 
     Args:
-        loader: of the training split, on the model's device; one of its features will do for class means.
-        max_batches: of class means, look at so many batches only (a dry run).
+        loader: the training split's, on the model's device; for class means a `FeatureLoader` will do.
+        max_batches: for class means, use only so many batches (a dry run).
     Raises:
-        ConfigError: a missing package, file or weights, names that don't fit the classes.
+        ConfigError: a missing package, file or weights, or names that don't fit the classes.
     """
     was_training = model.training
     build(STARTS, spec, PATH, model, loader, max_batches)
@@ -48,18 +48,19 @@ def start_classifier(model: nn.Module, loader: Any, spec: Mapping[str, Any], max
 
 
 def start_on_features(trainer: Trainer, spec: Mapping[str, Any]) -> bool:
-    """The same from the features that `trainer` will go on with, so that one pass does for both; False where a stop was
-    asked for during it."""
+    """`start_classifier` on the cached features that `trainer` will train on, so that they are computed only once.
+    Returns False if a stop was requested meanwhile."""
     if not trainer.prepare_features():
         return False
     start_classifier(trainer.model, trainer.cached.train, spec)
-    if trainer.judged_model is not trainer.model:   # an average begins there too
+    if trainer.judged_model is not trainer.model:   # averaged weights start from there too
         trainer.judged_model.load_state_dict(trainer.model.state_dict())
     return True
 
 
 def check_start(spec: Mapping[str, Any]) -> None:
-    """What can be said before data and model are built: the package of "text" is there, and its file of names."""
+    """Check what can be checked before data and model are built: for "text" that its package is installed and the file
+    of class names can be read. Raises ConfigError."""
     if spec["type"] == "text":
         open_clip()
         if spec["args"].get("class_names"):
@@ -67,12 +68,13 @@ def check_start(spec: Mapping[str, Any]) -> None:
 
 
 def set_weights(head: nn.Module, directions: torch.Tensor, known: torch.Tensor) -> None:
-    """Unit vectors [C, D] as a head's weights, for the classes that are `known` [C]; a bias of 0."""
+    """Set a head's weights to `directions` [C, D], scaled to unit length, for the classes that are `known` [C] (bool),
+    and its bias to 0. Raises ConfigError for a head without `weight`."""
     directions = F.normalize(directions, dim=1)
     if not hasattr(head, "weight"):
         raise ConfigError(f"init_classifier: {type(head).__name__} has no `weight` to begin from; leave it out")
     with torch.no_grad():
-        weight = head.weight if isinstance(head, nn.Linear) else head.weight.t()   # ours for cosines is [D, C]
+        weight = head.weight if isinstance(head, nn.Linear) else head.weight.t()   # our cosine heads' is [D, C]
         weight[known] = directions[known].to(weight)
         if getattr(head, "bias", None) is not None:
             head.bias.zero_()
@@ -81,10 +83,10 @@ def set_weights(head: nn.Module, directions: torch.Tensor, known: torch.Tensor) 
 # ---------------------------------------------------------------------- from images
 
 def class_means(model: nn.Module, loader: Any, max_batches: int | None) -> None:
-    """Each class's weights are the mean feature of its training images, not augmented, at unit length; each expert has
-    its own. A class without images keeps what it has."""
+    """Set each class's weights to the mean feature of its training images, without augmentation, scaled to unit length,
+    for each expert separately. A class without images keeps its weights. The arguments are `start_classifier`'s."""
     from tqdm import tqdm
-    if dist.world_size() > 1:   # each rank drew new parts of its own; training will begin from rank 0's
+    if dist.world_size() > 1:   # ranks initialised new layers differently; training starts from rank 0's
         for tensor in (*model.parameters(), *model.buffers()):
             torch.distributed.broadcast(tensor.detach(), 0)
     plain = loader.train_eval_loader()
@@ -98,7 +100,7 @@ def class_means(model: nn.Module, loader: Any, max_batches: int | None) -> None:
             bar.update()
             if batch == max_batches:
                 break
-    if gathered.sums is None:       # this rank has no image: its share of the sums
+    if gathered.sums is None:       # this rank has no image and contributes zeros
         some = next(model.parameters())
         gathered.sums = some.new_zeros(model.num_classes, len(model.used_heads()), model.feat_dim)
         gathered.counts = torch.zeros(model.num_classes, dtype=torch.int64, device=some.device)
@@ -114,13 +116,15 @@ def class_means(model: nn.Module, loader: Any, max_batches: int | None) -> None:
 
 def text(model: nn.Module, loader: Any, max_batches: int | None, clip: str = "ViT-B-16-quickgelu",
          pretrained: str = "openai", template: str = "a photo of a {}.", class_names: str | None = None) -> None:
-    """Each class's weights are CLIP's text features of its name in `template`, at unit length.
+    """Set each class's weights to CLIP's text features of its name in `template`, scaled to unit length.
 
-    Where the network's features are those before CLIP's image projection P [D, d], as timm's are, the text features
-    [C, d] go through its transpose.
+    If the network's features are those before CLIP's image projection P [D, d], as timm's are, the text features [C, d]
+    are multiplied by its transpose.
 
-    clip, pretrained: open_clip's names of the model and its weights (or a file of them), the image encoder's own.
-    class_names: a file of one name a line, in the order of the labels; None takes the data's.
+    clip, pretrained: open_clip's names of the model and of its weights (or a weights file); they must belong to the
+    network's image encoder.
+    class_names: a file with one name per line, in the order of the labels; None: the data set's names.
+    Raises ConfigError if names or weights are missing, or features and classes don't fit the model.
     """
     names = loader.class_names if class_names is None else read_names(class_names)
     if names is None:
@@ -147,7 +151,8 @@ def text(model: nn.Module, loader: Any, max_batches: int | None, clip: str = "Vi
 @torch.no_grad()
 def text_features(clip: str, pretrained: str, texts: list[str],
                   batch_size: int = 256) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(unit features of texts [C, d], the image encoder's projection [D, d] where it has one). On the CPU."""
+    """(text features [C, d] of unit length, the image encoder's projection [D, d] or None), computed on the CPU. Raises
+    ConfigError if the weights can't be loaded."""
     package = open_clip()
     try:
         with _quick_hub():
@@ -164,8 +169,8 @@ def text_features(clip: str, pretrained: str, texts: list[str],
 
 @contextlib.contextmanager
 def _quick_hub() -> Iterator[None]:
-    """Weights come from the hub's cache alone where the hub can't be reached, which else is tried for a minute. Nothing
-    is logged: what goes wrong is said in one line."""
+    """Inside, weights come only from the hub's cache if the hub can't be reached, instead of a minute of retries.
+    Logging is off, as the caller reports an error in one line."""
     from importlib.util import find_spec
     logging.disable(logging.CRITICAL)
     constants = importlib.import_module("huggingface_hub.constants") if find_spec("huggingface_hub") else None
@@ -181,7 +186,7 @@ def _quick_hub() -> Iterator[None]:
 
 
 def open_clip() -> Any:
-    """The package, or a ConfigError with the line that installs it."""
+    """Import and return the package. Raises ConfigError, with the command that installs it, if it is missing."""
     try:
         import open_clip
     except ImportError:
@@ -190,7 +195,7 @@ def open_clip() -> Any:
 
 
 def read_names(path: str) -> list[str]:
-    """A file's lines. Raises ConfigError, also for an empty line among them."""
+    """The class names in a file, one per line. Raises ConfigError if it can't be read or has an empty line."""
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, ValueError) as error:
@@ -201,5 +206,5 @@ def read_names(path: str) -> list[str]:
     return names
 
 
-#: What `init_classifier` may name: (model, loader, max_batches, **args).
+#: What `init_classifier` may name; each is called with (model, loader, max_batches, **args).
 STARTS: dict[str, Callable[..., None]] = {"class_means": class_means, "text": text}

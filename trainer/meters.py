@@ -24,12 +24,12 @@ class Means:
     def reset(self) -> None:
         """Forget everything."""
         self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}     # another for a figure that was asked for in the middle of an epoch
+        self.counts: dict[str, int] = {}     # per figure: one may have been added in mid-epoch
         self.restored = False
 
     def add(self, values: dict[str, torch.Tensor | float], n: int) -> None:
         """Add a batch's mean `values` (0-d tensors, or numbers) over `n` images; n = 0 counts nothing."""
-        if self.restored:   # what nobody asks for any more ends here
+        if self.restored:   # drop figures that are no longer computed
             self.sums = {name: value for name, value in self.sums.items() if name in values}
             self.restored = False
         for name, value in values.items():
@@ -42,7 +42,8 @@ class Means:
             self.counts[name] = self.counts.get(name, 0) + n
 
     def read(self, reduce: bool = False) -> dict[str, float]:
-        """The means so far (NaN before the first image). `reduce` sums over all ranks first; all must call it."""
+        """The means so far (NaN before the first image). `reduce` sums over all ranks first; then every
+        rank must call it."""
         if not self.sums:
             return {}
         packed = torch.cat([torch.stack([*self.sums.values()]), self._counted()])
@@ -56,7 +57,8 @@ class Means:
         return torch.tensor([float(self.counts[name]) for name in self.sums], dtype=self.dtype, device=self.device)
 
     def state_dict(self, reduce: bool = False) -> dict[str, object]:
-        """For the checkpoint of an epoch that isn't finished. `reduce` sums over all ranks; all must call it."""
+        """The sums and counts, for a mid-epoch checkpoint. `reduce` sums over all ranks; then every
+        rank must call it."""
         sums, counts = {name: value.clone() for name, value in self.sums.items()}, self._counted()
         if reduce and sums:
             for value in (*sums.values(), counts):
@@ -65,7 +67,7 @@ class Means:
                 "counts": dict(zip(sums, map(int, counts.tolist())))}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back what `state_dict(reduce=True)` returned: rank 0 holds the sums so far, other ranks begin at 0."""
+        """Restore what `state_dict(reduce=True)` returned: rank 0 holds the sums so far, other ranks begin at 0."""
         here = dist.is_main()
         counts = state["counts"] if "counts" in state else dict.fromkeys(state["sums"], state["count"])   # older files
         self.sums = {name: value.to(self.device) * float(here) for name, value in state["sums"].items()}

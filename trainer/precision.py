@@ -1,4 +1,4 @@
-"""Mixed precision: what a run asks for, what its hardware is good for, and the context that a forward pass runs in."""
+"""Mixed precision: what a run asks for, what its hardware supports, and the context of a forward pass."""
 from __future__ import annotations
 
 import contextlib
@@ -10,11 +10,11 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(amp: object, device: torch.device | str) -> tuple[str, str]:
-    """(`bf16`, `fp16` or `off`; why) for a config's `trainer.amp`, which may be `auto`.
+    """(`bf16`, `fp16` or `off`, the reason as text) for a config's `trainer.amp`, which may be `auto`.
 
-    `auto` takes bfloat16 where the hardware multiplies it: x86 CPUs with AMX or AVX512-BF16, GPUs from Ampere (compute
-    capability 8) on. Older GPUs from Volta on take float16, which needs a loss scaler. Elsewhere it is off:
-    emulated half precision is slower than float32.
+    `auto` is bfloat16 where the hardware can multiply it: x86 CPUs with AMX or AVX512-BF16, GPUs from Ampere (compute
+    capability 8) on. Older GPUs from Volta on get float16, which needs a loss scaler. Elsewhere it is off: emulated
+    half precision is slower than float32.
     """
     if amp in (None, False, "off"):
         return "off", "trainer.amp off"
@@ -34,22 +34,23 @@ def choose_precision(amp: object, device: torch.device | str) -> tuple[str, str]
 
 
 def autocast(device: torch.device, amp: object) -> contextlib.AbstractContextManager:
-    """The context of a forward pass: `bf16`, `fp16`, or no change."""
+    """The autocast context of a forward pass for `bf16` or `fp16`; for `off`, None and False one
+    that changes nothing."""
     if amp in (None, False, "off"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, AMP_TYPES[amp])
 
 
 def allow_tf32(allowed: bool) -> bool:
-    """Whether cuDNN's float32 convolutions may round their factors to TF32's 10 bits, as they do from Ampere on unless
-    this is called; returns whether they might so far."""
+    """Set whether cuDNN's float32 convolutions may round their inputs to TF32 (10 bits of mantissa), torch's default on
+    GPUs from Ampere on; returns the previous setting."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
     return before
 
 
 @contextlib.contextmanager
 def in_float32() -> Iterator[None]:
-    """cuDNN's convolutions don't use TF32 in here, so that quoted figures agree on every processor."""
+    """A context in which cuDNN's convolutions don't use TF32, so that reported figures agree on all hardware."""
     before = allow_tf32(False)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Our schedules of the learning rate, as factors of the base rate by time: RIDE's, BatchFormer's, detection's."""
+"""The project's learning-rate schedules, as factors of the base rate over time: RIDE's, BatchFormer's, detection's."""
 from __future__ import annotations
 
 import bisect
@@ -10,10 +10,11 @@ By = Literal["epoch", "step"]
 
 
 def warm_up(t: float, warmup_epoch: float, unit: float, start: float = 0.0) -> float:
-    """The factor after time t (epochs) of a warm-up over `warmup_epoch` epochs; `unit` is how long a rate lasts.
+    """The factor at time t (in epochs) of a linear warm-up over `warmup_epoch` epochs. unit: how long a
+    rate lasts, in epochs.
 
-    It rises in a line from `start` before the first unit to 1 in the last: RIDE's (e + 1) / warmup_epoch where the unit
-    is an epoch.
+    It rises linearly from `start` before the first unit to 1 in the last: RIDE's (e + 1) / warmup_epoch if
+    the unit is an epoch.
     """
     return start + (1 - start) * min(1.0, (t + unit) / warmup_epoch) if t < warmup_epoch else 1.0
 
@@ -22,7 +23,8 @@ def custom_lr(step1: int, step2: int, gamma: float = 0.1, warmup_epoch: float = 
               by: By = "epoch", unit: float = 1.0) -> Callable[[float], float]:
     """RIDE's schedule as a factor of the base rate, by time t in epochs (t = e = 0, 1, ... with `by` epoch).
 
-    1, then gamma from `step1`, gamma squared from `step2`; during the first `warmup_epoch` epochs also `warm_up`.
+    1, then gamma from `step1` on, gamma² from `step2` on; multiplied by `warm_up` during the first
+    `warmup_epoch` epochs.
     """
     return lambda t: gamma ** ((t >= step1) + (t >= step2)) * warm_up(t, warmup_epoch, unit, warmup_start)
 
@@ -31,7 +33,7 @@ def cos_lr(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0.0, 
            unit: float = 1.0, restart: int | list[int] = ()) -> Callable[[float], float]:
     """Warm-up, then a cosine from 1 at time `warmup_epoch` towards 0 at `run_epochs`; see `cycles` for `restart`.
 
-    BatchFormer's CosLR multiplies by the rate twice and leaves its warm-up out; this is what its name promises.
+    (BatchFormer's own CosLR multiplies by the rate twice and ignores its warm-up; this one does what the name says.)
     """
     return cycles(lambda share: 0.5 * (1 + math.cos(math.pi * share)), run_epochs, warmup_epoch, warmup_start, unit,
                   restart)
@@ -45,9 +47,9 @@ def linear_lr0(run_epochs: int, warmup_epoch: float = 0, warmup_start: float = 0
 
 def cycles(fall: Callable[[float], float], run_epochs: int, warmup_epoch: float, warmup_start: float, unit: float,
            restart: int | list[int]) -> Callable[[float], float]:
-    """Warm-up, then `fall`, the factor by the share of the time after it, from 0 to 1; anew after each epoch of
-    `restart` (Loshchilov and Hutter, SGDR, ICLR 2017): each cycle goes to the next one's start, the last to the run's
-    end. Epochs that the run doesn't reach count for nothing."""
+    """Warm-up, then `fall`, the factor as a function of the share (0 to 1) of the remaining time; both start anew after
+    each epoch in `restart` (Loshchilov and Hutter, SGDR, ICLR 2017). A cycle lasts until the next one starts, the last
+    one until the run's end. Epochs that the run doesn't reach are ignored."""
     starts = [0, *(epoch for epoch in ([restart] if isinstance(restart, int) else restart) if epoch < run_epochs)]
     ends = [*starts[1:], run_epochs]
 
@@ -64,8 +66,8 @@ def iteration_lr(milestones: list[int], gamma: float = 0.1, warmup_iters: int = 
                  warmup_factor: float = 1 / 3) -> Callable[[int], float]:
     """Detection's schedule as a factor of the base rate, by optimizer step t = 0, 1, ...
 
-    From `warmup_factor` up to 1 in a line over the first `warmup_iters` steps (Goyal 2017); times gamma from each
-    milestone on.
+    Rises linearly from `warmup_factor` to 1 over the first `warmup_iters` steps (Goyal et al., 2017); multiplied by
+    gamma at each milestone.
     """
     def factor(step: int) -> float:
         value = gamma ** sum(step >= milestone for milestone in milestones)
@@ -75,5 +77,5 @@ def iteration_lr(milestones: list[int], gamma: float = 0.1, warmup_iters: int = 
     return factor
 
 
-#: Schedules of our own: config name -> factor of the base rate; the program gives `run_epochs` and `unit`.
+#: The project's own schedules: config name -> factor of the base rate. The program sets `run_epochs` and `unit`.
 SCHEDULES = {"CustomLR": custom_lr, "CosLR": cos_lr, "LinearLR0": linear_lr0, "IterationLR": iteration_lr}

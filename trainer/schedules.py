@@ -25,14 +25,14 @@ BY_EPOCH = ("StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", 
             "CosineAnnealingWarmRestarts")
 BY_STEP = ("OneCycleLR", "CyclicLR")
 BY_FIGURE = ("ReduceLROnPlateau",)
-#: Optimizers of our own; they go before torch's of the same name.
+#: The project's own optimizers; they take precedence over torch's of the same name.
 OPTIMIZERS = {"Muon": Muon, "SAM": SAM}
 
 
 def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimizer, epochs: int,
                     steps_per_epoch: int = 1, path: str = "lr_scheduler",
                     monitor: str = "off") -> torch_schedulers.LRScheduler | None:
-    """The schedule a config names; None where the config has none.
+    """The schedule a config names; None if the config has none.
 
     Its attribute `unit` says when to call `step()`: after each "epoch", after each optimizer "step", or after each
     epoch with a "figure".
@@ -40,9 +40,10 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
     Args:
         spec: {"type": CustomLR | CosLR | LinearLR0 | IterationLR | a name in torch.optim.lr_scheduler, "args": {...}}.
         epochs, steps_per_epoch: the run's length.
-        monitor: `trainer.monitor`, whose direction a plateau is judged by.
+        monitor: `trainer.monitor`, whose direction (min or max) ReduceLROnPlateau follows.
     Raises:
-        ConfigError: unknown type or arguments, or a schedule that is called in a way that training can't.
+        ConfigError: unknown type or arguments, or a schedule whose `step()` must be called in a way that
+            training doesn't support.
     """
     if not spec or not spec.get("type"):
         return None
@@ -54,7 +55,7 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
         args = _in_proportion(_with_peak(args, optimizer, path) if kind == "OneCycleLR" else args, optimizer)
     elif kind in BY_FIGURE:
         args, unit = _by_figure(args, monitor, path), "figure"
-        for group in optimizer.param_groups:   # torch's plateau doesn't keep what it began with; going on asks for it
+        for group in optimizer.param_groups:   # torch's plateau doesn't keep the initial rate; resuming needs it
             group.setdefault("initial_lr", group["lr"])
     else:
         unit = "epoch"
@@ -81,7 +82,7 @@ def _own(kind: str, args: dict[str, Any], optimizer: torch.optim.Optimizer, epoc
     by = args.get("by", "epoch")
     if by not in ("epoch", "step"):
         raise ConfigError(f"{path}.args.by: must be \"epoch\" or \"step\", not {by!r}")
-    # Old configs carry CustomLR's steps along; a cosine has no use for them.
+    # Old configs give CustomLR's steps to other schedules too, which don't use them.
     known = inspect.signature(SCHEDULES[kind]).parameters
     args = {key: value for key, value in {**args, "run_epochs": epochs}.items() if key in known}
     if 0 < args.get("warmup_epoch", 0) <= 1 and by == "epoch":
@@ -98,18 +99,18 @@ def _own(kind: str, args: dict[str, Any], optimizer: torch.optim.Optimizer, epoc
                           f"in order, not {restart!r}")
     unit = 1 / steps if by == "step" else 1.0
     factor = SCHEDULES[kind](**args, unit=unit)
-    # k / steps rather than k * unit: exact at the epochs' borders.
+    # k / steps rather than k * unit: exact at the boundaries of epochs.
     schedule = torch_schedulers.LambdaLR(optimizer, (lambda k: factor(k / steps)) if by == "step" else factor)
     schedule.unit = by
     return schedule
 
 
 def _by_step(kind: str, args: dict[str, Any], epochs: int, steps: int, path: str) -> tuple[dict[str, Any], str]:
-    """(arguments, when it is called) of torch's schedules that count steps."""
+    """(arguments, unit) of torch's schedules that count steps."""
     if kind == "CyclicLR":
         if "max_lr" not in args:
             raise ConfigError(f"{path}.args.max_lr: missing; CyclicLR needs it")
-        if "step_size_up" not in args:  # torch's 2,000 is longer than many a whole run
+        if "step_size_up" not in args:  # torch's default, 2,000, is longer than many runs
             args["step_size_up"] = max(1, min(2 * steps, epochs * steps // 2))
             log.info("%s: CyclicLR rises over %d steps, two epochs (Smith, WACV 2017); set args.step_size_up for "
                      "another number", path, args["step_size_up"])
@@ -130,7 +131,7 @@ def _by_step(kind: str, args: dict[str, Any], epochs: int, steps: int, path: str
 
 
 def _with_peak(args: dict[str, Any], optimizer: torch.optim.Optimizer, path: str) -> dict[str, Any]:
-    """One cycle's peak is the optimizer's own rate, unless the arguments give another."""
+    """OneCycleLR's peak is the optimizer's own rate, unless the arguments give another."""
     own, peak = optimizer.defaults["lr"], args.get("max_lr")
     if isinstance(peak, int | float) and peak != own:
         log.warning("%s.args.max_lr: %g is where the rate goes up to; the optimizer's own, %g, is without effect "
@@ -139,8 +140,8 @@ def _with_peak(args: dict[str, Any], optimizer: torch.optim.Optimizer, path: str
 
 
 def _in_proportion(args: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """torch gives a `max_lr` or `base_lr` that is one number to every group. Here it is for the optimizer's own rate,
-    and groups with rates of their own (layer_decay, classifier_lr, Muon's others) keep their proportion to it."""
+    """torch applies a single `max_lr` or `base_lr` to every group. Here it applies to the optimizer's own rate, and
+    groups with rates of their own (layer_decay, classifier_lr, Muon's others) are scaled in proportion."""
     own = optimizer.defaults["lr"]
     shares = [group["lr"] / own for group in optimizer.param_groups]
     numbers = {key: args[key] for key in ("max_lr", "base_lr") if isinstance(args.get(key), int | float)}
@@ -149,7 +150,7 @@ def _in_proportion(args: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
 
 
 def _by_figure(args: dict[str, Any], monitor: str, path: str) -> dict[str, Any]:
-    """A plateau is one of the monitored figure, in the monitor's direction; of the loss where nothing is monitored."""
+    """ReduceLROnPlateau follows the monitored figure, in the monitor's direction; the loss if nothing is monitored."""
     mode = "min" if monitor == "off" else monitored(monitor)[0]
     if args.get("mode", mode) != mode:
         known = f"trainer.monitor is {monitor!r}" if monitor != "off" else "nothing is monitored, so it gets the loss"
@@ -157,13 +158,14 @@ def _by_figure(args: dict[str, Any], monitor: str, path: str) -> dict[str, Any]:
     return {**args, "mode": mode}
 
 
-# ---------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------- resuming
 
 def bring_to(schedule: torch_schedulers.LRScheduler, steps: int, saved: dict[str, Any] | None) -> None:
-    """Bring a schedule that was just built to where it is after `steps` calls, so that its rate is the config's there.
+    """Bring a newly built schedule to its state after `steps` calls of `step()`, so that its rate is what the
+    present config gives.
 
-    It is replayed, not loaded: what a checkpoint remembers of numbers that the config changed would win. A plateau's
-    history can't be replayed, so that is loaded: its best figure and how long ago it was.
+    The calls are replayed rather than the saved state loaded, since that would override what the config has changed. A
+    plateau's history can't be replayed, so its best figure and its counters are loaded from `saved`.
     """
     if isinstance(schedule, torch_schedulers.ReduceLROnPlateau):
         for key in ("best", "num_bad_epochs", "cooldown_counter", "last_epoch"):
@@ -173,7 +175,7 @@ def bring_to(schedule: torch_schedulers.LRScheduler, steps: int, saved: dict[str
     if steps <= 0:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch wants an optimizer step before each call
+        warnings.simplefilter("ignore")  # torch expects an optimizer step before each call
         if isinstance(schedule, torch_schedulers.LambdaLR | torch_schedulers.OneCycleLR | torch_schedulers.CyclicLR):
             schedule.last_epoch = steps - 1  # their rate depends on the count alone
             schedule._step_count = steps
@@ -190,8 +192,9 @@ def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, options: dict[
     """The optimizer a config names, over the model's trainable parameters.
 
     spec: {"type": Muon | SAM | any of torch.optim, "args": {...}}. options: the config's `trainer`, see
-    `optim.groups.param_groups`. Torch's fused step is used where the optimizer has one and the config doesn't choose:
-    one kernel for all parameters instead of a few per parameter. Raises ConfigError.
+    `optim.groups.param_groups`. Torch's fused step is used if the optimizer has one and the config doesn't decide (not
+    with fp16): one kernel for all parameters instead of a few per parameter. Raises ConfigError for unknown types,
+    wrong arguments, or if there is nothing to train.
     """
     options = defaults(TRAINER, options or {})
     args = dict(spec.get("args") or {})
@@ -233,8 +236,8 @@ def _found(kind: Any, path: str) -> Any:
 
 
 def _rate(kind: Any, args: dict[str, Any], options: dict[str, Any], path: str) -> float | None:
-    """The rate that an optimizer's arguments give, or else its own default; None where it has neither. Raises
-    ConfigError where layer_decay needs one."""
+    """The learning rate in an optimizer's arguments, or else its default; None if it has neither. Raises ConfigError if
+    layer_decay needs one."""
     known = inspect.signature(_found(kind, path)).parameters
     rate = args.get("lr", known["lr"].default if "lr" in known else None)
     rate = rate if isinstance(rate, int | float) else None

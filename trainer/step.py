@@ -27,11 +27,11 @@ from utils.config.schema import TOP, defaults
 from utils.errors import RunError
 
 log = get_logger()
-_MANY_CONVOLUTIONS = 10    # from which on compiling them is worth a hint
+_MANY_CONVOLUTIONS = 10    # from this number on, compiling them is worth a hint
 
 
 class DataParallel(nn.parallel.DistributedDataParallel):
-    """torch's, which refuses SyncBatchNorm on CPU because its own works on GPUs only; ours works on both."""
+    """torch's, except that it accepts SyncBatchNorm on CPU: torch's own works on GPUs only, ours on both."""
 
     def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
         if next(module.parameters()).device.type != "cpu":
@@ -39,8 +39,8 @@ class DataParallel(nn.parallel.DistributedDataParallel):
 
 
 class Part(NamedTuple):
-    """A loader's batch as a step gets it: images [N, 3, H, W], labels, how many of the images are this rank's own (0
-    where it was lent one to keep in step), and how many the batch has over all ranks."""
+    """A loader's batch as a step gets it: images [N, 3, H, W], labels, the number of images that are this rank's own (0
+    if it only borrows one, see `BaseDataLoader.share`), and the size of the batch over all ranks."""
 
     images: Any
     labels: Any
@@ -52,12 +52,12 @@ class StepTrainer(BaseTrainer):
     """Takes optimizer steps on one model with one criterion.
 
     Args:
-        criterion: called as `criterion(outputs, labels)` with the model's dict; told each epoch if it has `set_epoch`.
+        criterion: called as `criterion(outputs, labels)` with the model's dict; its `set_epoch`, if any, once an epoch.
         teacher: a model whose logits join the outputs as `teacher` [N, C] (distillation), or None.
         Others as in BaseTrainer.
     """
 
-    #: What may happen around its steps and epochs.
+    #: The built-in hooks, called around its steps and epochs.
     hook_table = HOOKS
 
     def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
@@ -80,7 +80,7 @@ class StepTrainer(BaseTrainer):
         self.on_nonfinite: str = options["on_nonfinite"]
         self.max_skipped: int = options["max_skipped"]
         self.skipped, self.step_was_good = 0, True
-        #: False until the optimizer has stepped: a loss scaler may leave that out, and waits for the device itself.
+        #: False until the optimizer has stepped, which a loss scaler may skip (it waits for the device itself).
         self.weights_changed = False
         self.optimizer.register_step_post_hook(self._note_change)
         self.model.to(memory_format=self.memory_format)
@@ -101,8 +101,8 @@ class StepTrainer(BaseTrainer):
         return next((hook.judged for hook in self.hooks if hook.judged is not None), self.model)
 
     def rewrap(self, model: nn.Module) -> None:
-        """Take the steps on `model` from now on: the same parameters, but maybe others of them trained, or another
-        forward pass. Gradients are shared between ranks anew."""
+        """From now on take the steps through `model`, which has the same parameters, but perhaps others of them
+        trainable, or another forward pass. Averaging of gradients over ranks is set up anew."""
         before, self.step_model = self.step_model, None
         if isinstance(before, DataParallel):
             before._remove_autograd_hooks()     # or gradients would be averaged twice
@@ -111,7 +111,7 @@ class StepTrainer(BaseTrainer):
         self.step_model = self._wrap(model)
 
     def _hint(self) -> None:
-        """Say that compiled layers would be faster, where it has been measured that they are."""
+        """Log a hint that compiled layers would be faster, on hardware on which measurements say so."""
         slow = self.device.type == "cpu" and self.amp == "off" and torch.backends.cpu.get_cpu_capability() == "AVX2"
         if slow and not self.options["compile"] and self.options["channels_last"] and compiler() and keeps_up():
             count = sum(layer.weight.requires_grad for layer in suitable(self.model))
@@ -131,7 +131,7 @@ class StepTrainer(BaseTrainer):
         elif self.options["compile"]:
             model = torch.compile(model)
         if dist.world_size() > 1:
-            # Buffers are rank 0's at each epoch's end (sync_buffers); in between each rank's norms see its own images.
+            # Buffers are synced at each epoch's end (sync_buffers); until then a rank's norms see its own images only.
             known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
             model = DataParallel(
@@ -151,7 +151,8 @@ class StepTrainer(BaseTrainer):
         return outputs
 
     def step(self, parts: list[Part]) -> dict[str, torch.Tensor]:
-        """One optimizer step on this rank's share of one or more batches; its figures as tensors on the device."""
+        """One optimizer step on this rank's share of one or more batches (gradient accumulation); returns its figures
+        as 0-d tensors on the device."""
         self._remember_buffers()
         self.weights_changed = False
         self.optimizer.zero_grad(set_to_none=True)
@@ -172,12 +173,12 @@ class StepTrainer(BaseTrainer):
         everywhere, own = sum(part.everywhere for part in parts), sum(part.own for part in parts)
         ranks = dist.world_size()
         labels = None
-        if ranks > 1 or len(parts) > 1:     # of its own images: a lent one is another rank's to count
+        if ranks > 1 or len(parts) > 1:     # of its own images: another rank counts a borrowed one
             labels = join_labels([part.labels for part in parts if part.own] or [parts[-1].labels])
         total, means = 0.0, {}
         for number, part in enumerate(parts, 1):
             whole = None if labels is None else WholeBatch(labels, own, part.own, everywhere)
-            # Gradients travel between ranks once a step, with the last part.
+            # Gradients are averaged over ranks once per step, with the last part.
             quiet = ranks > 1 and number < len(parts)
             with self.step_model.no_sync() if quiet else contextlib.nullcontext():
                 with autocast(self.device, self.amp):
@@ -191,11 +192,12 @@ class StepTrainer(BaseTrainer):
         return total, outputs, means
 
     def compute(self, part: Part, whole: WholeBatch | None) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
-        """(loss, the model's dict, figures) of a part, under autocast."""
-        # Features [N, E, D] have no channels to order.
+        """(loss, the model's dict, figures) of a part, under autocast. whole: the step's batch, if the
+        part isn't all of it."""
+        # Features [N, E, D] have no memory format.
         images = part.images.contiguous(memory_format=self.memory_format) if part.images.ndim == 4 else part.images
         outputs = self.forward(images, part.labels)
-        if whole is not None:  # losses that are weighted means need the whole batch's weights below the line
+        if whole is not None:  # class-weighted means are divided by the whole batch's weights
             outputs["whole"] = whole
         loss = outputs["loss"] if "loss" in outputs else self.criterion(outputs, part.labels)
         figures = {"loss": loss.detach()}
@@ -205,13 +207,13 @@ class StepTrainer(BaseTrainer):
         return loss, outputs, figures
 
     def _update(self, loss: torch.Tensor, parts: list[Part]) -> torch.Tensor:
-        """The optimizer's step on the gradients that are there; the gradient's norm."""
+        """Step the optimizer with the present gradients; returns their norm before clipping."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
         self.step_was_good = self._is_good(loss, norm)
         sharp = isinstance(self.optimizer, SAM)
-        # With a scaler, a first gradient that overflowed is a step that the scaler skips.
+        # With a scaler: if the first gradient overflowed, the scaler will skip the step.
         if self.step_was_good and sharp and (self.scaler is None or bool(torch.isfinite(norm))):
             self._climb(parts)
         if self.step_was_good:
@@ -221,7 +223,7 @@ class StepTrainer(BaseTrainer):
             else:
                 self.optimizer.step()
         if sharp:
-            self.optimizer.restore()  # where the step was skipped
+            self.optimizer.restore()  # in case the step was skipped
         return norm
 
     def _climb(self, parts: list[Part]) -> None:
@@ -245,11 +247,11 @@ class StepTrainer(BaseTrainer):
         return norm
 
     def _is_good(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
-        """False where this step must not change the weights.
+        """Whether loss and gradient are finite; if not, this step must not change the weights.
 
-        On CPU every step is looked at before the weights change. On a GPU looking would make the host wait each
+        On CPU every step is checked before the weights change. On a GPU the check would make the host wait at each
         step: with `on_nonfinite: stop` the first bad step is noted on the device and read at the next log step
-        (checkpoints are only written after such a read), with `skip` the wait is the price.
+        (checkpoints are only written after such a read); with `skip` that wait is the price.
         """
         value = loss.detach() if self.scaler is not None else loss.detach() + norm
         if self.device.type == "cuda" and self.on_nonfinite == "stop":
@@ -275,7 +277,7 @@ class StepTrainer(BaseTrainer):
         self.buffers_before = [buffer.clone() for buffer in self.model.buffers()] if self.on_nonfinite == "skip" else []
 
     def _put_back(self, buffers: list[torch.Tensor]) -> None:
-        """The model's buffers as copies of them were taken; nothing where none were."""
+        """Restore the model's buffers from copies taken before; does nothing if the list is empty."""
         for buffer, before in zip(self.model.buffers(), buffers):
             buffer.copy_(before)
 

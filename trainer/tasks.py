@@ -1,4 +1,4 @@
-"""What a run's data ask for: how its model is scored and how the figures read. Decided once, from the loader's task."""
+"""What depends on a run's task: how its model is scored and how figures are shown. The loader's `task` decides it."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,10 +14,15 @@ from utils.files import write_json
 
 @dataclass(frozen=True)
 class Task:
-    """evaluate: (model, loader, groups=, amp=, keep=, max_batches=, ...) -> figures. format_result: (figures, title) ->
-    text. write_extras: (path of the figures' file, figures) -> paths of what is written beside that file and named
-    after it, whose part it takes out of the figures. keeps: test.py always asks for what evaluate(keep=True) gives.
-    classifies: each image has one class, so there are classifiers to choose, images to predict and a model to export.
+    """The functions of one task, such as classification.
+
+    evaluate: (model, loader, groups=, amp=, keep=, max_batches=, ...) -> figures.
+    format_result: (figures, title) -> text.
+    write_extras: (path of the figures' file, figures) -> paths of the files that it wrote beside that file, named after
+    it; it removes their content from the figures.
+    keeps: whether test.py always calls evaluate with keep=True.
+    classifies: whether each image has one class, so that classifiers can be chosen, images predicted
+    and models exported.
     """
 
     name: str
@@ -28,7 +33,7 @@ class Task:
     classifies: bool
 
 
-#: A loader's `task` -> the module that holds its TASK; imported when it is asked for.
+#: A loader's `task` -> the module that holds its TASK; imported on first use.
 MODULES = {"classification": "trainer.evaluate", "detection": "trainer.detection.evaluate"}
 
 
@@ -38,10 +43,10 @@ def task_of(loader: Any) -> Task:
 
 
 def write_figures(task: Task, target: Path, figures: dict[str, Any]) -> list[Path]:
-    """Write a split's figures to `target`, such as test_metrics.json, and the task's extras beside it, by rank 0.
+    """Write a split's figures to `target`, such as test_metrics.json, and the task's extras beside it; for rank 0 only.
 
-    What is known by image is left out, and taken out of `figures`. Returns the paths of the extras. Raises ConfigError
-    where they can't be written.
+    Per-image figures aren't written, and are removed from `figures`. Returns the paths of the extras. Raises
+    ConfigError if a file can't be written.
     """
     for key in BY_IMAGE:
         figures.pop(key, None)

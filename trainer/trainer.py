@@ -21,14 +21,14 @@ from utils.errors import ConfigError
 
 log = get_logger()
 
-#: Without a terminal and with `trainer.log_step` left to us: at least this long between two lines of steps.
+#: Between two lines of steps at least, in seconds, without a terminal and if `trainer.log_step` isn't set.
 LINE_SECONDS = 5.0
 
 
 class Trainer(StepTrainer):
     """Trains one model with one criterion, epoch by epoch; see StepTrainer."""
 
-    #: What evaluation keeps of a validation pass beside the config's metrics.
+    #: The figures of a validation pass that are reported besides the loss and the config's metrics.
     kept_figures = ("many_shot_acc", "medium_shot_acc", "few_shot_acc", "class_mean_acc")
 
     def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
@@ -47,9 +47,9 @@ class Trainer(StepTrainer):
     # ------------------------------------------------------------------ one epoch
 
     def train_epoch(self, epoch: int, start_batch: int) -> dict[str, float] | None:
-        """See BaseTrainer. Reads figures from the device every `trainer.log_step` steps only."""
+        """See BaseTrainer. Figures are read from the device only every `trainer.log_step` batches."""
         self._start_epoch(epoch, start_batch)
-        total = len(self.train_loader)  # of what is left of it, where batches of another size had its beginning
+        total = len(self.train_loader)  # without its beginning if batches of another size covered that
         pending: list[torch.Tensor] = []
         self.batches_done = start_batch
         if self.stop.agreed(self.device, True) or (self.on_features and not self.prepare_features()):
@@ -81,12 +81,12 @@ class Trainer(StepTrainer):
                     speed = images_seen / (time.monotonic() - began)
                     self._log_step(epoch, batch + 1, total, pending, speed, bar)
                 if self.stop.agreed(self.device, reads):
-                    if pending:  # what is saved must be known to be finite
+                    if pending:  # check that what will be saved is finite
                         self._log_step(epoch, batch + 1, total, pending, images_seen / (time.monotonic() - began), bar)
                     return None
         for hook in self.hooks:
             hook.epoch_trained(epoch)
-        # Those of a whole split are validation's alone; validation's have their columns without it too.
+        # Whole-split metrics are validation's alone. Without validation its metrics still get their columns.
         return {**self.means.read(reduce=True),
                 **{name: None for name in self.metrics if name not in self.batch_metrics},
                 **{f"val_{name}": None for name in self.metrics if self.valid_loader is None}}
@@ -96,7 +96,7 @@ class Trainer(StepTrainer):
         self._choose_phase(epoch)
         self.model.train()
         self.criterion.train()
-        if hasattr(self.criterion, "set_epoch"):  # a plain module of somebody's has no epochs
+        if hasattr(self.criterion, "set_epoch"):  # a user's plain module may lack it
             self.criterion.set_epoch(epoch)
         offset = self.start_offset if epoch == self.start_epoch else 0
         self.train_loader.set_epoch(epoch, start_batch, offset)
@@ -107,7 +107,8 @@ class Trainer(StepTrainer):
             hook.epoch_begins(epoch)
 
     def _choose_phase(self, epoch: int) -> None:
-        """What the epoch trains and on what: features or images, with what `trainer.freeze` holds back or without."""
+        """Choose whether the epoch trains on features or on images, and thaw what `trainer.freeze` held
+        back if it is time."""
         thaws = self.frozen_until is not None and epoch > self.frozen_until and bool(self.model.waiting)
         # A dry run has no folder for features.
         features = self.cached is not None and self.paths is not None and (
@@ -124,14 +125,13 @@ class Trainer(StepTrainer):
         self.on_features = features
 
     def prepare_features(self) -> bool:
-        """Have the features that are trained on, computed now if need be; False where a stop was asked for meanwhile.
-        """
+        """Open the features to train on, computing them if need be. Returns False if a stop was requested meanwhile."""
         return self.cached.prepare(
             self.model, self.paths.models / "features", self.amp, lambda: self.stop.agreed(self.device, True),
             self.options["progress"] and self.options["verbosity"] > 0)
 
     def _log_step(self, epoch: int, done: int, total: int, pending: list[torch.Tensor], speed: float, bar: Any) -> None:
-        """The one place where the host waits for the device."""
+        """Read and log the last steps' figures: the one place where the host waits for the device."""
         losses = torch.stack(pending).tolist()
         pending.clear()
         bad = int(self.bad_step) if self.device.type == "cuda" else -1
@@ -151,14 +151,16 @@ class Trainer(StepTrainer):
                 hook.log_step(self.global_step)
 
     def evaluate(self, loader: Any, *, validating: bool = False, **more: Any) -> dict[str, Any] | None:
-        """The figures of the unwrapped model (the one that is saved) on a split, over all ranks; `validating`: with the
-        criterion's loss and the config's metrics, in the precision of training and with its compiled layers. more: see
-        `trainer.evaluate.evaluate`."""
+        """The figures on a split, over all ranks, of the model that is saved (unwrapped); None if `stop` ended it.
+
+        validating: add the criterion's loss and the config's metrics, in the precision of training and with its
+        compiled layers; otherwise without autocast. more: see `trainer.evaluate.evaluate`.
+        """
         with winograd.validating(validating):
             return self.evaluate_split(loader, validating, amp=self.amp if validating else "off", **more)
 
     def evaluate_split(self, loader: Any, validating: bool, **more: Any) -> dict[str, Any] | None:
-        """What `evaluate` returns; for subclasses."""
+        """What `evaluate` returns; subclasses may override it."""
         if validating:
             more.update(criterion=self.criterion, metrics=self.metrics)
         model = self.judged_model
@@ -176,13 +178,13 @@ class Trainer(StepTrainer):
         return self.shown(result)
 
     def shown(self, result: dict[str, Any]) -> dict[str, float | None]:
-        """What of a validation pass goes into the log and metrics.csv."""
+        """The figures of a validation pass that go into the log and metrics.csv."""
         return {key: result[key] for key in dict.fromkeys(("loss", *self.metrics, *self.kept_figures))
                 if key in result}
 
     def test(self, loader: Any, keep: bool = False) -> dict[str, Any]:
-        """The figures of the weights as they are on another split, in float32 like test.py's; with `keep` also by
-        image, as far as known."""
+        """The figures of the present weights on `loader`'s split, in float32 as in test.py. keep: also per-image
+        results, see `trainer.evaluate.evaluate`."""
         with in_float32():
             result = self.evaluate(loader, keep=keep)
             return with_all_experts(self.judged_model, loader, result, groups=self.config.get("groups"), keep=keep,
@@ -190,16 +192,16 @@ class Trainer(StepTrainer):
 
     @property
     def wants_images(self) -> bool:
-        """Whether what happens at the run's end needs the test split's predictions by image."""
+        """Whether a hook needs the test split's per-image predictions at the run's end."""
         return any(hook.wants_images for hook in self.hooks)
 
     def run_ended(self, result: dict[str, Any]) -> None:
-        """The run's last words; result: the test split's figures."""
+        """Call the hooks at the run's end. result: the test split's figures."""
         for hook in self.hooks:
             hook.run_ended(result)
 
     def dry_run(self) -> None:
-        """One training step and one validation step; writes nothing."""
+        """One training step and one validation step; writes nothing. Raises ConfigError if the loss isn't finite."""
         self._start_epoch(1, 0)
         images, labels = next(iter(self.train_loader))
         figures = self.step([Part(images, labels, *self.train_loader.share(0))])

@@ -1,4 +1,4 @@
-"""Training counts of the classes, checked once here, and the many / medium / few groups that they define."""
+"""Training images per class, checked once here, and the many / medium / few groups that they define."""
 from __future__ import annotations
 
 import math
@@ -11,7 +11,7 @@ GROUPS = ("many", "medium", "few")
 
 
 def class_counts(cls_num_list: Sequence[float], path: str = "cls_num_list") -> list[float]:
-    """The training images of each class as positive floats, [C].
+    """The number of training images of each class as positive floats, [C].
 
     A class without training images counts as the rarest class that has some: its margin, weight and log frequency
     stay finite, and nothing changes for the other classes (it is never a target in training).
@@ -28,7 +28,7 @@ def class_counts(cls_num_list: Sequence[float], path: str = "cls_num_list") -> l
 
 
 def group_limits(groups: dict[str, float] | None = None) -> dict[str, float]:
-    """A config's `groups`, {"many": ..., "few": ...}, with the published limits where it says nothing."""
+    """A config's `groups`, {"many": ..., "few": ...}; the published limits, 100 and 20, for those it leaves out."""
     return {"many": MANY, "few": FEW, **(groups or {})}
 
 

@@ -1,4 +1,4 @@
-"""What an entry point does with a mistake: one line on stderr, and the exit status."""
+"""How entry points report errors: one line on stderr, and the exit status."""
 from __future__ import annotations
 
 import errno
@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 from utils import dist
 from utils.errors import ConfigError, RunError
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # what is wrong with the disk, not with us
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # faults of the disk, not ours
 
 
 def run_main(main: Callable[[], Any]) -> NoReturn:
-    """Run an entry point's `main` and exit: 0 done; 2 with one line on stderr for a ConfigError; 1 for anything else.
+    """Run an entry point's `main` and exit: with its status (None: 0), 2 for a ConfigError, 1 for any other error.
 
-    Python's warnings, and what is logged before logging is set up, go to stdout, so that stderr holds that line alone.
-    Where every rank of a torchrun has the same to say, it is said once.
+    Errors that users can act on are one line on stderr, once where all ranks of a torchrun would print the same; others
+    are a traceback. Warnings, and what is logged before logging is set up, go to stdout.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: of a name that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does, for names its encoding lacks
     warnings.showwarning = _show_on_stdout
     logging.lastResort = logging.StreamHandler(sys.stdout)
-    logging.lastResort.setLevel(logging.WARNING)  # as the one it replaces
+    logging.lastResort.setLevel(logging.WARNING)  # as the default handler's
     threading.excepthook = _quiet_disk_error
     try:
         status = main() or 0
@@ -58,8 +58,8 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
 
 
 def _fail(message: str, status: int) -> int:
-    """Say what was wrong, in one line, once for all ranks where they'd all say the same."""
-    # A loader's worker process hands its error over with its whole traceback as text; its last line is the message.
+    """Print a one-line message on stderr, once where several ranks would print the same; returns `status`."""
+    # A DataLoader worker hands over its error as text with the whole traceback; the last line is the message.
     if message.startswith("Caught ConfigError in DataLoader worker"):
         message = message.rpartition("ConfigError: ")[2]
     if dist.first_to_say(message):
@@ -73,13 +73,13 @@ def _show_on_stdout(message: Any, *_: Any) -> None:
 
 
 def _quiet_disk_error(what: Any) -> None:
-    """TensorBoard writes in a thread: its full disk is raised again, and told, where the run next adds to it."""
+    """Keep disk errors of TensorBoard's thread quiet: they are raised again, and reported, at the run's next write."""
     if not (isinstance(what.exc_value, OSError) and what.exc_value.errno in DISK):
         threading.__excepthook__(what)
 
 
 def _flush(last: str = "") -> bool:
-    """Write out what is buffered, and `last`; False where its reader went away (`| head`), which is no error."""
+    """Write `last` and flush stdout; False where its reader has gone (`| head`), which is no error."""
     try:
         print(last, end="", flush=True)
         return True

@@ -20,7 +20,7 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
 
     Args:
         flag: `-d`: "cpu", GPU numbers such as "0" or "0,1", or None (GPUs where there are any).
-        n_gpu: how many GPUs the config asks for; more than there are is warned about once.
+        n_gpu: how many GPUs the config asks for (0: a single process uses the CPU); logs where none is found.
     Raises:
         ConfigError: a GPU number that isn't there, more processes on this machine than GPUs.
     """
@@ -36,7 +36,7 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
         return _gpu_of_rank(numbers)
     if available == 0:
         if n_gpu and dist.is_main():
-            # A config written for GPUs runs on a laptop all the same.
+            # A config written for GPUs should still run on a laptop.
             if n_gpu > 1:
                 log.warning("n_gpu is %d but no GPU was found: running on the CPU", n_gpu)
             else:
@@ -49,18 +49,18 @@ def pick_device(flag: str | None, n_gpu: int | None = None) -> torch.device:
 
 def _gpu_of_rank(numbers: Sequence[int]) -> torch.device:
     each, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(set(numbers))
-    if each > gpus:  # which NCCL can't do
+    if each > gpus:  # NCCL can't share a GPU
         raise ConfigError(f"--nproc_per_node: {each} processes for {gpus} GPU(s); give at most one a GPU, or -d cpu")
     return torch.device("cuda", numbers[dist.local_rank() % len(numbers)])
 
 
 def gpu_count() -> int:
-    """GPUs that can be used here."""
+    """The number of GPUs that can be used here."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def gpu_numbers(flag: str) -> list[int]:
-    """`"0,1"` as [0, 1]; ConfigError where it isn't such a list."""
+    """`"0,1"` as [0, 1]. Raises ConfigError where it isn't such a list."""
     try:
         numbers = [int(part) for part in flag.split(",")]
     except ValueError:
@@ -71,7 +71,7 @@ def gpu_numbers(flag: str) -> list[int]:
 
 
 def workers_to_start(flag: str | None, n_gpu: int | None) -> int:
-    """How many processes a plain `python train.py` should start: one a GPU where the config asks for several."""
+    """How many processes a plain `python train.py` should start: one per GPU that `-d` or the config asks for."""
     available = gpu_count()
     if "RANK" in os.environ or available == 0:
         return 1
@@ -83,7 +83,7 @@ def workers_to_start(flag: str | None, n_gpu: int | None) -> int:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """The same seed gives the same result twice; `trainer.deterministic: false` trades that for cuDNN's search."""
+    """Make runs with the same seed repeatable, or (False) let cuDNN search for its fastest algorithms instead."""
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic and torch.cuda.is_available():
@@ -92,8 +92,8 @@ def set_determinism(deterministic: bool) -> None:
 
 
 def own_memory(what: str = "VmRSS") -> int | None:
-    """Bytes of this process's memory now ("VmRSS") or at most so far ("VmHWM"), without data workers; None where there
-    is no /proc."""
+    """Bytes of memory that this process, without data workers, uses now ("VmRSS") or has used at most ("VmHWM"); None
+    where there is no /proc."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -102,12 +102,11 @@ def own_memory(what: str = "VmRSS") -> int | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has used: of the GPU's memory, or, on the CPU, of its own, without data workers;
-    None where the system doesn't say."""
+    """Peak bytes of the GPU's memory or, on the CPU, of this process's (without data workers); None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     found = own_memory("VmHWM")
-    if found is not None:   # getrusage's figure on Linux also has that of the process which started it
+    if found is not None:   # getrusage's figure on Linux includes the parent process's peak
         return found
     try:
         import resource

@@ -1,4 +1,4 @@
-"""Ranks: who am I among the processes of a run, and the few collective calls that training needs."""
+"""This process's rank among the processes of a run, and the few collective calls that training needs."""
 from __future__ import annotations
 
 import datetime
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-#: Set in the environment of workers that a plain `python train.py` started: resumed likewise.
+#: Environment variable of workers that a plain `python train.py` started; it holds the launcher's folder for notes.
 LAUNCHED_HERE = "LTR_LAUNCHED_BY_PYTHON"
 
 
 def initialised() -> bool:
-    """Whether this process has joined others. Imports nothing: without torch nobody can have joined."""
+    """Whether this process has joined a process group. Imports nothing: without torch it can't have."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized()
 
@@ -39,9 +39,9 @@ def local_rank() -> int:
 
 
 def command(program: str) -> str:
-    """How `program` was started, as one would type it: with python, or with torchrun and as many processes.
+    """The command that starts `program` as this run was: with python, or with torchrun and as many processes.
 
-    On several machines the line is the same on each: they meet at the first one's address, on torchrun's usual port.
+    On several machines it is the same on each: they meet at the first one's address, on torchrun's default port.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or LAUNCHED_HERE in os.environ:
         return f"python {program}"
@@ -59,7 +59,7 @@ def is_main() -> bool:
 
 
 def setup(device: torch.device | str, timeout_s: float = 600) -> None:
-    """Join the process group where torchrun started us: nccl on GPUs where torch has it, else gloo. No-op for one.
+    """Join the process group under torchrun: nccl on GPUs where torch has it, else gloo. No-op for one process.
 
     Raises ConfigError where WORLD_SIZE is set but the rest of what torchrun sets isn't.
     """
@@ -85,7 +85,7 @@ def cleanup() -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called it."""
     if initialised():
         import torch.distributed as dist
         dist.barrier()
@@ -100,7 +100,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_object(value: object) -> object:
-    """Rank 0's plain value, on every rank."""
+    """Rank 0's plain value, on every rank; all ranks must call it."""
     if not initialised():
         return value
     import torch.distributed as dist
@@ -110,18 +110,18 @@ def broadcast_object(value: object) -> object:
 
 
 def first_to_say(message: str) -> bool:
-    """True for one only of the ranks that have this to say: rank 0 before they have joined, then who comes first."""
+    """True on only one of the ranks that want to print `message`: rank 0 before they join, then the first to ask."""
     if not initialised():
         return is_main()
     from torch.distributed.distributed_c10d import _get_default_store
     try:
         return _get_default_store().add(f"said: {message}", 1) == 1
-    except Exception:  # whoever keeps the store has gone: better twice than not at all
+    except Exception:  # the store's process has gone: better twice than not at all
         return True
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's plain value, by rank; all ranks must call it."""
+    """Every rank's plain value, in order of rank; all ranks must call it."""
     if not initialised():
         return [value]
     import torch.distributed as dist
@@ -138,7 +138,7 @@ def any_rank(flag: bool) -> bool:
 def on_main(work: Callable[[], T]) -> T:
     """Do `work` on rank 0 and return its value (plain data) on every rank; all ranks must call it.
 
-    Where it fails, every rank raises: ranks that went on would wait for rank 0 in vain. Only rank 0's error is shown.
+    Where it fails, every rank raises (others would wait for rank 0 forever), but only rank 0's error is printed.
     """
     if not initialised():
         return work()

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one exception, one line, with the nearest right name."""
+"""Errors whose message is one line for the user, and the nearest right name for a misspelt one."""
 from __future__ import annotations
 
 import difflib
@@ -11,12 +11,12 @@ class OneLine(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
-        #: True on a rank that only repeats what rank 0 says (see utils.dist.on_main).
+        #: True on a rank whose error only repeats rank 0's and isn't printed (see utils.dist.on_main).
         self.told = False
 
 
 class ConfigError(OneLine):
-    """A mistake of the caller's: unknown key or type, missing file, value out of range.
+    """A mistake by the caller: unknown key or type, missing file, value out of range.
 
     The message is one line that names the key, file or flag and what would be right. The entry points print
     that line on stderr and exit with status 2.
@@ -43,14 +43,14 @@ def unknown(path: str, value: object, choices: Iterable[str], what: str = "name"
 
 
 def brief(error: object, limit: int = 160) -> str:
-    """What another package's error says, on one line of at most `limit` characters that ends with a whole word."""
+    """Another package's error message on one line of at most `limit` characters, cut between words."""
     text = " ".join(str(error).split()) or type(error).__name__
     cut = textwrap.shorten(text, limit, placeholder=" ...")
-    return cut if len(cut) > 4 else text[:limit - 3] + "..."      # one word alone: an address
+    return cut if len(cut) > 4 else text[:limit - 3] + "..."      # a single long word, such as a URL
 
 
 class RunError(OneLine):
     """A run that can't go on for a reason outside the config (a loss that isn't finite, a full disk): exit status 1.
 
-    Unlike with ConfigError, what was wrong isn't what the caller typed.
+    Unlike a ConfigError, it isn't caused by what the caller typed.
     """

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: to a temporary name beside the target, flushed to disk, then renamed."""
+"""Atomic file writing: to a temporary name beside the target, flushed to disk, then renamed."""
 from __future__ import annotations
 
 import json
@@ -16,8 +16,8 @@ from utils.errors import ConfigError
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_args: Any) -> Iterator[IO]:
     """Open a temporary file that becomes `path` when the block ends well; otherwise `path` stays as it was.
 
-    A link stays one, and what it names becomes the file; a device or a pipe is written to. Raises OSError where the
-    folder can't be written or the disk is full; the temporary file is then removed.
+    A symbolic link is kept and its target replaced; a device or a pipe is written to directly. Raises OSError where
+    the folder can't be written or the disk is full; the temporary file is then removed.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, mode, **open_args) as handle:
@@ -43,7 +43,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_args: Any) ->
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, whole or not at all. Raises OSError."""
     with atomic_write(path, "w", encoding="utf-8", newline="") as handle:
         handle.write(text)
 
@@ -54,6 +54,6 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def check_folder_name(name: str, key: str) -> None:
-    """Raises ConfigError, in the name of `key`, for what can't name a folder on every system."""
+    """Raise ConfigError, naming `key`, for an empty name, one over 200 bytes, and one with slashes or control codes."""
     if name in ("", ".", "..") or len(name.encode(errors="replace")) > 200 or any(c in "/\\" or c < " " for c in name):
         raise ConfigError(f"{key}: {name[:80]!r} can't name a folder; use letters, digits, '-' and '_'")

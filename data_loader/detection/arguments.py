@@ -1,4 +1,4 @@
-"""What the arguments of detection's loaders must be."""
+"""Checks of the detection loaders' arguments."""
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +7,8 @@ from utils.errors import ConfigError, unknown
 
 
 def check_arguments(options: dict[str, Any], min_size: list[int]) -> None:
-    """Raises ConfigError, naming the argument."""
+    """Raises ConfigError, naming the argument, for a value out of range. options: the arguments of `CocoDataLoader`;
+    min_size: its `min_size` as a list."""
     where = "data_loader.args"
     if not min_size or min(min_size) < 1 or options["max_size"] < max(min_size):
         raise ConfigError(f"{where}.min_size: {options['min_size']}; it must be above 0 and at most max_size "

@@ -1,4 +1,4 @@
-"""COCO annotation files, read and checked: what is wrong in one is said in one line that names file and entry.
+"""Reading and checking COCO annotation files, with one-line errors that name the file and entry.
 
 The format: https://cocodataset.org/#format-data, object detection. Boxes there are [x, y, width, height].
 """
@@ -21,22 +21,23 @@ from data_loader.files import Look, outside
 from data_loader.splitting import class_numbers
 from utils.errors import ConfigError
 
-#: Annotators' boxes stick out of real pictures by fractions of a pixel; more than this is a mistake.
+#: Pixels by which a box may reach outside its image: real annotations do so by fractions of a pixel.
 TOLERANCE = 1.0
 
 
 @dataclass
 class CocoSplit:
-    """One annotation file and its pictures.
+    """One annotation file and its images.
 
     Attributes:
+        file, folder: the annotation file and the folder of its images.
         images: {"id", "file_name", "height", "width"}, in the file's order.
-        annotations: for each picture, its annotations: {"id", "bbox", "category_id", "segmentation", "area",
-            "iscrowd"}; boxes are clipped to the picture.
-        categories: {"id", "name"}, by id, or in a checkpoint's order (`number_as`); class k (0, 1, ...) is the k-th,
+        annotations: for each image, its annotations: {"id", "bbox", "category_id", "segmentation", "area",
+            "iscrowd"}; boxes are clipped to the image.
+        categories: {"id", "name"}, by id, or in a checkpoint's order (`number_as`); the k-th (0, 1, ...) is class k,
             label k + 1 (0 is the background).
-        notes: lines for the log: what was left out.
-        names: the classes' as a checkpoint spells them; None: the file's.
+        notes: lines for the log about what was left out.
+        names: the classes' names as spelled in a checkpoint; None: as in the file.
     """
 
     file: Path
@@ -49,6 +50,7 @@ class CocoSplit:
 
     @property
     def class_names(self) -> list[str]:
+        """The classes' names, [C]."""
         return self.names or [category["name"] for category in self.categories]
 
     @property
@@ -57,19 +59,19 @@ class CocoSplit:
         return {category["id"]: k + 1 for k, category in enumerate(self.categories)}
 
     def counts(self) -> list[int]:
-        """Instances of each class; crowds don't count."""
+        """The number of instances of each class, [C], without crowds."""
         seen = Counter(a["category_id"] for found in self.annotations for a in found if not a["iscrowd"])
         return [seen[category["id"]] for category in self.categories]
 
     def number_as(self, wanted: list[str], data_dir: str, some: bool) -> None:
-        """Put the classes in the order of a checkpoint's, by name. some: the split may lack classes.
+        """Put the classes in the order of a checkpoint's `wanted`, by name, in place. some: the split may lack classes.
 
-        Raises ConfigError where names don't fit.
+        Raises ConfigError if the names don't match.
         """
         numbers = class_numbers(self.class_names, wanted, data_dir, some)
         if numbers != list(range(len(numbers))):
             self.notes = [*self.notes, "classes are numbered as in the checkpoint, by their names"]
-        # A class that the split lacks gets an id that no other has: the model may find it, nothing is it.
+        # A class that the split lacks gets an unused id: the model may predict it, but nothing is annotated with it.
         free = itertools.count(self.categories[-1]["id"] + 1)
         found = dict(zip(numbers, self.categories))
         self.categories = [found[k] if k in found else {"id": next(free), "name": name}
@@ -77,13 +79,13 @@ class CocoSplit:
         self.names = wanted
 
     def subset(self, indices: Iterable[int]) -> CocoSplit:
-        """The same split with only these pictures."""
+        """The same split with only these images."""
         indices = list(indices)
         return CocoSplit(self.file, self.folder, [self.images[i] for i in indices],
                          [self.annotations[i] for i in indices], self.categories, self.notes, self.names)
 
     def ground_truth(self) -> dict[str, Any]:
-        """The split as one COCO dict, crowds included, for the evaluation."""
+        """The split as one COCO dict, including crowds, for the evaluation."""
         annotations = [{**a, "image_id": image["id"]} for image, found in zip(self.images, self.annotations)
                        for a in found]
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
@@ -95,18 +97,18 @@ def read_coco(file: str | os.PathLike, folder: str | os.PathLike, *, categories:
     """Read and check an annotation file.
 
     Args:
-        folder: where its pictures are.
-        categories: those of the training file, which this file's must be among.
-        skip_degenerate: leave boxes without width or height out instead of refusing the file.
-        data_dir: pictures must lie in it or in `folder`, links followed, unless `allow_outside`.
+        folder: where its images are.
+        categories: the training file's, which must include all of this file's; they become the split's.
+        skip_degenerate: leave out boxes without width or height instead of refusing the file.
+        data_dir: unless `allow_outside`, images must lie in it or in `folder`, with links resolved.
     Raises:
         ConfigError: one line that names the file and the entry that is wrong.
     """
     file, folder = Path(file), Path(folder)
     data = _load(file)
     found = _categories(file, data["categories"], categories)
-    # Where the config itself leads out of data_dir, to a linked folder of pictures, that is meant; names in a file of
-    # somebody's aren't.
+    # If the config's own image folder leads outside data_dir, by a link, that is intended; paths in an annotation file
+    # that do so may not be.
     images = _images(file, folder, data["images"], None if allow_outside else [Path(data_dir or folder), folder])
     place = {image["id"]: i for i, image in enumerate(images)}
     known = {category["id"] for category in found}
@@ -167,7 +169,7 @@ def _new_id(where: str, entry: dict, seen: set[int], what: str) -> None:
 
 
 def _where(file: Path, what: str, n: int, entry: Any) -> str:
-    """Where a message says that a mistake is: the entry's id, or its place (from 0) in the list."""
+    """The location of a mistake for messages: the file and the entry's id, or its place (from 0) in the list."""
     place = f"number {n}"
     return f"{file}: {what} {entry.get('id', place) if isinstance(entry, dict) else place}"
 
@@ -217,7 +219,7 @@ def _images(file: Path, folder: Path, entries: list, within: list[Path] | None) 
 
 
 def _is_name(name: str) -> bool:
-    """Whether a file can be called so."""
+    """Whether `name` can be a file's name."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
@@ -225,7 +227,7 @@ def _is_name(name: str) -> bool:
 
 
 def _annotation(where: str, entry: dict, image: dict, skip_degenerate: bool) -> dict[str, Any] | None:
-    """The annotation with a clipped box, or None where its box is empty and such are to be left out."""
+    """The checked annotation with a clipped box, or None if its box is empty and `skip_degenerate` is true."""
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):
         raise ConfigError(f"{where}: bbox {str(box)[:60]}; it must be four numbers [x, y, width, height]")
@@ -249,7 +251,7 @@ def _annotation(where: str, entry: dict, image: dict, skip_degenerate: bool) -> 
     segmentation = _segmentation(where, entry.get("segmentation"), image)
     size = entry.get("area")
     if not _is_number(size) or size < 0:
-        size = area(segmentation, image["height"], image["width"])  # AP by size goes by the mask's
+        size = area(segmentation, image["height"], image["width"])  # AP by size uses the mask's area
     return {"id": entry["id"], "bbox": [x, y, right - x, bottom - y], "category_id": entry["category_id"],
             "segmentation": segmentation, "area": size, "iscrowd": int(crowd)}
 
@@ -267,7 +269,7 @@ def _segmentation(where: str, value: Any, image: dict) -> list | dict:
             if len(polygon) < 6 or len(polygon) % 2 or not all(_is_number(v) for v in polygon):
                 raise ConfigError(f"{where}: polygon of {len(polygon)} numbers; it must have x and y of at least "
                                   "three points")
-            # pycocotools walks along every edge, whatever its length.
+            # pycocotools steps along every edge, however long it is.
             if any(not -side <= v <= 2 * side for start, side in enumerate((image["width"], image["height"]))
                    for v in polygon[start::2]):
                 raise ConfigError(f"{where}: polygon reaches far outside its image {image['file_name']} of "

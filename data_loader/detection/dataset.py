@@ -1,4 +1,4 @@
-"""A detection data set's pictures, resized and mirrored with their boxes and masks, and how often each comes."""
+"""A detection data set's images, resized and flipped with their boxes and masks, and repeat-factor sampling."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,10 +18,11 @@ from utils.seed import numpy_rng
 
 
 class RepeatFactor:
-    """Images of rare classes come more often (Gupta et al. 2019, LVIS, section 4.2), epochs keep their length.
+    """Sampler that repeats images of rare classes (Gupta et al., CVPR 2019: LVIS, section 4.2) while epochs keep their
+    length.
 
-    An image's weight is the largest over its classes of max(1, sqrt(threshold / f)), f being the share of images that
-    have the class; each epoch draws its images by these weights.
+    An image's weight is the largest over its classes of max(1, sqrt(threshold / f)), where f is the share of images
+    that have the class; each epoch draws its images by these weights.
     """
 
     def __init__(self, split: CocoSplit, threshold: float, seed: int):
@@ -31,7 +32,8 @@ class RepeatFactor:
         self.epoch_length, self.seed = len(self.weights), seed
 
     def epoch_indices(self, epoch: int) -> np.ndarray:
-        """np.int64 [images]: every image's whole number of copies, the rest drawn."""
+        """The shuffled indices of an epoch, np.int64 [number of images]: each image's expected number of copies rounded
+        down, and the rest drawn by the remainders."""
         rng = numpy_rng(self.seed, epoch, ORDER)
         expected = self.weights * (len(self.weights) / self.weights.sum())
         copies = np.floor(expected).astype(np.int64)
@@ -44,12 +46,14 @@ class RepeatFactor:
 
 
 class DetectionDataset(Dataset):
-    """Reads, resizes and flips; a key is (epoch, position in the epoch, image).
+    """Reads, resizes and flips images; a key is (epoch, position in the epoch, image index).
 
-    Photos stand upright, as everywhere; `annotated_on` says on which pixels their boxes and masks were made: `upright`,
-    `stored` (the camera's, as COCO's own tools read them; they are turned along), or `auto`: as the annotation file's
-    width and height say, and upright where these fit both (upside down, mirrored, square).
-    Errors are returned, not raised: a worker process would bury them in a traceback.
+    Photos are turned upright by their EXIF orientation. annotated_on: the pixels to which boxes and masks refer:
+    `upright`; `stored`, as in the file (and as COCO's own tools read it), so that they must be turned too; or `auto`,
+    decided by the annotation file's width and height, `upright` if these fit both (turned by 180 degrees, mirrored,
+    square). min_size: training images' shorter side in pixels, one of these at random; max_size: limit of the longer
+    side; flip: probability of a horizontal flip.
+    ConfigErrors are returned, not raised, as a worker process would bury them in a traceback.
     """
 
     def __init__(self, split: CocoSplit, training: bool, min_size: list[int], max_size: int, flip: float, seed: int,
@@ -61,10 +65,12 @@ class DetectionDataset(Dataset):
         return len(self.split.images)
 
     def path(self, index: int) -> Path:
+        """The file of image `index`."""
         return self.split.folder / self.split.images[index]["file_name"]
 
     def picture(self, index: int) -> Image.Image:
-        """The picture in RGB, upright. Raises ConfigError, also where its size isn't the annotations'."""
+        """Image `index` in RGB, upright. Raises ConfigError if it can't be read, or if its size isn't that in the
+        annotation file."""
         path, entry = self.path(index), self.split.images[index]
         image = read_rgb(str(path))
         turned = self.turn(index)[0] >= 5
@@ -74,8 +80,8 @@ class DetectionDataset(Dataset):
         return image
 
     def turn(self, index: int) -> tuple[int, bool]:
-        """(the EXIF orientation by which a picture's annotations must be turned: 1 where they lie on the upright one
-        already; whether that is a guess)."""
+        """(the EXIF orientation, 1 to 8, by which an image's annotations must be turned, 1 if they refer to the upright
+        image already; whether that is a guess)."""
         entry = self.split.images[index]
         orientation, width, height = stored_as(str(self.path(index)))
         shown = (height, width) if orientation >= 5 else (width, height)
@@ -90,7 +96,8 @@ class DetectionDataset(Dataset):
             return error
 
     def sample(self, epoch: int, position: int, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        """One image and its target; in training resized to a random scale and perhaps mirrored."""
+        """One image, float [3, H, W] from 0 to 1, and its target (see `data_loader.detection.loaders`); in training
+        resized to a random scale and possibly flipped. Raises ConfigError as `picture`."""
         image, entry = self.picture(index), self.split.images[index]
         orientation, guessed = self.turn(index)
         instances = [a for a in self.split.annotations[index] if not a["iscrowd"]]
@@ -119,11 +126,11 @@ class DetectionDataset(Dataset):
 
 
 def resized(width: int, height: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """(width, height) with the shorter side `min_size`, or less where the longer one would pass `max_size`."""
+    """(width, height) with the shorter side equal to `min_size`, or less if the longer side would exceed `max_size`."""
     scale = min(min_size / min(width, height), max_size / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
-    """A picture, or its pixels as uint8 [H, W, 3], as float [3, H, W], 0 to 1."""
+    """An RGB image, or its pixels as uint8 [H, W, 3] -> float [3, H, W], 0 to 1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)

@@ -1,9 +1,9 @@
-"""Scenes of handwritten digits on textured ground, made once from scikit-learn's real scans, as COCO files.
+"""Scenes of handwritten digits on a textured background, generated once from scikit-learn's real scans, as COCO files.
 
-Each scene holds two to seven digits of the UCI "Optical Recognition of Handwritten Digits" scans (8x8, shipped with
-scikit-learn), enlarged, turned and coloured. Training instances are long-tailed: class k of 10 has
-int(n_max * imb_factor ** (k / 9)) of them (Cao 2019); the validation scenes have equally many of each. Training and
-validation scenes use different scans.
+Each scene has two to seven digits (the last one may have fewer) of the UCI "Optical Recognition of Handwritten Digits"
+scans (8x8, shipped with scikit-learn), enlarged, rotated and coloured. Training instances are long-tailed: class k of
+10 has int(n_max * imb_factor ** (k / 9)), at least one (Cao et al., NeurIPS 2019); validation scenes have equally many
+of each. Training and validation scenes use different scans.
 """
 from __future__ import annotations
 
@@ -26,26 +26,29 @@ VERSION = 1
 
 
 def instance_counts(n_max: int, imb_factor: float) -> list[int]:
-    """Training instances of the digits 0 to 9, at least one each."""
+    """The numbers of training instances of the digits 0 to 9, at least one each."""
     return [max(1, int(n_max * imb_factor ** (k / 9))) for k in range(10)]
 
 
 def scenes_folder(data_dir: str | Path, settings: dict[str, Any]) -> Path:
-    """The folder of these settings' scenes: different settings never share files."""
+    """The folder for scenes with these settings; different settings have different folders."""
     name = "size{image_size}-max{n_max}-factor{imb_factor:g}-val{n_val}-seed{scene_seed}".format(**settings)
     return Path(data_dir) / name
 
 
 def make_scenes(data_dir: str | Path, *, image_size: int = 128, n_max: int = 300, imb_factor: float = 0.02,
                 n_val: int = 40, scene_seed: int = 0) -> Path:
-    """Write the scenes, unless they are there, in COCO's layout; returns their folder. Of several processes one a
-    machine writes: the same bytes, where they share a disk.
+    """Write the scenes in COCO's layout, unless they exist; returns their folder. One process per machine writes; on a
+    shared disk all write the same bytes.
 
     Args:
-        image_size: the scenes' longer side in pixels, at least 64; a third of them are narrower or lower.
+        image_size: the scenes' longer side in pixels, at least 64; about two thirds aren't square, but 4:3 or 3:4.
         n_max: training instances of the digit 0.
-        imb_factor: those of the digit 9 over those of the digit 0.
+        imb_factor: instances of the digit 9 relative to those of the digit 0, above 0 and at most 1.
         n_val: validation instances of each digit.
+        scene_seed: selects the scenes.
+    Raises:
+        ConfigError: a value out of range, pycocotools is missing, or the folder can't be written to.
     """
     settings = {"image_size": image_size, "n_max": n_max, "imb_factor": imb_factor, "n_val": n_val,
                 "scene_seed": scene_seed}
@@ -54,14 +57,14 @@ def make_scenes(data_dir: str | Path, *, image_size: int = 128, n_max: int = 300
             raise ConfigError(f"data_loader.args.{key}: {settings[key]}; it must be at least {least}")
     if not 0 < imb_factor <= 1:
         raise ConfigError(f"data_loader.args.imb_factor: {imb_factor}; it must be above 0 and at most 1")
-    mask_tools()  # that it is missing is said before anything is written
+    mask_tools()  # fails before anything is written if pycocotools is missing
     folder = scenes_folder(data_dir, settings)
     stamp = folder / "scenes.json"
     if local_rank() == 0 and not _is_complete(stamp, settings):
         try:
             _write_split(folder, "train", instance_counts(n_max, imb_factor), settings, 0)
             _write_split(folder, "val", [n_val] * 10, settings, 1)
-            # Written last: it says that everything before it is there.
+            # Written last, to mark the folder as complete.
             write_json(stamp, {**settings, "version": VERSION})
         except OSError as error:
             raise ConfigError(f"data_loader.args.data_dir: can't write scenes to {folder}: {error.strerror}") from None
@@ -77,7 +80,8 @@ def _is_complete(stamp: Path, settings: dict[str, Any]) -> bool:
 
 
 def _scans(split: int) -> list[np.ndarray]:
-    """For each digit, its scans [n, 8, 8] scaled to 0 to 1: the first two thirds for training, the rest else."""
+    """For each digit its scans [n, 8, 8], 0 to 1: the first two thirds for training (split 0), the rest for validation.
+    """
     images, labels = digit_scans()
     images = images.astype(np.float32) / 16
     per_class = [images[labels == digit] for digit in range(10)]
@@ -111,7 +115,10 @@ def _write_split(folder: Path, name: str, counts: list[int], settings: dict[str,
 
 def scene(rng: np.random.Generator, scans: list[np.ndarray], digits: list[int],
           image_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """One scene: picture uint8 [H, W, 3] and, for each digit, its mask, bool [H, W], not empty."""
+    """One scene with the given digits: (image uint8 [H, W, 3], a non-empty mask bool [H, W] for each digit).
+
+    scans: for each digit 0 to 9, its scans [n, 8, 8]; image_size: the longer side in pixels.
+    """
     sides = [(1.0, 1.0), (0.75, 1.0), (1.0, 0.75)][int(rng.integers(3))]
     height, width = (int(image_size * side) for side in sides)
     picture = _ground(rng, height, width)
@@ -120,7 +127,7 @@ def scene(rng: np.random.Generator, scans: list[np.ndarray], digits: list[int],
     for digit in digits:
         scan = scans[digit][int(rng.integers(len(scans[digit])))]
         for attempt in range(200):
-            # Ever smaller: the later attempts find room in a crowded scene.
+            # Later attempts are smaller, to find room in a crowded scene.
             side = int(image_size * rng.uniform(0.14, 0.38) * (1 - 0.6 * attempt / 200))
             ink = _enlarge(scan, side, float(rng.uniform(-20, 20)))
             top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
@@ -135,7 +142,7 @@ def scene(rng: np.random.Generator, scans: list[np.ndarray], digits: list[int],
         taken |= mask
         masks.append(mask)
         ground = picture[mask].mean(axis=0)
-        # A colour away from the ground's, so that what is labelled can be seen.
+        # A colour that differs from the background's, so that labelled digits are visible.
         colour = np.where(ground > 128, rng.uniform(0, 80, 3), rng.uniform(176, 255, 3))
         patch = picture[top:top + side, left:left + side]
         cover = np.clip(ink * 1.6, 0, 1)[..., None]
@@ -145,13 +152,13 @@ def scene(rng: np.random.Generator, scans: list[np.ndarray], digits: list[int],
 
 
 def _enlarge(scan: np.ndarray, side: int, angle: float) -> np.ndarray:
-    """A scan's ink, turned, as [side, side] from 0 to 1."""
+    """A scan's ink enlarged to [side, side], 0 to 1, and rotated by `angle` degrees."""
     picture = Image.fromarray(np.uint8(scan * 255)).resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(picture.rotate(angle, Image.Resampling.BILINEAR), dtype=np.float32) / 255
 
 
 def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Textured ground [H, W, 3], 0 to 255: noise at three grains around one colour."""
+    """A textured background [H, W, 3], 0 to 255: noise at three scales around one colour."""
     picture = np.zeros((height, width, 3), dtype=np.float32) + rng.uniform(60, 196, 3)
     for grain, strength in ((4, 30), (12, 18), (40, 8)):
         coarse = rng.normal(0, strength, (grain, grain, 3))

@@ -1,9 +1,9 @@
-"""Loaders of pictures with boxes and masks: COCO's layout, and scenes of digits that are made on the spot.
+"""Loaders of images with boxes and masks: COCO's layout, and generated scenes of digits.
 
 A batch is (list of images, list of targets). An image is float [3, H, W] from 0 to 1 (the model normalises); a target
 is a dict of `boxes` float [n, 4] (corners x0, y0, x1, y1 in pixels of that image), `labels` long [n] (1 to C; 0 is the
 background), `masks` uint8 [n, H, W] (training only), `image_id` (int) and `orientation` (int), the EXIF orientation by
-which its annotations were turned, 1 where they weren't.
+which its annotations were turned (1 if they weren't).
 """
 from __future__ import annotations
 
@@ -30,30 +30,31 @@ from utils.errors import ConfigError
 from utils.seed import generator, numpy_rng
 
 log = get_logger()
-HOLDOUT = 3  # the stream of random numbers that picks held-out images
+HOLDOUT = 3  # number of the random stream that selects held-out images
 
 
 class CocoDataLoader(BaseDataLoader):
-    """Pictures with COCO annotations. `data_dir` holds the annotation files and the image folders.
+    """Images with COCO annotations. `data_dir` contains the annotation files and the image folders.
 
     Args:
-        min_size: training images' shorter side, one of these at random (multi-scale), unless `max_size` is reached.
-            Evaluation gives pictures as they are; the model resizes those.
-        flip: the probability of mirroring a training image.
-        group_by_aspect: batches of wide or of high pictures only, so that less is padded.
-        keep_empty: train on pictures without instances too (they are background); by default they are left out.
-        skip_degenerate: leave boxes without width or height out instead of refusing the file (COCO 2017 has two).
-        train_annotations, train_images, val_annotations, val_images: paths under `data_dir`.
-        balanced: images of classes that fewer than `repeat_threshold` of the images have come more often.
-        sampler: only {"type": "InstanceBalanced"} means something for pictures with many objects.
-        retain_epoch_size: taken for the other loaders' sake; epochs always keep their length here.
-        annotated_on: `upright`, `stored` or `auto`: on which pixels of photos with an EXIF orientation the annotations
-            were made, see DetectionDataset.
+        min_size: shorter side of training images in pixels, or a list from which one is drawn at random (multi-scale);
+            less if the longer side would exceed `max_size`. In evaluation the model resizes the images, not the loader.
+        flip: the probability of flipping a training image horizontally, 0 to 1.
+        group_by_aspect: make training batches of wide or of tall images only, which need less padding.
+        keep_empty: also train on images without instances (as background); by default they are left out.
+        skip_degenerate: leave out boxes without width or height instead of refusing the file (COCO 2017 has two).
+        train_annotations, train_images, val_annotations, val_images: paths relative to `data_dir`.
+        balanced: repeat images with classes that less than a share `repeat_threshold` of images have (RepeatFactor).
+        sampler: only {"type": "InstanceBalanced"}, as the others need a single label per image.
+        retain_epoch_size: accepted for consistency and ignored; epochs always keep their length.
+        annotated_on: `upright`, `stored` or `auto`: the pixels to which annotations refer, see DetectionDataset.
         validation: `test` (the val split), `holdout` (`holdout_fraction` of the training images) or `none`.
-        split_seed: which images are held out, whatever `seed` is.
-        allow_outside: the annotation files may name images outside data_dir and the folders of images.
-        facts: what a checkpoint knows of its data (`data_facts`): classes are then in its order, by name, and in
+        split_seed: which images are held out, independently of `seed`.
+        allow_outside: the annotation files may name images outside data_dir and the image folders.
+        facts: what a checkpoint records about its data (`data_facts`): classes are then in its order, by name, and in
             testing groups follow its training counts.
+
+    Raises ConfigError, naming the argument or file, for anything wrong with them.
     """
 
     task = "detection"
@@ -75,9 +76,9 @@ class CocoDataLoader(BaseDataLoader):
         self.data_dir, self.facts = data_dir, facts or {}
         self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)
         check_arguments(self.options, self.min_size)
-        #: Whether validation images are drawn here, and whether out of what would be trained on.
+        #: Whether validation images are selected here; whether they are taken from the training images.
         self.draws_validation = self.holds_out = validation == "holdout"
-        mask_tools()  # that it is missing is said before anything is read or written
+        mask_tools()  # fails before anything is read or written if pycocotools is missing
         self.root = Path(data_dir)
         if not self.root.is_dir():
             raise ConfigError(f"data_loader.args.data_dir: no folder {self.root}")
@@ -88,7 +89,7 @@ class CocoDataLoader(BaseDataLoader):
         self._use(split, training)
 
     def _use(self, split: CocoSplit, training: bool) -> None:
-        """Iterate `split`."""
+        """Set the split to iterate over."""
         options = self.options
         if training and not options["keep_empty"]:
             full = [i for i, found in enumerate(split.annotations) if any(not a["iscrowd"] for a in found)]
@@ -121,7 +122,7 @@ class CocoDataLoader(BaseDataLoader):
         return self._train
 
     def _validation_split(self) -> CocoSplit:
-        # The training file's categories are the classes; without one the val file speaks for itself.
+        # The classes are the training file's categories or, without that file, the val file's.
         if (self.root / self.options["train_annotations"]).is_file():
             whole = self._training_split()
             split = self._read("val", whole.categories)
@@ -138,15 +139,15 @@ class CocoDataLoader(BaseDataLoader):
                          allow_outside=options["allow_outside"])
 
     def _number(self, split: CocoSplit) -> None:
-        """Put the classes in the order of the checkpoint's that `facts` are of. Raises ConfigError where names don't
-        fit, unless its weights are only where a training starts from."""
+        """Put the classes in the order of the checkpoint in `facts`. Raises ConfigError if the names don't match,
+        unless the checkpoint only initialises a training."""
         known, some = self.facts.get("class_names"), not self.options["training"]
         optional = self.facts.get("optional") and match_classes(split.class_names, known or [], some) is None
         if known and not optional:
             split.number_as(list(known), str(self.data_dir), some)
 
     def _held_out(self, split: CocoSplit) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the held-out and of the kept images, each in order."""
+        """(indices of the held-out images, of the kept images), each ascending."""
         n = len(split.images)
         held = max(1, round(n * self.options["holdout_fraction"]))
         if held >= n:
@@ -156,14 +157,14 @@ class CocoDataLoader(BaseDataLoader):
         return np.sort(order[:held]), np.sort(order[held:])
 
     def split_validation(self) -> CocoDataLoader | None:
-        """The loader that `validation` asks for."""
+        """A loader of the images that `validation` selects; None for `none`."""
         kind = self.options["validation"]
         if kind == "none":
             return None
         other = object.__new__(type(self))
         other.options, other.min_size, other.root = {**self.options, "training": False}, self.min_size, self.root
         other._train, other.data_dir = self._train, self.data_dir
-        other.facts = {}        # the classes are numbered already, and groups follow the training that it validates
+        other.facts = {}        # the classes are in order already, and groups follow this training's counts
         if kind == "test":
             other._use(other._validation_split(), training=False)
         else:
@@ -173,13 +174,13 @@ class CocoDataLoader(BaseDataLoader):
 
     @property
     def validation_note(self) -> str | None:
-        """What to say once about the validation split."""
+        """A line for the log about the validation split, or None."""
         return ("validation uses the val split, which test.py reports on too (COCO's convention)"
                 if self.options["validation"] == "test" and self.training else None)
 
     @property
     def cls_num_list(self) -> list[int] | None:
-        """Training instances of each class, in testing the checkpoint's; None where only the val split is there."""
+        """Training instances per class [C], in testing those of the checkpoint; None if there is only a val split."""
         if self.training:
             return self.split.counts()
         known = self.facts.get("cls_num_list")
@@ -194,11 +195,11 @@ class CocoDataLoader(BaseDataLoader):
 
     @property
     def split_memory(self) -> dict[str, Any] | None:
-        """What a checkpoint remembers of where its training images were: some of them, see `sample_of`."""
+        """What a checkpoint records to recognise its training images: a sample of them, see `sample_of`."""
         return {"rule": "names", "sample": sample_of(self.paths, str(self.data_dir))} if self.training else None
 
     def summary(self, groups: dict[str, float] | None = None) -> list[str]:
-        """What there is to learn from, for the log. groups: {"few": 20, ...}, the config's limits."""
+        """Log lines about the data. groups: the config's limits of the groups, such as {"few": 20}."""
         few = (groups or {}).get("few", FEW)
         counts = self.cls_num_list or []
         instances = sum(map(len, self.split.annotations))
@@ -215,11 +216,11 @@ class CocoDataLoader(BaseDataLoader):
         return lines + self.notes
 
     def ground_truth(self) -> dict[str, Any]:
-        """The split's annotations as one COCO dict, crowds included."""
+        """The split's annotations as one COCO dict, including crowds."""
         return self.split.ground_truth()
 
     def raw_image(self, index: int) -> np.ndarray:
-        """Picture `index` as it is on disk: uint8 [H, W, 3]."""
+        """Image `index` at its original size, turned upright: uint8 [H, W, 3]."""
         return np.array(self.dataset.picture(index))
 
     # ------------------------------------------------------------------ batches
@@ -232,16 +233,17 @@ class CocoDataLoader(BaseDataLoader):
         self.guess_said = True
 
     def __len__(self) -> int:
-        """Batches an epoch, or `batch_limit` where the last one ends early (`trainer.iterations`)."""
+        """Batches per epoch, limited to `batch_limit` in a shortened last epoch (`trainer.iterations`)."""
         return super().__len__() if self.batch_limit is None else min(super().__len__(), self.batch_limit)
 
     @property
     def is_cut(self) -> bool:
-        """Whether the epoch ends before its images do."""
+        """Whether the epoch ends before all its images were used."""
         return len(self) < super().__len__()
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """As in the base, then regrouped so that a batch's pictures are all wide or all high (the last few mixed)."""
+        """As in the base class, then regrouped so that a batch's images are all wide or all tall (the last few mixed).
+        """
         order = super().epoch_order(epoch)
         if not (self.training and self.options["group_by_aspect"]):
             return order
@@ -259,7 +261,7 @@ class CocoDataLoader(BaseDataLoader):
     def _batches(self, epoch: int, batches: range) -> Iterator[tuple[list[torch.Tensor], list[dict[str, Any]]]]:
         order = self.epoch_order(epoch)
         keys = [[(epoch, int(p), int(order[p])) for p in self.positions(batch)] for batch in batches]
-        # Its own generator: DataLoader would draw from the global one, which a resumed run has put back already.
+        # A separate generator: DataLoader would draw from the global one, which a resumed run has already restored.
         loader = DataLoader(self.dataset, batch_sampler=keys, num_workers=self.options["num_workers"],
                             collate_fn=list, generator=generator(self.seed, epoch),
                             worker_init_fn=leave_stops_to_parent)
@@ -275,11 +277,11 @@ class CocoDataLoader(BaseDataLoader):
 
 
 class DigitScenesDataLoader(CocoDataLoader):
-    """Real handwritten digits on textured ground, long-tailed, made on the spot under `data_dir` (no download).
+    """Real handwritten digits on a textured background, long-tailed, generated in `data_dir` (no download).
 
     Args:
         image_size, n_max, imb_factor, n_val, scene_seed: see `data_loader.detection.digit_scenes.make_scenes`.
-        Others as for CocoDataLoader; digits aren't mirrored by default.
+        Others as for CocoDataLoader; digits aren't flipped by default.
     """
 
     def __init__(self, data_dir: str = "data/digit_scenes", batch_size: int = 2, shuffle: bool = True,
@@ -295,4 +297,4 @@ class DigitScenesDataLoader(CocoDataLoader):
                          sampler, repeat_threshold, min_size, max_size, flip, group_by_aspect, validation=validation,
                          holdout_fraction=holdout_fraction, seed=seed, device=device, rank=rank,
                          world_size=world_size, split_seed=split_seed, facts=facts)
-        self.data_dir = data_dir        # a checkpoint's sample of images is below what the config names
+        self.data_dir = data_dir        # sampled images in checkpoints are relative to the config's folder

@@ -1,4 +1,4 @@
-"""Masks in COCO's formats, polygons and run lengths (https://cocodataset.org/#format-data), by pycocotools."""
+"""Masks in COCO's formats, polygons and run lengths (https://cocodataset.org/#format-data), using pycocotools."""
 from __future__ import annotations
 
 from types import ModuleType
@@ -13,7 +13,7 @@ INSTALL = "pip install pycocotools"
 
 
 def mask_tools() -> ModuleType:
-    """pycocotools.mask; ConfigError with the command to install it where it is missing."""
+    """The module pycocotools.mask. Raises ConfigError with the command that installs it if it is missing."""
     try:
         from pycocotools import mask
     except ImportError:
@@ -22,17 +22,17 @@ def mask_tools() -> ModuleType:
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
-    """A mask [H, W] as {"size": [H, W], "counts": text}."""
+    """A mask [H, W] of 0 and 1 -> packed run lengths {"size": [H, W], "counts": str}."""
     found = mask_tools().encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode()}
 
 
 def run_lengths(counts: list[int] | str) -> np.ndarray:
-    """COCO's run lengths, plain or packed into text, as int64 [n]. Raises ValueError where the text isn't COCO's.
+    """COCO's run lengths, a list or packed into a string, as int64 [n]. Raises ValueError if the string isn't valid.
 
-    Packed, each length (from the fourth on, its difference from the length two before) is written in base 32, least
-    significant digit first; of a character's value, counted from "0", bit 5 says that more digits follow, and bit 4 of
-    the last digit is the sign.
+    In packed form each length (from the fourth on, its difference from the length two before it) is written in base 32,
+    least significant digit first. A character's value is its code minus that of "0": bit 5 means that more digits
+    follow, and bit 4 of the last digit is the sign.
     """
     if isinstance(counts, list):
         return np.asarray(counts, dtype=np.int64)
@@ -52,8 +52,8 @@ def run_lengths(counts: list[int] | str) -> np.ndarray:
 
 
 def packed(segmentation: list | dict, height: int, width: int) -> dict[str, Any]:
-    """Polygons or run lengths, plain or packed, as packed run lengths of the union. Raises ValueError where the run
-    lengths don't fill the mask: pycocotools would read and write memory that isn't its own."""
+    """Polygons, or run lengths (list or packed), as packed run lengths of their union. Raises ValueError if run lengths
+    don't exactly fill the mask, as pycocotools would then access memory out of bounds."""
     tools = mask_tools()
     if isinstance(segmentation, dict):
         runs = run_lengths(segmentation["counts"])
@@ -66,18 +66,18 @@ def packed(segmentation: list | dict, height: int, width: int) -> dict[str, Any]
 
 
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """A mask, uint8 [height, width] of 0 and 1. Raises ValueError where run lengths don't fill it."""
+    """A segmentation as a mask, uint8 [height, width] of 0 and 1. Raises ValueError if run lengths don't fill it."""
     return mask_tools().decode(packed(segmentation, height, width))
 
 
 def area(segmentation: list | dict, height: int, width: int) -> float:
-    """How many pixels a segmentation covers."""
+    """The number of pixels that a segmentation covers. Raises ValueError as `packed`."""
     return float(mask_tools().area(packed(segmentation, height, width)))
 
 
 def to_mask(segmentation: list | dict, height: int, width: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A segmentation of a [height, width] picture as a mask, uint8, of `size` (h, w) if given: polygons are drawn at
-    that size, run lengths are resized."""
+    """A segmentation of a height x width image as a mask of 0 and 1, uint8 [height, width], or of `size` (h, w) if
+    given: polygons are then drawn at that size, run lengths decoded and resized. Raises ValueError as `packed`."""
     new_height, new_width = size or (height, width)
     if isinstance(segmentation, list):
         scale = (new_width / width, new_height / height)
@@ -90,25 +90,25 @@ def to_mask(segmentation: list | dict, height: int, width: int, size: tuple[int,
     return np.asarray(Image.fromarray(mask).resize((new_width, new_height), Image.Resampling.NEAREST))
 
 
-#: EXIF orientation -> which axes (across, down) of stored pixels are mirrored to show them; from 5 on transposed first.
+#: EXIF orientation -> which axes (horizontal, vertical) of stored pixels to mirror; 5 to 8 are transposed first.
 _MIRRORED = {1: (False, False), 2: (True, False), 3: (True, True), 4: (False, True),
              5: (False, False), 6: (True, False), 7: (True, True), 8: (False, True)}
 
 
 def undone(orientation: int) -> int:
-    """The orientation that turns back what `orientation` has turned."""
+    """The EXIF orientation that reverses `orientation`."""
     return {6: 8, 8: 6}.get(orientation, orientation)
 
 
 def turn_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
-    """[..., H, W] as EXIF orientation 1 to 8 shows it: [..., H, W], or [..., W, H] from 5 on (a view)."""
+    """Turn masks [..., H, W] as EXIF orientation 1 to 8 demands: a view [..., H, W], or [..., W, H] for 5 to 8."""
     mask = mask.swapaxes(-2, -1) if orientation >= 5 else mask
     axes = [axis for axis, mirrored in zip((-1, -2), _MIRRORED[orientation]) if mirrored]
     return np.flip(mask, axes)
 
 
 def turn_boxes(boxes: np.ndarray, orientation: int, width: int, height: int) -> np.ndarray:
-    """Corners x0, y0, x1, y1 [n, 4] in a width x height picture, in the same picture as `turn_mask` turns it."""
+    """Turn boxes, corners x0, y0, x1, y1 [n, 4] in a width x height image, like `turn_mask` turns the image."""
     if orientation >= 5:
         boxes, width, height = boxes[:, [1, 0, 3, 2]], height, width
     across, down = _MIRRORED[orientation]

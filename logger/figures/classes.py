@@ -41,7 +41,7 @@ def _shade_groups(axes: Any, low: float, high: float, many: float, few: float) -
 
 def class_accuracy(counts: Sequence[int], class_acc: Sequence[float | None], groups: Sequence[str],
                    names: Sequence[str] | None = None, many: float = MANY, few: float = FEW) -> Any:
-    """A dot a class: training images (log axis) against test accuracy, with the trend. All sequences: [C]."""
+    """One dot per class: training images (log axis) against test accuracy, with the trend. All sequences: [C]."""
     there = [i for i, acc in enumerate(class_acc) if acc is not None]
     xs = np.array([max(counts[i], 0.5) for i in there], dtype=float)
     ys = np.array([100 * class_acc[i] for i in there])
@@ -67,8 +67,8 @@ def class_accuracy(counts: Sequence[int], class_acc: Sequence[float | None], gro
 
 
 def _name_dots(axes: Any, places: np.ndarray, xs: np.ndarray, ys: np.ndarray, names: Sequence[str]) -> None:
-    """A name at each dot, above or below it or beside it: where it lies on no other name or dot, if there is such a
-    place. places: each x as a fraction of the axis. All [C]."""
+    """Write a name above, below or beside each dot, if possible where it covers no other name or dot. places: each x as
+    a fraction of the axis. All [C]."""
     wide, high = 8.3 * 72, 2.6 * 72 / 111  # points: the axes' width, and one percent of its height
     dots = [(place * wide, y * high) for place, y in zip(places, ys)]
     taken = [(x - 4, x + 4, y - 4, y + 4) for x, y in dots]
@@ -144,7 +144,8 @@ def group_confusion(flow: dict[str, dict[str, float]]) -> Any:
 
 
 def reliability(confidences: np.ndarray, right: np.ndarray, bins: int = RELIABILITY_BINS) -> Any:
-    """Confidence against how often it was right, with how many images had it. confidences, right: [N]."""
+    """Reliability diagram: how often predictions of a confidence were right, and how many images had it.
+    confidences, right: [N]."""
     place = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
     images = np.bincount(place, minlength=bins)
     share = np.bincount(place, right, bins) / np.maximum(images, 1)

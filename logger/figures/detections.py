@@ -18,7 +18,7 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 
 def as_picture(image: Any) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture that is that already, a PIL image, or a float tensor [3, H, W] from 0 to 1."""
+    """A picture as uint8 [H, W, 3]; it may be such an array, a PIL image, or a float tensor [3, H, W] from 0 to 1."""
     if isinstance(image, torch.Tensor):
         image = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     picture = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
@@ -29,14 +29,14 @@ def as_picture(image: Any) -> np.ndarray:
 
 def draw_detections(image: Any, prediction: dict[str, torch.Tensor], class_names: list[str] | None = None,
                     threshold: float = 0.5) -> np.ndarray:
-    """The picture with what was found in it: uint8 [H, W, 3].
+    """The picture with the detections drawn in: uint8 [H, W, 3].
 
     Args:
         image: see `as_picture`.
-        prediction: `boxes` [n, 4] corners in the picture's pixels, `labels` [n] from 1 on and, where there are any,
-            `scores` [n] and `masks` [n, 1, H, W] (cut at 0.5). A target can be drawn too: it has no scores.
-        class_names: of the labels 1, 2, ...; numbers without it.
-        threshold: what scores less isn't drawn.
+        prediction: `boxes` [n, 4] corners in the picture's pixels, `labels` [n] from 1 on and, if there are any,
+            `scores` [n] and `masks` [n, 1, H, W] (thresholded at 0.5). A target can be drawn too: it has no scores.
+        class_names: of the labels 1, 2, ...; None: the numbers are written.
+        threshold: detections with a lower score aren't drawn.
     """
     picture = as_picture(image)
     boxes, labels = prediction["boxes"].detach().float().cpu(), prediction["labels"].tolist()

@@ -1,4 +1,4 @@
-"""Which figures a run deserves, each with a sentence in plain words: the report's contents, and TensorBoard's."""
+"""The figures that a run gets, each with a sentence in plain words: for the report and for TensorBoard."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from logger.figures.style import GROUP_LABELS, to_array
 from logger.text import count_of
 from utils.class_counts import GROUPS
 
-MATRIX_CLASSES = 100  # a full confusion matrix is drawn up to here
+MATRIX_CLASSES = 100  # with more classes than this no full confusion matrix is drawn
 
 
 @dataclass
@@ -78,7 +78,7 @@ def drawings(facts: RunFacts) -> Iterator[Drawing]:
 
 
 def _matrix(facts: RunFacts) -> Any:
-    """The confusion matrix; many classes stand in order of their training images."""
+    """The confusion matrix; if there are many classes, in the order of their training images."""
     order = np.arange(len(facts.counts))
     if len(order) > matrices.NAMED_CLASSES:
         order = np.argsort(-np.array(facts.counts), kind="stable")
@@ -87,7 +87,7 @@ def _matrix(facts: RunFacts) -> Any:
 
 
 def figures_to_tensorboard(writer: Any, facts: RunFacts, epoch: int) -> None:
-    """Add the run's figures as images `report/<key>` at `epoch`. A writer that does nothing costs nothing."""
+    """Add the run's figures as images `report/<key>` at `epoch`; nothing is drawn for a `NoWriter`."""
     if writer:
         for drawing in drawings(facts):
             writer.add_image(f"report/{drawing.key}", to_array(drawing.draw(), dpi=90), epoch, dataformats="HWC")

@@ -37,7 +37,7 @@ def experts(accuracy: dict[str, Sequence[float | None]], together: dict[str, flo
             values = [100 * value for value in accuracy[key]]
             y = len(shown) - 1 - place
             left.axhspan(y - 0.42, y + 0.42, color=LIGHT["grid"], alpha=0.35, linewidth=0)
-            # One below the other, so that equal ones are all seen.
+            # One below the other, so that equal values all stay visible.
             heights = y + np.linspace(0.27, -0.27, len(values) + 1)
             left.scatter([100 * together[key]], heights[:1], s=70, color=colour, marker="D", linewidths=0, zorder=3)
             for number, (value, height) in enumerate(zip(values, heights[1:]), 1):

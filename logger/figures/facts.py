@@ -1,4 +1,4 @@
-"""Everything a report shows of a run, gathered once; what draws it (logger.figures.drawings) only looks here."""
+"""Everything a report shows of a run, gathered once; the drawing code (logger.figures.drawings) reads only this."""
 from __future__ import annotations
 
 from collections import Counter
@@ -37,10 +37,12 @@ class RunFacts:
 
     @property
     def many(self) -> int:
+        """A class with more training images than this is many-shot."""
         return group_limits(self.config.get("groups"))["many"]
 
     @property
     def few(self) -> int:
+        """A class with fewer training images than this is few-shot."""
         return group_limits(self.config.get("groups"))["few"]
 
     @cached_property
@@ -60,11 +62,11 @@ class RunFacts:
 
     @property
     def by_image(self) -> bool:
-        """Whether single predictions are known."""
+        """Whether per-image predictions are known."""
         return len(self.result.get("predictions", ())) > 0
 
     def image(self, key: str) -> np.ndarray:
-        """One of BY_IMAGE."""
+        """The per-image array of that name, one of BY_IMAGE: [N], or [N, E]. Raises KeyError if it isn't known."""
         return np.asarray(self.result[key])
 
     @cached_property
@@ -74,11 +76,12 @@ class RunFacts:
 
     @cached_property
     def group_number(self) -> np.ndarray:
-        """Each class's group as a number of GROUPS, [C]."""
+        """The index in GROUPS of each class's group, [C]."""
         return np.array([GROUPS.index(group) for group in self.groups])
 
     def flow(self) -> dict[str, dict[str, float]]:
-        """Group -> shares of its images: `right`, and mistaken for a class of each group. Needs no C x C matrix."""
+        """For each group the shares of its images that were `right`, and that were mistaken for a class of each group.
+        Needs no C x C matrix."""
         labels, predicted = self.group_number[self.image("labels")], self.group_number[self.image("predictions")]
         flow = {}
         for number, group in enumerate(GROUPS):
@@ -105,8 +108,8 @@ class RunFacts:
                 for i in order]
 
     def hardest(self, most: int = 24, of_a_kind: int = 4) -> list[int]:
-        """Images that were wrong with the greatest confidence, at most `of_a_kind` with the same mistake; the least
-        certain where none was wrong. [<= most]"""
+        """Indices of the images that were wrong with the greatest confidence, at most `of_a_kind` with the same
+        mistake; if none was wrong, of those with the least confidence. At most `most`."""
         confidences = self.image("confidences")
         wrong = np.flatnonzero(~self.right)
         if not len(wrong):
@@ -137,13 +140,14 @@ class RunFacts:
         return accuracy
 
     def together(self) -> dict[str, float | None]:
-        """All experts' together under the same keys, also of a model that asks fewer for most images."""
+        """The accuracy of all experts together, with `expert_accuracy`'s keys, even if the model uses
+        fewer for most images."""
         if "all_experts_acc" in self.result:
             return {"all": self.result["all_experts_acc"], **(self.result.get("all_experts_shot_acc") or {})}
         return {"all": self.result.get("accuracy"), **{g: self.result.get(f"{g}_shot_acc") for g in GROUPS}}
 
     def disagreement(self) -> np.ndarray | None:
-        """How often each two experts predict different classes, [E, E]; None where that isn't known."""
+        """How often each two experts predict different classes, [E, E], 0 to 1; None if that isn't known."""
         if "expert_predictions" not in self.result:
             return None
         predictions = self.image("expert_predictions")

@@ -1,4 +1,4 @@
-"""Matrices of classes: what is taken for what, and which classes look at which. C classes."""
+"""Matrices of classes: confusion, and attention between classes. C classes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from logger.figures.style import FULL, GROUP_COLOURS, GROUP_LABELS, LIGHT, ON_PICTURE, bare, new_figure, short, styled
 
-NAMED_CLASSES = 40  # a matrix names its classes up to here
+NAMED_CLASSES = 40  # with more classes than this a matrix names only their groups
 
 
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str], groups: Sequence[str]) -> Any:
@@ -19,7 +19,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], groups: Sequence[
     from matplotlib.colors import to_rgb
     size = len(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    # Colour on nothing: the page's background shows through, whether it is light or dark.
+    # Colour on a transparent background: the page's shows through, whether light or dark.
     picture = np.empty((size, size, 4))
     picture[..., :3], picture[..., 3] = to_rgb(LIGHT["few"]), shares ** 0.7
     picture[np.arange(size), np.arange(size), :3] = to_rgb(LIGHT["right"])
@@ -38,7 +38,8 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], groups: Sequence[
 
 
 def _name_classes(axes: Any, names: Sequence[str], groups: Sequence[str]) -> None:
-    """Both axes of a matrix of classes [C, C]: the classes' names, or from NAMED_CLASSES on those of their groups."""
+    """Label both axes of a matrix [C, C] with the classes' names, or with their groups' if there are more
+    than NAMED_CLASSES."""
     size, marked = len(names), groups
     if size <= NAMED_CLASSES:
         names = [short(name) for name in names]
@@ -60,7 +61,8 @@ def _name_classes(axes: Any, names: Sequence[str], groups: Sequence[str]) -> Non
 
 def attention(relative: np.ndarray, names: Sequence[str], groups: Sequence[str]) -> Any:
     """How much images of a class (row) attend to those of another (column) in BatchFormer. relative: [C, C] mean
-    attention of one image to another over that of all pairs, so 1 is even; NaN where two classes never met."""
+    attention of one image to another, relative to the mean over all pairs (1: uniform); NaN for classes that
+    never shared a batch."""
     from matplotlib.colors import LogNorm
     size = len(relative)
     seen = relative[np.isfinite(relative) & (relative > 0)]

@@ -9,13 +9,13 @@ from logger.figures.style import FULL, LIGHT, new_figure, styled
 
 
 def norm_facts(model: Any) -> dict[str, Any]:
-    """What a model's norms tell: {"nbn": {...}} or {"mabn": {...}}, or {} where there are only plain norms.
+    """What a model's norms have learned: {"nbn": {...}} or {"mabn": {...}}, or {} if there are only plain norms.
 
-    nbn: `scales` [E] and, a value a layer, `expert` (from 0), `weight`, `bias` (lengths of the vectors before they are
-    normalised). mabn: a row a layer, `second` and `gradient` [layers, 3]: the 10th, 50th and 90th percentiles over
-    channels of the second moment, and of the size of the backward statistic.
+    nbn: `scales` [E] and, one value per layer, `expert` (from 0), `weight`, `bias` (lengths of the vectors before they
+    are normalised). mabn: one row per layer, `second` and `gradient` [layers, 3]: the 10th, 50th and 90th percentiles
+    over channels of the second moment, and of the size of the backward statistic.
     """
-    # Known by what they hold and not by their class, so that drawing needs no model code.
+    # Recognised by their attributes, not by their class, so that drawing needs no model code.
     nbn = [m for m in model.modules() if hasattr(m, "shared_scale") and m.weight is not None]
     if nbn:
         owners = [m.shared_scale for m in nbn if m.shared_scale is not None]
@@ -34,7 +34,7 @@ def norm_facts(model: Any) -> dict[str, Any]:
 
 
 def nbn_scales(facts: dict[str, Any]) -> Any:
-    """The learned scale of each expert, and the lengths of w and b that it stands in for. facts: norm_facts' `nbn`."""
+    """The learned scale of each expert, and the lengths of w and b that it replaces. facts: norm_facts' `nbn`."""
     with styled():
         figure, (left, right) = new_figure(FULL, 2.7, 2, width_ratios=[1, 1.6])
         scales = facts["scales"]

@@ -27,7 +27,7 @@ COLOURS = {
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 GROUP_COLOURS = {name: LIGHT[name] for name in ("many", "medium", "few")}
 GROUP_LABELS = {"many": "many-shot", "medium": "medium-shot", "few": "few-shot"}
-ON_PICTURE = "#ffffff"  # on strong cells of a picture, which is the same in light and dark
+ON_PICTURE = "#ffffff"  # text on strongly coloured cells, which are the same in light and dark
 FULL, HALF = 9.2, 4.5  # widths in inches: of the page's column, and of half of it
 
 STYLE = {
@@ -60,8 +60,8 @@ def new_figure(width: float = FULL, height: float = 3.0, columns: int = 1, **mor
 def styled() -> Iterator[None]:
     """A context in which our style holds, whatever the user's matplotlibrc says.
 
-    Signs that DejaVu Sans hasn't are drawn in another font, where one is installed, else as boxes and without a
-    warning each (in SVG they are text and the browser finds a font).
+    Characters that DejaVu Sans lacks are drawn in another font if one is installed, else as boxes, without a warning
+    for each (in SVG they are text, for which the browser finds a font).
     """
     import matplotlib
     from matplotlib import font_manager
@@ -81,13 +81,13 @@ def bare(axes: Any) -> None:
 
 
 def short(name: str, most: int = 22) -> str:
-    """A class's name, cut where it would take the room of the figure."""
+    """A class's name, shortened to at most `most` characters."""
     return name if len(name) <= most else f"{name[:most - 1]}…"
 
 
 def stacked_bars(axes: Any, rows: dict[str, Any], parts: list[tuple[str, Any, str]], least: float) -> None:
-    """A bar a row, from the top down, cut into its shares. rows: name -> shares, one a part. parts: (label, colour,
-    colour of its number). least: the share from which on the number stands in it."""
+    """Draw one horizontal bar per row, from the top down, divided into shares. rows: name -> shares (0 to 1), one per
+    part. parts: (label, colour, colour of the number). least: the smallest share in which its percentage is written."""
     for place, shares in enumerate(rows.values()):
         left = 0.0
         for share, (label, colour, ink) in zip(shares, parts):
@@ -112,11 +112,11 @@ def to_svg(figure: Any, label: str) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    # Groups' ids (axes_1) would repeat from figure to figure; what is referred to has other names.
+    # Groups' ids (axes_1) would repeat from figure to figure; ids that are referenced have other names.
     svg = re.sub(r'<g id="[A-Za-z0-9]+_\d+">', "<g>", svg)
     for name, value in LIGHT.items():
         svg = svg.replace(value, f"var(--{name})")
-    # The page's own font; Verdana and DejaVu Sans are as wide as what the layout was computed with.
+    # Use the page's own font; Verdana and DejaVu Sans have the widths that the layout was computed with.
     svg = re.sub(r"'DejaVu Sans'(, *[^;\"]*)?", "var(--figure-font)", svg)
     head, rest = svg.split(">", 1)
     head = re.sub(r' (?:width|height)="[^"]*"', "", head)  # the page scales it; viewBox keeps the proportions

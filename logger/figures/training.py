@@ -17,7 +17,7 @@ def _points(history: History, key: str, scale: float = 1.0) -> tuple[list[float]
 
 
 def _draw_lines(axes: Any, lines: Sequence[tuple]) -> None:
-    """Lines (epochs, values, name, colour, style), each named at its end: no legend to look up."""
+    """Lines (epochs, values, name, colour, style), each named at its end instead of in a legend."""
     ends = []
     for xs, ys, name, colour, style in lines:
         axes.plot(xs, ys, color=colour, linestyle=style, marker="o" if len(xs) < 3 else None, markersize=4)
@@ -38,7 +38,7 @@ def _draw_lines(axes: Any, lines: Sequence[tuple]) -> None:
         heights[place] = min([heights[place], high - 0.3 * gap, *(height - gap for height in above)])
     last = max(x for _, x, *_ in ends)
     for (_, x, name, colour), y in zip(ends, heights):
-        # A line that ends before the others has them behind its name.
+        # Where a line ends before the others, its name is written over them.
         behind = {"facecolor": LIGHT["surface"], "alpha": 0.8, "edgecolor": "none", "pad": 0.8} if x < last else None
         axes.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", color=colour, va="center", fontsize=8.5,
                       annotation_clip=False, bbox=behind, zorder=3)
@@ -62,7 +62,7 @@ def curves(history: History) -> Any:
     return figure
 
 
-#: What runs are compared by: the first two of these that as many runs have as have any of them.
+#: The candidates for comparing runs: the first two of those that the largest number of runs have are drawn.
 _COMPARED = (("val_accuracy", "validation accuracy, %"), ("val_few_shot_acc", "validation, few-shot classes, %"),
              ("accuracy", "accuracy in training, %"))
 

@@ -1,8 +1,8 @@
-"""Mask R-CNN with a ResNet-50 feature pyramid, and a choice of norm in every part of it (He et al., ICCV 2017).
+"""Mask R-CNN with a ResNet-50 feature pyramid (He et al., ICCV 2017) and a choice of norm layers.
 
-torchvision's detector and its state_dict keys (`backbone.body.*`, `backbone.fpn.*`, `rpn.*`, `roi_heads.*`), with the
-parts as in MABN's detection study (Yan et al., ICLR 2020): norms in the backbone, the pyramid, the box head of four
-3x3 convolutions and one fully connected layer, and the mask head.
+It is torchvision's detector, with its state_dict keys (`backbone.body.*`, `backbone.fpn.*`, `rpn.*`, `roi_heads.*`),
+built as in MABN's detection study (Yan et al., ICLR 2020): norms in the backbone, the pyramid, the box head (four
+3x3 convolutions and one fully connected layer) and the mask head.
 """
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from model.detection.weights import fit_weights
 from model.norm import convert_norm, norm_spec
 from utils.errors import ConfigError, unknown
 
-#: The ResNet's parts from the last to the first, as `trainable_layers` counts them.
+#: The ResNet's parts from last to first, as counted by `trainable_layers`.
 STAGES = ("layer4", "layer3", "layer2", "layer1", "conv1")
 BOX_HEADS = ("4conv1fc", "2fc")
 
 
 class _AcceptsNoRegions:
-    """A head that is given no region at all (a batch of empty pictures) returns none and leaves its norms alone.
+    """Mixin for a head that may get no regions at all (from a batch of empty images): it then returns an empty tensor
+    and doesn't update its norms.
 
-    Its parameters still get a gradient, 0, so that data parallel ranks stay in step. Synchronised norms are run: the
-    other ranks wait for this one's share of the moments.
+    Its parameters still get a zero gradient, so that data-parallel ranks stay in step. A head with synchronised norms
+    is run all the same, as other ranks wait for this rank's part of the statistics.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [R, C, h, w], R regions."""
+        """x [R, C, h, w], R regions -> features [R, ...]."""
         if len(x) or any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
             return super().forward(x)
         nothing = sum(p.sum() * 0 for p in self.parameters() if p.requires_grad)
@@ -47,38 +48,42 @@ class BoxHead(_AcceptsNoRegions, FastRCNNConvFCHead):
     """Four 3x3 convolutions and one fully connected layer: regions [R, C, 7, 7] to features [R, D]."""
 
     def out_shape(self, x: torch.Tensor) -> Sequence[int]:
+        """The output's shape for input x, without the first dimension: (D,)."""
         return (next(m.out_features for m in self if isinstance(m, nn.Linear)),)
 
 
 class MaskHead(_AcceptsNoRegions, MaskRCNNHeads):
-    """Four 3x3 convolutions: regions [R, C, 14, 14] to features of the same shape."""
+    """Four 3x3 convolutions: regions [R, C, 14, 14] to features [R, C', 14, 14]."""
 
     def out_shape(self, x: torch.Tensor) -> Sequence[int]:
+        """The output's shape for input x, without the first dimension: (C', h, w)."""
         return (self[-1][0].out_channels, *x.shape[2:])
 
 
 class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
-    """Finds, classifies and outlines objects.
+    """Detects, classifies and segments objects.
 
-    images: a list of [3, H, W] (or one tensor [N, 3, H, W]), 0 to 1, of any sizes; they are normalised here, and in
-    evaluation resized to `min_size` (in training the loader has resized them).
-    Training also takes targets, a list of dicts of `boxes` [n, 4] corners in pixels, `labels` [n], 1 to C, and `masks`
-    [n, H, W], n from 0 on; it returns `loss` and its parts `loss_classifier`, `loss_box_reg`, `loss_mask`,
-    `loss_objectness` and `loss_rpn_box_reg`. Evaluation returns {"detections": [one dict an image]}: `boxes` [n, 4],
-    `labels` [n], `scores` [n] falling, `masks` [n, 1, H, W] from 0 to 1, in the image's own size.
+    images: a list of [3, H, W] of any sizes (or one tensor [N, 3, H, W]), values 0 to 1. They are normalised here, and
+    in evaluation also resized to `min_size` (in training the loader has resized them).
+    Training also takes targets, a list of dicts with `boxes` [n, 4] (corners x0, y0, x1, y1 in pixels), `labels` [n]
+    from 1 to C and `masks` [n, H, W], n >= 0. It returns `loss` and its parts `loss_classifier`, `loss_box_reg`,
+    `loss_mask`, `loss_objectness` and `loss_rpn_box_reg`. Evaluation returns {"detections": [one dict per image]} with
+    `boxes` [n, 4], `labels` [n], `scores` [n] in descending order and `masks` [n, 1, H, W] from 0 to 1, in the image's
+    original size.
 
     Args:
-        num_classes: C, the background not counted (it is added here, as label 0). Comes from the data where left out.
-        norm: as for the classifiers, or "Frozen": fixed norms in the backbone, none in pyramid and heads. `MABN`
-            centres the filters of the backbone, the pyramid and both heads.
-        trainable_layers: how many parts of the ResNet learn, from the last: 5 all, 3 without conv1 and layer1, 0 none.
-        min_size, max_size: evaluation resizes the shorter side to `min_size`, or less where the longer one would pass
-            `max_size`.
+        num_classes: C without the background, which is added here as label 0. Taken from the data if omitted.
+        norm: as for classifiers, or "Frozen": fixed norms in the backbone, none in pyramid and heads. `MABN` centres
+            the filters of the backbone, the pyramid and both heads.
+        trainable_layers: how many parts of the ResNet learn, from the last: 5 all, 3 all but conv1 and layer1, 0 none.
+        min_size, max_size: evaluation resizes the shorter side to `min_size` pixels, or less if the longer side would
+            exceed `max_size`.
         box_head: "4conv1fc", or "2fc" as in torchvision's checkpoints.
         fpn_channels, head_channels, fc_dim: widths (256, 256, 1024 in the paper).
-        anchor_sizes: five, for the strides 4 to 64.
+        anchor_sizes: five sizes in pixels, for the strides 4 to 64.
+        rpn_*, box_*, image_mean, image_std: as in `torchvision.models.detection.MaskRCNN`.
     Raises:
-        ConfigError: a value out of range, an unknown name.
+        ConfigError: a value out of range or an unknown name. ValueError: training without targets.
     """
 
     task = "detection"
@@ -86,7 +91,7 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
     def __init__(self, num_classes: int | None = None, norm: str | dict = "BatchNorm2d",
                  trainable_layers: int = 5, min_size: int = 800, max_size: int = 1333, box_head: str = "4conv1fc",
                  fpn_channels: int = 256, head_channels: int = 256, fc_dim: int = 1024,
-                 anchor_sizes: list[int] = (32, 64, 128, 256, 512),  # a default that can't be changed by accident
+                 anchor_sizes: list[int] = (32, 64, 128, 256, 512),  # a tuple: an immutable default
                  rpn_batch_size_per_image: int = 256, rpn_pre_nms_top_n_train: int = 2000,
                  rpn_post_nms_top_n_train: int = 2000, rpn_pre_nms_top_n_test: int = 1000,
                  rpn_post_nms_top_n_test: int = 1000, box_batch_size_per_image: int = 512,
@@ -125,7 +130,7 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
     def _convert_norms(self, kind: str, args: dict[str, Any]) -> None:
         if kind == "BatchNorm2d" and not args:
             return
-        # Not the whole model: the RPN and the predictors have no norms, so their filters stay as they are.
+        # Only these parts: the RPN and the predictors have no norms, so MABN must not centre their filters.
         for part in (self.backbone, self.roi_heads.box_head, self.roi_heads.mask_head):
             convert_norm(part, kind, path="arch.args.norm", **args)
 
@@ -138,23 +143,24 @@ class MaskRCNNR50FPNModel(MaskRCNN, BaseModel):
         losses = super().forward(list(images), target)
         return {"loss": sum(losses.values()), **losses}
 
-    # ---- what the trainer asks ---------------------------------------------------------------------------------
+    # ---- BaseModel's interface ---------------------------------------------------------------------------------
 
     def load_pretrained(self, checkpoint: dict[str, Any], name: str, other_classes: bool = False) -> str:
-        """Start from a file's weights; a line for the log.
+        """Initialise the model with a file's weights; returns a line for the log.
 
         Args:
             checkpoint: ImageNet weights of a ResNet-50 (this project's, torchvision's, or MABN's R50-wc.pth), or a
-                whole detector's (what depends on the number of classes may differ).
-            name: the file's, for messages.
-            other_classes: whether it knows other classes, whatever their number: what depends on them is left new.
+                whole detector's (parts that depend on the number of classes may differ).
+            name: the file's name, for messages.
+            other_classes: whether it was trained on other classes, even if as many: the parts that depend on the
+                classes then keep their initialisation.
         Raises:
-            ConfigError: it holds neither, or of other shapes.
+            ConfigError: it holds neither, or tensors are missing or of other shapes.
         """
         return fit_weights(self, checkpoint, name, other_classes)
 
     def classifier_prefixes(self) -> list[str]:
-        """Beginnings of the names of what depends on the classes."""
+        """Name prefixes of the parameters that depend on the classes."""
         return ["roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits."]
 
 

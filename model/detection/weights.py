@@ -1,4 +1,4 @@
-"""Weights for the detector: from ImageNet classifiers, with whatever norms they have, and from whole detectors."""
+"""Initial weights for the detector, from ImageNet classifiers with any norms or from whole detectors."""
 from __future__ import annotations
 
 import re
@@ -10,28 +10,28 @@ from torch import nn
 from utils.checkpoint.store import find_weights, strip_module
 from utils.errors import ConfigError
 
-#: What MABN's norms gather in training. A new run gathers its own: old ones need not fit its batch size.
+#: Training-time buffers of MABN's norms. A new run collects its own, as old ones may not fit its batch size.
 GATHERED = re.compile(r"\.(iters|buffer_x2|buffer_gz|num_batches_tracked|sta_matrix|pre_x2|pre_gz)$")
 RESNET = re.compile(r"^(conv1|bn1|layer[1-4])\.")
 
 
 def tensors_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state_dict inside a checkpoint, without the prefixes that wrappers put before its keys."""
+    """The state_dict inside a checkpoint, without wrappers' key prefixes; {} if there is none."""
     found = find_weights(checkpoint)
     weights = found[1] if found and isinstance(found[1], dict) else {}
     return {strip_module(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
 
 
 def is_detector(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether the keys are a whole detector's (this project's or torchvision's)."""
+    """Whether these are the weights of a whole detector (this project's or torchvision's), judged by the keys."""
     return any(key.startswith(("roi_heads.", "rpn.")) for key in tensors)
 
 
 def resnet_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An ImageNet classifier's ResNet under torchvision's names.
+    """The ResNet of an ImageNet classifier under torchvision's names.
 
-    torchvision's and MABN's files have these names already; this project's stand under `backbone.`, and of several
-    experts' last stages (`layer3s.0.`, `layer4s.0.`) the first is taken.
+    torchvision's and MABN's files have these names already; this project's keys have the prefix `backbone.`, and with
+    several experts the first one's stages are used (`layer3s.0.`, `layer4s.0.`).
     """
     found = {}
     for key, value in tensors.items():
@@ -42,12 +42,12 @@ def resnet_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, other_classes: bool = False) -> str:
-    """Copy what fits from `checkpoint` into `model`, a detector; a line for the log.
+    """Copy the weights in `checkpoint` into `model`, a detector; returns a line for the log.
 
-    A whole detector's file must fit but for what depends on the classes, which is left new where their number differs
-    and where they are others (`other_classes`). Of a classifier's file every convolution and norm of the ResNet must be
-    there; the norms' own statistics are taken where they mean the same.
-    Raises ConfigError, naming the file `name`.
+    A whole detector's file must fit, except the parts that depend on the classes, which keep their initialisation if
+    the number of classes differs or `other_classes` is true. A classifier's file must have every convolution and norm
+    of the ResNet; norms' statistics are taken over where they have the same meaning.
+    Raises ConfigError, naming the file `name`, if something is missing or of another shape.
     """
     tensors = tensors_of(checkpoint)
     whole = is_detector(tensors)
@@ -82,12 +82,13 @@ def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, other_c
 
 
 def _same_shape(given: torch.Tensor, value: torch.Tensor) -> bool:
-    # MABN keeps running_var as [1, C, 1, 1], the others as [C].
+    # MABN's running_var is [1, C, 1, 1], other norms' is [C].
     return [n for n in given.shape if n > 1] == [n for n in value.shape if n > 1]
 
 
 def _second_moments(part: nn.Module, source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """MABN divides by the root of the mean square: of norms with a mean that is running_var + running_mean ** 2."""
+    """Convert running variances to second moments, running_var + running_mean ** 2, where `part` has MABN norms, which
+    divide by the root mean square."""
     wanted = {name for name, module in part.named_modules() if hasattr(module, "buffer_x2")}
     return {key: value + source[f"{name}.running_mean"] ** 2
             if (name := key.removesuffix(".running_var")) in wanted and f"{name}.running_mean" in source else value

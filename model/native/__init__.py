@@ -1,1 +1,1 @@
-"""Layers in C++ for training on a CPU: `trainer.compile`."""
+"""C++ implementations of layers for training on a CPU, switched on by `trainer.compile`."""

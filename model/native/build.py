@@ -1,6 +1,6 @@
-"""C++ sources beside this file, compiled by this machine's own compiler when they are asked for.
+"""Compiling the C++ sources beside this file on demand, with the local machine's compiler.
 
-Nothing compiled is kept on disk: what runs comes out of the source, each time.
+Nothing compiled is kept on disk, so the code that runs always matches the source.
 """
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _FLAGS = ("-std=c++17", "-shared", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w"
 
 
 class Library:
-    """The functions of one source, as `declare`d, and the threads they may use.
+    """The functions of one C++ source, made available by `declare`, and the threads they may use.
 
-    source: a file's name. optimise: the compiler's flag. Raises ConfigError where there is no compiler, or where it
-    can't compile the source.
+    source: name of a file in this folder. optimise: the compiler flag, such as "-O2". Raises ConfigError if there is no
+    compiler, or if the source can't be compiled or loaded.
     """
 
     def __init__(self, source: str, optimise: str):
@@ -37,13 +37,13 @@ class Library:
         self.parallel = _parallel()
         with tempfile.TemporaryDirectory() as folder:
             target = str(Path(folder) / "library.so")
-            for native in (["-march=native"], []):       # which not every compiler knows for every processor
+            for native in (["-march=native"], []):       # not every compiler supports the flag on every processor
                 result = subprocess.run([program, *_FLAGS, optimise, *native, "-o", target, str(_FOLDER / source)],
                                         capture_output=True, text=True)
                 if result.returncode == 0:
                     try:
                         self._library = ctypes.CDLL(target)
-                    except OSError as error:     # such as temporary files that mustn't be run
+                    except OSError as error:     # for example a temporary folder mounted noexec
                         raise ConfigError(f"trainer.compile: what {program} made can't be loaded ({error}); name a "
                                           "folder in TMPDIR that programs may run from, or leave the key at false"
                                           ) from None
@@ -52,35 +52,35 @@ class Library:
                           f"({(result.stderr.strip().splitlines() or ['no message'])[-1]}); leave the key at false")
 
     def declare(self, name: str, arguments: list) -> None:
-        """Take up the function `name`, which returns nothing; arguments: their ctypes."""
+        """Add the library's void function `name` to `functions`. arguments: their ctypes."""
         function = self.functions[name] = getattr(self._library, name)
         function.restype, function.argtypes = None, arguments
 
     def threads(self, most: int) -> int:
-        """How many threads a call takes: torch's, but `most` at most."""
+        """The number of threads for a call: torch's, but at most `most`; 1 without OpenMP."""
         return min(torch.get_num_threads(), most) if self.parallel else 1
 
 
 def keeps_up() -> bool:
-    """Whether compiled layers have as many threads as torch: one loses against several, however fast it is."""
+    """Whether compiled layers can use as many threads as torch; otherwise torch's own layers are faster."""
     return torch.get_num_threads() == 1 or _parallel() is not None
 
 
 def compiler() -> str | None:
-    """The C++ compiler's path: `CXX`'s, or the system's."""
+    """The path of the C++ compiler: the one named by `CXX`, or else the system's; None if there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
 
 
 @functools.cache
 def _parallel() -> int | None:
-    """The address of `GOMP_parallel` in the OpenMP library that torch has loaded, so that no second set of threads is
-    made; None where there is no such library."""
-    home = str(Path(torch.__file__).parent)      # scikit-learn brings a copy of its own
+    """The address of `GOMP_parallel` in the OpenMP library that torch has loaded, so that its threads are reused; None
+    if there is no such library."""
+    home = str(Path(torch.__file__).parent)      # preferred: scikit-learn may have loaded its own copy
     try:
         with open("/proc/self/maps") as maps:
             loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
     except OSError:
-        loaded = {None}       # not Linux: among what is loaded already, if its names are found at all
+        loaded = {None}       # not Linux: search this process's own symbols
     for path in sorted(loaded, key=lambda path: (not str(path).startswith((f"{home}/", f"{home}.libs/")), str(path))):
         try:
             return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value

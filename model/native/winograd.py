@@ -19,16 +19,16 @@ Tensor = torch.Tensor
 _TYPES = (nn.Conv2d, CenConv2d)
 _SHAPE = [ctypes.c_int, *[ctypes.c_long] * 5, ctypes.c_void_p, ctypes.c_long]
 _TILE = 4
-_MOST_CHANNELS = 512   # beyond, filters no longer stay in the caches and torch's own kernels are as fast
-_FEW_TILES = 32        # under which transforming the filters costs what is won
-_LEAST_USE = 1.8       # times as many values as the maps have may be computed, for tiles that stick out
-_GRAIN = 1 << 20       # multiplications of the plain sum from which on another thread is worth waking
+_MOST_CHANNELS = 512   # with more, filters no longer fit into the caches and torch's own kernels are as fast
+_FEW_TILES = 32        # with fewer tiles, transforming the filters costs more than is gained
+_LEAST_USE = 1.8       # at most this many times the maps' values may be computed, as tiles extend beyond their edges
+_GRAIN = 1 << 20       # multiplications (of the direct convolution) per thread that justify another thread
 _validating = False
 
 
 class Winograd:
-    """The compiled convolutions of `winograd.cpp`: stride 1, padding 1, maps [N, C, H, W] channels_last in float32 or
-    bfloat16, filters [K, C, 3, 3] and their gradient in float32, as are all sums."""
+    """The compiled 3x3 convolutions of `winograd.cpp`, with stride 1 and padding 1. Maps are [N, C, H, W] in
+    channels_last, float32 or bfloat16; filters [K, C, 3, 3], their gradients and all sums are float32."""
 
     def __init__(self, library: Library):
         self.library = library
@@ -40,11 +40,11 @@ class Winograd:
         return self._convolve(x, weight.permute(2, 3, 1, 0))
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dy [N, K, H, W] -> [N, C, H, W]: dy convolved with the filters turned round."""
+        """dy [N, K, H, W] -> [N, C, H, W]: dy convolved with the flipped filters."""
         return self._convolve(dy, weight.flip(2, 3).permute(2, 3, 0, 1))
 
     def filter_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        """[K, C, 3, 3], from x [N, C, H, W] and dy [N, K, H, W]."""
+        """The filters' gradient [K, C, 3, 3], from x [N, C, H, W] and dy [N, K, H, W]."""
         gradient = x.new_empty((3, 3, x.shape[1], dy.shape[1]), dtype=torch.float32)
         self._call("winograd_filter_gradient", x, dy.shape[1], x, dy, gradient)
         return gradient.permute(3, 2, 0, 1)
@@ -65,35 +65,37 @@ class Winograd:
 
 @functools.cache
 def compiled() -> Winograd:
-    """The convolutions, compiled once a process (a few seconds). Raises ConfigError without a compiler."""
+    """The convolutions, compiled once per process (a few seconds). Raises ConfigError without a compiler."""
     return Winograd(Library("winograd.cpp", "-O3"))
 
 
 def compile_convolutions(model: nn.Module) -> int:
-    """Have the 3x3 convolutions of `model` train by Winograd's algorithm on a CPU, in channels_last; how many there
-    are. Maps are float32, or bfloat16 under autocast where the CPU has no AMX (torch's convolutions use it). On other
-    input, and in evaluation but within `validating`, they are torch's: a test's figures are the same on every machine.
+    """Make the 3x3 convolutions of `model` train with Winograd's algorithm on a CPU, in place; returns how many.
+
+    It is used for channels_last maps in float32, or in bfloat16 under autocast if the CPU has no AMX (which torch's
+    convolutions use). Other inputs, and evaluation outside `validating`, use torch's convolutions, so that a test's
+    figures don't depend on the machine.
 
     In float32, outputs differ from torch's by some 3e-5 of their standard deviation, filters' gradients by 1e-4. There
-    are no second derivatives. Compiles first, a few seconds once a process. Raises ConfigError where there is no C++
-    compiler.
+    are no second derivatives. Compiles the C++ source first, a few seconds once per process. Raises ConfigError without
+    a C++ compiler.
     """
     compiled()
     layers = suitable(model)
     for layer in layers:
-        # The class stays: folding and exchanging norms ask for it. A method of its own: `CenConv2d` calls it as well.
+        # Replace the method, not the class, which norm folding and conversion look for; `CenConv2d` calls it as well.
         layer._conv_forward = MethodType(_conv_forward, layer)
     return len(layers)
 
 
 def suitable(model: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions that `compile_convolutions` takes up."""
+    """The convolutions of `model` that `compile_convolutions` would change."""
     return [layer for layer in model.modules() if _suits(layer)]
 
 
 @contextlib.contextmanager
 def validating(on: bool = True) -> Iterator[None]:
-    """Within, the convolutions that `compile_convolutions` has taken up evaluate as they train, if `on`."""
+    """Inside, if `on`, convolutions changed by `compile_convolutions` use Winograd's algorithm in evaluation too."""
     global _validating
     before, _validating = _validating, on
     try:
@@ -117,7 +119,7 @@ def _conv_forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether x and the filters are of a kind that is known, go together, and are large enough to gain."""
+    """Whether x and the filters are supported, match each other, and are large enough to gain."""
     if not (type(x) is Tensor and x.device == weight.device and x.device.type == "cpu" and x.dim() == 4
             and weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)):
         return False
@@ -130,7 +132,7 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def _types() -> tuple[torch.dtype, ...]:
-    """What the maps may be: what autocast makes bfloat16, if it is on."""
+    """The dtypes of maps that are supported now: under autocast maps are cast to bfloat16, else they are float32."""
     if not torch.is_autocast_enabled("cpu"):
         return (torch.float32,)
     half = torch.get_autocast_dtype("cpu") == torch.bfloat16 and not _has_amx()

@@ -1,4 +1,4 @@
-"""Norm layers, usable alone on any `nn.Module`, and what converts and folds them."""
+"""Norm layers, usable in any `nn.Module`, and functions that convert, fold and compile them."""
 from model.norm.act import compile_norms, norm_relu
 from model.norm.cenconv import CenConv2d
 from model.norm.convert import NORMS, convert_norm, norm_args, norm_spec

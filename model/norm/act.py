@@ -1,4 +1,4 @@
-"""A norm, the addition after it and the ReLU, as residual blocks have them in a row."""
+"""A norm, the residual addition and the ReLU after it, as one step of a residual block."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -19,11 +19,10 @@ Tensor = torch.Tensor
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual): x, residual [N, C, H, W] -> the same. `norm`: any norm of maps, or nn.Identity.
+    """relu(norm(x) + residual): x, residual [N, C, H, W] -> the same shape. norm: any norm of maps, or nn.Identity.
 
-    A norm that `compile_norms` has marked takes, in training on a CPU, two passes over memory forward and two backward
-    instead of three to five each, and rounds bfloat16 once instead of after each of them. Such a norm has no second
-    derivative.
+    Training on a CPU, a norm marked by `compile_norms` needs two passes over memory forward and two backward instead
+    of three to five each, and rounds bfloat16 once instead of after each step. It then has no second derivative.
     """
     if norm.__dict__.get("compiled") and _fits(norm, x, residual):
         x = same_format(x, like=x)
@@ -37,9 +36,10 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 def compile_norms(model: nn.Module) -> int:
-    """Mark the batch norms, NBN and MABN layers of `model` for `norm_relu`; how many there are.
+    """Mark the batch norms, NBN and MABN layers of `model` for `norm_relu`, in place; returns how many there are.
 
-    Compiles first, a few seconds once a process. Raises ConfigError where there is no C++ compiler.
+    Compiles the C++ passes first, which takes a few seconds once per process. Raises ConfigError without a C++
+    compiler.
     """
     compiled()
     layers = [layer for layer in model.modules() if type(layer) in _TRAIN]
@@ -53,7 +53,7 @@ def _fits(norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
         return False
     if not keeps_up():
         return False
-    if x.numel() <= x.shape[1]:          # nothing, or one value a channel: torch says what it thinks of that
+    if x.numel() <= x.shape[1]:          # empty, or one value per channel: leave the error to torch
         return False
     if norm.weight is None or norm.weight.dtype != torch.float32 or getattr(norm, "normalization_batch_size", None):
         return False

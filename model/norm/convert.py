@@ -1,4 +1,4 @@
-"""Swap the norm layers of any model: one table of norms, one path through the modules."""
+"""Replace the norm layers of any model: one table of norms, one path through the modules."""
 from __future__ import annotations
 
 import inspect
@@ -50,9 +50,9 @@ def _frozen(channels, eps: float = 1e-5):
 
 
 class _Norm(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
     make: Callable[..., nn.Module]             # make(channels, **args)
-    carry_momentum: Callable | None = None     # torch's momentum -> an own one; None: no running statistics
+    carry_momentum: Callable | None = None     # torch's momentum -> this norm's; None: it has no running statistics
     own_args: tuple[str, ...] = ()             # arguments of the conversion, not of the layer
 
     def __call__(self, *args, **more) -> nn.Module:
@@ -60,14 +60,14 @@ class _Norm(NamedTuple):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The layer's arguments, by name all but its width, and those of the conversion."""
+        """The layer's arguments (keyword-only except its width), then those of the conversion."""
         width, *takes = inspect.signature(self.make, eval_str=True).parameters.values()
         own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in self.own_args]
         return inspect.Signature([width, *(item.replace(kind=item.KEYWORD_ONLY) for item in takes), *own])
 
 
 def _row(type: str, path: str) -> _Norm:
-    """A norm's line of the table; that of a class from outside, "module:Class", follows from its arguments."""
+    """A norm's row of the table; for an external class, "module:Class", it is derived from the arguments."""
     found = lookup(NORMS, type, f"{path}.type", "norm")
     if isinstance(found, _Norm):
         return found
@@ -88,8 +88,8 @@ NORMS: dict[str, _Norm] = {
 
 
 def norm_spec(norm: str | dict, path: str = "norm") -> tuple[str, dict[str, Any]]:
-    """A norm as a config writes it, a name or {"type": name, "args": {...}} -> (name, arguments). Raises ConfigError
-    for anything else."""
+    """(name, arguments) of a norm as given in a config: a name or {"type": name, "args": {...}}. Raises ConfigError for
+    anything else; whether the name exists isn't checked."""
     spec = {"type": norm} if isinstance(norm, str) else norm
     if isinstance(spec, dict) and set(spec) <= {"type", "args"} and isinstance(spec.get("type"), str):
         args = {} if spec.get("args") is None else spec["args"]
@@ -99,38 +99,39 @@ def norm_spec(norm: str | dict, path: str = "norm") -> tuple[str, dict[str, Any]
 
 
 def norm_args(type: str, path: str = "norm") -> list[str]:
-    """The names that `convert_norm(module, type, **args)` takes as args."""
+    """The names of the arguments that `convert_norm(module, type, **args)` accepts. Raises ConfigError for an unknown
+    type."""
     return [name for name in list(inspect.signature(_row(type, path)).parameters)[1:] if name != "affine"]
 
 
 def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "norm",
                  calibration_batch: object = None, **args) -> nn.Module:
-    """Make every norm layer of conv maps in `module` one of `type`; in place, and returned.
+    """Convert every norm layer of [N, C, H, W] maps in `module` to `type`, in place; returns the module.
 
-    Converted are batch norms (frozen and synchronised ones too), NBN, MABN, BatchRenorm, instance and group norms, in
-    any `nn.Module`; 1-d norms and `torch.nn.LayerNorm` are left alone. Names stay (`bn1` stays `bn1`); parameters,
-    their requires_grad, running statistics, device, type and training mode carry over as far as the new norm has them.
-    If `module` is itself a norm, the new layer is returned. timm's norms that activate too become a `NormAct`, whose
-    `norm` is the new layer.
+    Batch norms (also frozen and synchronised), NBN, MABN, BatchRenorm, instance and group norms are converted, in any
+    `nn.Module`; 1-d norms and `torch.nn.LayerNorm` are left alone. Names stay (`bn1` stays `bn1`); parameters, their
+    requires_grad, running statistics, device, dtype and training mode carry over as far as the new norm has them.
+    If `module` is itself a norm, the new layer is returned. timm's norms fused with an activation become a `NormAct`,
+    whose `norm` is the new layer.
 
-    `type`: a key of `NORMS`; `args`: the arguments of its constructor but the width, the same for all layers:
-    - all: `eps` (default: each layer's own); where there are running statistics `momentum`, in the new norm's own
-      convention (default: the layer's own if it isn't its type's default, else the new type's default).
-    - `BatchNorm2d`, `BatchRenorm`, `MABN`: `normalization_batch_size`, to normalise groups of so many images each by
-      itself; `BatchRenorm`: `r_max d_max warmup_iters r_ramp_iters d_ramp_iters`; `GroupNorm`: `num_groups` (default
-      32, brought to a divisor of the width).
-    - `NBN`: `where`: `last` (default where the model has stages), `all` (default elsewhere), or a list of stages; norms
-      outside become batch norm. One `scale_factor` is registered on the module that has `nbn_scope`, a value an
-      expert, else on `module` itself, one value.
-    - `MABN`: `B` (images in a training batch on a device; default `normalization_batch_size`, else 2), `real_B` (32),
-      `warmup_iters` (100), `centre` (true: convolutions become `CenConv2d`, weights kept, but those of single-element
-      filters, and those with a bias that no norm follows among their siblings: predictors, gates, FPN without norm).
+    `type`: a key of `NORMS`, or "module:Class". `args`: its constructor's arguments except the width, for all layers:
+    - all: `eps` (default: each layer's own); `momentum` for norms with running statistics, in the new norm's own
+      convention (default: the old layer's if that differs from its type's default, else the new type's default).
+    - `BatchNorm2d`, `BatchRenorm`, `MABN`: `normalization_batch_size`, to normalise groups of that many images
+      separately; `BatchRenorm`: `r_max d_max warmup_iters r_ramp_iters d_ramp_iters`; `GroupNorm`: `num_groups`
+      (default 32, reduced to a divisor of the width).
+    - `NBN`: `where`: `last` (default for models with stages), `all` (default for others), or a list of stages; all
+      other norms become batch norm. `scale_factor` is registered on the submodule that has `nbn_scope`, with one value
+      per expert, or else on `module` itself, with one value.
+    - `MABN`: `B` (training batch per device; default `normalization_batch_size`, else 2), `real_B` (32),
+      `warmup_iters` (100), `centre` (true: convolutions become `CenConv2d` with the same weights, except those with
+      single-element filters or with a bias and no norm after them in the same parent: predictors, gates, plain FPN).
 
-    MABN and NBN change the function of trained weights (no mean, centred filters; normalised parameters).
+    MABN and NBN change what trained weights compute (no mean, centred filters; normalised affine parameters).
     `calibration_batch`: an input of the module; it is run before and after in evaluation mode, and `module.norm_shift`
     is set to {"relative": |after - before| / |before|, "max": largest difference} over all outputs, and logged.
 
-    Raises ConfigError for an unknown type or argument or one out of range; `path` is what the message calls it.
+    Raises ConfigError, with `path` as the config key, for an unknown type or argument, or a value out of range.
     """
     norm = _row(type, path)
     for key in args:
@@ -142,7 +143,7 @@ def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "n
     scale_owners = {id(m.shared_scale[0]): m.shared_scale[0] for m in module.modules()
                     if isinstance(m, NormalizedBatchNorm2d) and m.shared_scale}
 
-    # First build all, so that an argument that is wrong leaves the module as it was.
+    # Build all new layers first, so that a wrong argument leaves the module as it was.
     inside = None if scopes is None else {id(layer) for scope in scopes[1] for layer in scope}
     new, fused = {}, {}
     for layer in filter(is_norm, module.modules()):
@@ -169,7 +170,7 @@ def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "n
 
 
 def replace_modules(module: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
-    """Put `new[id(child)]` in every place where a child stands; a layer that stands twice stays shared."""
+    """Replace each child (or `module` itself) by `new[id(child)]`, in place; a shared layer stays shared."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in new:
@@ -178,14 +179,15 @@ def replace_modules(module: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
 
 
 def take_apart(module: nn.Module) -> nn.Module:
-    """Make every batch norm that activates too a `NormAct` around a plain one; in place, and returned."""
+    """Convert every batch norm fused with an activation to a `NormAct` around a plain one, in place; returns `module`.
+    """
     return replace_modules(module, {id(layer): with_activation(_build(layer, NORMS["BatchNorm2d"], {}), layer)
                                     for layer in module.modules()
                                     if isinstance(layer, nn.BatchNorm2d) and is_fused(layer)})
 
 
 def _build(layer: nn.Module, norm: _Norm, args: dict) -> nn.Module:
-    """The layer that takes the place of norm `layer`."""
+    """The layer that replaces norm `layer`."""
     facts = read_facts(layer)
     args = {"eps": facts.eps, **args}
     if norm.carry_momentum and facts.momentum_chosen:
@@ -203,7 +205,7 @@ def _build(layer: nn.Module, norm: _Norm, args: dict) -> nn.Module:
 # ---- NBN: which layers share which scale ---------------------------------------------------------------------------
 
 def _nbn_scopes(module: nn.Module, where: object, path: str) -> tuple[nn.Module, list[list[nn.Module]]]:
-    """The module that gets `scale_factor`, and an expert's norm layers a list."""
+    """(the module that gets `scale_factor`, one list of norm layers per expert)."""
     for owner in module.modules():
         if callable(getattr(owner, "nbn_scope", None)):
             return owner, owner.nbn_scope("last" if where is None else where)
@@ -213,11 +215,11 @@ def _nbn_scopes(module: nn.Module, where: object, path: str) -> tuple[nn.Module,
 
 
 def _share_scales(owner: nn.Module, scopes: list[list[nn.Module]], new: dict[int, nn.Module]) -> None:
-    """Register `scale_factor` [E] on `owner`, one learned value an expert, and tell the new layers their index.
+    """Register `scale_factor` [E] on `owner`, one learned value per expert, and tell the new layers their index.
 
-    A layer that several experts share follows the first of them. Scales that are there already stay as they are.
+    A layer that several experts share uses the first one's scale. Existing scales stay as they are.
     """
-    if id(owner) in new:          # the module given is itself the norm: alone it has scale 1
+    if id(owner) in new:          # the module given is itself the norm, whose scale is then fixed at 1
         return
     present = getattr(owner, "scale_factor", None)
     if present is None or present.shape != (len(scopes),):
@@ -231,7 +233,7 @@ def _share_scales(owner: nn.Module, scopes: list[list[nn.Module]], new: dict[int
 # ---- MABN: which convolutions are centred ----------------------------------------------------------------------------
 
 def _normed_convs(module: nn.Module) -> Iterator[nn.Conv2d]:
-    """The plain convolutions that `centre` means; see `convert_norm`."""
+    """The plain convolutions that `centre` applies to; see `convert_norm`."""
     if type(module) is nn.Conv2d and _centrable(module, False):
         yield module
     for parent in module.modules():
@@ -251,7 +253,7 @@ def _centred(conv: nn.Conv2d) -> CenConv2d:
 
 
 def plain_conv(conv: CenConv2d) -> nn.Conv2d:
-    """The ordinary convolution that computes what `conv` does: its filters already centred."""
+    """An ordinary convolution equal to `conv`, with its filters already centred."""
     weight = nn.Parameter(conv.centred_weight().detach(), requires_grad=conv.weight.requires_grad)
     return _like_conv(nn.Conv2d, conv, weight)
 
@@ -267,7 +269,7 @@ def _like_conv(kind: type, conv: nn.Conv2d, weight: nn.Parameter) -> nn.Conv2d:
 
 @torch.no_grad()
 def _outputs(module: nn.Module, batch: object) -> list[torch.Tensor]:
-    """The floating point tensors that `module` answers `batch` with in evaluation mode; modes are restored."""
+    """The floating-point tensors in `module`'s output for `batch` in evaluation mode; modes are restored."""
     modes = [(m, m.training) for m in module.modules()]
     try:
         return [t.detach().clone() for t in _tensors(module.eval()(batch)) if t.is_floating_point()]
@@ -287,7 +289,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def _report_shift(module: nn.Module, type: str, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
-    """Set and log `module.norm_shift`; outputs whose shape changed (detections) count as not comparable: nan."""
+    """Set and log `module.norm_shift`; NaN if outputs changed shape (detections) and can't be compared."""
     if [t.shape for t in before] == [t.shape for t in after] and before:
         change = torch.cat([(b - a).flatten().double() for a, b in zip(before, after)])
         size = torch.cat([a.flatten().double() for a in before]).norm().clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""What norm layers of every type have in common, read from one layer and put into another."""
+"""What norm layers of all types have in common, read from one layer and written into another."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ _PUBLISHED_MOMENTUM = {MABN2d: 0.98, BatchRenorm2d: 0.01}      # else torch's 0.
 
 @dataclass
 class Facts:
-    """A norm layer's knowledge, whatever its type: [C] tensors, or None where the layer has no such thing."""
+    """A norm layer's parameters and statistics, whatever its type: [C] tensors, or None if the layer has none.
+
+    steps: 0-d `num_batches_tracked`.
+    """
     channels: int
     eps: float
     momentum: float | None            # weight of the new value, torch's convention; None: cumulative average
@@ -33,19 +36,20 @@ def is_frozen_batch_norm(layer: nn.Module) -> bool:
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """True for the norms of conv maps that can be exchanged; 1-d norms and torch.nn.LayerNorm aren't among them."""
+    """True for norms of [N, C, H, W] maps that can be converted; not for 1-d norms or torch.nn.LayerNorm."""
     kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm, MABN2d)
     lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
     return (isinstance(layer, kinds) and not lazy) or is_frozen_batch_norm(layer)
 
 
 def is_batch_norm(layer: nn.Module) -> bool:
-    """True for those of them that normalise over the batch, so that another norm can take their knowledge over."""
+    """True for norms as in `is_norm` that normalise over the batch, so that others can take over their statistics."""
     return is_norm(layer) and not isinstance(layer, (nn.GroupNorm, nn.InstanceNorm2d))
 
 
 def read_facts(layer: nn.Module) -> Facts:
-    """The facts of `layer`, one for which `is_norm` holds. Of NBN, the affine parameters in effect; of MABN, mean 0."""
+    """Read the facts of `layer`, for which `is_norm` must hold. NBN gives its effective affine parameters, MABN a mean
+    of 0 and its second moment as the variance."""
     momentum = getattr(layer, "momentum", None)
     default = next((m for kind, m in _PUBLISHED_MOMENTUM.items() if isinstance(layer, kind)), 0.1)
     tracks = hasattr(layer, "momentum") and not isinstance(layer, nn.InstanceNorm2d)
@@ -64,16 +68,16 @@ def read_facts(layer: nn.Module) -> Facts:
 
 @torch.no_grad()
 def write_facts(facts: Facts, layer: nn.Module) -> None:
-    """Give `layer` the parameters and running statistics in `facts`, as far as it has places for them.
+    """Copy the parameters and running statistics in `facts` into `layer`, as far as it has them.
 
-    MABN's running_var is a second moment: variance + mean^2.
+    MABN's running_var becomes the second moment, variance + mean^2.
     """
     for name, known in (("weight", facts.weight), ("bias", facts.bias)):
         place = getattr(layer, name)
         if place is not None and known is not None:
             place.copy_(known)
             if isinstance(place, nn.Parameter):
-                # A frozen norm's buffers become parameters to be trained; anything else stays as trainable as it was.
+                # A frozen norm's buffers become trainable parameters; others keep their requires_grad.
                 place.requires_grad_(known.requires_grad or not known.is_leaf or not isinstance(known, nn.Parameter))
     if facts.var is None or getattr(layer, "running_var", None) is None:
         return

@@ -1,4 +1,4 @@
-"""Fold norms into the convolution or linear layer before them: an evaluation copy at the bare convolutions' speed."""
+"""Fold norms into the convolution or linear layer before them: an evaluation copy as fast as without norms."""
 from __future__ import annotations
 
 import copy
@@ -18,7 +18,7 @@ from model.norm.nbn import NormalizedBatchNorm2d
 from model.norm.plain import SyncBatchNorm
 from model.norm.renorm import BatchRenorm2d
 
-# By exact type: a subclass may do more than its parent (normalise and activate, say), and then must be left alone.
+# Matched by exact type: a subclass may do more than its parent (normalise and activate, say) and can't be folded.
 _NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm, NormalizedBatchNorm2d,
           GroupedBatchNorm2d, MABN2d, BatchRenorm2d}
 _LINEAR_MAPS = {nn.Conv1d, nn.Conv2d, nn.Conv3d, CenConv2d, nn.Linear}       # [out, ...] weights
@@ -28,23 +28,23 @@ _LINEAR_FUNCTIONS = (F.linear, torch._C._nn.linear)
 
 @torch.no_grad()
 def fold_norm(module: nn.Module) -> nn.Module:
-    """An evaluation copy of `module` without the norms that can go; `module` itself is unchanged.
+    """A copy of `module` in evaluation mode with its norms folded away where possible; `module` itself is unchanged.
 
-    Batch norms (1-d to 3-d, frozen, synchronised, timm's that activate too), NBN, MABN and BatchRenorm are folded into
-    the convolution or linear layer before them, an `nn.Identity` takes their place, and each `CenConv2d` becomes an
-    `nn.Conv2d` with centred weights. Evaluation outputs are the same to rounding. Names stay; `weight`s change, and a
-    `bias` is added.
+    Batch norms (1-d to 3-d, frozen, synchronised, timm's fused with an activation), NBN, MABN and BatchRenorm are
+    folded into the convolution or linear layer before them and replaced by `nn.Identity`, and each `CenConv2d` becomes
+    an `nn.Conv2d` with centred weights. Evaluation outputs are equal up to rounding. Module names stay; `weight`s
+    change, and a `bias` is added.
 
-    A norm goes only where its input is the output of that layer and nothing else uses that output, both being
-    called once: this is read off the traced dataflow (torch.fx), so pre-activation norms, shared layers, and layers
-    with hooks stay as they are. Parts of a model that can't be traced, or that evaluation doesn't call, are left out
-    there and traced each by itself; what is called in them is then taken to be called nowhere else.
+    A norm is folded only if its input is that layer's output, nothing else uses that output, and both are called once.
+    This is determined from the traced dataflow (torch.fx), so pre-activation norms, shared layers and layers with hooks
+    stay as they are. Parts that can't be traced, or that evaluation doesn't call, are traced separately, assuming that
+    their modules are called nowhere else.
     """
     folded = take_apart(copy.deepcopy(module).eval())
     _fold_traced(folded)
     folded = replace_modules(folded, {id(m): plain_conv(m) for m in folded.modules() if isinstance(m, CenConv2d)})
     if not any(isinstance(m, NormalizedBatchNorm2d) for m in folded.modules()):
-        for m in folded.modules():          # NBN's scales have no reader any more
+        for m in folded.modules():          # nothing reads NBN's scales any more
             if isinstance(m._parameters.get("scale_factor"), nn.Parameter):
                 del m.scale_factor
     return folded
@@ -57,7 +57,7 @@ def _is_linear_map(layer: nn.Module) -> bool:
 # ---- dataflow ------------------------------------------------------------------------------------------------------
 
 class _Tracer(fx.Tracer):
-    """Traces down to norms and layers of torch.nn; what can't be traced becomes one opaque call."""
+    """Traces down to norms and torch.nn layers; a module that can't be traced becomes one opaque call."""
 
     def __init__(self, method: str = "forward"):
         super().__init__()
@@ -81,9 +81,9 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(root: nn.Module, method: str = "forward", **fixed: object) -> tuple[fx.Graph | None, list[nn.Module]]:
-    """The graph of `root`'s method, and the modules that it doesn't look into; (None, its children) if there is none.
+    """(the graph of `root`'s method, the modules that it doesn't cover), or (None, root's children) if tracing fails.
 
-    Arguments that have defaults are taken at their defaults, or as `fixed`.
+    Arguments with defaults are fixed at their defaults, or at the values in `fixed`.
     """
     tracer = _Tracer(method)
     try:
@@ -96,7 +96,7 @@ def _trace(root: nn.Module, method: str = "forward", **fixed: object) -> tuple[f
 
 
 def _never_called(root: nn.Module, seen: set[nn.Module]) -> list[nn.Module]:
-    """The largest parts of `root` of which no module is in `seen`."""
+    """The largest submodules of `root` that contain no module in `seen`."""
     parts = []
     for child in root.children():
         touched = seen.intersection(child.modules())
@@ -105,14 +105,14 @@ def _never_called(root: nn.Module, seen: set[nn.Module]) -> list[nn.Module]:
 
 
 def _fold_traced(root: nn.Module) -> None:
-    """Fold in `root` as its own dataflow allows, then in the parts that it could not look into."""
+    """Fold norms in `root` according to its traced graph, then in the parts that the graph doesn't cover."""
     if type(root) in _NORMS or _is_linear_map(root) or not any(True for _ in root.children()):
         return
     graph, rest = _trace(root)
     if graph is not None:
         _fold_graph(root, graph)
     elif hasattr(root, "trunk") and hasattr(root, "expert_feat"):
-        # Our backbones with routing: what follows the gates depends on the data, the two halves around them don't.
+        # Our backbones with routing: control flow depends on the gates' outputs, but not within the trunk or an expert.
         halves = [_trace(root, "trunk")] + [_trace(root, "expert_feat", expert=i) for i in range(root.num_experts)]
         for half, _ in halves:
             if half is not None:
@@ -128,7 +128,7 @@ def _fold_graph(root: nn.Module, graph: fx.Graph) -> None:
     read = [node.target for node in graph.nodes if node.op == "get_attr"]
 
     def alone(node: fx.Node) -> bool:
-        """Is the module that `node` calls called here only, registered once, and not looked into from outside?"""
+        """Whether the module that `node` calls is called once, registered once, free of hooks, and not read from."""
         module = modules[node]
         hooks = module._forward_hooks or module._forward_pre_hooks
         return (calls[id(module)] == 1 and places[id(module)] == 1 and not hooks
@@ -154,13 +154,13 @@ def _fold_graph(root: nn.Module, graph: fx.Graph) -> None:
 
 
 def _owner_of_weights(root: nn.Module, call: fx.Node) -> nn.Module | None:
-    """The linear layer whose `weight` and `bias` the function call reads, as a subclass of nn.Linear does; or None."""
+    """The nn.Linear whose `weight` and `bias` are the arguments of the functional `call`, or None."""
     _, weight, bias = [*call.args, *call.kwargs.values(), None][:3]
     owner = [getattr(node, "target", "").rpartition(".") for node in (weight, bias) if isinstance(node, fx.Node)]
     single = all(node.op == "get_attr" and len(node.users) == 1 for node in (weight, bias) if isinstance(node, fx.Node))
     if not single or not owner or {place for place, _, _ in owner} != {owner[0][0]}:
         return None
-    if [name for _, _, name in owner] != ["weight", "bias"]:        # no place to put a shift without a bias
+    if [name for _, _, name in owner] != ["weight", "bias"]:        # without a bias there is no place for the shift
         return None
     layer = root.get_submodule(owner[0][0])
     return layer if isinstance(layer, nn.Linear) else None
@@ -169,7 +169,7 @@ def _owner_of_weights(root: nn.Module, call: fx.Node) -> nn.Module | None:
 # ---- arithmetic ----------------------------------------------------------------------------------------------------
 
 def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm in evaluation as x * scale + shift: [C] each, float64."""
+    """(scale, shift), float64 [C] each, so that the norm in evaluation is x * scale + shift."""
     facts = read_facts(norm)
     scale = (facts.var.double() + facts.eps).rsqrt()
     if facts.weight is not None:
@@ -179,7 +179,7 @@ def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scale_outputs(layer: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> None:
-    """Make `layer` answer y * scale + shift where it answered y."""
+    """Change `layer`, in place, so that it returns y * scale + shift where it returned y. scale, shift: float64 [C]."""
     weight = layer.weight if not isinstance(layer, CenConv2d) else layer.centred_weight()
     column = scale.view(-1, *[1] * (weight.dim() - 1))
     if layer.bias is not None:

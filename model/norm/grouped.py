@@ -1,4 +1,4 @@
-"""Batch norm over small groups of a large batch: the statistics of a small one at the speed of the large."""
+"""Batch norm over small groups of a large batch: the statistics of small batches at the speed of a large one."""
 from __future__ import annotations
 
 import torch
@@ -12,7 +12,7 @@ from utils.errors import ConfigError
 
 
 def check_group_size(size: int | None) -> int | None:
-    """`size` itself, if it can be a normalisation batch; else ConfigError."""
+    """Returns `size` if it is a valid number of images per group, or None; raises ConfigError otherwise."""
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ConfigError(f"normalization_batch_size: {size!r} isn't a number of images; use an integer from 1 up")
     return size
@@ -21,7 +21,7 @@ def check_group_size(size: int | None) -> int | None:
 def group_mean(per_sample: torch.Tensor, size: int) -> torch.Tensor:
     """Means over groups of `size` consecutive rows: [N, C] -> [G, C], G = ceil(N / size).
 
-    A last group that is short is the mean of the rows it has.
+    The last group may be smaller; its mean is over the rows that it has.
     """
     n = len(per_sample)
     short = -n % size
@@ -30,14 +30,14 @@ def group_mean(per_sample: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def group_sizes(n: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """How many of n samples are in each group of `size`: [G, 1], of `like`'s type and device."""
+    """How many of n samples are in each group of `size`: [G, 1], with `like`'s dtype and device."""
     sizes = like.new_full((-(-n // size), 1), size)
     sizes[-1] -= -n % size
     return sizes
 
 
 def group_expand(per_group: torch.Tensor, size: int, n: int) -> torch.Tensor:
-    """Each sample's group's row: [G, C] -> [N, C], `n` = N."""
+    """Repeat each group's row for all its samples: [G, C] -> [N, C], n = N."""
     return per_group.repeat_interleave(size, dim=0)[:n]
 
 
@@ -45,10 +45,10 @@ def group_expand(per_group: torch.Tensor, size: int, n: int) -> torch.Tensor:
 def group_moments(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance, each [G, C], of consecutive groups of `size` samples of x [N, C, H, W].
 
-    A group's variance is the mean of its samples' variances plus the variance of their means: no difference of
-    large numbers. float32 at least, whatever x's type. Not for gradients: see `normalise_groups`.
+    A group's variance is the mean of its samples' variances plus the variance of their means, so that no large numbers
+    cancel. float32 at least, whatever x's dtype. Not differentiable: see `normalise_groups`.
     """
-    # Not var_mean, which takes ten times as long on a CPU.
+    # torch.var_mean takes ten times as long on a CPU.
     mean = x.mean((2, 3), dtype=wide_type(x.dtype))
     var = (x - mean[:, :, None, None]).square_().mean((2, 3))
     grouped = group_mean(mean, size)
@@ -58,8 +58,11 @@ def group_moments(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tenso
 
 def normalise_groups(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
                      eps: float, size: int) -> torch.Tensor:
-    """Batch norm of each group of `size` samples by itself, `group_moments(x, size)` given: the gradient flows through
-    them as well. x [N, C, H, W] -> the same type and format; weight, bias: [C] or [G, C]; mean, var: [G, C]."""
+    """Training-mode batch norm of each group of `size` samples separately, given `mean, var = group_moments(x, size)`;
+    the gradient flows through these moments too.
+
+    x [N, C, H, W] -> the same shape, dtype and memory format; weight, bias: [C] or [G, C]; mean, var: [G, C].
+    """
     return _NormaliseGroups.apply(same_format(x, like=x), weight.expand_as(mean), bias.expand_as(mean), mean,
                                   (var + eps).rsqrt_(), size)
 
@@ -92,12 +95,13 @@ class _NormaliseGroups(torch.autograd.Function):
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that normalises each `normalization_batch_size` images of a training batch by themselves.
+    """Batch norm that normalises consecutive groups of `normalization_batch_size` training images separately.
 
-    The study of small batches in Yan et al. (ICLR 2020): SGD keeps its large batch, the norm sees a small one. Groups
-    are taken in order; a last group that is short is normalised by the images it has, and one single value (one image,
-    1x1) becomes 0 before the affine. The running statistics are updated once a step, by the mean over the groups.
-    x: [N, C, H, W] -> the same. Evaluation, parameters and buffers are `torch.nn.BatchNorm2d`'s.
+    This simulates small batches as in Yan et al. (ICLR 2020): SGD keeps its large batch while the norm sees small ones.
+    The last group may be smaller; a group with a single value per channel (one image, 1x1) becomes 0 before the affine
+    map. The running statistics are updated once a step, by the mean over the groups.
+    x: [N, C, H, W] -> the same shape. Evaluation, parameters and buffers are `torch.nn.BatchNorm2d`'s. Raises
+    ConfigError for a group size below 1.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,

@@ -1,8 +1,8 @@
-"""Per-channel sums and affine maps of [N, C, H, W] tensors, one pass over memory each.
+"""Per-channel sums and affine maps of [N, C, H, W] tensors, each in one pass over memory.
 
-torch's batch norm kernels already are the fast passes wanted here, vectorised for both memory formats and for mixed
-types. With mean 0 and standard deviation 1 put in, evaluation-mode batch norm is y = x * scale + shift, and the
-parameter gradients of its backward are sum(a * b) and sum(a).
+torch's batch norm kernels already are the fast passes needed here, vectorised for both memory formats and for mixed
+types. With mean 0 and standard deviation 1, evaluation-mode batch norm is y = x * scale + shift, and its backward
+pass gives sum(a * b) and sum(a) as the parameters' gradients.
 """
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _native = torch.ops.aten.native_batch_norm.default
 _native_out = torch.ops.aten.native_batch_norm.out
 _native_backward = torch.ops.aten.native_batch_norm_backward.default
 _native_moments = torch.ops.aten.batch_norm_update_stats.default
-_ENOUGH_ROWS = 16      # contiguous images from which on they are faster taken as rows
+_ENOUGH_ROWS = 16      # from this many contiguous images on, it is faster to treat each image as a row
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """The type statistics of `dtype` values are kept in: float32 at least."""
+    """The dtype in which statistics of `dtype` values are kept: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -34,8 +34,10 @@ def same_format(a: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def dot_and_sum(a: torch.Tensor, b: torch.Tensor, per_sample: bool = False,
                 centre: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum(a * (b - centre)) and sum(a) of a, b [N, C, H, W] alike in type and format: [C] each, or [N, C] for each
-    sample, and centre (0 where it is None) like them."""
+    """sum(a * (b - centre)) and sum(a) over N, H, W: [C] each; with `per_sample` over H, W: [N, C] each.
+
+    a, b: [N, C, H, W] of the same dtype and memory format. centre: shaped like the results; None means 0.
+    """
     wide = wide_type(a.dtype)
     if per_sample and not a.is_contiguous():
         b = b if centre is None else b - _column(centre)
@@ -58,8 +60,8 @@ def dot_and_sum(a: torch.Tensor, b: torch.Tensor, per_sample: bool = False,
 
 
 def _positions_a_row(x: torch.Tensor) -> int:
-    """How many positions of channels_last x are best taken as one row, as if they were channels: over rows of few
-    channels the loop costs more than the memory."""
+    """How many positions of channels_last x to merge into one row, as if they were channels: with few channels a row,
+    the loop's overhead costs more than the memory access."""
     return math.gcd(x.numel() // x.shape[1], 8) if x.shape[1] < 32 else 1
 
 
@@ -72,7 +74,8 @@ def _long_rows(x: torch.Tensor, positions: int) -> torch.Tensor:
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance over N, H, W of x [N, C, H, W]: [C] each, in float32 at least.
 
-    In two passes, the second with the mean, as batch norm's own: no difference of large numbers. Not for gradients.
+    In two passes as in torch's batch norm, the second with the mean known, so that no large numbers cancel. Not
+    differentiable.
     """
     x = x.detach().to(wide_type(x.dtype))
     if not _runs_kernels(x):
@@ -80,8 +83,8 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mean, var
     if not x.is_contiguous() or len(x) < _ENOUGH_ROWS:
         return _native_moments(x, None, None, 0.0)
-    # The kernel for channels innermost is several times as fast. Contiguous images are such rows, every value of an
-    # image a "channel" of its own, and a channel's moments are put together from its values' moments.
+    # The kernel for innermost channels is several times as fast. Contiguous images are such rows if every value of an
+    # image counts as a "channel" of its own; a real channel's moments then follow from those of its values.
     means, variances = (part.view(x.shape[1], -1) for part in _native_moments(x.view(len(x), -1), None, None, 0.0))
     mean = means.mean(1, keepdim=True)
     return mean.flatten(), torch.addcmul(variances, means - mean, means - mean).mean(1)
@@ -89,9 +92,9 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def normalise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
               eps: float) -> torch.Tensor:
-    """Batch norm in training, where `moments(x)` are known: the gradient flows through them as well.
+    """Training-mode batch norm, given `mean, var = moments(x)`; the gradient flows through these moments too.
 
-    x [N, C, H, W] -> the same type and format; weight, bias, mean, var: [C].
+    x [N, C, H, W] -> the same shape, dtype and memory format; weight, bias, mean, var: [C].
     """
     if not _runs_kernels(x):
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
@@ -121,32 +124,32 @@ def _runs_kernels(x: torch.Tensor) -> bool:
 
 
 def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """x * scale + shift in x's type and memory format; x [N, C, H, W]; scale and shift [C] or [N, C] each."""
+    """x * scale + shift in x's dtype and memory format. x [N, C, H, W]; scale and shift both [C] or both [N, C]."""
     if scale.dim() == 1:
         positions = 1 if x.is_contiguous() or not _runs_kernels(x) else _positions_a_row(x)
         zero, one = _zeros_ones(x, positions * x.shape[1])
         if positions == 1:
             return _native(x, scale, shift, zero, one, False, 0.0, 0.0)[0]
-        y = torch.empty_like(x)                                      # whole, not a view: callers may write into it
+        y = torch.empty_like(x)                                      # not a view: callers may write into it in place
         _native_out(_long_rows(x, positions), scale.repeat(positions), shift.repeat(positions), zero, one, False, 0.0,
                     0.0, out=_long_rows(y, positions), save_mean=zero.new_empty(0), save_invstd=zero.new_empty(0))
         return y
     if x.is_contiguous():
         planes = affine(x.view(1, -1, *x.shape[2:]), scale.reshape(-1), shift.reshape(-1))
-        return torch.ops.aten._unsafe_view(planes, x.shape)      # its own storage: callers may write into it
+        return torch.ops.aten._unsafe_view(planes, x.shape)      # no view to autograd: callers may write into it
     return torch.addcmul(_column(shift), x, _column(scale)).to(x.dtype)
 
 
 def weighted_sum(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
-    """a * a_scale + b * b_scale in a's type and format; a, b [N, C, H, W]; the scales [C] or [N, C]."""
-    if a.dtype != a_scale.dtype and a_scale.dim() == 1:      # half types: no pass over wide ones
+    """a * a_scale + b * b_scale in a's dtype and memory format; a, b [N, C, H, W]; the scales [C] or [N, C]."""
+    if a.dtype != a_scale.dtype and a_scale.dim() == 1:      # half precision: avoids a pass over float32 copies
         nothing = torch.zeros_like(a_scale)
         return affine(a, a_scale, nothing).add_(affine(b, b_scale, nothing))
     return torch.mul(a, _column(a_scale)).addcmul_(b, _column(b_scale)).to(a.dtype)
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off for x's device; statistics keep their types. Nothing is entered where it is off already."""
+    """A context with autocast off on x's device, so that statistics keep their dtype; a null context if it is off."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
@@ -162,6 +165,6 @@ def _zeros_ones(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Ten
 
 @functools.lru_cache(maxsize=512)
 def _constants(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros and ones [channels] that are only ever read: made once, as making them costs what a small layer costs."""
+    """Zeros and ones, [channels] each, never written to. Cached because making them takes as long as a small layer."""
     with torch.inference_mode(False):
         return torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)

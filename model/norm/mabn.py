@@ -1,4 +1,4 @@
-"""Moving average batch norm: batch norm for small batches, by moments averaged over the last iterations."""
+"""Moving average batch norm: batch norm for small batches, with moments averaged over the last iterations."""
 from __future__ import annotations
 
 import math
@@ -13,19 +13,19 @@ from model.norm.grouped import check_group_size, group_expand, group_mean
 from model.norm.kernels import affine, dot_and_sum, same_format, weighted_sum, without_autocast
 from utils.errors import ConfigError
 
-_MAX_CALLS = 64      # forwards between two optimizer steps that a recomputation can still refer to
+_MAX_CALLS = 64      # forward passes between two optimizer steps that a recomputation can still refer to
 
 
 class _Call(NamedTuple):
-    """One training forward's statistics, [C] each ([G, C] where groups are simulated), and its iteration t."""
+    """The statistics of one training forward pass, [C] each ([G, C] with simulated small batches), and iteration t."""
     chi: torch.Tensor       # mean of x^2
     inv_std: torch.Tensor   # 1 / sqrt(var + eps)
     per_x: torch.Tensor     # r / sqrt(var + eps): r z = x * per_x
     t: int | torch.Tensor
 
 
-# The state is advanced by the same lines on every device. On the CPU the iteration t and all conditions on it are plain
-# Python values, which saves small tensor operations; on a GPU they are tensors, so that no step waits for the device.
+# The same code updates the state on every device. On the CPU the iteration t and all conditions on it are plain Python
+# values, which saves small tensor operations; on a GPU they are tensors, so that no step waits for the device.
 
 def _iteration(iters: torch.Tensor) -> int | torch.Tensor:
     return iters.item() if iters.device.type == "cpu" else iters.clone()
@@ -44,7 +44,7 @@ class MABN2d(nn.Module):
     """Moving Average Batch Normalization (Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of
     Batch Normalization", ICLR 2020), as its formal implementation defines it.
 
-    x: [N, C, H, W] -> the same shape, type and memory format. Training iteration t = 1, 2, ...; K = real_B / B:
+    x: [N, C, H, W] -> the same shape, dtype and memory format. Training iteration t = 1, 2, ...; K = real_B / B:
     - chi = mean of x^2 over N, H, W goes to `buffer_x2[t mod K]`; var = chi while t <= K or t < warmup_iters, then the
       buffer's mean. z = x / sqrt(var + eps).
     - r = sqrt(var + eps) / sqrt(running_var + eps), 1 while t <= max(1000, warmup_iters), then clipped to [1/5, 5];
@@ -54,19 +54,21 @@ class MABN2d(nn.Module):
     Evaluation: x / sqrt(running_var + eps) * w + b. No mean is subtracted: see `CenConv2d`.
 
     `B` is the number of images in a training batch, `real_B` the number whose moments are averaged, a multiple of B.
-    Any batch size works: a batch, a short last one too, counts as one iteration. An empty batch changes nothing.
-    `normalization_batch_size` simulates small batches inside a large one (the paper's ImageNet study): each group of
-    that many images, in order, has its own moments, averaged over the K newest groups, those of earlier iterations
-    included; the buffers then hold the K newest groups, newest last, and running_var follows the mean over the groups.
-    A last group that is short counts as a group.
+    Any batch size works: each batch, even a smaller last one, counts as one iteration. An empty batch changes nothing.
+    `normalization_batch_size` simulates small batches inside a large one (the paper's ImageNet study): consecutive
+    groups of that many images have their own moments, averaged over the K newest groups, including those of earlier
+    iterations; the buffers then hold the K newest groups, newest last, and running_var follows the mean over the
+    groups. The last group may be smaller.
 
-    Buffers (also the keys and shapes of the authors' checkpoints): running_var [1, C, 1, 1], iters [1] int64,
-    buffer_x2 and buffer_gz [K, C]. All work stays on the device. Values that aren't finite, as mixed precision makes
+    Buffers (names and shapes as in the authors' checkpoints): running_var [1, C, 1, 1], iters [1] int64,
+    buffer_x2 and buffer_gz [K, C]. All work stays on the device. Non-finite values, which mixed precision produces
     when its loss scale is too high, never enter the buffers.
-    Gradient checkpointing: a forward that is recomputed in the backward pass takes the statistics of the first one and
-    leaves the state alone. DDP: each process has its own statistics; with DDP's default `broadcast_buffers`, rank 0's
-    are copied to the others before each forward, so rank 0's history is what all are normalised by.
+    Gradient checkpointing: a forward pass recomputed in the backward pass reuses the statistics of the original one
+    and doesn't change the state. DDP: each process has its own statistics; with DDP's default `broadcast_buffers`,
+    rank 0's are copied to the others before each forward pass, so that rank 0's history normalises all batches.
     `torch.compile`: the training forward runs outside the graph (the backward pass updates a buffer).
+
+    Raises ConfigError for B, real_B, eps, momentum or the group size out of range; ValueError for x that isn't 4-D.
     """
 
     def __init__(self, channels: int, B: int, real_B: int, eps: float = 1e-5, momentum: float = 0.98,
@@ -109,8 +111,8 @@ class MABN2d(nn.Module):
         return _Normalise.apply(x, self.weight, self.bias, call, self)
 
     def statistics(self, chi: torch.Tensor) -> _Call:
-        """This forward's statistics, given its chi [C] or [G, C]; the state moves on by one iteration unless this is a
-        recomputation."""
+        """The statistics of this forward pass from its chi, [C] or [G, C]; advances the state by one iteration unless
+        this is a recomputation."""
         if torch._C._current_graph_task_id() != -1 and self._calls:           # we are inside a backward pass
             return self._recall(chi)
         t = _iteration(self.iters.add_(1))
@@ -126,22 +128,23 @@ class MABN2d(nn.Module):
         return call
 
     def slope(self, psi: torch.Tensor, call: _Call) -> torch.Tensor:
-        """What the gradient takes off per x, negative, given this backward's psi; that enters the buffer."""
+        """The factor of x in dx, -psi / (var + eps), shaped like psi [C] or [G, C]. Enters this backward pass's psi in
+        the buffer and uses the averaged one."""
         averaged, _ = self._average(self.buffer_gz, psi, call.t)
-        return averaged * (call.inv_std * -call.inv_std)                       # x * that = -z psi / sqrt(var + eps)
+        return averaged * (call.inv_std * -call.inv_std)                # times x this is -z psi / sqrt(var + eps)
 
     @property
     def _grouped(self) -> bool:
         return self.normalization_batch_size is not None
 
     def _pool(self, sums: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Means over a group's values from sums over x's values: [C] -> [C], or [N, C] -> [G, C]."""
+        """Turn sums over x's values into means: [C] -> [C] over the batch, or [N, C] -> [G, C] over each group."""
         if self._grouped:
             return group_mean(sums, self.normalization_batch_size) / (x.shape[2] * x.shape[3])
         return sums * (x.shape[1] / x.numel())
 
     def _spread(self, per_group: torch.Tensor, n: int) -> torch.Tensor:
-        """What each of n samples takes of its group: [C] stays, [G, C] -> [n, C]."""
+        """Each of n samples' row of its group, [G, C] -> [n, C]; [C] stays as it is."""
         return group_expand(per_group, self.normalization_batch_size, n) if self._grouped else per_group
 
     def _average(self, buffer: torch.Tensor, new: torch.Tensor, t: int | torch.Tensor) -> tuple:
@@ -162,7 +165,7 @@ class MABN2d(nn.Module):
         return _choose((t <= size) | (t < self.warmup_iters), new, averaged), finite
 
     def _remember(self, call: _Call) -> None:
-        """Keep the call for a recomputation; calls from before the last optimizer step can't be asked for any more."""
+        """Keep the call for a recomputation; those from before the last optimizer step are no longer needed."""
         if self.weight._version != self._calls_version:
             self._calls_version = self.weight._version
             self._calls.clear()
@@ -170,7 +173,7 @@ class MABN2d(nn.Module):
         del self._calls[:-_MAX_CALLS]
 
     def _recall(self, chi: torch.Tensor) -> _Call:
-        """The earlier call on this input: the one of the nearest chi, as a layer may be called several times a step."""
+        """The original call on this input: the one with the nearest chi, as a layer may be called more than once."""
         alike = [call for call in self._calls if call.chi.shape == chi.shape]
         if len(alike) == 1:
             return alike[0]
@@ -186,10 +189,10 @@ class MABN2d(nn.Module):
                 f"warmup_iters={self.warmup_iters}{simulated}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Take the authors' two kinds of checkpoints (running_var [1, C, 1, 1] or [C]; the classification demo's
-        `sta_matrix pre_x2 pre_gz` are dropped) and a batch norm's (its second moment is variance + mean^2).
+        """Load the authors' two kinds of checkpoints (running_var [1, C, 1, 1] or [C]; the classification demo's
+        `sta_matrix pre_x2 pre_gz` are dropped) and batch norm's (the second moment is variance + mean^2).
 
-        A history that isn't there, or is of another K, is filled with what is known of its mean.
+        A history that is missing, or of another length K, is filled with its mean as far as that is known.
         """
         for name in ("sta_matrix", "pre_x2", "pre_gz", "num_batches_tracked"):
             state_dict.pop(prefix + name, None)
@@ -209,7 +212,7 @@ class MABN2d(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """y = w r z + b and its gradient by averaged moments. `layer`: the MABN2d."""
+    """y = w r z + b, with a gradient that uses averaged moments. `layer`: the MABN2d."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, call, layer):

@@ -1,4 +1,4 @@
-"""Norms that timm fuses with the activation after them, taken apart: the norm alone can be exchanged or folded."""
+"""Splitting norms that timm fuses with an activation, so that the norm alone can be converted or folded."""
 from __future__ import annotations
 
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class NormAct(nn.Module):
-    """A norm, then what followed it in one module: dropping (nothing, nearly always) and the activation."""
+    """A norm followed by the dropout (nearly always an identity) and activation that timm fused with it."""
 
     def __init__(self, norm: nn.Module, drop: nn.Module, act: nn.Module):
         super().__init__()
@@ -23,5 +23,5 @@ def is_fused(layer: nn.Module) -> bool:
 
 
 def with_activation(norm: nn.Module, fused: nn.Module) -> nn.Module:
-    """`norm`, followed by what `fused` does after its own."""
+    """`norm` followed by the dropout and activation of `fused`, as a `NormAct`."""
     return NormAct(norm, fused.drop, fused.act).train(fused.training)

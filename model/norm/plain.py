@@ -1,4 +1,4 @@
-"""The norms of other papers that NBN and MABN are compared with, made safe for every map size and device."""
+"""Norms from other papers that NBN and MABN are compared with, made to work for every map size and device."""
 from __future__ import annotations
 
 import math
@@ -13,10 +13,10 @@ from utils.errors import ConfigError
 
 
 def group_count(channels: int, num_groups: int | None = None) -> int:
-    """How many groups GroupNorm gets for `channels`: `num_groups` where that divides, else their common divisor.
+    """GroupNorm's number of groups for `channels`: the greatest common divisor of `num_groups` and `channels`.
 
-    Where nobody chose (None) it is 32 (Wu & He, ECCV 2018), and narrow layers keep at least two channels a group:
-    with one a group norm would be an instance norm.
+    None means 32 (Wu & He, ECCV 2018), or less in narrow layers so that a group has at least two channels: with one,
+    group norm would be instance norm. Raises ConfigError if num_groups is below 1.
     """
     if num_groups is not None:
         if num_groups < 1:
@@ -29,16 +29,16 @@ def group_count(channels: int, num_groups: int | None = None) -> int:
 
 
 class GroupNorm2d(nn.GroupNorm):
-    """Group norm of maps [N, C, H, W], `num_groups` brought to a divisor of C (see `group_count`)."""
+    """Group norm of maps [N, C, H, W]; `num_groups` is reduced to a divisor of C, see `group_count`."""
 
     def __init__(self, num_channels: int, num_groups: int | None = None, eps: float = 1e-5, affine: bool = True):
         super().__init__(group_count(num_channels, num_groups), num_channels, eps=eps, affine=affine)
 
 
 class LayerNorm2d(nn.GroupNorm):
-    """Layer norm of maps as the norm papers compare it: mean and variance over C, H, W of an image, affine per channel.
+    """Layer norm of maps as norm papers define it: mean and variance over C, H, W of each image, affine per channel.
 
-    x: [N, C, H, W] -> the same; this is group norm with one group.
+    x: [N, C, H, W] -> the same shape. Equal to group norm with one group.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-5, affine: bool = True):
@@ -48,7 +48,7 @@ class LayerNorm2d(nn.GroupNorm):
 class InstanceNorm2d(nn.InstanceNorm2d):
     """Instance norm (Ulyanov 2016) of maps [N, C, H, W]: affine, without running statistics.
 
-    On 1x1 maps, where torch refuses, each value is its own mean: the output is the bias.
+    On 1x1 maps, which torch refuses, each value is its own mean, so the output is the bias.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True):
@@ -66,10 +66,10 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm`, on CPU processes (gloo) too, where torch has only the GPU kernel.
+    """`torch.nn.SyncBatchNorm` that also works in CPU processes (gloo); torch has a GPU kernel only.
 
-    x: [N, C, ...] -> the same, normalised by the mean and variance over all ranks' batches; their sizes may differ.
-    Without a process group it is batch norm.
+    x: [N, C, ...] -> the same shape, normalised by the mean and variance over all ranks' batches, whose sizes may
+    differ. Without a process group it is plain batch norm.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of all ranks' tensors, on each; every rank's gradient reaches every rank's tensor."""
+    """All-reduce sum that is differentiable: every rank's gradient reaches every rank's tensor."""
 
     @staticmethod
     def forward(ctx, x):

@@ -1,4 +1,4 @@
-"""Watch the four batch statistics of one norm layer while a network trains."""
+"""Record the four batch statistics of one norm layer while a network trains."""
 from __future__ import annotations
 
 import torch
@@ -14,11 +14,12 @@ class StatisticsRecorder:
     """Batch mean, batch variance and the two backward statistics of a norm layer, as MABN's authors plot them.
 
     With x the layer's input, y = (x - mean) / sqrt(var + eps) (MABN: x / sqrt(mean of x^2 + eps)), w its weight and
-    g = w * dL/d(output): `mean`, `var` of x, `mean_g` = mean of g, `mean_gy` = mean of g * y, over the whole batch
-    (Yan et al., ICLR 2020, call the last two g_B and Psi_B: their spread is what small batches enlarge).
+    g = w * dL/d(output): `mean` and `var` of x, `mean_g` = mean of g, `mean_gy` = mean of g * y, over the whole batch
+    (the last two are g_B and Psi_B in Yan et al., ICLR 2020; small batches increase their variance).
 
-    `layer`: the norm's name in `model`; by default the last one. `channel`: which channel to report, None: the mean
-    over channels. Values stay on the device; `read` gives 0-d tensors. `close()` ends the recording.
+    layer: the norm's name in `model`; by default the last norm. channel: which channel to report; None: the mean over
+    channels. Values stay on the device; `read` returns 0-d tensors. `close()` ends the recording. Raises ConfigError if
+    `model` has no norm of that name.
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None, channel: int | None = None):
@@ -37,7 +38,7 @@ class StatisticsRecorder:
                 for name, value in self._latest.items()}
 
     def close(self) -> None:
-        """Take the hook off the layer."""
+        """Remove the hook from the layer."""
         self._hook.remove()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Batch renormalisation: batch norm whose training output follows the running statistics."""
+"""Batch renormalisation: batch norm whose training output is corrected towards the running statistics."""
 from __future__ import annotations
 
 import torch
@@ -14,16 +14,17 @@ from utils.errors import ConfigError
 class BatchRenorm2d(nn.BatchNorm2d):
     """Batch Renormalization (Ioffe, NeurIPS 2017).
 
-    x: [N, C, H, W] -> the same. In training, with batch mean m, sigma = sqrt(batch variance + eps) and running mu, s,
+    x: [N, C, H, W] -> the same shape. In training, with batch mean m, sigma = sqrt(batch variance + eps), running mean
+    mu and s = sqrt(running variance + eps),
     y = w * ((x - m) / sigma * r + d) + b, r = clip(sigma / s, 1/r_max, r_max), d = clip((m - mu) / s, -d_max, d_max);
     no gradient flows through r and d. For the first `warmup_iters` steps r = 1 and d = 0 (batch norm); from there
     the bounds grow linearly to `r_max` over `r_ramp_iters` steps and to `d_max` over `d_ramp_iters`. Defaults are the
     paper's (5k; 3 at 40k; 5 at 25k; moving average rate 0.01). Evaluation, parameters and buffers are
     `torch.nn.BatchNorm2d`'s; `num_batches_tracked` is the step counter.
 
-    One value a channel (one image, 1x1) has no variance: it is normalised by the running statistics, which stay.
-    `normalization_batch_size`: groups of that many images, in order, are normalised each by itself; a last one
-    may be short.
+    A single value per channel (one image, 1x1) has no variance: it is normalised by the running statistics, which
+    aren't updated. normalization_batch_size: normalise consecutive groups of that many images separately; the last
+    group may be smaller. Raises ConfigError for r_max below 1, d_max below 0, or a group size below 1.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.01, affine: bool = True,
@@ -37,7 +38,7 @@ class BatchRenorm2d(nn.BatchNorm2d):
         self.normalization_batch_size = check_group_size(normalization_batch_size)
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(r_max, d_max) in force at this step: 0-d tensors on the layer's device."""
+        """The current bounds (r_max, d_max) at this step: 0-d tensors on the layer's device."""
         past = (self.num_batches_tracked - self.warmup_iters).clamp(min=0).to(torch.float32)
         return (1 + (self.r_max - 1) * (past / max(self.r_ramp_iters, 1)).clamp(max=1),
                 self.d_max * (past / max(self.d_ramp_iters, 1)).clamp(max=1))
@@ -57,7 +58,7 @@ class BatchRenorm2d(nn.BatchNorm2d):
         return normalise_groups(x, weight * r, weight * d + bias, mean, var, self.eps, size)
 
     def _whole_batch(self, x: torch.Tensor, values: int) -> torch.Tensor:
-        """r and d don't depend on gradients, so w * r and w * d + b are a plain batch norm's weight and bias."""
+        """r and d are constants to the gradient, so w * r and w * d + b are a plain batch norm's weight and bias."""
         x = same_format(x, like=x)
         mean, var = moments(x)                                              # [C]
         r, d = self._corrections(mean, var)

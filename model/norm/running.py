@@ -1,4 +1,4 @@
-"""Running statistics, kept as torch's batch norms keep them."""
+"""Updating running statistics as torch's batch norms do."""
 from __future__ import annotations
 
 import torch
@@ -6,8 +6,8 @@ from torch import nn
 
 
 def next_average_factor(layer: nn.modules.batchnorm._NormBase) -> float:
-    """Count a training step of `layer` and return the weight of its new statistics, as torch's batch norms do:
-    `momentum`, or 1 / (steps so far) where `momentum` is None; 0.0 where nothing is tracked."""
+    """Count a training step of `layer` and return the weight of the new statistics in its running average: `momentum`,
+    or 1 / (steps so far) if `momentum` is None; 0.0 (and no step counted) if statistics aren't tracked."""
     if not (layer.training and layer.track_running_stats):
         return 0.0
     layer.num_batches_tracked.add_(1)
@@ -16,9 +16,9 @@ def next_average_factor(layer: nn.modules.batchnorm._NormBase) -> float:
 
 @torch.no_grad()
 def update_running(layer: nn.modules.batchnorm._NormBase, mean: torch.Tensor, var: torch.Tensor, values: int) -> None:
-    """One step of `layer`'s running statistics: `mean`, biased `var` [G, C] of groups of `values` values a channel.
+    """Update `layer`'s running statistics once, by the means over G groups of `values` values per channel.
 
-    Like torch's batch norm, the running variance is the unbiased one.
+    mean, var: [G, C] each, var biased. As in torch's batch norm, the running variance is the unbiased one.
     """
     factor = next_average_factor(layer)
     if factor:

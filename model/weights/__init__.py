@@ -1,1 +1,1 @@
-"""Weights that others wrote, dict in, dict out."""
+"""Finding, recognising, renaming and loading weights of other projects and of pretrained networks."""

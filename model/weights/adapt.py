@@ -1,4 +1,4 @@
-"""Weights to start from, for a model that isn't quite theirs: several experts, norms without running statistics."""
+"""Adapting initial weights to a model with more experts, or with norms that have no running statistics."""
 from __future__ import annotations
 
 import re
@@ -12,20 +12,21 @@ log = get_logger("remap")
 
 OWN_PARTS = re.compile(r"backbone\.(?:experts|layer\ds|linears)\.([1-9]\d*)\.")
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
-SHARE = 0.02     # of a filter's own deviation
+SHARE = 0.02     # noise, relative to a filter's own standard deviation
 
 
 def tell_apart(weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """`weights` under our keys, in which experts that share one tensor with the first get one of their own.
+    """Break the symmetry of experts that share the first expert's tensors in `weights` (under our keys); returns a new
+    dict.
 
-    Equal experts have equal gradients, so they would stay one expert for ever, and where they agree the gradient of
-    RIDE's diversity is 0, too. So each filter (the first dimension of convolutions, matrices and classifiers) of the
-    experts from the second on is moved by Gaussian noise of `SHARE` of its own standard deviation: too little to harm
-    what it knows, enough for the losses to drive them apart. Norms, biases and running statistics stay. The first
-    expert, and what a file has for each expert itself, stays exact.
+    Equal experts get equal gradients and would stay equal for ever; the gradient of RIDE's diversity term is 0 there
+    too. So each filter (first dimension of convolutions, matrices and classifiers) of every expert after the first gets
+    Gaussian noise of `SHARE` times its own standard deviation: too little to harm what it has learned, enough for
+    the losses to drive the experts apart. Norms, biases and running statistics don't change, nor does the first expert
+    or an expert that has weights of its own in the file.
 
-    The noise depends on the run's seed (the one that torch's global generator was given last), the expert and the
-    order of the keys alone; the global generator isn't drawn from. name: of the file, for the log.
+    The noise depends only on the run's seed (`torch.initial_seed()`), the expert and the order of the keys; nothing is
+    drawn from the global generator. name: the file's, for the log.
     """
     told, streams = dict(weights), {}
     for key, value in weights.items():
@@ -46,8 +47,11 @@ def tell_apart(weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.T
 
 def without_statistics(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor],
                        name: str) -> dict[str, torch.Tensor]:
-    """`weights` without batch norms' running statistics where the model's norm keeps none (GroupNorm, InstanceNorm,
-    LayerNorm); its weights and biases stay. own: the model's state. Said in the log, as it changes what is computed."""
+    """`weights` without batch norms' running statistics where the model's norm has none (GroupNorm, InstanceNorm,
+    LayerNorm); weights and biases stay. Logged, because it changes what is computed.
+
+    own: the model's state_dict. name: the file's, for the log.
+    """
     left = {key for key in weights if key.endswith(STATISTICS) and key not in own
             and key.rpartition(".")[0] + ".weight" in own}
     norms = {key.rpartition(".")[0] for key in left}
@@ -58,9 +62,9 @@ def without_statistics(weights: dict[str, torch.Tensor], own: dict[str, torch.Te
 
 
 def has_own_names(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether weights need no renaming for a model: they have all its names, whatever those look like (a detector's
-    encoder isn't a file of others), or are of somebody's own backbone with another head, perhaps, since it has none of
-    our names and they are most of its."""
+    """Whether `weights` need no renaming for `model`: they have exactly its keys (even if these look like another
+    project's, as a detector's do), or the model is a custom backbone without our keys that shares more than half of
+    the file's keys (the head may differ)."""
     own = model.state_dict().keys()
     ours = any(key.startswith("backbone.") for key in own)
     return weights.keys() == own or (not ours and len(weights.keys() & own) > len(weights) / 2)

@@ -1,4 +1,4 @@
-"""EfficientNets as `EfficientNet-PyTorch` and its Lite ports name them, under timm's names."""
+"""Renaming EfficientNet weights from `EfficientNet-PyTorch` and its Lite ports to timm's names."""
 from __future__ import annotations
 
 import re
@@ -7,17 +7,17 @@ import torch
 
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 _SQUEEZE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
-# A block that widens, convolves and narrows (Sandler et al., CVPR 2018), and one that doesn't widen.
+# An inverted residual block (expand, depthwise, project; Sandler et al., CVPR 2018), and one without expansion.
 _WIDENING = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
              "_project_conv": "conv_pwl", "_bn2": "bn3", **_SQUEEZE}
 _PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2", **_SQUEEZE}
 
 
 def from_efficientnet(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`_blocks.3._project_conv.weight` -> `blocks.2.0.conv_pwl.weight`; other keys as they are.
+    """`_blocks.3._project_conv.weight` -> `blocks.2.0.conv_pwl.weight`; unknown keys stay as they are.
 
-    The file counts its blocks through, timm within stages. A stage is a run of blocks of one output width, which no two
-    neighbouring stages of an EfficientNet share (Tan and Le, ICML 2019, table 1).
+    The file numbers its blocks consecutively, timm within stages. A stage is a run of blocks with the same output
+    width, since neighbouring stages of an EfficientNet never have the same (Tan and Le, ICML 2019, table 1).
     """
     place: dict[str, str] = {}
     stage, block, width = -1, 0, 0

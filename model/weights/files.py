@@ -1,4 +1,4 @@
-"""Files of weights, as a checkpoint's dict: torch's, read without running anything in them, and safetensors."""
+"""Reading weight files as a checkpoint dict: torch's, without executing any code in them, and safetensors."""
 from __future__ import annotations
 
 import os
@@ -10,9 +10,9 @@ from utils.errors import ConfigError
 
 
 def load_file(path: str | os.PathLike) -> dict[str, Any]:
-    """What is in a file of weights: see `load_checkpoint`; of a `.safetensors` its tensors as `state_dict`.
+    """The contents of a weight file: as `load_checkpoint` returns them, or {"state_dict": tensors} for `.safetensors`.
 
-    Raises ConfigError, with the file's name, where it can't be read.
+    Raises ConfigError, with the file's name, if it can't be read.
     """
     if not str(path).lower().endswith(".safetensors"):
         return load_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Which architecture a file's weights belong to, read off their names and shapes."""
+"""Inferring the architecture that weights belong to from their names and shapes."""
 from __future__ import annotations
 
 import re
@@ -17,11 +17,11 @@ PREFIX = "backbone."
 
 
 def infer_arch(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """`{"type": ..., "args": {...}}` of the model that `weights` (under our keys) belong to.
+    """The config `{"type": ..., "args": {...}}` of the model that `weights` (under our keys) belong to.
 
-    Finds the family and depth, experts, widths, the classifier and its classes, BatchFormer, the gates, NBN and MABN.
-    What leaves no trace in the weights (s, dropout, pos_weight, `add_bt` 32 or 33) keeps its default.
-    Raises ConfigError, without a file's name, for weights that are of none of our architectures.
+    Infers the family and depth, experts, widths, the classifier and its classes, BatchFormer, the gates, NBN and MABN.
+    Arguments that leave no trace in the weights (s, dropout, pos_weight, `add_bt` 32 or 33) keep their defaults.
+    Raises ConfigError, without a file name, for weights of none of our architectures.
     """
     shapes = {key.removeprefix(PREFIX): tuple(value.shape) for key, value in weights.items() if key.startswith(PREFIX)}
     if "conv1.weight" not in shapes:
@@ -47,7 +47,7 @@ def infer_arch(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _stage(shapes: dict, n: int) -> str:
-    """How the keys of stage n begin, for the first expert."""
+    """The key prefix of stage n, for the first expert."""
     for start in (f"layer{n}.", f"layer{n}s.0."):
         if start + "0.conv1.weight" in shapes:
             return start
@@ -67,7 +67,7 @@ def _classifier(shapes: dict) -> dict[str, Any]:
 
 
 def _widths(shapes: dict, layout: Any, stages: list[str], block: type) -> dict[str, Any]:
-    """`reduce_dimension`, and the width of each stage that neither the full nor the reduced network has."""
+    """`reduce_dimension`, and `layerN_output_dim` for each stage whose width differs from that network's default."""
     last = "0.conv3.weight" if block is Bottleneck else "0.conv2.weight"
     widths = [shapes[stage + last][0] // block.expansion for stage in stages]
     reduced = widths[-1] == layout.reduced[-1]
@@ -79,7 +79,7 @@ def _widths(shapes: dict, layout: Any, stages: list[str], block: type) -> dict[s
 
 
 def _block(shapes: dict) -> dict[str, Any]:
-    """`add_bt`, by BatchFormer's number of layers."""
+    """`add_bt`, from BatchFormer's number of layers."""
     layers = {m[1] for key in shapes if (m := re.match(r"encoder_layers\.layers\.(\d+)\.", key))}
     depth = len(layers) or int("encoder_layers.linear1.weight" in shapes)
     return {"add_bt": next(number for number, count in DEPTHS.items() if count == depth)} if depth in DEPTHS.values() \
@@ -94,7 +94,7 @@ def _gates(shapes: dict) -> dict[str, Any]:
 
 
 def _norm(shapes: dict) -> dict[str, Any]:
-    """`norm`, where it shows: NBN's scale, MABN's second moments without means."""
+    """`norm`, as far as the weights show it: NBN by its scale, MABN by running variances without means."""
     if "scale_factor" in shapes:
         return {"norm": {"type": "NBN"}}
     if "bn1.running_var" in shapes and "bn1.running_mean" not in shapes:

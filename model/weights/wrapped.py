@@ -1,18 +1,19 @@
-"""Where in a file a network lies: who trains encoders puts a prefix before their names, and other parts beside them."""
+"""Locating a network in a file: projects that train encoders add a prefix to its keys, and other parts beside it."""
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-# Encoders that follow another slowly; what is trained on begins from the one that they follow.
+# Momentum (EMA) encoders, which slowly follow another one; the encoder that they follow is preferred.
 _FOLLOWERS = re.compile(r"encoder_k|momentum|target|teacher|ema\b|_ema|key_encoder")
 
 
 def find_trunk(weights: Iterable[str]) -> tuple[str, dict[str, str]] | None:
-    """(prefix, {name in the file: ours}) of the ResNet in `weights`: the first that follows no other, else the first.
+    """(prefix, {name in the file: ours}) of the ResNet in `weights`, or None: the first that isn't a momentum encoder,
+    or else the first.
 
-    The names are empty but for a numbered one: "0" is conv1, "1" is bn1, those that hold blocks are the layers.
+    The dict is empty unless the parts are numbered: then "0" is conv1, "1" is bn1, and those with blocks are layers.
     """
     keys, found = list(weights), []
     for key in keys:
@@ -28,9 +29,10 @@ def find_trunk(weights: Iterable[str]) -> tuple[str, dict[str, str]] | None:
 
 
 def prefix_of(names: Iterable[str], own: Collection[str]) -> str | None:
-    """The prefix (ends in a dot, or is "") under which `names` has over half of a network's `own` names; else None.
+    """The prefix ("" or ending in a dot) under which `names` has more than half of a network's `own` names, or None.
 
-    Of several one that follows no other encoder, of these the one with most of the names, of these the first.
+    Of several prefixes, those that aren't a momentum encoder's are preferred, then the one with most of the names, then
+    the first.
     """
     found = Counter(name[:start] for name in names for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
                     if name[start:] in own)

@@ -1,7 +1,7 @@
 """Average precision of boxes and masks as COCO defines it, over all classes, by size, by class and by shots.
 
-The figures come from pycocotools; this file gathers detections, hands them over and reads the answer. Detections are
-kept in COCO's results format, on the annotations' own pixels, so any other tool can score the saved file.
+The figures come from pycocotools; this file gathers detections, passes them on and reads the result. Detections are
+kept in COCO's results format, in the annotations' own pixel coordinates, so any other tool can score the saved file.
 """
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ FIGURES = (("AP", None, "all"), ("AP50", 0.5, "all"), ("AP75", 0.75, "all"), ("A
 
 def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, torch.Tensor]],
                  category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """A model's detections in COCO's results format: one entry each, with bbox [x, y, width, height] and packed mask.
+    """A model's detections in COCO's results format: one entry each, with bbox [x, y, width, height], score and, if
+    there are masks, the run-length encoded mask.
 
-    detections: per image `boxes` [n, 4] corners, `labels` [n] (1 to C), `scores` [n] and `masks` [n, 1, H, W] (cut at
-    0.5), in the image's own pixels. category_ids: of the classes 1 to C.
+    detections: per image `boxes` [n, 4] corners, `labels` [n] (1 to C), `scores` [n] and `masks` [n, 1, H, W]
+    (thresholded at 0.5), in the image's own pixels. category_ids: COCO's ids of the classes 1 to C.
     """
     results = []
     for image_id, found in zip(image_ids, detections, strict=True):
@@ -50,9 +51,9 @@ def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, torch.
 
 
 def as_annotated(found: dict[str, torch.Tensor], orientation: int, width: int, height: int) -> dict[str, torch.Tensor]:
-    """Detections in an upright photo, width x height, on the stored pixels that its annotations were made on.
+    """Detections in an upright photo, width x height, mapped to the stored pixels to which its annotations refer.
 
-    orientation: see the loaders; 1 where they were made on the upright ones.
+    orientation: the EXIF orientation; 1 if the annotations refer to the upright photo (nothing changes).
     """
     if orientation == 1:
         return found
@@ -64,12 +65,12 @@ def as_annotated(found: dict[str, torch.Tensor], orientation: int, width: int, h
 
 
 class CocoEvaluator:
-    """Gathers detections, image by image and over all ranks, and computes AP.
+    """Collects detections, image by image and over all ranks, and computes AP.
 
     Args:
         ground_truth: a COCO dict (images, annotations, categories); its crowd regions count neither for nor against.
-        cls_num_list: training instances of each class, for the groups; None where they aren't known.
-        groups: {"many": 100, "few": 20}: many is above the first, few below the second.
+        cls_num_list: training instances of each class, for the groups; None if they aren't known.
+        groups: {"many": 100, "few": 20}: many has more instances than the first, few has fewer than the second.
     """
 
     def __init__(self, ground_truth: dict[str, Any], cls_num_list: list[int] | None = None,
@@ -86,7 +87,8 @@ class CocoEvaluator:
         self.results += coco_results(image_ids, detections, self.category_ids)
 
     def gather(self) -> None:
-        """Bring together what the ranks have; afterwards all have the same, each image once."""
+        """Merge the detections of all ranks; afterwards every rank has all of them, each image once. Every
+        rank must call it."""
         parts = dist.gather_objects((self.image_ids, self.results))
         seen: set[int] = set()
         self.image_ids, self.results = [], []
@@ -95,15 +97,16 @@ class CocoEvaluator:
             seen |= new
             self.image_ids += [i for i in ids if i in new]
             self.results += [entry for entry in results if entry["image_id"] in new]
-        # One order whatever the number of ranks: ties between equal scores are broken by it.
+        # A fixed order, whatever the number of ranks: it breaks ties between equal scores.
         self.image_ids.sort()
         self.results.sort(key=lambda entry: (entry["image_id"], -entry["score"]))
 
     def compute(self) -> dict[str, Any]:
-        """The figures, 0 to 1, None where there is nothing to score: for each of `bbox` and `segm`
+        """The figures, from 0 to 1, None if there is nothing to score: for each of `bbox` and `segm`
 
-        `<kind>_AP`, `_AP50`, `_AP75`, `_APs`, `_APm`, `_APl`, `_AP_many`, `_AP_medium`, `_AP_few` (means of the group's
-        classes) and `_per_class_AP` (a list); and `n_samples`, `n_detections`, `many_class_num` ... of the classes.
+        `<kind>_AP`, `_AP50`, `_AP75`, `_APs`, `_APm`, `_APl`, `_AP_many`, `_AP_medium`, `_AP_few` (means over the
+        group's classes) and `_per_class_AP` (a list); also `n_samples`, `n_detections`, and each group's number of
+        classes, `many_class_num` ...
         """
         figures: dict[str, Any] = {}
         groups = class_groups(self.cls_num_list, self.limits)
@@ -123,20 +126,21 @@ class CocoEvaluator:
         return figures
 
     def _precision(self, kind: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """Precision [IoU thresholds, recalls, classes, areas] at 100 detections an image, -1 where unknown."""
+        """Precision [IoU thresholds, recalls, classes, areas] with at most 100 detections per
+        image, -1 where unknown."""
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
         images = [image for image in self.ground_truth["images"] if image["id"] in set(self.image_ids)]
         truth = {**self.ground_truth, "images": images}
-        # As the tool itself reads a results file, which it can't if there is no result in it.
+        # What pycocotools makes of a results file; it can't read one without results.
         area = box_area if kind == "bbox" else mask_area
         found = [{**entry, "iscrowd": 0, "area": area(entry)} for entry in results_of(self.results, kind)]
         with contextlib.redirect_stdout(io.StringIO()):
             pair = []
             for content in (truth, {**truth, "annotations": found}):
                 coco = COCO()
-                # The tool writes into the entries it is given, and takes an object with the id 0 for one that no
-                # detection met: ids are its own business, from 1.
+                # pycocotools changes the entries it is given, and treats an object with the id 0 as one that no
+                # detection matched: so it gets copies, with ids from 1.
                 coco.dataset = {**content, "annotations": [{**a, "id": n} for n, a in
                                                            enumerate(content["annotations"], 1)]}
                 coco.createIndex()
@@ -146,37 +150,41 @@ class CocoEvaluator:
             evaluation.params.catIds = self.category_ids
             evaluation.evaluate()
             evaluation.accumulate()
-        # The tool sorts the ids; the classes may be in a checkpoint's order.
+        # pycocotools sorts the ids; the classes may be in a checkpoint's order.
         columns = [evaluation.params.catIds.index(category) for category in self.category_ids]
         parameters = {"iou": np.asarray(evaluation.params.iouThrs), "areas": list(evaluation.params.areaRngLbl)}
         return np.asarray(evaluation.eval["precision"])[..., -1][:, :, columns], parameters
 
 
 def results_of(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The results for one kind of score, `bbox` or `segm`, as they are written to its file.
+    """The results for one kind of score, `bbox` or `segm`, as they are written to its file: without
+    masks or without boxes.
 
-    With boxes in the file pycocotools takes an object's size from its box; a mask's size is its own area.
+    Given boxes, pycocotools takes an object's size from its box even when it scores masks, whose size
+    is their own area.
     """
     dropped = "segmentation" if kind == "bbox" else "bbox"
     return [{key: value for key, value in entry.items() if key != dropped} for entry in results]
 
 
 def box_area(entry: dict[str, Any]) -> float:
+    """The area of a result's box, in pixels."""
     return entry["bbox"][2] * entry["bbox"][3]
 
 
 def mask_area(entry: dict[str, Any]) -> int:
+    """The area of a result's mask, in pixels."""
     return masks.area(entry["segmentation"], *entry["segmentation"]["size"])
 
 
 def mean_known(precision: np.ndarray) -> float | None:
-    """The mean of the values that aren't -1, None where there is none."""
+    """The mean of the values that aren't -1; None if there are none."""
     known = precision[precision > -1]
     return float(known.mean()) if known.size else None
 
 
 def class_groups(cls_num_list: list[int] | None, limits: dict[str, int]) -> dict[str, list[int]]:
-    """Indices of the many-, medium- and few-shot classes by their training instances (none where unknown)."""
+    """Indices of the many-, medium- and few-shot classes by their training instances (empty if these aren't known)."""
     groups: dict[str, list[int]] = {name: [] for name in GROUPS}
     for k, n in enumerate(cls_num_list or []):
         groups[shot_group(n, **limits)].append(k)
@@ -190,10 +198,11 @@ def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, 
     """The figures of `model` on `loader`'s split (see `CocoEvaluator.compute`); all ranks return the same.
 
     Args:
-        cls_num_list: training instances of each class, for the groups; the loader's where left out.
+        cls_num_list: training instances of each class, for the groups; by default the loader's.
+        amp: `bf16`, `fp16` or `off` (None).
         max_batches: stop early (a dry run).
         keep: also return `detections`, in COCO's results format.
-        stop: asked before each batch, on every rank; where it answers True, evaluation ends and returns None.
+        stop: called before each batch, on every rank; if it returns True, evaluation ends and returns None.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -223,11 +232,12 @@ def evaluate_detector(model: torch.nn.Module, loader: Any, *, groups: dict[str, 
 
 
 def write_results(target: Path, figures: dict[str, Any]) -> list[Path]:
-    """Write what COCO tools score and take `detections` out of the figures; returns the files' paths.
+    """Write the detections to files that COCO tools can score, and remove `detections` from `figures`;
+    returns the paths.
 
-    They are named as `target`, the figures' file, is: beside test_metrics.json detections_bbox.json and
-    detections_segm.json, beside val_metrics.json val_detections_bbox.json, beside test_metrics.DATA.CHECKPOINT.json
-    detections_bbox.DATA.CHECKPOINT.json; else one split's or data set's would take another's place.
+    The files are named after `target`, the figures' file, so that different splits and data sets don't overwrite each
+    other: beside test_metrics.json detections_bbox.json and detections_segm.json, beside val_metrics.json
+    val_detections_bbox.json, beside test_metrics.DATA.CHECKPOINT.json detections_bbox.DATA.CHECKPOINT.json.
     """
     results = figures.pop("detections")
     split, _, about = target.stem.partition("_metrics")

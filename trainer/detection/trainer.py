@@ -1,4 +1,4 @@
-"""Training of detectors: losses by part, schedules by iteration, average precision, pictures with what was found."""
+"""Training of detectors: separate losses, schedules by iteration, average precision, pictures of detections."""
 from __future__ import annotations
 
 import math
@@ -20,15 +20,15 @@ from trainer.trainer import Trainer
 from utils.errors import ConfigError
 
 log = get_logger()
-#: What each epoch's validation reports; test.py reports all of it.
+#: The figures that each epoch's validation reports; test.py reports all of them.
 SHOWN = ("AP", "AP50", "AP75")
 PICTURES = 4
-#: What an epoch's end changes of a checkpoint: a run that goes on inside that epoch has it as it was before.
+#: What the end of an epoch changes in a checkpoint; a run that resumes within that epoch needs the earlier values.
 JUDGED = ("batch", "position", "monitor_best", "not_improved", "lr_scheduler")
 
 
 class DetectionCurves(Curves):
-    """The losses by part over steps; each epoch a few validation pictures with what the model finds in them."""
+    """Over steps: each of the losses. Each epoch: a few validation images with the model's detections."""
 
     parts: dict[str, torch.Tensor] = {}
 
@@ -64,11 +64,11 @@ class DetectionCurves(Curves):
 
 
 class DetectionTrainer(Trainer):
-    """A Trainer of models whose losses are their own (`loss` and its parts) and whose figures are box and mask AP.
+    """A Trainer for models that compute their own losses (`loss` and its parts) and are scored by box and mask AP.
 
-    With `trainer.iterations` the run ends after so many optimizer steps, in the middle of an epoch if need be (or
-    after `trainer.epochs`, if that is less). That epoch is judged like others; a run that goes on with more steps goes
-    on inside it, as one that was never cut short.
+    With `trainer.iterations` the run ends after that many optimizer steps, in the middle of an epoch if need be (or
+    after `trainer.epochs`, if that is less). The shortened epoch is validated like any other; a run that resumes with
+    more iterations continues within it, as if it had never been cut short.
     """
 
     hook_table = {**HOOKS, "Curves": DetectionCurves}
@@ -79,7 +79,7 @@ class DetectionTrainer(Trainer):
         self.metrics = self.batch_metrics = {}
         self.iterations: int | None = self.options["iterations"]
         self.steps_an_epoch = self.steps_per_epoch
-        self.cut: dict[str, Any] | None = None      # of an epoch that `iterations` cut short: what it was before judged
+        self.cut: dict[str, Any] | None = None      # if `iterations` cut an epoch short: its state before validation
         if self.iterations:
             needed = math.ceil(self.iterations / self.steps_an_epoch)
             if needed > self.epochs:
@@ -111,18 +111,18 @@ class DetectionTrainer(Trainer):
     # ------------------------------------------------------------------ going on
 
     def state(self, epoch: int, batch: int | None) -> dict[str, Any]:
-        """See Resumable; `cut` is what an epoch that `iterations` cut short has otherwise for a run that goes on in it.
-        """
+        """See Resumable; if `iterations` cut the epoch short, `cut` is what a run that resumes
+        within it needs instead."""
         state = super().state(epoch, batch)
         return {**state, "cut": self.cut} if batch is None and self.cut else state
 
     def resume(self, checkpoint: dict[str, Any], path: Path | None = None) -> None:
-        """See Resumable: with more iterations inside the epoch that they cut short."""
+        """See Resumable; with more iterations than before, resume within the epoch that was cut short."""
         super().resume(self._inside_cut(checkpoint, str(path or "the checkpoint")), path)
 
     def _inside_cut(self, checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
-        """The checkpoint as one of the middle of its epoch, where `iterations` had cut that short and there are more of
-        them now. Raises ConfigError where an older version's doesn't tell where that was."""
+        """The checkpoint as one from the middle of its epoch, if `iterations` cut that short and now allows more steps.
+        Raises ConfigError if it is an older version's, from which the place can't be told."""
         steps, epoch = checkpoint.get("global_step"), checkpoint.get("epoch")
         if checkpoint.get("batch") is not None or not steps or steps >= (self.iterations or math.inf):
             return checkpoint
@@ -134,7 +134,7 @@ class DetectionTrainer(Trainer):
         options, args = saved.get("trainer") or {}, (saved.get("data_loader") or {}).get("args") or {}
         if steps != options.get("iterations") or not isinstance(epoch, int):
             return checkpoint
-        # A version that saved such an epoch as a whole one: its steps tell.
+        # An older version saved such an epoch as complete: the number of steps tells.
         loader = self.train_loader
         for key, before, now in (("data_loader.args.batch_size", args.get("batch_size"), loader.batch_size),
                                  ("trainer.accumulate", options.get("accumulate"), self.accumulate)):
@@ -147,7 +147,7 @@ class DetectionTrainer(Trainer):
     # ------------------------------------------------------------------ evaluation
 
     def evaluate_split(self, loader: Any, validating: bool, **more: Any) -> dict[str, Any] | None:
-        """Box and mask AP. There is no validation loss: detectors sample regions for it at random."""
+        """Box and mask AP. There is no validation loss: for it, detectors would sample regions at random."""
         return evaluate_detector(self.judged_model, loader, groups=self.config.get("groups"),
                                  cls_num_list=self.train_loader.cls_num_list, **more)
 

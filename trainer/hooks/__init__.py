@@ -1,4 +1,4 @@
-"""What happens around steps and epochs: one table, and the hooks of a user's own."""
+"""Hooks, called around steps and epochs: the table of built-in ones, and how a run's hooks are created."""
 from __future__ import annotations
 
 from collections import Counter
@@ -12,14 +12,15 @@ from trainer.hooks.profiler import Profiler
 from utils.config.build import build
 from utils.errors import ConfigError
 
-#: In the order in which they are called. A config names those of `trainer.hooks` by this name or as "module:Class".
+#: In the order in which they are called. `trainer.hooks` names hooks by these names or as "module:Class".
 HOOKS: dict[str, type[Hook]] = {hook.__name__: hook for hook in (
     WeightAverage, EpochAverage, Curves, BatchAttention, Statistics, Profiler, Figures)}
 
 
 def make_hooks(run: Run, options: dict[str, Any], table: dict[str, type[Hook]] = HOOKS) -> list[Hook]:
-    """The hooks of `table` that the config's `trainer` asks for, then those listed in `trainer.hooks`. Of several with
-    one key the second's state is kept as "KEY-2", and so on. Raises ConfigError for one that is there already."""
+    """The hooks of `table` that the config's `trainer` (`options`) asks for, then those listed in `trainer.hooks`. If
+    several have the same key, the second one's state is saved as "KEY-2", and so on. Raises ConfigError if
+    `trainer.hooks` lists one that a key of `trainer` already switches on."""
     hooks = [kind(run) for kind in table.values() if kind.wanted(options)]
     for i, spec in enumerate(options["hooks"]):
         if spec["type"] in table and table[spec["type"]].wanted(options):

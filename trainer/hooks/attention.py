@@ -1,4 +1,4 @@
-"""Which classes' images attend to which others' inside BatchFormer, to TensorBoard."""
+"""Writes to TensorBoard which classes' images attend to which others' inside BatchFormer."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,13 +11,15 @@ from trainer.hooks.base import Hook, Run
 from utils.class_counts import GROUPS, group_limits, shot_group
 from utils.errors import ConfigError
 
-MOST_ROWS = 240     # of the attention matrix; classes that are next to each other in frequency share one from there on
+MOST_ROWS = 240     # of the attention matrix; with more classes, neighbours in frequency share a row
 
 
 class AttentionByClass:
-    """Sums of the attention that images of one class pay to those of another, on the device, most frequent class first.
+    """Sums, on the device, of the attention that images of one class pay to those of another, most
+    frequent class first.
 
-    Above MOST_ROWS classes, neighbours of one group share a row.
+    With more than MOST_ROWS classes, neighbours within a group share a row. counts: training images per class, [C].
+    groups: the config's `groups`, the limits of many and few.
     """
 
     def __init__(self, counts: Sequence[int], groups: dict[str, float], device: torch.device):
@@ -36,7 +38,7 @@ class AttentionByClass:
         self.images = torch.zeros(len(self.rows), device=device)
 
     def add(self, weights: torch.Tensor, labels: torch.Tensor) -> None:
-        """A batch. weights: [N, N], row i says how much image i looks at each; labels: [N]."""
+        """Add a batch. weights: [N, N], row i is how much image i attends to each image; labels: [N]."""
         rows = torch.nn.functional.one_hot(self.row_of[labels], len(self.rows)).to(self.sums.dtype)
         images = rows.sum(0)
         self.sums += rows.T @ weights.to(self.sums.dtype) @ rows
@@ -44,31 +46,33 @@ class AttentionByClass:
         self.images += images
 
     def clear(self) -> None:
+        """Set all sums to 0."""
         for counter in (self.sums, self.pairs, self.images):
             counter.zero_()
 
     def relative(self) -> np.ndarray:
-        """Mean attention of an image of one row to an image of another, over that of all pairs: 1 is even. [R, R], NaN
-        for rows that never met."""
+        """Mean attention of an image of one row to an image of another, relative to the mean over all pairs (1:
+        uniform): [R, R], NaN for rows that never shared a batch."""
         even = self.sums.sum() / self.pairs.sum()
         return (self.sums / self.pairs / even).cpu().numpy()
 
     def shares(self) -> np.ndarray:
-        """The share of its attention that an image of one group pays to each group's, [3, 3]; 0 without images."""
+        """The share (0 to 1) of its attention that an image of one group pays to each group, on average: [3, 3], one
+        row per paying group; 0 for a group without images."""
         member = np.array([[self.group_of[row[0]] == group for row in self.rows] for group in GROUPS], dtype=float)
         images = member @ self.images.cpu().numpy()
         return member @ self.sums.cpu().numpy() @ member.T / np.maximum(images, 1)[:, None]
 
     def labels(self, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
-        """Each row's name and group."""
+        """Each row's name (its first class's name, or number if `names` is None) and group."""
         return ([str(names[row[0]] if names else row[0]) for row in self.rows],
                 [self.group_of[row[0]] for row in self.rows])
 
 
 class BatchAttention(Hook):
-    """`trainer.log_batch_attention`: shares by group and a picture class by class, each epoch.
+    """`trainer.log_batch_attention`: each epoch, the shares between groups and a class-by-class picture.
 
-    Raises ConfigError where the model has no BatchFormer.
+    Raises ConfigError if the model has no BatchFormer.
     """
 
     def __init__(self, run: Run):
@@ -85,7 +89,7 @@ class BatchAttention(Hook):
 
     def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
         weights = self.block.last_attention
-        if weights is not None and weights.shape[0] == len(labels):  # the labels of other ranks' images aren't here
+        if weights is not None and weights.shape[0] == len(labels):  # other ranks' labels aren't known here
             self.attention.add(weights, labels)
 
     def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:

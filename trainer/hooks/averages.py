@@ -18,7 +18,7 @@ log = get_logger()
 
 
 def averaged_tensors(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(parameters and floating buffers, which an average averages; counters, which it copies)."""
+    """(parameters and floating-point buffers, which are averaged; integer buffers, which are copied)."""
     buffers = list(model.buffers())
     return ([*model.parameters(), *(b for b in buffers if b.is_floating_point())],
             [b for b in buffers if not b.is_floating_point()])
@@ -30,8 +30,8 @@ class WeightAverage(Hook):
     After step t = 1, 2, ...: average = d · average + (1 - d) · weights, d = min(decay, (1 + t) / (10 + t)) with
     `warmup`, else `decay` (Polyak and Juditsky, 1992; the warm-up as in TensorFlow's ExponentialMovingAverage).
 
-    `trainer.ema`: {"decay": 0.999, "warmup": true, "every": 1}: `every` so many steps are averaged as one, with d to
-    that power. Raises ConfigError for values out of range.
+    `trainer.ema`: {"decay": 0.999, "warmup": true, "every": 1}. With `every` k the average is updated only after every
+    k-th step, with d^k in place of d. Raises ConfigError for values out of range.
     """
 
     key = "ema"
@@ -74,6 +74,7 @@ class WeightAverage(Hook):
 
 
 def ema_options(decay: float = 0.999, warmup: bool = True, every: int = 1) -> tuple[float, bool, int]:
+    """The options of `trainer.ema`, checked. Raises ConfigError for values out of range."""
     if not 0 <= decay < 1:
         raise ConfigError(f"trainer.ema.decay: must be 0 or more and under 1, not {decay}")
     if every < 1:
@@ -83,10 +84,10 @@ def ema_options(decay: float = 0.999, warmup: bool = True, every: int = 1) -> tu
 
 class EpochAverage(Hook):
     """Stochastic weight averaging (Izmailov et al., UAI 2018): the mean of the weights at the ends of the last `epochs`
-    epochs, its batch norms' statistics from one pass over the training images. Written as `model_swa.pth`.
+    epochs, with batch norm statistics from one pass over the training images. Written as `model_swa.pth`.
 
     `trainer.swa`: {"epochs": 5}. Frozen norms keep their statistics. Raises ConfigError for norms whose statistics
-    can't be made anew this way, and for detectors.
+    can't be recomputed this way, and for detectors.
     """
 
     key = "swa"
@@ -111,7 +112,7 @@ class EpochAverage(Hook):
         return options["swa"] is not None
 
     def epoch_trained(self, epoch: int) -> None:
-        # A run that was stopped in an epoch's validation ends that epoch again, which is in the mean by then.
+        # A run stopped during an epoch's validation gets here again for that epoch, which the mean already contains.
         done = 0 if self.first is None else self.first + int(self.average.n_averaged) - 1
         if epoch > max(done, self.run.epochs - self.count):
             self.first = epoch if self.first is None else self.first
@@ -128,11 +129,11 @@ class EpochAverage(Hook):
 
     @torch.no_grad()
     def make_statistics(self) -> None:
-        """The statistics of the norms that trained, as plain means over one epoch's batches. torch's `update_bn` would
-        empty frozen norms too."""
+        """Recompute the statistics of the norms that were trained, as plain means over one epoch's batches. (torch's
+        `update_bn` would reset frozen norms too.)"""
         model = self.average.module
         for averaged, trained in zip(model.parameters(), self.run.model.parameters()):
-            averaged.requires_grad_(trained.requires_grad)      # parts may have been thawed since it was made
+            averaged.requires_grad_(trained.requires_grad)      # parts may have been thawed since the copy was made
         model.train()
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
         if norms:
@@ -166,6 +167,7 @@ class EpochAverage(Hook):
 
 
 def swa_epochs(epochs: int) -> int:
+    """The option of `trainer.swa`, checked. Raises ConfigError for less than 1."""
     if epochs < 1:
         raise ConfigError(f"trainer.swa.epochs: must be 1 or more, not {epochs}")
     return epochs

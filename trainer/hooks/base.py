@@ -1,4 +1,4 @@
-"""What happens around the steps and epochs of a training: each such thing is a `Hook`."""
+"""The interface of hooks, which are called around the steps and epochs of training."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Run(Protocol):
-    """What a hook may look at of the training that it accompanies."""
+    """What a hook may use of the trainer that calls it."""
 
     model: nn.Module                    # the plain model that trains
     optimizer: torch.optim.Optimizer
@@ -34,15 +34,16 @@ class Run(Protocol):
 
 
 class Hook:
-    """Does nothing at each of these places; a subclass fills in its own.
+    """Does nothing at any of its events; a subclass overrides those that it needs.
 
-    Every rank calls all of them. Whatever must survive a stop goes through `state_dict`.
+    Every rank calls all of them, except `log_step` and `epoch_ended`, which are rank 0's. Whatever must survive a stop
+    goes through `state_dict`.
 
-    run: see `Run`. Only `model`, `options`, `config`, `device`, the loaders and `data_facts` are there in a
-    constructor. Raises ConfigError for options that don't fit the model.
+    run: see `Run`. A constructor may use only `model`, `options`, `config`, `device`, the loaders and `data_facts` of
+    it. Raises ConfigError for options that don't fit the model.
     """
 
-    #: The key of its state in the checkpoint; empty where it keeps none.
+    #: The key of its state in the checkpoint (by default the class's name); empty if it has no `state_dict`.
     key = ""
 
     def __init_subclass__(cls, **more: Any):
@@ -55,44 +56,49 @@ class Hook:
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
-        """Whether a key of the config's `trainer` asks for it; what `trainer.hooks` lists is there anyway."""
+        """Whether a key of the config's `trainer`, `options`, switches it on; those in `trainer.hooks` always are."""
         return False
 
     def first_batch(self, images: Any) -> None:
-        """The run's first training batch, before its step; on every rank, where the writer is a no-op but on rank 0."""
+        """The run's first batch of images, before its step (not on cached features); on every rank, the writer a no-op
+        on all but rank 0."""
 
     def epoch_begins(self, epoch: int) -> None:
-        """Before the first step of an epoch, or of the rest of one."""
+        """Before the first step of an epoch, or of the rest of one that is resumed."""
 
     def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
-        """After an optimizer step that changed the weights. outputs: the model's dict of the step's last part, labels
-        its labels. Nothing here may wait for the device."""
+        """After an optimizer step that changed the weights. Nothing here may wait for the device.
+
+        outputs: the model's dict for the step's last batch. labels: that batch's, [N]; of mixed labels those with the
+        larger weight. gradient_norm: 0-d, before clipping.
+        """
 
     def log_step(self, step: int) -> None:
-        """The figures of the last steps are being read (rank 0, with TensorBoard)."""
+        """When the figures of the last steps are read (rank 0, with TensorBoard). step: optimizer steps so far."""
 
     def epoch_trained(self, epoch: int) -> None:
-        """After an epoch's last step, before validation; once more where a run goes on after a stop in validation."""
+        """After an epoch's last step, before validation; again if the run resumes after a stop in validation."""
 
     def epoch_ended(self, epoch: int, figures: dict[str, float | None]) -> None:
-        """After validation, when the epoch's row has been written (rank 0)."""
+        """After validation, when the epoch's row, `figures`, has been written (rank 0 only)."""
 
     def run_ended(self, result: dict[str, Any]) -> None:
-        """The run has trained its last epoch; result: the test split's figures, see `wants_images`."""
+        """After the run's last epoch. result: the test split's figures, by image too if any hook `wants_images`."""
 
     @property
     def judged(self) -> nn.Module | None:
-        """Another model to be validated, tested and saved in place of the one that trains."""
+        """A model to be validated, tested and saved in place of the one that is trained; None: no other model."""
         return None
 
     @property
     def wants_images(self) -> bool:
-        """Whether `run_ended` needs the test split's predictions by image. The same on every rank."""
+        """Whether `run_ended` needs the test split's per-image predictions. Must be the same on every rank."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be known to go on, as tensors and plain data."""
+        """The state needed to resume, as tensors and plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave; `checkpoint` is the whole of it. Not called where it has no such state."""
+        """Restore what `state_dict` returned; `checkpoint` is the whole checkpoint. Not called if it
+        has no such state."""

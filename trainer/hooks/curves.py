@@ -18,7 +18,7 @@ log = get_logger()
 
 class Curves(Hook):
     """Over steps: the gradient's norm and NBN's scales. Over epochs: weight histograms. Once: the config, and a grid of
-    the first training batch as the model sees it, colours put back."""
+    the first training batch as the model sees it, with the normalisation undone."""
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -34,7 +34,7 @@ class Curves(Hook):
         loader = self.run.train_loader
         shown = images[:32].detach().float().cpu()
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (loader.mean, loader.std))
-        self.run.writer.add_images("input", (shown * std + mean).clamp(0, 1), 0)  # eight a row
+        self.run.writer.add_images("input", (shown * std + mean).clamp(0, 1), 0)  # eight per row
 
     def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
         self.gradient_norm = gradient_norm
@@ -78,7 +78,7 @@ class Statistics(Hook):
 
 
 class Figures(Hook):
-    """`trainer.figures`: the report's figures of the test split, when the run has trained its last epoch."""
+    """`trainer.figures`: the report's figures of the test split, drawn when the run has trained its last epoch."""
 
     @classmethod
     def wanted(cls, options: dict[str, Any]) -> bool:
@@ -86,7 +86,7 @@ class Figures(Hook):
 
     @property
     def wants_images(self) -> bool:
-        return self.run.start_epoch <= self.run.last_epoch  # a run that had nothing to train has its figures
+        return self.run.start_epoch <= self.run.last_epoch  # a run with nothing left to train already has them
 
     def run_ended(self, result: dict[str, Any]) -> None:
         if not self.wants_images:
@@ -101,7 +101,7 @@ class Figures(Hook):
             log.warning("no figures in TensorBoard (trainer.figures): %s", " ".join(f"{error}".split()) or repr(error))
 
     def _facts(self, result: dict[str, Any]) -> RunFacts:
-        """What is known of the training that has just ended; result: what `evaluate(keep=True)` gave."""
+        """What the figures show about the run that has just ended; result: what `evaluate(keep=True)` returned."""
         from logger.figures.norms import norm_facts
         run, data = self.run, self.run.data_facts
         history = read_table(run.paths.log / "metrics.csv") if run.paths else []
@@ -110,7 +110,8 @@ class Figures(Hook):
 
 
 def gather_images(result: dict[str, Any]) -> dict[str, Any]:
-    """What `evaluate(keep=True)` kept by image, of every rank's share: `BY_IMAGE` as far as they are known."""
+    """The per-image arrays (`BY_IMAGE`) that `evaluate(keep=True)` returned, joined over all ranks, as far as they are
+    known. Every rank must call it."""
     kept = {key: result[key] for key in BY_IMAGE if key in result}
     if dist.world_size() == 1:
         return kept

@@ -1,1 +1,1 @@
-"""Optimizers of our own, and which parameters go together."""
+"""The project's own optimizers, and the grouping of parameters."""

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer treats alike: decay, rates of their own, rates that fall with depth."""
+"""Parameter groups of the optimizer: weight decay, separate learning rates, layer-wise decay of the learning rate."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,17 +11,20 @@ from utils.errors import ConfigError
 
 def param_groups(model: nn.Module, options: dict[str, Any], base_lr: float | None = None,
                  wanted: Callable[[str, nn.Parameter], bool] = lambda name, parameter: True) -> list[dict[str, Any]]:
-    """The trainable parameters that are `wanted`, in the model's order, split only where `options` asks for it.
+    """The optimizer's parameter groups: the trainable parameters that `wanted` accepts, in the model's order, split
+    only where `options` asks for it. A group is a dict with `params` and, if they differ from the defaults, `lr`
+    and `weight_decay`.
 
-    Those that wait to be thawed have groups of their own: a group's parameters take their first step together.
+    Parameters that are to be thawed later are included, in groups of their own: a group's parameters take their
+    first step together.
 
     options (the config's `trainer`):
-        classifier_lr: a rate of its own for the classifier (Places-LT; Kang et al., ICLR 2020).
+        classifier_lr: a separate learning rate for the classifier (Places-LT; Kang et al., ICLR 2020).
         no_decay_scale: no weight decay on NBN's learned scales (`scale_factor`).
-        no_decay: "norm_bias": none on one-dimensional parameters (norms' weights, biases, scales).
-        layer_decay: the rate is multiplied by it once for each stage between a parameter and the classifier, as is
-            usual in fine-tuning (Clark et al., ELECTRA, ICLR 2020).
-    base_lr: the optimizer's rate, which layer_decay needs.
+        no_decay: "norm_bias": no weight decay on one-dimensional parameters (norms' weights, biases, scales).
+        layer_decay: the learning rate is multiplied by it once for each stage from a parameter's own to the last before
+            the classifier, as is usual in fine-tuning (Clark et al., ELECTRA, ICLR 2020).
+    base_lr: the optimizer's learning rate, which layer_decay needs.
     """
     prefixes = tuple(classifier_prefixes(model))
     classifier_lr, layer_decay = options["classifier_lr"], options["layer_decay"]
@@ -47,20 +50,21 @@ def param_groups(model: nn.Module, options: dict[str, Any], base_lr: float | Non
 
 
 def stage_of(name: str, stages: list[tuple[str, ...]]) -> int:
-    """The stage that a parameter belongs to, from 0 at the input; behind them all where it is in none (classifiers)."""
+    """The number of the stage that a parameter belongs to, from 0 at the input; len(stages) if it is in
+    none (classifiers)."""
     return next((number for number, prefixes in enumerate(stages) if name.startswith(prefixes)), len(stages))
 
 
 def classifier_prefixes(model: nn.Module) -> list[str]:
-    """The model's own word, and none for a module that isn't one of ours."""
+    """What `model.classifier_prefixes()` returns; [] for a module that isn't a BaseModel."""
     return model.classifier_prefixes() if hasattr(model, "classifier_prefixes") else []
 
 
 def is_hidden_matrix(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
-    """Whether a parameter is a convolution's filters or a matrix inside the network: not of the stem, which sees
-    pixels, and not of the classifier, whose rows are classes."""
+    """A function (name, parameter) -> whether that is a matrix or a convolution's filters inside the network: not in
+    the stem, which sees pixels, nor in the classifier, whose rows are classes."""
     stages = model.stage_prefixes() if hasattr(model, "stage_prefixes") else []
-    stem = stages[0] if len(stages) > 1 else ()     # one stage: which part of it sees pixels isn't known
+    stem = stages[0] if len(stages) > 1 else ()     # with one stage the stem can't be told apart
     outside = (*classifier_prefixes(model), *stem)
 
     def hidden(name: str, parameter: nn.Parameter) -> bool:
@@ -69,6 +73,6 @@ def is_hidden_matrix(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
 
 
 def check_some_trained(groups: list[dict[str, Any]]) -> None:
-    """Raises ConfigError where there is nothing to train."""
+    """Raises ConfigError if there are no groups, hence nothing to train."""
     if not groups:
         raise ConfigError("optimizer: nothing to train, every parameter is frozen")

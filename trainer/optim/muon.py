@@ -1,4 +1,5 @@
-"""Muon: momentum whose matrices are made orthogonal before each step (Jordan et al., 2024; Liu et al., 2025)."""
+"""Muon: momentum SGD whose update matrices are orthogonalized before each step (Jordan et al., 2024;
+Liu et al., 2025)."""
 from __future__ import annotations
 
 import math
@@ -16,11 +17,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)   # of the Newton-Schulz iteration (Jor
 
 
 def orthogonalize(u: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest matrices with orthonormal rows (or columns, where those are fewer), for a stack [m, r, c].
+    """Approximately the nearest matrices with orthonormal rows (or columns, if there are fewer), for a
+    stack u [m, r, c].
 
     X = u / |u|, then `steps` times X <- P X, P = a I + b A + c A², A = X Xᵀ on the shorter side: singular values end
-    between 0.7 and 1.2. Every P is a polynomial of the first A, so the steps are taken on A alone, A <- P A P, and X is
-    multiplied once, by their product: half the time for filter banks several times as wide as high.
+    between 0.7 and 1.2. Every P is a polynomial of the first A, so the iteration runs on A alone, A <- P A P, and X is
+    multiplied once, by the product of all P: half the time for filter banks several times as wide as high.
     """
     a, b, c = COEFFICIENTS
     tall = u.shape[1] > u.shape[2]
@@ -37,15 +39,16 @@ def orthogonalize(u: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon on the groups given, another optimizer on the rest.
+    """Muon on the given groups, and another optimizer on the remaining parameters.
 
-    Each parameter counts as a matrix [out, in k k]: b = momentum · b + g, u = g + momentum · b (Nesterov), the step is
-    lr · 0.2 · sqrt(max(out, in k k)) · orthogonalize(u), which has the size of AdamW's (Liu et al., 2025; torch's
-    `match_rms_adamw`); weight decay is decoupled, w <- w (1 - lr · weight_decay).
+    Each parameter is treated as a matrix [out, in·k·k]: b = momentum · b + g, u = g + momentum · b (Nesterov), the step
+    is lr · 0.2 · sqrt(max(out, in·k·k)) · orthogonalize(u), which matches the size of AdamW's updates (Liu et al.,
+    2025; torch's `match_rms_adamw`); weight decay is decoupled, w <- w (1 - lr · weight_decay).
 
-    params: parameters of two dimensions or more, or groups of them. others: an optimizer that has the remaining
-    parameters. Its groups come after Muon's in `param_groups`, so a schedule reaches both.
-    Matrices of one shape are worked on together. Raises ConfigError for values out of range.
+    params: parameters with two or more dimensions, or groups of them. others: the optimizer of the remaining
+    parameters. Its groups follow Muon's in `param_groups`, so that a schedule reaches both.
+    Matrices of the same shape are processed together. Raises ConfigError for values out of range and for parameters
+    with one dimension.
     """
 
     def __init__(self, params: Any, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 0.0, steps: int = 5,
@@ -67,8 +70,8 @@ class Muon(Optimizer):
             self._share()
 
     def _share(self) -> None:
-        """The other optimizer works on the same groups and keeps its state in the same dict, so that what is saved,
-        loaded and scheduled is one optimizer's."""
+        """Let the other optimizer use the same groups and the same state dict, so that saving, loading and schedules
+        see a single optimizer."""
         if self.others is not None:
             self.others.param_groups, self.others.state = self.param_groups[self.own:], self.state
 
@@ -78,7 +81,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """One step; `closure` isn't evaluated. The gradients are those that backward left."""
+        """Take one step with the gradients in `p.grad`; `closure` is ignored."""
         for group in self.param_groups[:self.own]:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:

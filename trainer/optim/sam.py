@@ -12,13 +12,13 @@ from utils.errors import ConfigError
 
 
 class SAM(Optimizer):
-    """`first_step()` after one backward pass moves the weights to w + e, `second_step()` after another one moves them
-    back and lets `base` step with the gradient found there.
+    """Wraps the optimizer `base`. `first_step()`, after a backward pass, moves the weights to w + e; `second_step()`,
+    after another backward pass there, moves them back and lets `base` step with the gradient found there.
 
-    params, base: the groups of an optimizer, and it.
-    e = rho g / |g|, adaptive: rho w² g / |w g| (ASAM; Kwon et al., ICML 2021), norms over all parameters. Groups and
-    state are those of `base`, so schedules and checkpoints see one optimizer. Raises ConfigError for a rho that isn't
-    positive.
+    params: the parameter groups of `base`.
+    e = rho g / |g|, or if `adaptive` rho w² g / |w g| (ASAM; Kwon et al., ICML 2021), with norms over all parameters.
+    Groups and state are those of `base`, so schedules and checkpoints see one optimizer. Raises ConfigError for a rho
+    that isn't positive.
     """
 
     def __init__(self, params: Any, base: Any, rho: float = 0.05, adaptive: bool = False):
@@ -40,7 +40,7 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def first_step(self) -> None:
-        """Move to where the loss is highest nearby, by the gradients that are there."""
+        """Move the weights to w + e, where the loss nearby is highest, using the gradients in `p.grad`."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         directions = [p.grad for p in params]
         if self.adaptive:
@@ -56,18 +56,19 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Back to the weights before `first_step`, to the last bit."""
+        """Restore the weights from before `first_step`, bit for bit; does nothing if they weren't moved."""
         if self._moved is not None:
             torch._foreach_copy_(*self._moved)
             self._moved = None
 
     def second_step(self) -> None:
-        """Back, and a step of the base optimizer with the gradients that are there now."""
+        """Restore the weights and step the base optimizer with the present gradients. Raises RuntimeError if
+        `first_step` wasn't called."""
         if self._moved is None:
             raise RuntimeError("second_step() comes after first_step() and another backward pass")
         self.restore()
         self.base.step()
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """The same as `second_step`; `closure` isn't evaluated."""
+        """The same as `second_step`; `closure` is ignored."""
         self.second_step()

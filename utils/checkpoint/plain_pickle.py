@@ -1,8 +1,8 @@
-"""Pickles as plain data: nothing that is named in one is imported, nothing in it runs.
+"""Reads pickles as plain data: nothing named in one is imported, no code in it runs.
 
-CIFAR's own files are pickles (of Python 2, with numpy arrays), and so is the outline of every checkpoint. A name in one
-is looked up in a table of makers of plain data; any other gets a stand-in that only notes what it was given (`Inert`,
-RIDE's pickled configuration for one). A call that looks like running code refuses the whole file.
+CIFAR's original files are pickles (Python 2's, with numpy arrays), and every checkpoint holds one. A name in a pickle
+is looked up in a table of functions that make plain data; any other gets a stand-in that only records what it was given
+(`Inert`, e.g. for RIDE's configuration). A file with a call that looks like running code is refused as a whole.
 """
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ import torch
 
 from utils.errors import ConfigError
 
-_LARGEST_EXPANSION = 1 << 27  # elements of a tensor that repeats a smaller storage
-# Standard-library classes whose instances are worth keeping as inert data; of the runners nothing else is.
+_LARGEST_EXPANSION = 1 << 27  # elements of a tensor that is expanded from a smaller storage
+# Names of the standard library that are kept as inert data; nothing else in _RUNNERS, which can run code, is.
 _INERT_STDLIB = {
     "argparse.Namespace", "builtins.object", "builtins.range", "builtins.slice", "datetime.date", "datetime.datetime",
     "datetime.time", "datetime.timedelta", "datetime.timezone", "functools.partial", "itertools.count",
@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 class Inert:
-    """A name from a file, or an object of a class that isn't read: what was written about it, and nothing alive.
+    """A name in a file, or an object of a class that isn't imported: a passive record of what the file holds of it.
 
     `name` is "module.Class"; `args` and `state` are what the file gave the object, `items` what was appended to it and
     `pairs` what was set in it, where it is a kind of list or dict.
@@ -59,7 +59,7 @@ class Inert:
         state = self.state[0] if isinstance(self.state, tuple) and self.state else self.state
         return state.get(name) if isinstance(state, dict) else None
 
-    # What unpicklers do to an object.
+    # The methods that unpicklers call.
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
@@ -76,7 +76,7 @@ class Inert:
 
 
 class _Name(type):
-    """The classes that stand for unknown names: made an instance of or called, they note with what."""
+    """The metaclass of stand-ins for unknown names: a call gives an `Inert` that records the arguments."""
 
     def __call__(cls, *args: Any) -> Inert:
         last = cls.name.rpartition(".")[2]
@@ -95,7 +95,7 @@ def _instance(cls: _Name, *args: Any, **keywords: Any) -> Inert:
 
 @lru_cache(maxsize=1000)
 def stand_in(name: str) -> _Name:
-    """A class to stand for `name`."""
+    """A class that stands for the unknown `name`, "module.Class"."""
     return _Name("StandIn", (), {"__new__": _instance, "__slots__": (), "name": name})
 
 
@@ -132,7 +132,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array on its way."""
+    """An array under construction: its content comes with its state."""
 
     def __init__(self, *_: Any):
         self.array: Any = None
@@ -149,7 +149,7 @@ def _array(raw: Any, note: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 def _bytes(kind: type) -> Callable:
-    """Protocols before 3 write bytes as `_codecs.encode(text, "latin1")`, and none as `bytes()`."""
+    """Protocols before 3 write bytes as `_codecs.encode(text, "latin1")`, and empty bytes as `bytes()`."""
     def make(value: Any = b"", encoding: Any = "latin1") -> Any:
         if not isinstance(value, (str, bytes, bytearray)) or encoding not in ("latin1", "latin-1"):
             raise Refused("it is damaged: bytes made from something else")
@@ -201,7 +201,7 @@ _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isin
 
 
 class _Pickle(Unpickler):
-    """Python's reader of one pickle over the table of names. Text of Python 2 is latin-1."""
+    """Python's unpickler with names looked up in KNOWN. Text of Python 2 is read as latin-1."""
 
     def __init__(self, program: bytes, storage: Callable[[Any], Any] | None, objects: bool):
         super().__init__(BytesIO(program), encoding="latin1")
@@ -210,7 +210,7 @@ class _Pickle(Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = full_name(module, name)
         found = KNOWN.get(full) or _DTYPES.get(full)
-        if found is None and not self.objects and full != "numpy.ndarray":  # which arrays name, and nothing calls
+        if found is None and not self.objects and full != "numpy.ndarray":  # arrays name it, nothing calls it
             raise Refused(f"it holds a {full[:100]}")
         return found or stand_in(full)
 
@@ -226,7 +226,7 @@ def full_name(module: str, name: str) -> str:
 
 
 def check_memo(program: bytes) -> None:
-    """Refuse what would have Python's unpickler use tables of its own, or memory without end."""
+    """Raise Refused for operations that would use Python's extension registry, or unlimited memory."""
     for operation, argument, _ in pickletools.genops(program):
         if operation.name.startswith("EXT"):
             raise Refused(f"it uses the pickle operation {operation.name}, which plain data never needs")
@@ -235,8 +235,8 @@ def check_memo(program: bytes) -> None:
 
 
 def loads(program: bytes, storage: Callable[[Any], Any] | None = None, objects: bool = True) -> Any:
-    """The object in a pickle's bytes; Refused where it isn't plain. `storage` gives the memory that tensors refer to;
-    without `objects` only containers, numbers, text, arrays and tensors are read."""
+    """The object in a pickle's bytes. storage: gives the memory that a tensor refers to. objects: False reads only
+    containers, numbers, text, arrays and tensors. Raises Refused for a pickle that isn't plain data."""
     try:
         check_memo(program)
         return settled(_Pickle(program, storage, objects).load())
@@ -259,9 +259,9 @@ def read_arrays(path: str | PathLike) -> Any:
 
 
 def settled(value: Any, device: str | torch.device = "cpu", done: dict[int, Any] | None = None) -> Any:
-    """`value` with what was read in its last form: tensors without gradients on `device`, arrays, names as `Inert`.
+    """`value` with all that was read in its final form: detached tensors on `device`, arrays, names as `Inert`.
 
-    `done` keeps shared parts shared, and circles finite. A device in the data comes as its name: it means nothing here.
+    `done` keeps shared parts shared, and cycles finite. A torch.device becomes its name, as it means nothing here.
     """
     if value is None or type(value) in (str, bytes, bool, int, float, complex):
         return value

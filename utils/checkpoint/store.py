@@ -58,7 +58,7 @@ def _plain(value: Any, where: str) -> Any:
         value = value.detach().cpu()
         # A view would drag its whole storage into the file.
         return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
-    if isinstance(value, np.generic):  # before float, which numpy's float64 is a kind of
+    if isinstance(value, np.generic):  # before float, of which numpy's float64 is a subclass
         return value.item()
     if type(value) in (type(None), bool, int, float, complex, str, bytes, torch.dtype):
         return value
@@ -78,8 +78,8 @@ def _plain(value: Any, where: str) -> Any:
 def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
     """The checkpoint at `path` as a dict of tensors and plain data; nothing in the file is ever run.
 
-    Objects beside the weights (RIDE's pickled configuration) come as `plain_pickle.Inert`; `optimizer` is the plain
-    dict that its project wrote (RIDE's: `lr` as decayed, `initial_lr` before it, and no schedule's state). Raises
+    Objects beside the weights (RIDE's pickled configuration) become `plain_pickle.Inert`; `optimizer` is the plain
+    dict that its project wrote (RIDE's: the decayed `lr`, the `initial_lr`, and no schedule's state). Raises
     ConfigError, with the file's name and what is wrong, where it is missing, damaged, would run code, or holds no
     weights that can be read as plain tensors.
     """
@@ -95,9 +95,9 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
 def find_weights(checkpoint: dict, depth: int = 3) -> tuple[str, dict] | None:
     """(where, weights) of a checkpoint: the entry that holds its weights, "" for the dict itself; None if none does.
 
-    classifier-balancing keeps one dict a network (`feat_model`, `classifier`) in its entry; they are returned so. Where
-    none of the usual names is there, it's the first entry that holds tensors (BYOL's `online_network_state_dict`), at
-    most `depth` dicts deep.
+    classifier-balancing's entry holds one dict per network (`feat_model`, `classifier`), returned as it is. Where none
+    of WEIGHT_KEYS is there, it's the first entry that holds tensors (BYOL's `online_network_state_dict`), at most
+    `depth` dicts deep.
     """
     for key in WEIGHT_KEYS:
         if isinstance(checkpoint.get(key), (dict, Inert)):
@@ -124,7 +124,7 @@ def recover_config(checkpoint: dict) -> dict | None:
 
 
 def plain_data(value: Any, depth: int = 0, budget: list[int] | None = None) -> Any:
-    """`value` with text for keys and without inert objects: kinds of dict and list as such, any other as None.
+    """`value` without inert objects: kinds of dict and list become plain, others None; inert keys are dropped.
 
     Raises ConfigError for data nested deeper than 50 levels or of more than a million parts.
     """
@@ -160,9 +160,9 @@ def _check_weights(checkpoint: Any) -> None:
 
 def newest_good_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict] | None:
     """(path, checkpoint) of the latest readable `checkpoint-epochN.pth` in `folder`, or of `model_best.pth` where that
-    is of a later epoch; None where there is neither.
+    is of a later epoch and holds an optimizer's state; None where there is neither.
 
-    Damaged ones are named in a warning and skipped. `checkpoint-epochN-batchM.pth` is older than
+    Damaged ones are named in a warning and skipped. `checkpoint-epochN-batchM.pth` counts as older than
     `checkpoint-epochN.pth`.
     """
     best, found, numbered = Path(folder) / "model_best.pth", None, []

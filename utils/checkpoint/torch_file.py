@@ -1,4 +1,4 @@
-"""torch's own files: by its `weights_only` reader, with stand-ins for the names that it doesn't know."""
+"""Reads torch's own files with its `weights_only` reader, with stand-ins for names that this doesn't know."""
 from __future__ import annotations
 
 import pickletools
@@ -27,7 +27,7 @@ from utils.checkpoint.plain_pickle import (
 from utils.errors import ConfigError
 
 _MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch's format before 1.6
-_READING = threading.Lock()  # torch's table of safe names is one for the whole process
+_READING = threading.Lock()  # torch's table of safe names is global to the process
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
@@ -58,7 +58,7 @@ def read_torch_file(path: str | PathLike) -> Any:
 
 
 def _read_archive(path: Path) -> Any:
-    """torch's archive since 1.6: a pickle, and one entry a storage, all uncompressed."""
+    """torch's zip format since 1.6: a pickle and one entry per storage, all uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -72,7 +72,7 @@ def _read_archive(path: Path) -> Any:
                 raise Refused("it is compressed in a way that torch never does")
             if f"{root}/byteorder" in entries and archive.read(f"{root}/byteorder").strip() != b"little":
                 raise Refused("it was written on a big-endian machine")
-            if damaged := archive.testzip():  # torch's reader doesn't look at the sums
+            if damaged := archive.testzip():  # torch's reader ignores the checksums
                 raise Refused(f"it is truncated or damaged ({damaged[:60]})")
             program = archive.read(outlines[0])
             storages: dict[str, torch.TypedStorage] = {}
@@ -89,18 +89,18 @@ def _read_archive(path: Path) -> Any:
                 memory = torch.frombuffer(bytearray(raw or b"0"), dtype=torch.uint8).untyped_storage()
                 return storages.setdefault(key, torch.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True))
             try:
-                _Storages(program, check).load()  # torch 2.9's reader reads on past a storage's end
+                _Storages(program, check).load()  # torch 2.9's reader reads past a storage's end
                 return _by_torch(path, _names(BytesIO(program)))
             except Refused:
                 raise
-            except Exception:  # kinds of dict and list, or a newer protocol: torch's reader has no stand-in for these
+            except Exception:  # a kind of dict or list, or a newer protocol, for which torch's reader takes no stand-in
                 return loads(program, storage)
     except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
         raise Refused(f"it is truncated or damaged ({str(error)[:100]})") from error
 
 
 class _Part:
-    """Stands for whatever an outline names, makes, calls or fills."""
+    """Stands for any object that a pickle names, makes, calls or fills."""
     dtype = torch.uint8
 
     def __init__(self, *_: Any, **__: Any):
@@ -110,7 +110,7 @@ class _Part:
 
 
 class _Storages(Unpickler):
-    """Walks through an outline for nothing but the storages that it refers to."""
+    """Unpickles an archive's data.pkl only to check the storages that it refers to."""
 
     def __init__(self, program: bytes, check: Callable[[str, torch.dtype, int], None]):
         check_memo(program)
@@ -126,7 +126,7 @@ class _Storages(Unpickler):
 
 
 def _read_stacked(path: Path) -> Any:
-    """torch's format before 1.6: pickles one after another (magic, version, system, outline, keys), then the data."""
+    """torch's format before 1.6: five pickles (magic number, version, system, object, storage keys), then the data."""
     try:
         with open(path, "rb") as handle:
             names = set().union(*(_names(handle) for _ in range(5)))
@@ -145,7 +145,7 @@ def _names(handle: Any) -> set[str]:
 
 def _by_torch(path: Path, names: set[str]) -> Any:
     if system := sorted(name for name in names if name.partition(".")[0] in ("os", "posix", "nt", "sys")):
-        raise Refused(f"it would run code: {system[0][:100]}")  # torch's reader takes no stand-in for these
+        raise Refused(f"it would run code: {system[0][:100]}")  # torch's reader can't be given stand-ins for these
     made = [(kind, kind.__name__) for kind in STATEFUL]  # objects that may be given their state
     with _READING, warnings.catch_warnings(), torch.serialization.safe_globals(
             [*made, *((KNOWN.get(name) or stand_in(name), name) for name in names)]):

@@ -34,7 +34,7 @@ class Type:
 
     @property
     def jsonable(self) -> bool:
-        """Can a JSON value ever be one?"""
+        """Whether a JSON value can be of this type."""
         if self.kind == "union":
             return any(item.jsonable for item in self.items)
         if self.kind in ("list", "tuple", "dict"):
@@ -63,9 +63,9 @@ FOREIGN = Type("foreign")
 
 
 def parse(annotation: Any, names: Mapping[str, Any] | None = None) -> Type:
-    """The type an annotation stands for, a string too; `names` are those that its text may use.
+    """The Type of an annotation, which may be a string; `names` are those that the string may use.
 
-    None at all is `any`; one whose names can't be found, such as those imported for a type checker alone, `foreign`.
+    A missing one is `any`; one whose names can't be resolved, such as imports under TYPE_CHECKING, is `foreign`.
     """
     if isinstance(annotation, str):
         holder = SimpleNamespace(__annotations__={"it": annotation.strip()})
@@ -99,7 +99,7 @@ def _union(members: list[Type]) -> Type:
 
 
 def of_default(value: Any) -> Type:
-    """What an unannotated parameter takes, judged by its default: a number for 0 or 0.1, true or false for True."""
+    """The Type of an unannotated parameter by its default: a number for 0 or 0.1, a bool for True, else anything."""
     if isinstance(value, bool):
         return Type("bool")
     if isinstance(value, int | float):
@@ -108,7 +108,7 @@ def of_default(value: Any) -> Type:
 
 
 class Mismatch(Exception):
-    """A value isn't of its type; the message says where inside it (`[2]`) and what it should be."""
+    """A value isn't of the expected type; `where` is the place inside it, such as `[2]`."""
 
     def __init__(self, where: str, expected: Type, value: Any):
         super().__init__(where, expected, value)
@@ -116,9 +116,9 @@ class Mismatch(Exception):
 
 
 def convert(value: Any, kind: Type, where: str = "") -> Any:
-    """`value` as `kind` would hold it: 0 and 1 become false and true for a bool, 1 becomes 1.0 for a float.
+    """`value` converted to `kind`: 0 and 1 become false and true for a bool, 1 becomes 1.0 for a float.
 
-    An int is never made of a bool or of 1.0; numbers must be finite. Raises Mismatch.
+    Neither a bool nor 1.0 passes for an int; numbers must be finite. Raises Mismatch.
     """
     if kind.kind == "any":
         return value
@@ -150,7 +150,7 @@ def _convert_list(value: Any, kind: Type, where: str) -> list:
 
 
 def _convert_union(value: Any, kind: Type, where: str) -> Any:
-    """The member whose Python type is the value's own goes first: 1 stays 1 in `bool | int`, true stays true."""
+    """The member of the value's own Python type is tried first: 1 stays 1 in `bool | int`, true stays true."""
     own = {bool: "bool", int: "int", float: "float", str: "str", type(None): "none"}.get(type(value))
     members = sorted((item for item in kind.items if item.jsonable), key=lambda item: item.kind not in (own, "literal"))
     inside = None
@@ -158,7 +158,7 @@ def _convert_union(value: Any, kind: Type, where: str) -> Any:
         try:
             return convert(value, item, where)
         except Mismatch as mismatch:
-            # A list with one wrong element is told about the element, not about the whole union.
+            # For a list with one wrong element, report that element, not the whole union.
             inside = mismatch if mismatch.where != where else inside
     raise inside or Mismatch(where, kind, value)
 
@@ -180,7 +180,7 @@ _SIMPLE = {
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """A value as the user wrote it in JSON, cut where it is long."""
+    """A value as JSON for messages, cut to `limit` characters."""
     try:
         text = json.dumps(value, ensure_ascii=True)
     except (TypeError, ValueError, RecursionError):

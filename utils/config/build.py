@@ -19,8 +19,8 @@ def check_args(signature: Signature, args: Mapping[str, Any], path: str, provide
     Args:
         signature: of the constructor.
         path: where the arguments stand in the config, e.g. "loss.args".
-        provided: names that the program gives in the call: they may be missing here.
-        texts: full path -> the text typed on the command line, taken as it is where the argument wants text.
+        provided: names that the program passes itself, so that they may be missing here.
+        texts: dotted path -> the text typed on the command line, which is used where the argument is a string.
     Raises:
         ConfigError: an unknown or missing name, or a value of the wrong type; one line with the path.
     """
@@ -67,11 +67,11 @@ def public_names(table: ModuleType | Mapping[str, Any]) -> list[str]:
 
 
 def lookup(table: ModuleType | Mapping[str, Any], name: Any, path: str, what: str = "name") -> Any:
-    """`table[name]`, or what `name` says itself as "package.module:Class"; else a ConfigError with the nearest name.
+    """`table[name]`, or the outside class `name`, "package.module:Class". Raises ConfigError with the nearest name.
 
     Args:
-        table: a dict, or a module whose public classes and functions are meant. A text in a dict, "module:Class",
-            stands for a class that is imported when it is asked for.
+        table: a dict, or a module, of which the public classes and functions count. A string in a dict,
+            "module:Class", stands for a class that is imported when it is looked up.
         what: what is looked for, for the message.
     """
     if is_outside(name):
@@ -91,11 +91,11 @@ def build(table: ModuleType | Mapping[str, Callable], spec: Mapping[str, Any], p
         table: a module or a dict of constructors.
         spec: {"type": name, "args": {...}}; `args` may be missing.
         path: the spec's place in the config, for messages.
-        args: positional arguments of the program's own, e.g. the parameters for an optimizer.
-        extra: named arguments of the program's own. Those the constructor doesn't take are left out; those it
-            takes win over the spec's.
+        args: positional arguments that the program passes, e.g. the parameters for an optimizer.
+        extra: named arguments that the program passes. Those the constructor doesn't take are left out; the
+            others override the spec's.
     Raises:
-        ConfigError: unknown type, unknown, missing or wrong arguments, or a ValueError of the constructor's.
+        ConfigError: unknown type, unknown, missing or wrong arguments, or the constructor raised ValueError.
     """
     if not isinstance(spec, Mapping) or not isinstance(spec.get("type"), str):
         raise ConfigError(f"{path}: must be an object with \"type\" and \"args\", not {shown(spec)}")

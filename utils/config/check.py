@@ -1,6 +1,6 @@
-"""The config's `{"type", "args"}` parts against the classes they name, and the other values that are names.
+"""Checks a config's `{"type", "args"}` sections against the classes they name, and other values that are names.
 
-What needs no class is checked first (`check_form`), so that most mistakes answer before anything heavy is imported.
+What needs no class is checked first (`check_form`), so that most mistakes are reported before any heavy import.
 """
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SPEC_KEYS = ("type", "args")
 
 
 def check_form(name: str, spec: Any, overrides: Sequence[Any] = ()) -> Any:
-    """One section, e.g. `arch`, as far as it can be judged without its class: its own keys, and numbers' ranges.
+    """Check one section, e.g. `arch`, as far as its class isn't needed: its keys, and the ranges of numbers.
 
-    Returns it with `args` filled in, or the section's default where it is absent. Raises ConfigError.
+    Returns the section with `args` filled in, or its default where it is absent. Raises ConfigError.
     """
     section = SECTIONS[name]
     if spec is None:
@@ -42,9 +42,9 @@ def check_form(name: str, spec: Any, overrides: Sequence[Any] = ()) -> Any:
 
 
 def check_classes(name: str, spec: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
-    """What `check_form` gave, against the class itself: it is there, and its arguments are what it takes.
+    """Check what `check_form` returned against the class itself: that it exists and takes these arguments.
 
-    Returns the section with arguments converted to the class's types. Raises ConfigError.
+    Returns the section with arguments converted to the class's types. texts: see `check_args`. Raises ConfigError.
     """
     section, kind = SECTIONS[name], spec["type"]
     found = _takes(section, kind, f"{name}.type")
@@ -66,7 +66,7 @@ def check_classes(name: str, spec: dict[str, Any], texts: Mapping[str, str]) -> 
 
 
 def check_part(section: Section, spec: Any, path: str, texts: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A spec inside a section, or in a list, against its class: as `check_classes`."""
+    """Check a `{"type", "args"}` inside a section or a list against its class, as `check_classes` does."""
     kind, args = _parts(path, spec)
     takes = _takes(section, kind, f"{path}.type")
     return {"type": kind, "args": check_args(takes, args, f"{path}.args", section.provided, texts)}
@@ -106,7 +106,7 @@ def _parts(path: str, spec: Any, overrides: Sequence[Any] = (), default: Any = .
 
 
 def _nested(name: str, args: Mapping[str, Any]) -> Iterator[tuple[str, Section, str, dict[str, Any]]]:
-    """(key, what it is, dotted path, {"type", "args"}) of each name or spec inside a section's arguments."""
+    """(key, its Section, dotted path, {"type", "args"}) of each name or spec inside a section's arguments."""
     for key, part in NESTED.get(name, {}).items():
         value = args.get(key)
         if value is not None:
@@ -146,7 +146,7 @@ def constructor(section: Section, kind: str, path: str) -> Callable:
 
 
 def task_name(kind: Any) -> str:
-    """What a model learns or a loader gives: "classification" (a class an image) or "detection" (boxes and masks)."""
+    """The task of a model or loader class: "classification" (a class per image) or "detection" (boxes and masks)."""
     return getattr(kind, "task", "classification")
 
 
@@ -154,7 +154,7 @@ def task_name(kind: Any) -> str:
 
 def check_within(value: Any, path: str, low: float | None = None, high: float | None = None,
                  above: float | None = None) -> None:
-    """A number, or each of a list's, within [low, high] and greater than `above`. Raises ConfigError."""
+    """Check that a number, or each in a list, is in [low, high] and greater than `above`. Raises ConfigError."""
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
@@ -175,8 +175,8 @@ def _check_limits(args: Mapping[str, Any], path: str, what: str) -> None:
 # ---------------------------------------------------------------------- metrics
 
 def metric_kind(value: Any) -> str | None:
-    """`batch` for a function of (output, target), whose mean over batches is taken, `split` for one of (probs, labels)
-    of a whole split, None for anything else."""
+    """`batch` for a function of (output, target), which is averaged over batches; `split` for one of (probs, labels)
+    of a whole split; None for anything else."""
     if not inspect.isfunction(value):
         return None
     kinds = {("output", "target"): "batch", ("probs", "labels"): "split"}
@@ -184,7 +184,7 @@ def metric_kind(value: Any) -> str | None:
 
 
 def metric_table() -> dict[str, Any]:
-    """What `metrics` may name: functions, and None for figures that each validation counts anyway."""
+    """Each name that `metrics` may hold -> its function, or None for a figure that every validation computes anyway."""
     table: dict[str, Any] = dict.fromkeys(COUNTED)
     for module in map(importlib.import_module, METRICS):
         table |= {name: getattr(module, name) for name in public_names(module) if metric_kind(getattr(module, name))}
@@ -192,7 +192,7 @@ def metric_table() -> dict[str, Any]:
 
 
 def check_metrics(metrics: list[str]) -> None:
-    """Each is in the table or a metric from outside, and none is there twice. Raises ConfigError."""
+    """Check that each is in `metric_table` or a metric from outside, and none occurs twice. Raises ConfigError."""
     known = metric_table()
     for i, name in enumerate(metrics):
         found = lookup(known, name, f"metrics[{i}]", "metric")
@@ -212,7 +212,7 @@ def monitored(monitor: str) -> tuple[str, str]:
 
 
 def check_monitor(monitor: str, metrics: list[str], task: str) -> None:
-    """Whether a figure of that name will be there, of boxes and masks for detection only. Raises ConfigError."""
+    """Raise ConfigError unless the monitored figure will exist; those of boxes and masks do for detection only."""
     mode, name = monitored(monitor)
     if mode == "off":
         return

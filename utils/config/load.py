@@ -1,7 +1,7 @@
 """A run's config: read from JSON, overridden from the command line, checked key by key, defaults filled in.
 
-What comes out is a plain nested dict that can be saved as JSON and gives itself when it is loaded again. Keys, types
-and ranges are checked first, so that most mistakes are answered at once; only then is what the config names imported.
+The result is a plain nested dict that can be saved as JSON; loading it again gives the same dict. Keys, types and
+ranges are checked first, so that most mistakes are reported at once; only then are the classes it names imported.
 """
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_config(raw: Mapping[str, Any], overrides: Iterable[tuple] = (),
 
     Args:
         inherited: {dotted key: the extended file that gave its value}, for messages.
-        allowed: the classes outside the repo ("package.module:Class") that the config may name beside those in
+        allowed: the classes outside the repo ("package.module:Class") that the config may name besides those in
             `overrides`; None: any. For a config that comes with somebody's checkpoint it is empty: what it names is
             neither imported nor run unless the command line names it too.
     Raises:
@@ -85,7 +85,7 @@ def check_config(raw: Mapping[str, Any], overrides: Iterable[tuple] = (),
 
 
 def apply_override(config: dict[str, Any], item: Override) -> None:
-    """Set one value in place, making the objects on the way to it. Raises ConfigError."""
+    """Set one value in place, creating missing objects along its path. Raises ConfigError."""
     keys = item.path.split(".")
     if not all(keys) or len(keys) > MAX_DEPTH:
         raise ConfigError(f"{item.flag} {item.path[:80]}: write keys with dots between them, e.g. trainer.epochs=5")
@@ -105,7 +105,7 @@ def apply_override(config: dict[str, Any], item: Override) -> None:
 
 
 def _blame(error: ConfigError, overrides: list[Override], inherited: Mapping[str, str]) -> ConfigError:
-    """Say which flag, or which extended file, gave the value that is wrong."""
+    """The error, completed by the flag or the extended file that gave the wrong value."""
     message = str(error)
     given = [(path, flag) for path, flag in (*inherited.items(), *((item.path, item.flag) for item in overrides))
              if message.startswith((f"{path}:", f"{path}.", f"{path}["))]
@@ -185,7 +185,7 @@ def _check_rows(values: Any, rows: tuple[Row, ...], prefix: str, texts: Mapping[
 
 
 def _check_trainer(top: dict[str, Any]) -> None:
-    """The trainer's own rules: what it can train, from what data; `amp: false` as "off"."""
+    """Check that arch, loader and trainer fit together; fill in `trainer.type`, and "off" for `amp: false`."""
     trainer, kind = top["trainer"], top["arch"]["type"]
     data = top["data_loader"]["type"]
     arch = constructor(SECTIONS["arch"], kind, "arch.type")
@@ -217,13 +217,13 @@ def _check_trainer(top: dict[str, Any]) -> None:
 
 
 def check_second_stage(config: dict[str, Any]) -> None:
-    """A second stage that trains has a first stage's model to start from. Raises ConfigError."""
+    """Raise ConfigError where a config for a second stage has no first stage's model to start from."""
     if config["second_stage"] and not config["load_crt"]:
         raise ConfigError("load_crt: missing; this trains a trained model's classifier: --load_crt STAGE1_CHECKPOINT")
 
 
 def inferred_trainer(arch: Any, distill: bool) -> str:
-    """Which trainer a config without `trainer.type` means, by the class of its model."""
+    """The name of the trainer that fits a model's class, used where a config leaves out `trainer.type`."""
     if getattr(arch, "routed", False):
         return "ExpertAssignmentTrainer"
     if distill:

@@ -1,4 +1,4 @@
-"""Classes that aren't ours: `"type": "package.module:Class"`, and whose word it takes to import one."""
+"""Classes from outside the project, `"type": "package.module:Class"`: importing them, and when that is allowed."""
 from __future__ import annotations
 
 import importlib
@@ -22,20 +22,20 @@ def is_outside(name: Any) -> bool:
 
 
 def short_name(name: str) -> str:
-    """A name without its module, as messages and metrics.csv have it."""
+    """A name without its module, as messages and metrics.csv show it."""
     return name.rpartition(":")[2]
 
 
 def import_named(name: str, path: str) -> Any:
-    """What `package.module:Class` names; its module is imported, from the working folder too.
+    """The object that `package.module:Class` names; its module may also lie in the working folder.
 
-    Raises ConfigError, with the place `path` in the config, where it can't be imported or isn't in there.
+    Raises ConfigError, naming the config key `path`, where the module can't be imported or lacks such a callable.
     """
     module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise ConfigError(f"{path}: {name[:80]!r} should read package.module:Class")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that nothing there stands in for what is ours or installed
+        sys.path.append(os.getcwd())  # last, so that nothing there shadows our or installed modules
     importlib.invalidate_caches()
     try:
         found = importlib.import_module(module)
@@ -54,10 +54,10 @@ def import_named(name: str, path: str) -> Any:
 
 def outside_names(config: Any, path: str = "", listed: tuple[str, list] | None = None
                   ) -> Iterator[tuple[str, str, str]]:
-    """(dotted key, name, flag) of every outside class that a config names, or a part of one at `path`.
+    """(dotted key, name, flag) of every outside class that a config, or the part of one at `path`, names.
 
-    The flag, ` --set KEY=VALUE`, says the name again on a command line; in a list (`listed`: its key and itself) it
-    says the whole list.
+    The flag, ` --set KEY=VALUE`, repeats the name on a command line; for a name in a list (`listed`: the list's key
+    and the list) it repeats the whole list.
     """
     if isinstance(config, Mapping):
         for key, value in config.items():
@@ -71,7 +71,7 @@ def outside_names(config: Any, path: str = "", listed: tuple[str, list] | None =
 
 
 def refuse_outside(config: Mapping[str, Any], allowed: Collection[str]) -> None:
-    """ConfigError for an outside class that isn't among `allowed`: a checkpoint's config can't choose what is run."""
+    """Raise ConfigError for an outside class not in `allowed`: a checkpoint's config alone can't choose what is run."""
     for path, name, flag in outside_names(config):
         if name not in allowed:
             raise ConfigError(f"{path}: {name} is code from outside, and a checkpoint's config alone doesn't run any; "
@@ -79,5 +79,5 @@ def refuse_outside(config: Mapping[str, Any], allowed: Collection[str]) -> None:
 
 
 def outside_flags(config: Mapping[str, Any]) -> str:
-    """The flags that name a config's outside classes, each after a space, for commands that open its checkpoint."""
+    """The flags, each after a space, that allow a config's outside classes to a command that opens its checkpoint."""
     return "".join(dict.fromkeys(flag for _, _, flag in outside_names(config)))

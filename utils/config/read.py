@@ -1,4 +1,4 @@
-"""Config files as plain nested dicts: strict JSON, and what a file extends."""
+"""Config files as plain nested dicts: strict JSON, merged with the files that they extend."""
 from __future__ import annotations
 
 import json
@@ -16,11 +16,11 @@ MAX_DEPTH = 24
 
 
 def read_config(path: str | os.PathLike, flag: str = "-c") -> tuple[dict[str, Any], dict[str, str]]:
-    """A config file laid over the files that it extends, and which keys came from which of those.
+    """A config file merged over the files that it extends, and which keys came from which of those.
 
-    `"extends": "base.json"`, a path relative to the file that holds it, means that file first: objects are merged key
-    by key, lists and values replaced. Chains are followed to their end. A `fallback` is relative to the file that
-    holds it too.
+    `"extends": "base.json"`, a path relative to the file that says so, starts from base.json: objects are merged key
+    by key, lists and other values replaced. Chains are followed to their end. A `fallback` is also relative to the
+    file that names it.
 
     Returns:
         (the config without `extends`, {dotted key: the extended file that gave its value}).
@@ -50,7 +50,7 @@ def _extended(path: str, flag: str, below: tuple[str, ...]) -> tuple[dict[str, A
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`: objects merged key by key, lists and values replaced."""
+    """`base` overridden by `over`: objects merged key by key, lists and other values replaced."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -66,7 +66,7 @@ def leaves(config: Any, path: str = "") -> list[str]:
 
 
 def read_json(path: str | os.PathLike, flag: str = "-c") -> dict[str, Any]:
-    """The object in a JSON file, as it is there. Duplicate keys, NaN and infinity are refused. Raises ConfigError."""
+    """The object in a JSON file (4 MiB at most). Raises ConfigError, also for duplicate keys, NaN and infinity."""
     path = os.fspath(path)
     shown_path = repr(path)[1:-1]
     try:
@@ -98,7 +98,7 @@ def read_json(path: str | os.PathLike, flag: str = "-c") -> dict[str, Any]:
 
 
 def parse_json(text: str, **hooks: Any) -> Any:
-    """JSON with each key once; `hooks` as `json.loads` has them. Raises ValueError, also for endless nesting."""
+    """Parse JSON; hooks: as for `json.loads`. Raises ValueError, also for duplicate keys and too deep nesting."""
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:

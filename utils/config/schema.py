@@ -31,24 +31,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """A `{"type", "args"}` part of the config: where its classes are, and what the program gives them itself."""
+    """A `{"type", "args"}` part of the config: where its classes are, and which arguments the program passes itself."""
 
     what: str
-    #: Modules whose public classes are meant, or "module:TABLE"; imported only when a config is checked.
+    #: Modules whose public classes it may name, or "module:TABLE"; imported only when a config is checked.
     tables: tuple[str, ...]
-    #: "module:Class" that every type derives from, a user's own too; functions pass.
+    #: "module:Class" that every type must derive from, a user's own too; functions are exempt.
     base: str = "builtins:object"
     skip: tuple[str, ...] = ()
-    #: Arguments the program gives by place, and those it gives by name where they are taken.
+    #: How many arguments the program passes by position, and those it passes by name where the class takes them.
     placed: int = 0
     provided: tuple[str, ...] = ()
-    #: Arguments the program gives that a config may not: name -> what to write instead.
+    #: Arguments that a config may not set, as the program passes them: name -> what sets it instead.
     reserved: Mapping[str, str] = field(default_factory=dict)
-    #: Arguments of old configs that do nothing any more, and are dropped: type, or "" for all -> name -> what it took.
+    #: Arguments of old configs that no longer have an effect: type ("" for all) -> name -> its annotation.
     dropped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     #: Types that exist but can't work here: name -> why.
     refused: Mapping[str, str] = field(default_factory=dict)
-    #: What an absent section means; `...` where it must be there.
+    #: What an absent section stands for; `...` where it is required.
     default: Any = ...
 
 
@@ -174,16 +174,16 @@ STARTS = Section("start", ("trainer.head_start:STARTS",), placed=3)
 HOOKS = Section("hook", ("trainer.hooks:HOOKS",), "trainer.hooks.base:Hook", placed=1)
 #: `trainer.type` -> its class.
 TRAINERS = "trainer:TRAINERS"
-#: Where the functions are that `metrics` may name.
+#: Modules of the functions that `metrics` may name.
 METRICS = ("model.metric", "model.split_metrics")
-#: Figures of a whole split that every validation counts: `metrics` may name them too.
+#: Figures of a whole split that every validation computes; `metrics` may name them too.
 COUNTED = ("class_mean_acc", "many_shot_acc", "medium_shot_acc", "few_shot_acc", "macro_f1", "ece")
 
 #: Detection's figures, which can be monitored.
 DETECTED = tuple(f"{kind}_{name}" for kind in ("bbox", "segm") for name in (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AP_many", "AP_medium", "AP_few"))
 
-#: What a section is -> ranges that hold for an argument whatever class takes it. Constructors check what is theirs.
+#: `Section.what` -> ranges of arguments that hold for every class of it. Constructors check the rest.
 LIMITS = {
     "model": {"num_experts": {"low": 1}, "num_classes": {"low": 1}, "top_choices_num": {"low": 1},
               "pos_weight": {"above": 0}, "layer2_output_dim": {"low": 1}, "layer3_output_dim": {"low": 1},
@@ -198,5 +198,5 @@ LIMITS = {
 
 
 def defaults(rows: tuple[Row, ...], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with the defaults of the keys that it leaves out; of those that must be given, none."""
+    """`given` plus the defaults of the keys that it leaves out; required keys have none."""
     return {row.name: copy(row.default) for row in rows if row.default is not REQUIRED} | dict(given)

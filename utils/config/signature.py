@@ -1,4 +1,4 @@
-"""What constructors take, as Python itself says it (`inspect.signature`)."""
+"""The arguments that constructors take, read with `inspect.signature`."""
 from __future__ import annotations
 
 import inspect
@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.config.annotation import Type, of_default, parse
 
-#: Base classes that take no arguments of their own; `**kwargs` that reach them stay closed.
+#: Base classes that take no arguments: `**kwargs` that are passed on to them accept no unknown names.
 _PLAIN_BASES = {"object", "Module", "ABC", "Sampler", "Dataset", "Generic", "Protocol"}
 
 
@@ -23,19 +23,20 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """A constructor's arguments by name. `open` where it takes names that can't be known (`**kwargs` to nowhere)."""
+    """A constructor's arguments by name. `open`: it also accepts any other name (`**kwargs` that can't be followed)."""
 
     name: str
     parameters: dict[str, Parameter]
     open: bool = False
 
     def without(self, *names: str) -> Signature:
+        """A copy that lacks the named arguments."""
         kept = {key: value for key, value in self.parameters.items() if key not in names}
         return Signature(self.name, kept, self.open)
 
 
 def of_callable(target: Callable, name: str | None = None) -> Signature:
-    """The arguments of a class or function, by whatever `name`; `**kwargs` are followed to the base classes."""
+    """The arguments of a class or function; `**kwargs` are followed to base classes. name: its name in messages."""
     name = name or getattr(target, "__name__", type(target).__name__)
     chain: list[Callable] = [target]
     if inspect.isclass(target):
@@ -46,7 +47,7 @@ def of_callable(target: Callable, name: str | None = None) -> Signature:
     for link in chain:
         try:
             found = list(inspect.signature(link).parameters.values())[inspect.isclass(target):]  # less self
-        except (TypeError, ValueError):  # compiled: it doesn't say
+        except (TypeError, ValueError):  # compiled code that has no signature
             return Signature(name, parameters, True)
         names = getattr(inspect.unwrap(link), "__globals__", {})
         for item in found:
