@@ -57,6 +57,11 @@ def test_logits_that_are_adjusted_already_are_warned_of(trained, capsys):
     assert "was trained by BalPoELoss that reckons with how rare a class is" in capsys.readouterr().out
 
 
+def test_groups_are_those_of_the_config(trained):
+    found = figures(trained[0], "--set", "groups.many=40", "--set", "groups.few=3")
+    assert [found[f"{name}_class_num"] for name in ("many", "medium", "few")] == [3, 6, 1]
+
+
 def test_adjusted_logits_and_class_distributions(trained, tmp_path):
     checkpoint, found = trained
     logits, labels = found["test"]

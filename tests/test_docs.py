@@ -20,7 +20,8 @@ PAGES = [page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted
          if page.exists()]
 EXAMPLE = re.compile(r"<!-- example: (append|new|edit) (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
 SCRIPT = re.compile(r"python (train|test)\.py|python -m (tools|benchmarks)\.|python -c |torchrun .*train\.py")
-NOT_OURS = shutil.ignore_patterns(".git", "saved", "data", ".venv", "venv", "__pycache__", ".*_cache", ".hypothesis")
+NOT_OURS = shutil.ignore_patterns(".git", "results", "saved", "data", ".venv", "venv", "__pycache__", ".*_cache",
+                                  ".hypothesis")
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -144,18 +145,30 @@ def test_flags_and_values_are_right(page, command, tmp_path, monkeypatch):
         load_config(args.config, args.overrides)
 
 
+def anchors(page: Path) -> set[str]:
+    """Where in a page a link can lead, as GitHub names its headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    links = [(page, *link) for page in PAGES
+             for link in re.findall(r"\]\((?!https?:|mailto:)([^)#]*)(?:#([^)]+))?\)", page.read_text())]
+    assert len(links) > 30
+    for page, target, anchor in links:
+        leads = (page.parent / target) if target else page
+        assert leads.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(leads), f"{page.name} links to {target}#{anchor}"
 
 
 def test_tests_that_pages_name_are_there():
     """By path, or by name alone where the page has said the folder."""
     ours = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
-    for page in PAGES:
-        for name in re.findall(r"(?:tests/[\w/]*)?\btest_\w+\.py\b", page.read_text()):
-            assert any(f"/{path}".endswith(f"/{name}") for path in ours), f"{page.name} names {name}"
+    named = [(page.name, name) for page in PAGES
+             for name in re.findall(r"(?:tests/[\w/]*)?\btest_\w+\.py\b", page.read_text())]
+    assert len(named) > 20 and len(SHOWN) > 60
+    for page, name in named:
+        assert any(f"/{path}".endswith(f"/{name}") for path in ours), f"{page} names {name}"
 
 
 def test_our_figures_are_the_same_on_both_pages():

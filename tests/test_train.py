@@ -95,10 +95,10 @@ def test_checkpoint_is_tensors_and_plain_data(digits_run):
     assert checkpoint["data"]["cls_num_list"] == [120, 77, 50, 32, 21, 13, 8, 5, 3, 2]
 
 
-def test_test_py_writes_the_metrics(run_cli, digits_run, tmp_path):
+def test_test_py_writes_the_metrics(call_cli, digits_run, tmp_path):
     copy = tmp_path / "copy.pth"
     copy.write_bytes(digits_run.checkpoint.read_bytes())
-    done = run_cli(["test.py", "-r", copy, "-d", "cpu"], check=True)
+    done = call_cli(["test.py", "-r", copy, "-d", "cpu"], check=True)
     metrics = json.loads((tmp_path / "test_metrics.json").read_text())
     assert set(KEYS) <= set(metrics)
     assert metrics["n_samples"] == 500 and len(metrics["per_class_acc"]) == 10

@@ -336,3 +336,9 @@ def test_a_teacher_sees_images_normalised_as_in_its_training():
     teacher = Renormalised(network, ours, theirs)
     torch.testing.assert_close(teacher(normalised(ours)), network(normalised(theirs)), rtol=1e-4, atol=1e-5)
     assert teacher.num_classes == 4
+
+
+def test_ride_learns_what_few_images_show(bench):
+    """A floor (chance is a tenth): half of 24 epochs, digits of 8 x 8 pixels, a network of four blocks."""
+    found = bench.test(bench.train("ride", "--epochs", 12).with_name("checkpoint-epoch12.pth"))
+    assert found["accuracy"] > 0.5 and found["medium_shot_acc"] > 0.8, found

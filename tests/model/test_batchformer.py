@@ -141,8 +141,11 @@ def test_eval_bt_applies_the_block():
 @pytest.mark.parametrize("kind", ["ResNet32Model", "ResNet10Model"])
 def test_any_batch_size_trains_every_parameter(kind, n):
     size = 32 if kind == "ResNet32Model" else 64
-    outputs = model_of(kind, add_bt=1, num_experts=2)(torch.randn(n, 3, size, size))
+    model = model_of(kind, add_bt=1, num_experts=2)
+    outputs = model(torch.randn(n, 3, size, size))
     assert outputs["output"].isfinite().all()
+    outputs["output"].square().sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 def test_gradients_reach_the_block_and_the_trunk():

@@ -115,18 +115,24 @@ def shared_runs(tmp_path_factory, tiny_images) -> Runs:
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """`signal_at(step, number)`: send this process a real signal inside optimizer step `step` (1, 2, ...)."""
+    """`signal_at(step, number)`: send this process a real signal inside optimizer step `step` (1, 2, ...). A test whose
+    signal is never sent fails: it has stopped nothing."""
+    armed, sent = [], []
+
     def arm(step: int, number: int = signal.SIGTERM) -> None:
         taken = [0]
         original = Trainer._update
+        armed.append(step)
 
         def update(self, *args):
             taken[0] += 1
             if taken[0] == step:
+                sent.append(step)
                 os.kill(os.getpid(), number)
             return original(self, *args)
         monkeypatch.setattr(Trainer, "_update", update)
-    return arm
+    yield arm
+    assert sorted(sent) == sorted(armed)
 
 
 def load(path: Path) -> dict:

@@ -14,7 +14,7 @@ NORMS = {
     "GroupNorm": {}, "InstanceNorm": {}, "LayerNorm": {}, "SyncBatchNorm": {},
 }
 #: Whose state and arithmetic another one's test goes through as well.
-LIKE_OTHERS = {"BatchNorm2d of 2", "BatchRenorm of 2", "InstanceNorm", "LayerNorm"}
+LIKE_OTHERS = {"SyncBatchNorm", "BatchNorm2d of 2", "BatchRenorm of 2", "InstanceNorm", "LayerNorm"}
 DIGITS = {"data_loader": {"type": "DigitsLTDataLoader", "args": {
               "data_dir": None, "image_size": 16, "batch_size": 32}},
           "optimizer": {"type": "SGD", "args": {"lr": 0.02}}, "trainer": {"no_decay_scale": True}}

@@ -236,8 +236,7 @@ RUNS = {
     "sam of muon": {"type": "SAM", "args": {"adaptive": True, "base": {"type": "Muon", "args": {"others": SGD}}}}}
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(("kind", "amp"), [("muon", "off"), ("muon", "bf16"), ("sam", "fp16"), ("sam of muon", "bf16")])
 def test_runs_that_stop_and_go_on(runs, signal_at, same_state, kind: str, amp: str) -> None:
     import json
     flags = ("--set", f"optimizer={json.dumps(RUNS[kind])}", "--set", f"trainer.amp={amp}")
@@ -263,3 +262,32 @@ def test_sams_second_pass_leaves_the_statistics_alone(runs, monkeypatch) -> None
     path = runs("sam", "--epochs", 1, "--set", f"optimizer={json.dumps(RUNS['sam'])}") / "checkpoint-epoch1.pth"
     assert passes == [1, 2, 2, 3, 3, 4, 4, 5]
     assert int(torch.load(path, weights_only=True)["state_dict"]["backbone.bn1.num_batches_tracked"]) == 4
+
+
+def test_no_step_is_longer_than_the_clipped_gradient(runs, monkeypatch) -> None:
+    from trainer.trainer import Trainer
+    moved, original = [], Trainer._update
+
+    def update(self, *args):
+        before = [p.detach().clone() for p in self.trainable]
+        found = original(self, *args)
+        moved.append(float(torch.stack([(p.detach() - old).norm() for p, old in zip(self.trainable, before)]).norm()))
+        return found
+    monkeypatch.setattr(Trainer, "_update", update)
+    sgd = '{"type": "SGD", "args": {"lr": 10.0}}'
+    for name, clip in (("free", "null"), ("clipped", "0.001")):
+        runs(name, "--epochs", 1, "--set", f"optimizer={sgd}", "--set", f"trainer.clip_grad_norm={clip}", "--set",
+             "lr_scheduler={}")
+    free, clipped = moved[:4], moved[4:]
+    assert len(clipped) == 4 and clipped == pytest.approx([0.01] * 4, rel=1e-3) and free[0] > 0.02
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_the_classifier_may_have_a_rate_of_its_own(decay) -> None:
+    model = small_model()
+    options = {"classifier_lr": 0.1, "layer_decay": decay}
+    optimizer = build_optimizer({"type": "SGD", "args": {"lr": 1.0}}, model, options)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert found["backbone.linears.0.weight"] == 0.1
+    assert found["backbone.layer3s.1.0.conv1.weight"] == (decay or 1)

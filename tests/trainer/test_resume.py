@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from model.loss import LDAMLoss
 from model.native.build import compiler
 from tests.trainer.ranks import SHARDS
 from utils.checkpoint.store import load_checkpoint
@@ -100,7 +101,6 @@ def test_second_stages_and_distillation_resume(kind, runs, stage1, same_state, s
 
 
 @pytest.mark.parametrize("sections", [
-    {"arch": {"args": {"norm": {"type": "MABN", "args": {"B": 2, "real_B": 8, "warmup_iters": 2}}}}},
     {"arch": {"args": {"norm": "BatchRenorm"}}, "optimizer": {"type": "AdamW", "args": {
         "lr": 0.01, "momentum": None, "weight_decay": 0.1}}},
     {"trainer": {"amp": "bf16", "clip_grad_norm": 1.0},
@@ -111,7 +111,7 @@ def test_second_stages_and_distillation_resume(kind, runs, stage1, same_state, s
                  marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler")),
     pytest.param({"trainer": {"compile": "layers", "amp": "off"}},
                  marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler")),
-], ids=["mabn", "renorm, adamw", "bf16, progressive sampler, plateau", "fp16", "norms compiled", "layers compiled"])
+], ids=["renorm, adamw", "bf16, progressive sampler, plateau", "fp16", "norms compiled", "layers compiled"])
 def test_other_state_resumes(sections, runs, same_state, signal_at):
     sections = {name: {key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
                        for key, value in section.items()} for name, section in sections.items()}
@@ -215,3 +215,14 @@ def test_another_monitor_begins_anew(runs, written_before):
     best = load_checkpoint(models / "model_best.pth")
     assert best["epoch"] == 2 and best["monitor_best"] == float(row["val_loss"]) and best["not_improved"] == 0
     assert (runs.log("other") / "info.log").read_text().count("the best so far begins anew") == 1
+
+
+def test_a_loss_is_told_its_epoch(runs, signal_at, monkeypatch):
+    """Deferred re-weighting begins by it."""
+    told, original = [], LDAMLoss.set_epoch
+    monkeypatch.setattr(LDAMLoss, "set_epoch", lambda self, epoch: (told.append(epoch), original(self, epoch))[1])
+    signal_at(6)        # inside epoch 2
+    models = runs("told", loss={"type": "LDAMLoss", "args": {"reweight_epoch": 1}}, arch={"args": {"use_norm": True}})
+    assert told == [1, 2]
+    runs(None, "-r", models / "checkpoint-epoch2.pth", "--epochs", 3)
+    assert told == [1, 2, 2, 3]

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from data_loader.detection.masks import decode
 from data_loader.held_out import check_held_out, of_same_data
 from data_loader.splitting import is_same_place
 from logger.log import get_logger
-from tests.conftest import run_python
+from tests.conftest import call_python
 from tests.scenes import SCENES, coco_content
 from utils.errors import ConfigError, RunError
 
@@ -205,12 +206,12 @@ def test_the_order_of_an_epoch_does_not_depend_on_what_was_read(coco_folder):
     assert loader.epoch_order(3).tolist() == before and loader.ground_truth()["images"][0]["width"] == 64
 
 
-def test_without_pycocotools_one_line_says_what_to_install(tmp_path):
-    stub = tmp_path / "stub/pycocotools"
-    stub.mkdir(parents=True)
-    (stub / "__init__.py").write_text("raise ImportError('none')")
-    done = run_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_bn.json", "-d", "cpu", "--data_dir",
-                       tmp_path / "data", "--save_dir", tmp_path / "saved"], env={"PYTHONPATH": stub.parent})
+def test_without_pycocotools_one_line_says_what_to_install(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("pycocotools")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    done = call_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_bn.json", "-d", "cpu", "--data_dir",
+                        tmp_path / "data", "--save_dir", tmp_path / "saved"])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "pip install pycocotools" in done.stderr
     assert not (tmp_path / "data").exists() and not (tmp_path / "saved").exists()
 
