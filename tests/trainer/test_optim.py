@@ -13,6 +13,8 @@ from model.model import build_model
 from trainer.optim.muon import Muon, orthogonalize
 from trainer.optim.sam import SAM
 from trainer.schedules import build_optimizer, build_scheduler
+from utils.config.check import constructor
+from utils.config.schema import SECTIONS
 from utils.errors import ConfigError
 
 SGD = {"type": "SGD", "args": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}}
@@ -291,3 +293,21 @@ def test_the_classifier_may_have_a_rate_of_its_own(decay) -> None:
     found = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert found["backbone.linears.0.weight"] == 0.1
     assert found["backbone.layer3s.1.0.conv1.weight"] == (decay or 1)
+
+
+TORCHS = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type)
+          and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer]
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_each_of_torchs_optimizers_takes_a_step_or_is_refused(name: str) -> None:
+    if name in ("LBFGS", "SparseAdam"):
+        with pytest.raises(ConfigError, match=rf"optimizer\.type: {name} can't be used: it"):
+            constructor(SECTIONS["optimizer"], name, "optimizer.type")
+        return
+    model = small_model()
+    optimizer = build_optimizer({"type": name, "args": {"lr": 0.01}}, model, {})
+    before = model.backbone.conv1.weight.detach().clone()
+    model(torch.rand(2, 3, 8, 8))["output"].square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.backbone.conv1.weight, before) and torch.isfinite(model.backbone.conv1.weight).all()
