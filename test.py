@@ -34,10 +34,10 @@ def test(args: Namespace) -> dict[str, Any]:
     from tools.opened import open_run
     from tools.words import refuse_nonfinite, words_for
     from trainer.evaluate import with_all_experts
-    from trainer.precision import choose_precision
+    from trainer.precision import choose_precision, set_determinism
     from trainer.tasks import task_of, write_figures
     from utils import dist
-    from utils.device import pick_device, set_determinism
+    from utils.device import pick_device
     from utils.seed import seed_everything
 
     setup_logging(0 if args.quiet else 2)
@@ -50,7 +50,7 @@ def test(args: Namespace) -> dict[str, Any]:
     dist.setup(device)
     run = open_run(args.resume, args.config, args.overrides, device, allow_partial=args.allow_partial,
                    weights=args.weights)
-    set_determinism(run.config["trainer"]["deterministic"])
+    set_determinism(run.config, device)
     seed_everything(run.config["seed"])
 
     loader = run.loader(args.split)

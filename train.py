@@ -78,12 +78,12 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     from trainer import trainer_class
     from trainer.cached import check_options, keeps_plain
     from trainer.head_start import check_start, start_classifier, start_on_features
-    from trainer.precision import choose_precision
+    from trainer.precision import choose_precision, set_determinism
     from trainer.schedules import build_optimizer, build_scheduler
     from trainer.tasks import task_of
     from utils import dist
     from utils.checkpoint.store import recover_config
-    from utils.device import pick_device, set_determinism
+    from utils.device import pick_device
     from utils.seed import seed_everything
 
     setup_logging()
@@ -100,7 +100,7 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     if device.type == "cpu":
         keep_freed_memory()
     dist.setup(device)
-    set_determinism(options["deterministic"])
+    set_determinism(config, device)
     seed_everything(config["seed"], dist.rank())
     if not start.goes_on:
         start.config = config = settle_weights(config, args.overrides, args.config, start.brings_weights)

@@ -54,6 +54,23 @@ def optimizer_kinds(spec: dict[str, Any]) -> str | None:
     return f"{kind}({', '.join(map(str, inner))})" if kind and inner else kind
 
 
+def place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Move each parameter's count of steps (Adam's and others') to where the present settings want it.
+
+    `load_state_dict` puts it where the saved settings did: on the parameter's device for fused kernels, which refuse a
+    count elsewhere, and on the CPU for the others, which would wait for the device at each parameter.
+    """
+    own: Any = optimizer
+    while own is not None:
+        for group in own.param_groups:
+            for p in group["params"]:
+                step = own.state.get(p, {}).get("step")
+                if isinstance(step, torch.Tensor):
+                    there = p.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+                    own.state[p]["step"] = step.to(there)
+        own = getattr(own, "base", None) or getattr(own, "others", None)   # the one inside SAM or Muon
+
+
 def missing_memory(optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the per-parameter state that a step with the present settings needs and the loaded state lacks (after
     `amsgrad` was switched on: AdamW's largest second moment). Found by letting a twin optimizer step on one number."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from base.changes import config_changes, missing_memory, optimizer_kinds, regrouped
+from base.changes import config_changes, missing_memory, optimizer_kinds, place_steps, regrouped
 from base.run_paths import RunPaths, absolute
 from logger.log import get_logger
 from utils import dist
@@ -211,6 +211,7 @@ class Resumable(ABC):
                     None, self.config["lr_scheduler"]["type"]):
                 # A plateau schedule's rate depends on the past: keep its ratio to the base rate, which may be new.
                 group["lr"] = rate * (numbers["lr"] / base)
+        place_steps(self.optimizer)
         missing = missing_memory(self.optimizer)
         if missing:
             raise ConfigError(f"optimizer.args: what is asked needs {', '.join(missing)}, which {name} doesn't hold; "

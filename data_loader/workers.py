@@ -116,7 +116,7 @@ def _seeded(value: int) -> Iterator[None]:
     """Inside, the global generators that transforms may draw from are seeded by `value`; then they are restored."""
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(value)
+        torch.default_generator.manual_seed(value)     # torch.manual_seed would reseed the GPUs' too, for good
         random.seed(value)
         np.random.seed(value % 2**32)
         try:

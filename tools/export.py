@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(0)
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
+    run = open_run(args.resume, args.config, args.overrides, pick_device(args.device or "cpu"))
     if (run.config["data_loader"].get("args") or {}).get("crops"):
         print("the file takes one crop of an image, not data_loader.args.crops; tools.predict --crops gives it several")
     difference, written = export(run, args.format, args.out)

@@ -136,12 +136,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from logger.log import setup_logging
     from tools.opened import open_run
-    from utils.device import pick_device, set_determinism
+    from trainer.precision import set_determinism
+    from utils.device import pick_device
     from utils.seed import seed_everything
     setup_logging(1)
     moved = [Override("data_loader.args.data_dir", args.data_dir, "--data_dir", args.data_dir)] if args.data_dir else []
     run = open_run(args.path, args.config, [*args.overrides, *moved], pick_device(args.device))
-    set_determinism(run.config["trainer"]["deterministic"])
+    set_determinism(run.config, run.device)
     seed_everything(run.config["seed"])
     print(f"report     {write_report(run)}")
 

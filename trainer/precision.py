@@ -1,8 +1,10 @@
-"""Mixed precision: what a run asks for, what its hardware supports, and the context of a forward pass."""
+"""Arithmetic: mixed precision (what a run asks for and its hardware supports), TF32, repeatable kernels."""
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -56,3 +58,24 @@ def in_float32() -> Iterator[None]:
         yield
     finally:
         allow_tf32(before)
+
+
+def set_determinism(config: dict[str, Any], device: torch.device) -> None:
+    """`trainer.deterministic`: make runs with the same seed repeatable on a GPU, or let cuDNN search for its fastest
+    algorithms instead, where maps keep their sizes from step to step.
+
+    A detector's runs repeat only nearly: torchvision's RoIAlign has a deterministic backward pass in Python alone.
+    """
+    deterministic, detector = config["trainer"]["deterministic"], config["trainer"]["type"] == "DetectionTrainer"
+    sizes_vary = detector or config["arch"]["type"].endswith("EAModel")
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic and not sizes_vary
+    if not deterministic or detector or device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # passes over memory that nobody reads unwritten
+    # Under warn_only these kernels of attention would run, and only their plain one repeats.
+    for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp,
+                   torch.backends.cuda.enable_cudnn_sdp):
+        enable(False)

@@ -17,6 +17,7 @@ from trainer.evaluate import evaluate, with_all_experts
 from trainer.precision import in_float32
 from trainer.schedules import bring_to
 from trainer.step import Part, StepTrainer
+from utils import dist
 from utils.errors import ConfigError
 
 log = get_logger()
@@ -78,11 +79,10 @@ class Trainer(StepTrainer):
                 parts = []
                 reads = (batch + 1) % self.log_step < self.accumulate or batch + 1 == total
                 if reads:
-                    speed = images_seen / (time.monotonic() - began)
-                    self._log_step(epoch, batch + 1, total, pending, speed, bar)
+                    self._log_step(epoch, batch + 1, total, pending, images_seen, began, bar)
                 if self.stop.agreed(self.device, reads):
                     if pending:  # check that what will be saved is finite
-                        self._log_step(epoch, batch + 1, total, pending, images_seen / (time.monotonic() - began), bar)
+                        self._log_step(epoch, batch + 1, total, pending, images_seen, began, bar)
                     return None
         for hook in self.hooks:
             hook.epoch_trained(epoch)
@@ -130,11 +130,19 @@ class Trainer(StepTrainer):
             self.model, self.paths.models / "features", self.amp, lambda: self.stop.agreed(self.device, True),
             self.options["progress"] and self.options["verbosity"] > 0)
 
-    def _log_step(self, epoch: int, done: int, total: int, pending: list[torch.Tensor], speed: float, bar: Any) -> None:
-        """Read and log the last steps' figures: the one place where the host waits for the device."""
+    def _log_step(self, epoch: int, done: int, total: int, pending: list[torch.Tensor], images: int, began: float,
+                  bar: Any) -> None:
+        """Read and log the last steps' figures: the one place where the host waits for the device. All ranks call it.
+
+        images: of all ranks, since the monotonic time `began`."""
         losses = torch.stack(pending).tolist()
         pending.clear()
-        bad = int(self.bad_step) if self.device.type == "cuda" else -1
+        speed = images / (time.monotonic() - began)
+        bad = -1
+        if self.device.type == "cuda":
+            if dist.world_size() > 1:   # a rank that ended alone would leave the others waiting
+                torch.distributed.all_reduce(self.bad_step, torch.distributed.ReduceOp.MAX)
+            bad = int(self.bad_step)
         if bad >= 0:
             self._nonfinite(bad)
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:.0f} images/s", refresh=False)

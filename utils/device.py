@@ -82,15 +82,6 @@ def workers_to_start(flag: str | None, n_gpu: int | None) -> int:
     return max(1, min(n_gpu or 1, available))
 
 
-def set_determinism(deterministic: bool) -> None:
-    """Make runs with the same seed repeatable, or (False) let cuDNN search for its fastest algorithms instead."""
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    if deterministic and torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 def own_memory(what: str = "VmRSS") -> int | None:
     """Bytes of memory that this process, without data workers, uses now ("VmRSS") or has used at most ("VmHWM"); None
     where there is no /proc."""

@@ -63,15 +63,16 @@ def setup(device: torch.device | str, timeout_s: float = 600) -> None:
 
     Raises ConfigError where WORLD_SIZE is set but the rest of what torchrun sets isn't.
     """
-    if world_size() == 1 or initialised():
-        return
     import torch
     device = torch.device(device)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # nccl's object collectives use the current device
+        torch.cuda.set_device(device)  # for nccl's object collectives, and for whatever names no GPU (pinned memory)
+    if world_size() == 1 or initialised():
+        return
     try:
         nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
-        torch.distributed.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        torch.distributed.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(seconds=timeout_s),
+                                             device_id=device if nccl else None)
     except ValueError as error:
         raise ConfigError(f"WORLD_SIZE is {world_size()} but the processes can't be joined ({error}); start them with "
                           "torchrun --nproc_per_node N train.py ...") from None

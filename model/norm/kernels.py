@@ -52,8 +52,9 @@ def dot_and_sum(a: torch.Tensor, b: torch.Tensor, per_sample: bool = False,
         a, b = _long_rows(a, positions), _long_rows(b, positions)
         centre = None if centre is None else centre.repeat(positions)
     zero, one = _zeros_ones(a, a.shape[1])
-    _, dot, total = _native_backward(a, b, one, zero if centre is None else centre, one, None, None, False, 0.0,
-                                     [False, True, True])
+    mean = zero if centre is None else centre
+    # As running and as saved statistics: CPU kernels read the former, CUDA's the latter (and refuse None).
+    _, dot, total = _native_backward(a, b, one, mean, one, mean, one, False, 0.0, [False, True, True])
     if positions > 1:
         dot, total = dot.view(positions, -1).sum(0), total.view(positions, -1).sum(0)
     return dot, total

@@ -1,5 +1,6 @@
 """What `trainer.amp` "auto" chooses on which hardware, that a run says so, and in which precision it is judged."""
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from model.loss import build_loss
 from model.model import build_model
 from tools.opened import open_run
 from trainer.evaluate import TASK, evaluate
-from trainer.precision import autocast, choose_precision
+from trainer.precision import autocast, choose_precision, set_determinism
 
 
 @pytest.fixture
@@ -102,3 +103,43 @@ def test_test_figures_know_no_tf32(runs, monkeypatch) -> None:
     monkeypatch.setattr("trainer.evaluate.TASK", replace(TASK, evaluate=watched))
     test.main(["-r", str(models / "checkpoint-epoch1.pth"), "-d", "cpu", "-q"])
     assert seen == [(False, False)]
+
+
+@pytest.fixture
+def global_settings():
+    """Torch's own, put back after a test that changes them."""
+    cuda, cudnn, deterministic = torch.backends.cuda, torch.backends.cudnn, torch.utils.deterministic
+    kernels = {name: getattr(cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "cudnn")}
+    before = (cudnn.benchmark, cudnn.deterministic, deterministic.fill_uninitialized_memory)
+    yield
+    torch.use_deterministic_algorithms(False)
+    cudnn.benchmark, cudnn.deterministic, deterministic.fill_uninitialized_memory = before
+    for name, enabled in kernels.items():
+        getattr(cuda, f"enable_{name}_sdp")(enabled)
+
+
+def config_of(deterministic: bool, trainer: str = "Trainer", arch: str = "ResNet32Model") -> dict:
+    return {"trainer": {"deterministic": deterministic, "type": trainer}, "arch": {"type": arch}}
+
+
+def test_determinism_on_a_gpu(global_settings, monkeypatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_determinism(config_of(True), torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    set_determinism(config_of(True, "DetectionTrainer", "MaskRCNNR50FPNModel"), torch.device("cuda"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    set_determinism(config_of(True), torch.device("cuda"))
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    cuda = torch.backends.cuda
+    assert not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+    assert cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize(("trainer", "arch", "searches"), [
+    ("Trainer", "ResNet32Model", True), ("ExpertAssignmentTrainer", "ResNet32EAModel", False),
+    ("DetectionTrainer", "MaskRCNNR50FPNModel", False)])
+def test_cudnn_searches_where_sizes_stay(global_settings, trainer, arch, searches) -> None:
+    set_determinism(config_of(False, trainer, arch), torch.device("cuda"))
+    assert torch.backends.cudnn.benchmark is searches and not torch.backends.cudnn.deterministic

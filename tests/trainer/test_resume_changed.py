@@ -4,13 +4,14 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from base.base_data_loader import BaseDataLoader
-from base.changes import config_changes
+from base.changes import config_changes, place_steps
 from data_loader.detection.loaders import CocoDataLoader
 from logger.metrics_csv import read_table
 from trainer.trainer import Trainer
@@ -293,3 +294,15 @@ def test_what_a_file_cant_give_is_named(quick, runs, tmp_path) -> None:
     for key in ("pretrained", "load_crt"):
         with pytest.raises(ConfigError, match=rf"^{key}: a run begins from one file, and -r .* leave one out"):
             runs("new", "-r", file, "--dry_run", **{key: str(trained), "resume_state_dict_only": True})
+
+
+@pytest.mark.parametrize(("fused", "there"), [(True, "meta"), (None, "cpu")])
+@pytest.mark.parametrize("inside", [False, True])
+def test_counts_of_steps_are_where_the_present_settings_want_them(fused, there, inside) -> None:
+    """A run in fp16, whose optimizer isn't fused, that goes on in bf16, where it is; "meta" stands for a GPU."""
+    p = torch.nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([p])
+    optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.empty_like(p)}
+    optimizer.param_groups[0]["fused"] = fused
+    place_steps(SimpleNamespace(param_groups=[], state={}, base=optimizer) if inside else optimizer)
+    assert optimizer.state[p]["step"].device.type == there and optimizer.state[p]["exp_avg"].device.type == "meta"

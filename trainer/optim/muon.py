@@ -83,10 +83,10 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Take one step with the gradients in `p.grad`; `closure` is ignored."""
         for group in self.param_groups[:self.own]:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[tuple[int, int], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.flatten(1).shape, []).append(p)
+                    by_shape.setdefault((len(p), p[0].numel()), []).append(p)
             for (rows, columns), params in by_shape.items():
                 self._step_together(params, group, 0.2 * math.sqrt(max(rows, columns)))
         if self.others is not None:

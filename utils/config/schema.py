@@ -99,7 +99,8 @@ TRAINER = (
     Row("compile", "Literal[False, True, 'norms', 'layers']", False,
         "torch.compile the model; norms: on a CPU its norms and what follows them, in C++, by this machine's compiler; "
         "layers: those and its 3x3 convolutions"),
-    Row("deterministic", "bool", True, "the same seed gives the same run on a GPU too; false lets cuDNN search"),
+    Row("deterministic", "bool", True, "the same seed gives the same run on a GPU too, a detector's nearly; false: "
+        "faster attention, and cuDNN searches for its fastest algorithms"),
     Row("on_nonfinite", "Literal['stop', 'skip']", "stop", "what a loss or gradient that isn't finite does"),
     Row("max_skipped", "int", 100, "with on_nonfinite skip: give up after so many skipped steps", low=1),
     Row("no_decay", "Literal['norm_bias'] | None", None,

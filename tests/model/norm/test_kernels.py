@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from model.norm import BatchRenorm2d, NormalizedBatchNorm2d
+from model.norm import BatchRenorm2d, NormalizedBatchNorm2d, convert_norm, kernels
 from model.norm.grouped import GroupedBatchNorm2d, group_moments, normalise_groups
 from model.norm.kernels import dot_and_sum, moments, normalise
+from model.norm.recorder import StatisticsRecorder
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -163,3 +164,25 @@ def test_groups_far_from_zero_keep_their_gradient(memory_format):
         results.append((x.grad.double(), weight.grad.double()))
     for ours, exact in zip(*results, strict=True):
         assert (ours - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("norm", [{"type": "MABN", "args": {"B": 2, "real_B": 4, "warmup_iters": 1}},
+                                  {"type": "MABN", "args": {"normalization_batch_size": 2}},
+                                  {"type": "BatchNorm2d", "args": {"normalization_batch_size": 2}},
+                                  {"type": "BatchRenorm", "args": {"normalization_batch_size": 2}}])
+def test_the_backward_kernel_is_given_the_statistics_that_a_gpus_needs(norm, memory_format, monkeypatch):
+    """CUDA's asserts that there are saved statistics, in evaluation mode too, where a CPU's never reads them."""
+    given, original = [], kernels._native_backward
+
+    def call(dy, x, weight, mean, var, saved_mean, saved_inv_std, train, *more):
+        given.append((saved_mean, saved_inv_std))
+        return original(dy, x, weight, mean, var, saved_mean, saved_inv_std, train, *more)
+    monkeypatch.setattr(kernels, "_native_backward", call)
+    net = convert_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), norm["type"], **norm["args"])
+    recorder = StatisticsRecorder(net)
+    for _ in range(2):
+        x = torch.rand(4, 3, 6, 6).to(memory_format=memory_format)
+        net.train()(x).square().sum().backward()
+    assert recorder.read() and given
+    assert all(torch.is_tensor(value) for pair in given for value in pair)
