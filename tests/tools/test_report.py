@@ -59,7 +59,7 @@ def test_all_experts_together_are_those_of_every_image():
 
 def test_a_detectors_figures_arent_made_twice(monkeypatch, tmp_path):
     """Of several processes one writes the report, and would wait for the others."""
-    monkeypatch.setattr("trainer.tasks.task_name", lambda loader: SimpleNamespace(classifies=False))
+    monkeypatch.setattr("trainer.tasks.task_of", lambda loader: SimpleNamespace(classifies=False))
     run = SimpleNamespace(config={}, data={}, model=torch.nn.Linear(1, 1))
     facts = gather(run, {"bbox_AP": 0.5}, SimpleNamespace(n_samples=3), SimpleNamespace(log=tmp_path), "test")
     assert facts.result == {"bbox_AP": 0.5}
