@@ -7,7 +7,7 @@ With real weights, and as `trainer.cache_features` does it; then a balanced clas
     python -m benchmarks.photos --data_dir data --write data/cifar100_lt_photos
 
 CIFAR-100-LT's first images are written out as PNG files (--write: all of them and the test images, into that folder,
-for the rows `cifar100_lt_photos` of README; nothing is timed). The sides, timed in turns, in CPU seconds, in one
+for the `photos` rows of README; nothing is timed). The sides, timed in turns, in CPU seconds, in one
 process: torchvision's ImageFolder with timm's own transform and a DataLoader without workers, through timm's network;
 and our loader of `configs/image_folder.json` into a file of features. Also printed: how much the features differ, and
 how long an epoch of that config's classifier takes on them.
