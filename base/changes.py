@@ -60,23 +60,26 @@ def place_steps(optimizer: torch.optim.Optimizer) -> None:
     `load_state_dict` puts it where the saved settings did: on the parameter's device for fused kernels, which refuse a
     count elsewhere, and on the CPU for the others, which would wait for the device at each parameter.
     """
-    own: Any = optimizer
-    while own is not None:
+    for own in _chain(optimizer):
         for group in own.param_groups:
             for p in group["params"]:
                 step = own.state.get(p, {}).get("step")
                 if isinstance(step, torch.Tensor):
                     there = p.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
                     own.state[p]["step"] = step.to(there)
-        own = getattr(own, "base", None) or getattr(own, "others", None)   # the one inside SAM or Muon
+
+
+def _chain(optimizer: Any) -> Iterator[Any]:
+    """An optimizer, and the one inside it (SAM's base, Muon's others), and so on."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "base", None) or getattr(optimizer, "others", None)
 
 
 def missing_memory(optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the per-parameter state that a step with the present settings needs and the loaded state lacks (after
     `amsgrad` was switched on: AdamW's largest second moment). Found by letting a twin optimizer step on one number."""
-    own: Any = optimizer
-    while own is not None and not type(own).__module__.startswith("torch.optim"):
-        own = getattr(own, "base", None) or getattr(own, "others", None)   # the one inside SAM or Muon
+    own = next((each for each in _chain(optimizer) if type(each).__module__.startswith("torch.optim")), None)
     for group in own.param_groups if own is not None else ():
         p = next((p for p in group["params"] if own.state.get(p)), None)
         if p is None:

@@ -25,6 +25,7 @@ class Run(Protocol):
     writer: Any                         # TensorBoard's; false where there is none
     is_main: bool                       # rank 0
     epochs: int
+    steps_per_epoch: int
     start_epoch: int
     last_epoch: int
     judged_model: nn.Module             # what is validated, tested and saved as `state_dict`

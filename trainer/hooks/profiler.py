@@ -35,7 +35,7 @@ class Profiler(Hook):
             self.written = True
             log.info("profile written to %s (open it in https://ui.perfetto.dev)", target)
 
-        steps = -(-len(self.run.train_loader) // self.run.options["accumulate"])
+        steps = self.run.steps_per_epoch
         active = min(3, steps)
         warmup = min(2, steps - active)
         activities = [torch.profiler.ProfilerActivity.CPU]
