@@ -105,6 +105,11 @@ def set_verbosity(verbosity: int) -> None:
             handler.setLevel(_console_level(verbosity))
 
 
+def shows(level: int) -> bool:
+    """Whether stdout shows log records of `level`."""
+    return any(handler.level <= level for handler in logging.getLogger("ltr").handlers if isinstance(handler, _Stdout))
+
+
 def _console_level(verbosity: int) -> int:
     return LEVELS.get(verbosity, logging.INFO) if dist.is_main() else logging.CRITICAL
 

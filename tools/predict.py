@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -134,17 +133,17 @@ def predict(args: Namespace) -> None:
     paths = find_images(args.paths, other)  # before torch is imported: a mistyped path answers at once
     check_targets(args, paths)
     import torch
-    from tqdm import tqdm
 
     from data_loader.crops import with_crops
     from logger.log import setup_logging
+    from logger.progress import progress_bar
     from model.norm import fold_norm
     from tools.exported import is_exported
     setup_logging(0)
     kind = is_exported(args.resume)
     model, facts = open_model(args) if kind is None else open_export(args, kind)
     names = facts["class_names"]
-    with tqdm(total=len(paths), unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(len(paths), unit=" images") as bar:
         if facts["preprocess"].get("task") == "detection":
             least = 0.5 if args.threshold is None else args.threshold
             done = detect(model, paths, threads=args.num_workers, threshold=least,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from logger.log import get_logger
+from logger.log import get_logger, shows
+from logger.progress import progress_bar
 from model.posthoc import ClassMeans
 from model.weights.pretrained import unreachable
 from trainer.cached import OnFeatures
@@ -85,15 +85,13 @@ def set_weights(head: nn.Module, directions: torch.Tensor, known: torch.Tensor) 
 def class_means(model: nn.Module, loader: Any, max_batches: int | None) -> None:
     """Set each class's weights to the mean feature of its training images, without augmentation, scaled to unit length,
     for each expert separately. A class without images keeps its weights. The arguments are `start_classifier`'s."""
-    from tqdm import tqdm
     if dist.world_size() > 1:   # ranks initialised new layers differently; training starts from rank 0's
         for tensor in (*model.parameters(), *model.buffers()):
             torch.distributed.broadcast(tensor.detach(), 0)
     plain = loader.train_eval_loader()
     gathered = ClassMeans(model.num_classes)
     total = len(plain) if max_batches is None else min(max_batches, len(plain))
-    with tqdm(total=total, desc="class means", leave=False, dynamic_ncols=True,
-              disable=not dist.is_main() or not sys.stderr.isatty()) as bar:
+    with progress_bar(total, shows(logging.INFO), desc="class means") as bar:
         source = OnFeatures(model) if isinstance(plain, FeatureLoader) else model
         for batch, (feats, labels) in enumerate(features(source, plain), 1):
             gathered.update(feats, labels)

@@ -1,7 +1,6 @@
 """One epoch of training, and evaluation."""
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from base.freezing import freeze_plan
 from logger.log import get_logger
+from logger.progress import progress_bar
 from model.native import winograd
 from trainer.batch_of_one import check_least_share
 from trainer.cached import CachedFeatures, OnFeatures
@@ -61,7 +61,7 @@ class Trainer(StepTrainer):
             loader.set_epoch(epoch, start_batch, self.train_loader.offset)
         began, images_seen = time.monotonic(), 0
         parts: list[Part] = []
-        with self._progress(epoch, total, start_batch) as bar:
+        with progress_bar(total, self.shows_progress, desc=f"epoch {epoch}/{self.epochs}", initial=start_batch) as bar:
             for batch, (images, labels) in enumerate(loader, start_batch):
                 if self.global_step == 0 and not parts and not self.on_features:
                     for hook in self.hooks:
@@ -128,7 +128,12 @@ class Trainer(StepTrainer):
         """Open the features to train on, computing them if need be. Returns False if a stop was requested meanwhile."""
         return self.cached.prepare(
             self.model, self.paths.models / "features", self.amp, lambda: self.stop.agreed(self.device, True),
-            self.options["progress"] and self.options["verbosity"] > 0)
+            self.shows_progress)
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether progress bars are wanted; they are shown on terminals only."""
+        return bool(self.options["progress"]) and self.options["verbosity"] > 0
 
     def _log_step(self, epoch: int, done: int, total: int, pending: list[torch.Tensor], images: int, began: float,
                   bar: Any) -> None:
@@ -146,7 +151,7 @@ class Trainer(StepTrainer):
         if bad >= 0:
             self._nonfinite(bad)
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:.0f} images/s", refresh=False)
-        if not bar.shown and time.monotonic() >= self.next_line:
+        if bar.disable and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + (0 if self.options["log_step"] else LINE_SECONDS)
             log.debug("epoch %d  step %d/%d  loss %.4f  %.0f images/s", epoch, done, total, losses[-1], speed)
         if self.is_main and self.writer:
@@ -242,12 +247,3 @@ class Trainer(StepTrainer):
         for hook in self.hooks:
             hook.epoch_ended(epoch, figures)
 
-    def _progress(self, epoch: int, total: int, start: int) -> Any:
-        from tqdm import tqdm
-        # A bar on a terminal, plain lines otherwise.
-        shown = self.is_main and sys.stderr.isatty() and self.options["progress"] \
-            and self.options["verbosity"] > 0
-        bar = tqdm(total=total, initial=start, desc=f"epoch {epoch}/{self.epochs}", leave=False, disable=not shown,
-                   dynamic_ncols=True)
-        bar.shown = shown
-        return bar

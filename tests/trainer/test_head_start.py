@@ -8,6 +8,7 @@ import torch
 
 import train
 from data_loader.data_loaders import DigitsLTDataLoader
+from logger.log import setup_logging
 from model.model import build_model
 from tools.opened import open_run
 from trainer.head_start import start_classifier
@@ -53,6 +54,15 @@ def test_classes_without_images_keep_their_weights():
     after = model.heads()[0].weight
     assert seen < set(range(10))
     assert all(torch.equal(before[:, c], after[:, c]) == (c not in seen) for c in range(10))
+
+
+@pytest.mark.parametrize(("verbosity", "shown"), [(0, False), (1, True)])
+def test_the_bar_of_class_means_is_left_out_where_the_log_is(monkeypatch, capsys, verbosity, shown):
+    setup_logging(verbosity)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    model, loader = parts()
+    start_classifier(model, loader, {"type": "class_means", "args": {}}, max_batches=1)
+    assert ("class means" in capsys.readouterr().err) is shown
 
 
 def stand_in(width, projection=None, fails=None):
