@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from base.epoch_clock import EpochClock
 from base.monitor import parse_monitor
 from base.resumable import Resumable
 from base.run_paths import RunPaths
@@ -23,6 +24,7 @@ from base.stop import StopRequest
 from logger.log import get_logger, log_to_file
 from logger.metrics_csv import MetricsCSV
 from logger.tensorboard import make_writer
+from logger.text import duration
 from utils import dist
 from utils.config.outside import outside_flags
 from utils.config.schema import TRAINER, defaults
@@ -31,14 +33,6 @@ from utils.errors import ConfigError, RunError
 from utils.files import write_json
 
 log = get_logger()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a readable text: 8.3 s, 4 min 05 s, 2 h 07 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class BaseTrainer(Resumable):
@@ -81,6 +75,7 @@ class BaseTrainer(Resumable):
         self.resumed_inside = False  # in mid-epoch: the epoch's checkpoint must be replaced at its end
         self.resumed_from: Path | None = None
         self.scaler = None
+        self.clock = EpochClock()
         #: train.py passes its own, which listens from the program's start.
         self.stop = StopRequest() if stop is None else stop
         self.writer: Any = make_writer(None)
@@ -119,13 +114,13 @@ class BaseTrainer(Resumable):
         with self.stop:
             for epoch in self._epochs_left():
                 start_batch = self.start_batch if epoch == self.start_epoch else 0
-                epoch_began = time.monotonic()
+                self.clock.begin()
                 if not (self.resumed_inside and epoch == self.start_epoch and self.epoch_lr is not None):
                     self.epoch_lr = self.optimizer.param_groups[0]["lr"]
                 trained = self.train_epoch(epoch, start_batch)
                 if trained is None:
                     return self._stopped(epoch)
-                train_seconds = time.monotonic() - epoch_began
+                self.clock.trained()
                 self.last_epoch = epoch
                 self.sync_buffers()
                 validated = self.validate(epoch) if self.valid_loader is not None else {}
@@ -139,8 +134,9 @@ class BaseTrainer(Resumable):
                 known = figures.get(self.monitor) is not None and epoch > (self.frozen_until or 0)  # else not counted
                 self.not_improved = 0 if ahead > 0 or self.monitor_mode == "off" else self.not_improved + known
                 with self._writing():
-                    self._report(epoch, self.epoch_lr, figures, time.monotonic() - epoch_began, best)
-                    self._report_time(epoch, start_batch, train_seconds, time.monotonic() - epoch_began)
+                    self._report(epoch, self.epoch_lr, figures, best)
+                    self._report_time(epoch, start_batch)
+                self.clock.end()
                 ends = epoch == self.epochs or self.not_improved >= self.early_stop
                 inside = self.resumed_inside and epoch == self.start_epoch
                 if epoch % self.save_period == 0 or ends or inside:
@@ -229,10 +225,11 @@ class BaseTrainer(Resumable):
         elif self.lr_scheduler is not None and unit == "epoch":
             self.lr_scheduler.step()
 
-    def _report(self, epoch: int, lr: float, figures: dict[str, Any], seconds: float, best: bool) -> None:
+    def _report(self, epoch: int, lr: float, figures: dict[str, Any], best: bool) -> None:
         """Report an epoch: one line of log, one row in metrics.csv, one point per figure in TensorBoard."""
         if not self.is_main:
             return
+        seconds = self.clock.here
         left = seconds * (self.epochs - epoch)    # judged by this epoch alone: epochs on features take less
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items()
                           if value is not None and not key.endswith(("shot_acc", "class_mean_acc")))
@@ -251,13 +248,17 @@ class BaseTrainer(Resumable):
         self.log_epoch(epoch, figures)
         self.writer.flush()
 
-    def _report_time(self, epoch: int, start_batch: int, train_seconds: float, seconds: float) -> None:
+    def _report_time(self, epoch: int, start_batch: int) -> None:
         """Write a row of timing.csv, which `tools.compare` shows as wall time and images/s. It is a separate file
         because metrics.csv is the same for the same seed, which times never are."""
         if self.is_main:
-            images = sum(self.train_loader.share(b)[1] for b in range(start_batch, len(self.train_loader)))
+            seconds, trained = self.clock.spent
+            done, loader = 0, self.train_loader
+            if self.clock.earlier is None:      # then neither are the seconds that these images took
+                done = loader.images_done(start_batch)
+            images = loader.images_done(len(loader)) - done
             self.times.append({"epoch": epoch, "seconds": round(seconds, 3),
-                               "images_per_second": round(images / max(train_seconds, 1e-9), 2) if images else None})
+                               "images_per_second": round(images / max(trained, 1e-9), 2) if images else None})
 
     def _ahead_of_best(self, figures: dict[str, Any]) -> float:
         """How much the monitored figure improves on the best so far, which it then replaces: 0 if equal, negative if

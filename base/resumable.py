@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from base.changes import config_changes, missing_memory, optimizer_kinds, place_steps, regrouped
+from base.epoch_clock import EpochClock
 from base.run_paths import RunPaths, absolute
 from logger.log import get_logger
 from utils import dist
@@ -43,6 +44,7 @@ class Resumable(ABC):
     last_epoch: int
     global_step: int
     epoch_lr: float | None
+    clock: EpochClock
     resumed_inside: bool
     resumed_from: Path | None
 
@@ -70,7 +72,8 @@ class Resumable(ABC):
                                                "order": self._order_of(epoch)}
         judged = self.judged_model
         raw = {} if judged is self.model else {"raw_state_dict": self.model.state_dict()}
-        return {"arch": self.config["arch"]["type"], "epoch": epoch, "batch": batch, "position": position,
+        seconds = {} if batch is None else {"seconds": self.clock.spent}
+        return {"arch": self.config["arch"]["type"], "epoch": epoch, "batch": batch, "position": position, **seconds,
                 "global_step": self.global_step, "state_dict": judged.state_dict(), **raw,
                 "optimizer": self.optimizer.state_dict(), "lr_scheduler": plain_state(self.lr_scheduler),
                 "epoch_lr": self.epoch_lr, "scaler": self.scaler and self.scaler.state_dict(),
@@ -166,6 +169,7 @@ class Resumable(ABC):
         self.start_epoch = checkpoint["epoch"] + (batch is None)
         self.last_epoch = self.start_epoch - 1
         if batch is not None:
+            self.clock.earlier = checkpoint.get("seconds")
             self._find_position(checkpoint, batch, saved_config, name)
         if self.lr_scheduler is not None:
             self.bring_schedule_to(self._schedule_calls(), checkpoint.get("lr_scheduler") if same_figure else None)

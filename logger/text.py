@@ -1,4 +1,4 @@
-"""Numbers in sentences."""
+"""Numbers as readers read them."""
 from __future__ import annotations
 
 
@@ -9,3 +9,18 @@ def count_of(number: int, one: str, several: str) -> str:
     ('1 class has', '1,200 images')
     """
     return f"{number:,} {one if number == 1 else several}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a readable text.
+
+    >>> duration(8.34), duration(245), duration(7630)
+    ('8.3 s', '4 min 05 s', '2 h 07 min')
+    """
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -19,9 +19,8 @@ from base.run_paths import RunPaths
 from logger.figures.drawings import Drawing, percent
 from logger.figures.facts import BY_IMAGE, RunFacts
 from logger.figures.style import to_svg
-from logger.text import count_of
+from logger.text import count_of, duration
 from tools.page import render
-from tools.run_table import clock
 from tools.runs import RunRecord, data_of, evaluation_flags, experts_of, model_of
 from utils.errors import ConfigError
 
@@ -60,7 +59,7 @@ def _facts(facts: RunFacts, run: Any, record: RunRecord) -> dict[str, Any]:
             "data": data_of(run.config), "classes": len(facts.counts),
             "training images": f"{sum(facts.counts):,}",
             "imbalance": _imbalance(facts.counts), facts.images_name: _count(facts.result.get("n_samples")),
-            "training time": None if record.seconds is None else clock(record.seconds),
+            "training time": None if record.seconds is None else duration(record.seconds),
             "speed": None if record.images_per_second is None else f"{record.images_per_second:,.0f} images/s"}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logger.metrics_csv import csv_text
+from logger.text import duration
 
 if TYPE_CHECKING:  # a second to import: only where a table is made
     from pandas import DataFrame
@@ -17,14 +18,6 @@ Row = dict[str, Any]
 def percent(value: float) -> str:
     """A fraction as percent with one decimal: 0.4567 -> "45.7"."""
     return f"{100 * value:.1f}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as text: 8 s, 4:05 min, 2:07 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60) if seconds >= 3600 else seconds // 60
-    return f"{minutes // 60}:{minutes % 60:02d} h" if seconds >= 3600 else f"{minutes:.0f}:{seconds % 60:02.0f} min"
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ COLUMNS = (
     Column("parameters", "params M", lambda n: f"{n / 1e6:.2f}"),
     Column("gflops", "GFLOPs", lambda n: f"{n:.3g}"),
     Column("images_per_s", "images/s", lambda n: f"{n:,.0f}"),
-    Column("seconds", "time", clock), Column("seed", "seed"), Column("note", "note"),
+    Column("seconds", "time", duration), Column("seed", "seed"), Column("note", "note"),
 )
 #: A row's key -> the figure's name in test_metrics.json.
 FIGURES = {"all": "accuracy", "many": "many_shot_acc", "medium": "medium_shot_acc", "few": "few_shot_acc", "ece": "ece",

@@ -138,14 +138,14 @@ class Runner:
         return status, lines[-1] if lines else ""
 
     def _say(self, job: Job) -> None:
-        from tools.run_table import clock
+        from logger.text import duration
         if self.stopping:
             self._print(job, "stopped")
         elif job.state == "failed":
             self._print(job, f"failed: {job.problem}")
         else:
             figures = _accuracy(job)
-            took = ", was finished before" if job.seconds is None else f", {clock(job.seconds)}"
+            took = ", was finished before" if job.seconds is None else f", {duration(job.seconds)}"
             self._print(job, f"done{figures}{took}")
 
     def _print(self, job: Job, text: str) -> None:

@@ -47,6 +47,9 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
     """
     if not spec or not spec.get("type"):
         return None
+    # Training has the right order, but torch sees only this process's steps: none where a run goes on at the end of an
+    # epoch, or where fp16's scaler skips the first.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     kind, args = spec["type"], dict(spec.get("args") or {})
     if kind in SCHEDULES:
         return _own(kind, args, optimizer, epochs, steps_per_epoch, path)

@@ -8,7 +8,7 @@ import pytest
 from tools.compare import arrange, compare, mean_row, published_rows
 from tools.keep import check_figures
 from tools.results import readme_table
-from tools.run_table import COLUMNS, cell, clock, csv_table, frame, html_table, markdown_table, text_table
+from tools.run_table import COLUMNS, cell, csv_table, frame, html_table, markdown_table, text_table
 from tools.runs import data_of, find_runs, method_of
 from utils.config.read import read_json
 from utils.errors import ConfigError
@@ -69,7 +69,7 @@ def test_each_run_has_a_row(compared):
     assert "RIDE, 3 experts + BatchFormer" in row and "90.0" in row
     assert "validation figures, 2 of 3 epochs" in row
     (row,) = lines_of(text, "ce/seed1")
-    assert "60.0" in row and "2:00 min" in row and "200" in row and "0.46" in row
+    assert "60.0" in row and "2 min 00 s" in row and "200" in row and "0.46" in row
 
 
 def test_seeds_are_put_together(compared):
@@ -218,11 +218,6 @@ def test_published_rows_say_so():
     for row in published_rows(None):
         assert row["source"] and 0 < row["all"] < 1
     assert published_rows({"Digits-LT"}) == []
-
-
-@pytest.mark.parametrize("seconds, said", [(8.4, "8 s"), (245, "4:05 min"), (3600, "1:00 h"), (7630, "2:07 h")])
-def test_times_at_a_glance(seconds, said):
-    assert clock(seconds) == said
 
 
 def test_unknown_is_a_dash():

@@ -37,7 +37,7 @@ def hook(monkeypatch, owner, name, number=signal.SIGTERM, call=1):
     ((Trainer, "validate", signal.SIGTERM), 1, 4), ((Trainer, "validate", signal.SIGINT, 2), 2, 4),
     ((parts, "make_loader", signal.SIGUSR1), 1, 0),
 ], ids=["loading data", "building the model", "validating", "validating the last epoch", "SIGUSR1"])
-def test_at_any_moment(runs, straight, same_state, monkeypatch, capfd, moment, epoch, batch):
+def test_at_any_moment(runs, straight, same_state, monkeypatch, capfd, recwarn, moment, epoch, batch):
     hook(monkeypatch, *moment)
     path = runs("stopped") / f"checkpoint-epoch{epoch}.pth"
     said = capfd.readouterr().out
@@ -48,6 +48,7 @@ def test_at_any_moment(runs, straight, same_state, monkeypatch, capfd, moment, e
     assert same_state(straight, runs.models("stopped") / "checkpoint-epoch2.pth") == []
     log = (runs.log("stopped") / "metrics.csv").read_text()
     assert [line.split(",")[0] for line in log.splitlines()] == ["epoch", "1", "2"]
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)], "the steps of the stopped run count too"
 
 
 def test_once_training_is_complete_only_the_test_is_left_out(runs, straight, same_state, monkeypatch, capfd):
@@ -72,7 +73,27 @@ def test_an_epoch_without_a_step_left_counts_once_in_the_mean(runs, same_state, 
     one, other = (torch.load(run / "model_swa.pth", weights_only=True)["state_dict"] for run in (whole, stopped))
     assert all(torch.equal(one[name], other[name]) for name in one)
     speeds = [row["images_per_second"] for row in read_table(runs.log("stopped") / "timing.csv")]
-    assert min(speeds[:2]) > 0 and speeds[2] is None    # the run that ended it trained no image of it
+    assert min(speeds) > 0      # the third's images were trained by the run that was stopped
+
+
+def test_an_epochs_time_is_that_of_all_the_runs_that_trained_it(runs, monkeypatch):
+    """Four steps an epoch; the second epoch is stopped inside, before it has taken a second and a half."""
+    folder = runs("waits", trainer={"epochs": 1})
+    real, waited = Trainer._update, []
+
+    def slow(self, *args):
+        real(self, *args)
+        if self.epoch == 2 and not waited:
+            waited.append(time.sleep(1.5))
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(Trainer, "_update", slow)
+    runs(None, "-r", folder / "checkpoint-epoch1.pth", "--epochs", "2")
+    part = torch.load(folder / "checkpoint-epoch2.pth", weights_only=True)
+    assert part["batch"] == 1 and part["seconds"][0] >= part["seconds"][1] >= 1.5
+    runs(None, "-r", folder / "checkpoint-epoch2.pth")
+    row = read_table(runs.log("waits") / "timing.csv")[1]
+    assert row["seconds"] >= part["seconds"][0] and row["images_per_second"] <= 23 / 1.5
+    assert "seconds" not in torch.load(folder / "checkpoint-epoch2.pth", weights_only=True)
 
 
 def test_a_dry_run_ends_at_once(runs, monkeypatch):
