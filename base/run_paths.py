@@ -52,7 +52,8 @@ class RunPaths:
         return [*([self.best] if self.best.is_file() else []), *self.checkpoints()]
 
     def figures_of(self, left: Collection[Path], epoch: int) -> list[Path]:
-        """[test_metrics.json] if its figures are of a checkpoint in `left`, or of `epoch` or a later one; else []."""
+        """test_metrics.json, and a detector's detections beside it, if its figures are of a checkpoint in `left`, or of
+        `epoch` or a later one; else []."""
         file = self.models / "test_metrics.json"
         try:
             tested = json.loads(file.read_text(encoding="utf-8")).get("checkpoint")
@@ -60,7 +61,10 @@ class RunPaths:
             return []
         number = CHECKPOINT.search(str(tested))     # None: the test at training's end, of its last epoch
         of_left = bool(left) if tested is None else tested in {path.name for path in left}
-        return [file] if of_left or (number and int(number[1]) >= epoch) else []
+        if not (of_left or (number and int(number[1]) >= epoch)):
+            return []
+        # A name with further dots says itself which checkpoint the detections are of.
+        return [file, *sorted(path for path in self.models.glob("detections_*.json") if "." not in path.stem)]
 
     @staticmethod
     def set_aside(files: Iterable[Path]) -> None:

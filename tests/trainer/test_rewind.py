@@ -186,9 +186,13 @@ def test_test_figures_of_the_course_that_was_left_arent_the_new_ones(runs, signa
     file, aside = models / "test_metrics.json", models / "superseded-test_metrics.json"
     figures = {key: value for key, value in json.loads(file.read_text()).items() if key != "checkpoint"}
     file.write_text(json.dumps({**figures, "checkpoint": tested} if tested else figures))
+    for name in ("detections_bbox.json", "detections_bbox.other.checkpoint-epoch1.json"):
+        (models / name).write_text("[]")        # as a detector's test leaves beside its figures
     signal_at(2)
     runs(None, "-r", models / "checkpoint-epoch1.pth", "--save_period", 10)
     assert aside.is_file() and not file.exists()
+    assert sorted(path.name for path in models.glob("*detections*")) == [
+        "detections_bbox.other.checkpoint-epoch1.json", "superseded-detections_bbox.json"]
 
 
 def test_test_figures_from_before_stay(runs, signal_at):
