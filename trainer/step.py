@@ -11,10 +11,8 @@ from torch import nn
 from base.base_trainer import BaseTrainer
 from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
-from model.native.build import compiler, keeps_up
-from model.native.winograd import compile_convolutions, suitable
-from model.norm.act import compile_norms
 from trainer.batch_of_one import one_value_told
+from trainer.compiling import choose_compiled, compile_layers
 from trainer.hooks import HOOKS, make_hooks
 from trainer.meters import Means
 from trainer.optim.sam import SAM
@@ -27,7 +25,6 @@ from utils.config.schema import TOP, defaults
 from utils.errors import RunError
 
 log = get_logger()
-_MANY_CONVOLUTIONS = 10    # from this number on, compiling them is worth a hint
 
 
 class DataParallel(nn.parallel.DistributedDataParallel):
@@ -73,7 +70,8 @@ class StepTrainer(BaseTrainer):
         self.amp, reason = choose_precision(options["amp"], self.device)
         if options["amp"] not in ("off", None, False):
             log.info("precision: %s (%s)", "float32" if self.amp == "off" else self.amp, reason)
-        self._hint()
+        self.compiled = choose_compiled(options, self.model, self.device, self.amp,
+                                        self.epochs * self.train_loader.epoch_size)
         self.memory_format = torch.channels_last if options["channels_last"] else torch.contiguous_format
         self.clip: float | None = options["clip_grad_norm"]
         self.log_step: int = options["log_step"] or max(1, int(len(self.train_loader) ** 0.5))
@@ -110,26 +108,9 @@ class StepTrainer(BaseTrainer):
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.step_model = self._wrap(model)
 
-    def _hint(self) -> None:
-        """Log a hint that compiled layers would be faster, on hardware on which measurements say so."""
-        slow = self.device.type == "cpu" and self.amp == "off" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        if slow and not self.options["compile"] and self.options["channels_last"] and compiler() and keeps_up():
-            count = sum(layer.weight.requires_grad for layer in suitable(self.model))
-            if count >= _MANY_CONVOLUTIONS:
-                log.info("faster: --set trainer.compile=layers has %d of the convolutions and the norms in C++ "
-                         "(docs/speed.md)", count)
-
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: compiled, data parallel, or itself."""
-        if self.options["compile"] in ("norms", "layers"):
-            norms = compile_norms(model)
-            log.info("norms compiled: %d (used on a CPU, where an addition or ReLU follows)", norms)
-            if self.options["compile"] == "layers":
-                convolutions = compile_convolutions(model)
-                log.info("3x3 convolutions compiled: %d (used on a CPU, in channels_last; in bf16 unless it has AMX)",
-                         convolutions)
-        elif self.options["compile"]:
-            model = torch.compile(model)
+        model = compile_layers(model, self.compiled)
         if dist.world_size() > 1:
             # Buffers are synced at each epoch's end (sync_buffers); until then a rank's norms see its own images only.
             known = inspect.signature(nn.parallel.DistributedDataParallel).parameters

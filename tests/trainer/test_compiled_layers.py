@@ -62,3 +62,36 @@ def test_no_hint_on_an_unmeasured_processor(runs, capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     runs("none", "--epochs", 1, "--dry_run", "--set", "trainer.amp=off")
     assert "faster:" not in capsys.readouterr().out
+
+
+AUTO = ["--dry_run", "--set", "trainer.compile=auto"]
+
+
+@pytest.mark.parametrize(("epochs", "flags", "said"), [
+    (300, ["--set", "trainer.amp=off"], "3x3 convolutions compiled: 28"),
+    (200, ["--set", "trainer.amp=off"], "(trainer.compile auto): training on so few images takes less time than"),
+    (300, ["--set", "trainer.amp=bf16"], "(trainer.compile auto): nothing is known to be faster with this processor"),
+    (300, ["--set", "trainer.freeze=0.5"], "(trainer.compile auto): nothing is known to be faster")])
+def test_auto_is_what_was_measured_to_be_faster(runs, capsys, monkeypatch, epochs, flags, said):
+    """23 images an epoch; bfloat16 without AVX512-BF16 has never been timed."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    runs("auto", "--epochs", epochs, *AUTO, *flags)
+    text = capsys.readouterr().out
+    assert said in text and "faster: --set" not in text and "dry run: everything builds" in text
+    assert ("nothing is compiled" in text) is ("28" not in said)
+
+
+@pytest.mark.parametrize(("amx", "compiles"), [(False, True), (True, False)])
+def test_auto_in_bfloat16_compiles_the_norms_unless_there_is_amx(runs, capsys, monkeypatch, amx, compiles):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    runs("auto", "--epochs", 300, *AUTO, "--set", "trainer.amp=bf16")
+    text = capsys.readouterr().out
+    assert ("norms compiled:" in text) is compiles and "3x3 convolutions compiled" not in text
+
+
+def test_auto_without_a_compiler_says_what_would_be_faster(runs, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.compiling.compiler", lambda: None)
+    runs("auto", "--epochs", 300, *AUTO, "--set", "trainer.amp=off")
+    text = capsys.readouterr().out
+    assert "(trainer.compile auto): it would be faster with g++ or clang++" in text

@@ -96,9 +96,9 @@ TRAINER = (
     Row("hooks", "list[dict]", [], "more of what happens around steps: [{\"type\": \"module:Class\", \"args\": {}}]"),
     Row("clip_grad_norm", "float | None", None, "largest norm of all gradients together; null doesn't clip", above=0),
     Row("channels_last", "bool", True, "NHWC memory: faster convolutions"),
-    Row("compile", "Literal[False, True, 'norms', 'layers']", False,
+    Row("compile", "Literal[False, True, 'norms', 'layers', 'auto']", False,
         "torch.compile the model; norms: on a CPU its norms and what follows them, in C++, by this machine's compiler; "
-        "layers: those and its 3x3 convolutions"),
+        "layers: those and its 3x3 convolutions; auto: what of these was measured to be faster"),
     Row("deterministic", "bool", True, "the same seed gives the same run on a GPU too, a detector's nearly; false: "
         "faster attention, and cuDNN searches for its fastest algorithms"),
     Row("on_nonfinite", "Literal['stop', 'skip']", "stop", "what a loss or gradient that isn't finite does"),
