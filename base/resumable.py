@@ -72,7 +72,7 @@ class Resumable(ABC):
                                                "order": self._order_of(epoch)}
         judged = self.judged_model
         raw = {} if judged is self.model else {"raw_state_dict": self.model.state_dict()}
-        seconds = {} if batch is None else {"seconds": self.clock.spent}
+        seconds = {} if batch is None or self.clock.earlier is None else {"seconds": self.clock.spent}
         return {"arch": self.config["arch"]["type"], "epoch": epoch, "batch": batch, "position": position, **seconds,
                 "global_step": self.global_step, "state_dict": judged.state_dict(), **raw,
                 "optimizer": self.optimizer.state_dict(), "lr_scheduler": plain_state(self.lr_scheduler),
