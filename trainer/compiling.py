@@ -10,6 +10,7 @@ from logger.log import get_logger
 from model.native.build import compiler, keeps_up
 from model.native.winograd import compile_convolutions, suitable
 from model.norm.act import compile_norms
+from utils.device import bfloat16_unit
 
 log = get_logger()
 _MANY_CONVOLUTIONS = 10     # a network like those measured; others may gain nothing
@@ -70,5 +71,4 @@ def _faster(device: torch.device, amp: str) -> str | None:
         return None
     if amp == "off":
         return "layers" if torch.backends.cpu.get_cpu_capability() == "AVX2" else None
-    amx, avx512 = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
-    return "norms" if amp == "bf16" and avx512 and not amx else None
+    return "norms" if amp == "bf16" and bfloat16_unit() == "AVX512-BF16" else None

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from utils.device import bfloat16_unit
+
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,9 +31,9 @@ def choose_precision(amp: object, device: torch.device | str) -> tuple[str, str]
         if major >= 8:
             return "bf16", f"{name} has bfloat16"
         return ("fp16", f"{name} has float16 only") if major >= 7 else ("off", f"{name} has no half precision")
-    for feature, name in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512-BF16")):
-        if device.type == "cpu" and getattr(torch.cpu, feature, bool)():
-            return "bf16", f"this CPU has {name}"
+    unit = bfloat16_unit() if device.type == "cpu" else None
+    if unit:
+        return "bf16", f"this CPU has {unit}"
     return "off", "this processor has no bfloat16 arithmetic"
 
 

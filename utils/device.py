@@ -82,6 +82,12 @@ def workers_to_start(flag: str | None, n_gpu: int | None) -> int:
     return max(1, min(n_gpu or 1, available))
 
 
+def bfloat16_unit() -> str | None:
+    """What this x86 CPU multiplies bfloat16 with: "AMX" (where it has both), "AVX512-BF16", or None."""
+    units = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    return next((name for name, asked in units.items() if getattr(torch.cpu, asked, bool)()), None)
+
+
 def own_memory(what: str = "VmRSS") -> int | None:
     """Bytes of memory that this process, without data workers, uses now ("VmRSS") or has used at most ("VmHWM"); None
     where there is no /proc."""

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from model.native.build import Library, keeps_up
 from model.norm.cenconv import CenConv2d
+from utils.device import bfloat16_unit
 
 Tensor = torch.Tensor
 
@@ -141,7 +142,7 @@ def _types() -> tuple[torch.dtype, ...]:
 
 @functools.cache
 def _has_amx() -> bool:
-    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return bfloat16_unit() == "AMX"
 
 
 class _Convolution(torch.autograd.Function):
