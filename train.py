@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from base.stop import StopRequest
+from data_loader.derived import nothing_kept
 from tools.flags import parse_train
 from utils.cli import run_main
 from utils.config.load import check_second_stage, load_config
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_workers(workers, [str(Path(__file__).resolve()), *args.typed])
     stop = StopRequest()
     # Signals to stop count from here on, so that a run saves even before its first step. A dry run has nothing to save.
-    with contextlib.nullcontext() if args.dry_run else stop:
+    with nothing_kept() if args.dry_run else stop:
         train(args, config, stop)
     return 0
 

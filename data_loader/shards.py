@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_loader.derived import afterwards, kept
 from data_loader.places import KEY, close_shards, member_path, open_image, stamp
 from data_loader.tars import BESIDE, read_tar
 from logger.log import get_logger
@@ -149,7 +150,7 @@ def _unpacked(found: Any, name: str) -> list[str]:
     return [os.fsdecode(text[start:end]) for start, end in zip([0, *ends], ends)]
 
 
-#: Indices that couldn't be written, by their intended files, so that a run's loaders can share them.
+#: Indices that weren't written, by their intended files, so that a run's loaders can share them.
 _unwritten: dict[Path, Index] = {}
 
 
@@ -161,10 +162,8 @@ def open_index(pattern: str, data_dir: str) -> Index:
     naming the shard, if it is missing, compressed, truncated or damaged, or if an image is there twice.
     """
     close_shards()  # a shard may have been replaced by another file of the same name
-    far = "://" in pattern
-    shards = [name if far else os.path.join(data_dir, name) for name in expand(pattern)]
+    shards, file = locate(pattern, data_dir)
     stamps = _stamps(shards)
-    file = index_file(pattern, shards, Path(data_dir if far else os.path.dirname(shards[0]) or "."))
     index = _unwritten.get(file)
     if index is None or index.shards != shards or not np.array_equal(index.stamps, stamps):
         index = Index.load(file, shards, stamps)
@@ -184,6 +183,13 @@ def open_index(pattern: str, data_dir: str) -> Index:
     return first
 
 
+def locate(pattern: str, data_dir: str) -> tuple[list[str], Path]:
+    """The paths or URLs of a pattern's shards, and their index's file. Raises ConfigError as `expand`."""
+    far = "://" in pattern
+    shards = [name if far else os.path.join(data_dir, name) for name in expand(pattern)]
+    return shards, index_file(pattern, shards, Path(data_dir if far else os.path.dirname(shards[0]) or "."))
+
+
 def index_file(pattern: str, shards: list[str], folder: Path) -> Path:
     """The path of the index in `folder`: a readable name with a digest of all shards, as patterns in different buckets
     may have equal names."""
@@ -194,13 +200,17 @@ def index_file(pattern: str, shards: list[str], folder: Path) -> Path:
 
 
 def _make(shards: list[str], stamps: np.ndarray, file: Path) -> Index:
-    get_logger().info("making the index of %d shards, %s, once", len(shards), file)
+    get_logger().info("making the index of %d shards, %s, once", len(shards), file if kept() else "which isn't written")
     index = make_index(shards, stamps)
     _save(index, file)
     return index
 
 
 def _save(index: Index, file: Path) -> None:
+    if not kept():
+        _unwritten[file] = index
+        afterwards(_unwritten.pop, file)
+        return
     try:
         index.save(file)
     except OSError as error:

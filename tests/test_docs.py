@@ -210,7 +210,9 @@ LISTS_RUN = "saved/models/list_file_ride/first"
 STANDS_FOR = {"CHECKPOINT": f"{RUN}/model_best.pth", f"{RUN}/checkpoint-epoch30.pth": f"{RUN}/checkpoint-epoch1.pth",
               "RUN_FOLDER": RUN, "photos/": "holiday", "LIST": "unknown.txt",
               "saved/models/cifar100_lt_ride/s0": RUN, "IN": f"{LISTS_RUN}/checkpoint-epoch1.pth",
-              "OUT": "converted.pth", "model.onnx": f"{LISTS_RUN}/model.onnx", "PATH...": "holiday"}
+              "OUT": "converted.pth", "SHARDS": "my_shards", "train-{00000..00123}.tar": "train-00000.tar",
+              "test-{00000..00049}.tar": "train-00000.tar", "model.onnx": f"{LISTS_RUN}/model.onnx",
+              "PATH...": "holiday"}
 OWN_DATA = commands(ROOT / "docs" / "own-data.md")
 TRAININGS = [command for command in OWN_DATA if command[0] == "train.py"]
 TRAININGS.append(["train.py", "-c", "configs/list_file_ride.json", "--data_dir", "my_lists"])  # named in the text

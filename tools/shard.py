@@ -2,11 +2,12 @@
 
     python -m tools.shard my_images my_shards
     python -m tools.shard data/iNaturalist18 shards --size 500M
+    python -m tools.shard their_shards --index "train-{000..123}.tar" "test-{00..49}.tar"
 
 IN holds folders of classes (with or without train/, val/ and test/ above them) or lists (`*train.txt`, `*val.txt`,
 `*test.txt`). OUT, a new or empty folder, gets `train-00000.tar` and so on, the lists and classes.txt (all or nothing),
 then the index that loaders read. Files are packed unchanged, in an order shuffled by --seed. webdataset reads the
-shards too: each image has its class's number beside it.
+shards too: each image has its class's number beside it. With --index, only the index of shards in IN is written.
 """
 from __future__ import annotations
 
@@ -191,7 +192,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     """The flags, with `size` in bytes. Raises ConfigError."""
     parser = Parser(prog="python -m tools.shard", description="Pack image files into tar files.", allow_abbrev=False)
     parser.add_argument("source", metavar="IN", help="a folder of classes, or of lists")
-    parser.add_argument("target", metavar="OUT", help="where the shards go")
+    parser.add_argument("target", metavar="OUT", nargs="?", help="where the shards go")
+    parser.add_argument("--index", nargs="+", metavar="PATTERN",
+                        help="only write the index of these shards in IN (of URLs: into IN)")
     parser.add_argument("--size", default="500M", help="bytes of images in a shard, about (default 500M)")
     parser.add_argument("--seed", type=int, default=0, help="of the images' order in the shards")
     parser.add_argument("--allow_outside", action="store_true", help="images may lie outside IN (lists, links)")
@@ -200,7 +203,13 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if args.seed < 0:
         raise ConfigError(f"--seed: must be 0 or more, not {args.seed}")
     if not Path(args.source).is_dir():
-        raise ConfigError(f"{args.source}: no such folder; give one of classes or of lists")
+        wanted = "shards" if args.index else "classes or of lists"
+        raise ConfigError(f"{args.source}: no such folder; give one of {wanted}")
+    if bool(args.index) == bool(args.target):
+        raise ConfigError(f"OUT: {args.target} isn't used with --index" if args.index else
+                          "OUT: is missing; give the folder for the shards (or --index for shards that are there)")
+    if args.index:
+        return args
     target = Path(args.target)
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target}: is a file; shards go into a folder")
@@ -243,7 +252,14 @@ def pack(source: Source, target: Path, size: int, seed: int) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises ConfigError."""
     args = parse(argv)
-    from data_loader.shards import open_index
+    from data_loader.shards import locate, open_index
+    if args.index:
+        for text in args.index:
+            index, (_, file) = open_index(text, args.source), locate(text, args.source)
+            if not file.is_file():
+                raise ConfigError(f"{file}: the index can't be written there")
+            print(f"{file}: {len(index):,} images in {len(index.shards):,} shards")
+        return
     target = Path(args.target)
     source = read_source(Path(args.source), args.allow_outside)
     for note in source.notes:

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from data_loader.datasets import digit_scans
+from data_loader.derived import kept, temporary_folder
 from data_loader.detection.masks import encode, mask_tools
-from utils.dist import barrier, local_rank
+from utils.dist import any_rank, barrier, local_rank
 from utils.errors import ConfigError
 from utils.files import atomic_write, write_json
 from utils.seed import numpy_rng
@@ -38,8 +39,8 @@ def scenes_folder(data_dir: str | Path, settings: dict[str, Any]) -> Path:
 
 def make_scenes(data_dir: str | Path, *, image_size: int = 128, n_max: int = 300, imb_factor: float = 0.02,
                 n_val: int = 40, scene_seed: int = 0) -> Path:
-    """Write the scenes in COCO's layout, unless they exist; returns their folder. One process per machine writes; on a
-    shared disk all write the same bytes.
+    """Write the scenes in COCO's layout, unless they exist; returns their folder: a temporary one where nothing
+    may be kept (`data_loader.derived`). One process per machine writes; on a shared disk all write the same bytes.
 
     Args:
         image_size: the scenes' longer side in pixels, at least 64; about two thirds aren't square, but 4:3 or 3:4.
@@ -60,7 +61,12 @@ def make_scenes(data_dir: str | Path, *, image_size: int = 128, n_max: int = 300
     mask_tools()  # fails before anything is written if pycocotools is missing
     folder = scenes_folder(data_dir, settings)
     stamp = folder / "scenes.json"
-    if local_rank() == 0 and not _is_complete(stamp, settings):
+    missing = local_rank() == 0 and not _is_complete(stamp, settings)
+    if not kept() and any_rank(missing):
+        folder = temporary_folder()
+        stamp = folder / "scenes.json"
+        missing = local_rank() == 0
+    if missing:
         try:
             _write_split(folder, "train", instance_counts(n_max, imb_factor), settings, 0)
             _write_split(folder, "val", [n_val] * 10, settings, 1)

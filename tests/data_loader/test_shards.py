@@ -322,18 +322,23 @@ def test_without_fsspec_the_install_line_is_named(tmp_path, monkeypatch):
         ImageFolderLTDataLoader(str(tmp_path), shards="s3://bucket/t-{0..1}.tar", **SMALL)
 
 
-def test_a_run_on_shards_has_the_figures_of_one_on_files(folder, tmp_path):
+def train_on(data: Path, saved: Path, *more: str) -> Path:
+    """A short training on photos; the run's folder."""
     import train as train_script
+    train_script.main([
+        "-c", "configs/image_folder_ride.json", "--data_dir", str(data), "-d", "cpu", "--epochs", "1",
+        "--save_dir", str(saved), "--run_id", data.name, "--num_experts", "1", "--bs", "8",
+        "--set", "arch.type=ResNet32Model", "--set", "data_loader.args.image_size=12",
+        "--set", "data_loader.args.num_workers=0", "--set", "trainer.figures=false",
+        "--set", "trainer.tensorboard=false", "--set", "trainer.amp=off", *more])
+    return saved / "models" / "image_folder_ride" / data.name
+
+
+def test_a_run_on_shards_has_the_figures_of_one_on_files(folder, tmp_path):
     target, spec = packed(folder)
     figures = []
     for place, more in ((folder, ()), (target, ("--set", f"data_loader.args.shards={json.dumps(spec)}"))):
-        train_script.main([
-            "-c", "configs/image_folder_ride.json", "--data_dir", str(place), "-d", "cpu", "--epochs", "1",
-            "--save_dir", str(tmp_path / "saved"), "--run_id", place.name, "--num_experts", "1", "--bs", "8",
-            "--set", "arch.type=ResNet32Model", "--set", "data_loader.args.image_size=12",
-            "--set", "data_loader.args.num_workers=0", "--set", "trainer.figures=false",
-            "--set", "trainer.tensorboard=false", "--set", "trainer.amp=off", *more])
-        models = tmp_path / "saved" / "models" / "image_folder_ride" / place.name
+        models = train_on(place, tmp_path / "saved", *more)
         figures.append(json.loads((models / "test_metrics.json").read_text()))
     for key in ("accuracy", "loss", "per_class_acc", "n_samples"):
         assert figures[0][key] == figures[1][key], key
@@ -351,3 +356,40 @@ def test_the_tool_refuses_what_it_cant_do(folder, tmp_path):
     with pytest.raises(ConfigError, match="--size"):
         byte_count("many")
     assert byte_count("1.5M") == 1_500_000 and byte_count("20") == 20
+
+
+def test_the_tool_writes_the_index_of_shards_that_others_made(tmp_path, capsys, monkeypatch):
+    tar(tmp_path / "train-0.tar", {"a/1.png": png(1), "b/1.png": png(2)})
+    tar(tmp_path / "test-0.tar", {"a/2.png": png(3)})
+    shard([str(tmp_path), "--index", "train-0.tar", "test-0.tar"])
+    said = capsys.readouterr().out.splitlines()
+    files = {path.name.split(".")[0]: path for path in tmp_path.glob("*.index.npz")}
+    assert said == [f"{files['train-0']}: 2 images in 1 shards", f"{files['test-0']}: 1 images in 1 shards"]
+    monkeypatch.setattr("data_loader.shards.make_index", lambda *args: pytest.fail("made again"))
+    assert len(open_index("train-0.tar", str(tmp_path))) == 2
+    monkeypatch.undo()
+    files["train-0"].unlink()
+    monkeypatch.setattr("data_loader.shards.Index.save", lambda *args: (_ for _ in ()).throw(OSError(30, "read-only")))
+    with pytest.raises(ConfigError, match=r"train-0\..*index.npz: the index can't be written there"):
+        shard([str(tmp_path), "--index", "train-0.tar"])
+
+
+def test_the_tool_takes_either_a_place_for_shards_or_patterns(tmp_path):
+    for flags, message in (([], "OUT: is missing"), (["out", "--index", "t.tar"], "OUT: out isn't used with --index")):
+        with pytest.raises(ConfigError, match=message):
+            shard([str(tmp_path), *flags])
+    with pytest.raises(ConfigError, match="gone: no such folder; give one of shards"):
+        shard([str(tmp_path / "gone"), "--index", "t.tar"])
+    with pytest.raises(ConfigError, match=r"t.tar: no such shard"):
+        shard([str(tmp_path), "--index", "t.tar"])
+
+
+def test_a_dry_run_writes_nothing_beside_shards(folder, tmp_path):
+    target, spec = packed(folder)
+    for file in target.glob("*.index.npz"):
+        file.unlink()
+    before = sorted(os.listdir(target))
+    for _ in range(2):
+        train_on(target, tmp_path / "saved", "--set", f"data_loader.args.shards={json.dumps(spec)}", "--dry_run")
+    assert sorted(os.listdir(target)) == before and not (tmp_path / "saved").exists()
+    assert len(open_index(spec["train"], str(target))) == 20 and len(list(target.glob("*.index.npz"))) == 1

@@ -136,3 +136,18 @@ def open_shards(places: list[str]) -> dict:
         said = str(error)
     dist.barrier()
     return {"read": len(read), "batches": batches, "said": said}
+
+
+def make_temporary_folder(_) -> dict:
+    """Share a folder for what is derived from the data, write to it, and leave it."""
+    from data_loader.derived import nothing_kept, temporary_folder
+    from utils import dist
+    dist.setup("cpu")
+    with nothing_kept():
+        folder = temporary_folder()
+        (folder / str(dist.rank())).touch()
+        dist.barrier()
+        found = sorted(path.name for path in folder.iterdir())
+        dist.barrier()
+    dist.barrier()
+    return {"folder": str(folder), "found": found, "left": folder.exists()}

@@ -16,7 +16,14 @@ import train
 from data_loader.data_loaders import ImageFolderLTDataLoader
 from logger.metrics_csv import read_table
 from model.model import FAMILIES
-from tests.trainer.ranks import SHARDS, open_shards, run_ranks, stop_and_resume, train_and_record
+from tests.trainer.ranks import (
+    SHARDS,
+    make_temporary_folder,
+    open_shards,
+    run_ranks,
+    stop_and_resume,
+    train_and_record,
+)
 from tools.opened import open_run
 from trainer.evaluate import evaluate
 from utils import device
@@ -147,6 +154,11 @@ def test_two_ranks_make_one_index_and_share_each_batch(tiny_shards, tmp_path, ma
     for n, (images, labels) in enumerate(alone):
         for rank, (own, theirs, share) in enumerate((one["batches"][n], two["batches"][n])):
             assert torch.equal(own[:share], images[rank::2]) and torch.equal(theirs[:share], labels[rank::2])
+
+
+def test_ranks_of_a_dry_run_share_a_temporary_folder():
+    one, two = run_ranks(make_temporary_folder, None)
+    assert one == two and one["found"] == ["0", "1"] and not one["left"]
 
 
 # ---------------------------------------------------------------------- torchrun, and the launcher of our own

@@ -13,6 +13,7 @@ from PIL import Image
 
 pytest.importorskip("pycocotools")
 
+from data_loader.derived import nothing_kept
 from data_loader.detection.coco import read_coco
 from data_loader.detection.dataset import DetectionDataset
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
@@ -458,6 +459,20 @@ def test_scenes_are_long_tailed_seeded_and_written_once(scenes, tmp_path):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             x, y, w, h = instance["bbox"]
             assert (x, y, x + w, y + h) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+
+
+def test_a_dry_runs_scenes_are_temporary(scenes, tmp_path):
+    data = tmp_path / "none yet"
+    with nothing_kept():
+        loader = DigitScenesDataLoader(str(data), **SCENES)
+        assert (loader.raw_image(0) == DigitScenesDataLoader(str(scenes), **SCENES).raw_image(0)).all()
+        assert len(loader.split_validation().split.annotations) == len(
+            DigitScenesDataLoader(str(scenes), **SCENES).split_validation().split.annotations)
+        assert loader.root.is_dir() and not data.exists() and data not in loader.root.parents
+        there = DigitScenesDataLoader(str(scenes), **SCENES)
+        assert scenes in there.root.parents, "scenes that are there already are used"
+    assert not loader.root.exists() and there.root.exists()
+    assert data in DigitScenesDataLoader(str(data), **SCENES).root.parents
 
 
 def test_each_machine_makes_the_scenes_that_it_lacks(tmp_path, monkeypatch):
