@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.run_lock import hold, sole_trainer
 from base.stop import StopRequest
 from data_loader.derived import nothing_kept
 from tools.flags import parse_train
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_workers(workers, [str(Path(__file__).resolve()), *args.typed])
     stop = StopRequest()
     # Signals to stop count from here on, so that a run saves even before its first step. A dry run has nothing to save.
-    with nothing_kept() if args.dry_run else stop:
+    with sole_trainer(), nothing_kept() if args.dry_run else stop:
         train(args, config, stop)
     return 0
 
@@ -224,7 +225,8 @@ def next_steps(checkpoint: Path, paths: RunPaths, is_classifier: bool, more: str
 
 
 def run_folders(args: Namespace, start: Start) -> RunPaths:
-    """The run's folders: new ones, or a resumed run's own. Raises ConfigError rather than overwrite another run."""
+    """The run's folders: new ones, or a resumed run's own, held by this process (`base.run_lock`). Raises ConfigError
+    rather than overwrite another run, or train one that another process trains."""
     from base.run_paths import new_run, run_of
     from logger.log import get_logger
     from tools.session import PLACE
@@ -235,14 +237,15 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
                 get_logger().warning("%s: a run that goes on stays in its own folder, %s", item.path, start.path.parent)
         if args.run_id not in (None, run_of(start.path).models.name):
             get_logger().warning("--run_id: a run that goes on stays in its own folder, %s", start.path.parent)
-        return run_of(start.path)
 
     def claim() -> RunPaths:
+        if start.goes_on:
+            return hold(run_of(start.path))
         paths = new_run(start.config["trainer"]["save_dir"], start.config["name"], args.run_id)
         if args.resume != "auto" and paths.saved():
             raise ConfigError(f"--run_id: {args.run_id} is a run already, with {paths.saved()[-1]}; go on with it "
                               f"(-r auto --run_id {args.run_id}) or choose another name")
-        return paths
+        return hold(paths)
     return dist.on_main(claim)
 
 

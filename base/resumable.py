@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from base.changes import config_changes, missing_memory, optimizer_kinds, place_steps, regrouped
+from base.changes import missing_memory, optimizer_kinds, place_steps, regrouped, tell_changes
 from base.epoch_clock import EpochClock
 from base.run_paths import RunPaths, absolute
 from logger.log import get_logger
@@ -185,9 +185,7 @@ class Resumable(ABC):
         elif states:
             log.warning("the run was saved by %d processes and goes on with %d: dropout will differ", len(states),
                         dist.world_size())
-        changes = list(config_changes(saved_config, self.config))
-        if changes:
-            log.info("changed from what the checkpoint had, and in force from here: %s", "; ".join(changes))
+        tell_changes(saved_config, self.config, bool(self._epochs_left()))
 
     def _load_optimizer(self, state: Any, saved_config: dict[str, Any], name: str) -> None:
         """Load the optimizer's state (momentum etc.); its hyperparameters (learning rate, weight decay) stay the

@@ -1,8 +1,11 @@
 """A run that was stopped and resumed is the run that wasn't stopped, to the last bit."""
 
 import csv
+import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from model.loss import LDAMLoss
 from model.native.build import compiler
 from tests.trainer.ranks import SHARDS
 from utils.checkpoint.store import load_checkpoint
+from utils.errors import ConfigError
 
 RIDE = {"arch": {"args": {"num_experts": 2, "add_bt": 1, "dropout": 0.2, "use_norm": True}},
         "loss": {"type": "RIDELoss", "args": {"reweight_epoch": 2}}, "add_extra_info": True}
@@ -182,6 +186,27 @@ def test_a_complete_run_says_so_and_can_be_extended(runs, capfd):
     assert (runs.models("done") / "checkpoint-epoch3.pth").is_file()
 
 
+@pytest.mark.parametrize("flags, key", [
+    (("--lr", 0.5, "--set", 'data_loader.args.mix={"type": "mixup"}'), "data_loader.args.mix"),
+    (("--seed", 3), "seed"), (("--set", "loss.type=BalancedSoftmaxLoss"), "loss.type"),
+    (("--set", "trainer.ema={\"decay\": 0.9}"), "trainer.ema")])
+def test_a_complete_run_isnt_recorded_with_settings_it_never_had(runs, flags, key):
+    path = runs("done", "--epochs", 1) / "checkpoint-epoch1.pth"
+    files = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
+    for more in ((), ("--dry_run",)):
+        with pytest.raises(ConfigError, match=f"^{key}: changed .*nothing is left to train with it; .*--epochs N"):
+            runs(None, "-r", path, *flags, *more)
+    assert {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()} == files
+
+
+def test_a_complete_runs_photos_may_have_moved(runs, tmp_path, tiny_images):
+    path = runs("done", "--epochs", 1) / "checkpoint-epoch1.pth"
+    shutil.copytree(tiny_images, tmp_path / "moved")
+    runs(None, "-r", path, "--data_dir", tmp_path / "moved", "--epochs", 1, "--set", "trainer.keep_last=3")
+    config = json.loads((path.parent / "config.json").read_text())
+    assert config["data_loader"]["args"]["data_dir"] == str(tmp_path / "moved")
+
+
 def test_an_early_stopped_run_stays_stopped(runs, capfd):
     flags = ("--epochs", 5, "--lr", 1e-9, "--set", "trainer.monitor=max val_accuracy", "--set", "trainer.early_stop=1")
     runs("early", *flags)
@@ -194,8 +219,38 @@ def test_an_early_stopped_run_stays_stopped(runs, capfd):
     assert len(list(runs.models("early").glob("checkpoint-*"))) > 2
 
 
+HOLD = """
+import sys, time
+from pathlib import Path
+from base.run_lock import hold, sole_trainer
+from base.run_paths import RunPaths
+with sole_trainer():
+    hold(RunPaths(Path(sys.argv[1]), Path(sys.argv[2])))
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no POSIX locks")
+def test_one_process_at_a_time_trains_a_run(runs, root):
+    """Another process has the run; killed, it lets go of it."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(runs.models("busy")), str(runs.log("busy"))], cwd=root,
+                             stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        before = sorted(runs.save_dir.rglob("*"))
+        for flags in ((), ("-r", "auto")):
+            with pytest.raises(ConfigError, match=rf"busy: another process trains this run \(.*process {other.pid}\)"):
+                runs("busy", "--epochs", 1, *flags)
+        assert [path for path in sorted(runs.save_dir.rglob("*")) if path.suffix != ".json"] == before
+    finally:
+        other.kill()
+        other.wait()
+    path = runs("busy", "--epochs", 1) / "checkpoint-epoch1.pth"
+    assert path.is_file() and not (path.parent / ".running").exists()
+
+
 def test_a_run_is_never_written_over(runs):
-    from utils.errors import ConfigError
     runs("mine", "--epochs", 1)
     with pytest.raises(ConfigError, match=r"--run_id: mine is a run already.*-r auto"):
         runs("mine", "--epochs", 1)
