@@ -66,7 +66,7 @@ class LongTailLoss(nn.Module):
     uses_teacher = False
     reweight_epoch = -1
 
-    def __init__(self, cls_num_list: list | None = None):
+    def __init__(self, cls_num_list: list[float] | None = None):
         super().__init__()
         if cls_num_list is None and self.needs_counts:
             raise ConfigError(f"{COUNTS_PATH}: {type(self).__name__} needs the training images per class")

@@ -85,10 +85,10 @@ class RIDELoss(PerExpert, LDAMLoss):
     is the same for all classes. Raises ConfigError for values out of range.
     """
 
-    def __init__(self, cls_num_list: list | None = None, base_diversity_temperature: float = 1.0, max_m: float = 0.5,
-                 s: float = 30, reweight: bool = True, reweight_epoch: int = -1, base_loss_factor: float = 1.0,
-                 additional_diversity_factor: float = -0.2, reweight_factor: float = 0.05,
-                 collaborative: bool | None = None):
+    def __init__(self, cls_num_list: list[float] | None = None, base_diversity_temperature: float = 1.0,
+                 max_m: float = 0.5, s: float = 30, reweight: bool = True, reweight_epoch: int = -1,
+                 base_loss_factor: float = 1.0, additional_diversity_factor: float = -0.2,
+                 reweight_factor: float = 0.05, collaborative: bool | None = None):
         super().__init__(cls_num_list, max_m, s, reweight_epoch if reweight else -1)
         self.base_diversity_temperature = self.check_temperature(base_diversity_temperature,
                                                                  "base_diversity_temperature")
@@ -114,7 +114,7 @@ class RIDELossWithDistill(RIDELoss):
 
     uses_teacher = True
 
-    def __init__(self, cls_num_list: list | None = None, additional_distill_loss_factor: float = 1.0,
+    def __init__(self, cls_num_list: list[float] | None = None, additional_distill_loss_factor: float = 1.0,
                  distill_temperature: float = 1.0, ride_loss_factor: float = 1.0,
                  base_diversity_temperature: float = 1.0, max_m: float = 0.5, s: float = 30, reweight: bool = True,
                  reweight_epoch: int = -1, base_loss_factor: float = 1.0, additional_diversity_factor: float = -0.2,
@@ -143,7 +143,7 @@ class RIDEBalancedSoftmaxLoss(PerExpert, BalancedSoftmaxLoss):
     """Balanced softmax per expert plus RIDE's diversity term, one temperature for all classes; as
     in NBN's repository."""
 
-    def __init__(self, cls_num_list: list | None = None, base_diversity_temperature: float = 1.0,
+    def __init__(self, cls_num_list: list[float] | None = None, base_diversity_temperature: float = 1.0,
                  additional_diversity_factor: float = -0.2):
         super().__init__(cls_num_list)
         self.base_diversity_temperature = self.check_temperature(base_diversity_temperature,
@@ -191,7 +191,7 @@ class BalPoELoss(ShiftedExperts):
     their mean is 1 and the mean logits are balanced. Raises ConfigError if there aren't as many as experts.
     """
 
-    def __init__(self, cls_num_list: list | None = None, taus: list | None = None):
+    def __init__(self, cls_num_list: list[float] | None = None, taus: list[float] | None = None):
         super().__init__(cls_num_list)
         if taus is not None and not taus:
             raise ConfigError("loss.args.taus: must be a list of numbers, one an expert, not []")
@@ -216,7 +216,7 @@ class SADELoss(ShiftedExperts):
 
     sums = True
 
-    def __init__(self, cls_num_list: list | None = None, tau: float = 2.0):
+    def __init__(self, cls_num_list: list[float] | None = None, tau: float = 2.0):
         super().__init__(cls_num_list)
         self.tau = finite(tau, "tau")
 

@@ -23,7 +23,7 @@ class CrossEntropyLoss(LongTailLoss):
     """Cross-entropy; with `reweight_CE` weighted by the effective number of images, from the first epoch
     (Cui et al. 2019)."""
 
-    def __init__(self, cls_num_list: list | None = None, reweight_CE: bool = False):
+    def __init__(self, cls_num_list: list[float] | None = None, reweight_CE: bool = False):
         self.needs_counts = bool(reweight_CE)
         super().__init__(cls_num_list)
         self.reweight_CE = bool(reweight_CE)
@@ -43,7 +43,7 @@ class FocalLoss(LongTailLoss):
     None. Raises ConfigError for negative values, or if there aren't as many factors as classes.
     """
 
-    def __init__(self, cls_num_list: list | None = None, weight: list | None = None, gamma: float = 0.0):
+    def __init__(self, cls_num_list: list[float] | None = None, weight: list[float] | None = None, gamma: float = 0.0):
         super().__init__(cls_num_list)
         self.gamma = not_negative(gamma, "gamma")
         self.weight = None if weight is None else torch.tensor([not_negative(w, "weight") for w in weight],
@@ -81,7 +81,8 @@ class LDAMLoss(LongTailLoss):
     values out of range.
     """
 
-    def __init__(self, cls_num_list: list | None = None, max_m: float = 0.5, s: float = 30, reweight_epoch: int = -1):
+    def __init__(self, cls_num_list: list[float] | None = None, max_m: float = 0.5, s: float = 30,
+                 reweight_epoch: int = -1):
         super().__init__(cls_num_list)
         if not s > 0:
             raise ConfigError(f"loss.args.s: must be positive, not {s}")
@@ -120,7 +121,7 @@ class LogitAdjustmentLoss(LongTailLoss):
 
     needs_counts = True
 
-    def __init__(self, cls_num_list: list | None = None, tau: float = 1.0):
+    def __init__(self, cls_num_list: list[float] | None = None, tau: float = 1.0):
         super().__init__(cls_num_list)
         self.tau = finite(tau, "tau")
 
@@ -134,7 +135,7 @@ class LogitAdjustmentLoss(LongTailLoss):
 class LabelSmoothingLoss(LongTailLoss):
     """Cross-entropy against (1 - smoothing) · one-hot + smoothing / C (Szegedy et al., CVPR 2016)."""
 
-    def __init__(self, cls_num_list: list | None = None, smoothing: float = 0.1):
+    def __init__(self, cls_num_list: list[float] | None = None, smoothing: float = 0.1):
         super().__init__(cls_num_list)
         if not 0 <= smoothing <= 1:
             raise ConfigError(f"loss.args.smoothing: must be from 0 to 1, not {smoothing}")
@@ -151,7 +152,7 @@ class HCMLoss(BalancedSoftmaxLoss):
     logit z_j + log(n_j / n); all others get the logit 0. With at most `HCM_N` classes all keep theirs.
     """
 
-    def __init__(self, cls_num_list: list | None = None, HCM_N: int = 300):
+    def __init__(self, cls_num_list: list[float] | None = None, HCM_N: int = 300):
         super().__init__(cls_num_list)
         if HCM_N < 1:
             raise ConfigError(f"loss.args.HCM_N: must be 1 or more, not {HCM_N}")
@@ -172,7 +173,7 @@ class VSLoss(LogitAdjustmentLoss):
     gamma 0 is logit adjustment; tau 0 leaves only the per-class temperatures.
     """
 
-    def __init__(self, cls_num_list: list | None = None, gamma: float = 0.3, tau: float = 1.0):
+    def __init__(self, cls_num_list: list[float] | None = None, gamma: float = 0.3, tau: float = 1.0):
         super().__init__(cls_num_list, tau)
         self.gamma = not_negative(gamma, "gamma")
 
@@ -195,7 +196,7 @@ class GCLLoss(LongTailLoss):
 
     needs_counts = True
 
-    def __init__(self, cls_num_list: list | None = None, s: float = 30, noise: float = 1.0, m: float = 0.0):
+    def __init__(self, cls_num_list: list[float] | None = None, s: float = 30, noise: float = 1.0, m: float = 0.0):
         super().__init__(cls_num_list)
         if not s > 0:
             raise ConfigError(f"loss.args.s: must be positive, not {s}")
@@ -227,7 +228,7 @@ class LabelAwareSmoothingLoss(LongTailLoss):
     needs_counts = True
     SHAPES = ("concave", "linear", "convex")
 
-    def __init__(self, cls_num_list: list | None = None, smooth_head: float = 0.3, smooth_tail: float = 0.0,
+    def __init__(self, cls_num_list: list[float] | None = None, smooth_head: float = 0.3, smooth_tail: float = 0.0,
                  shape: str = "concave"):
         super().__init__(cls_num_list)
         for name, value in (("smooth_head", smooth_head), ("smooth_tail", smooth_tail)):

@@ -32,7 +32,7 @@ def chosen_experts(use_experts: str | list | None, num_experts: int) -> list[int
         return "rand"
     parts = use_experts.split(",") if isinstance(use_experts, str) else use_experts
     try:
-        chosen = [int(part) for part in parts]
+        chosen = [int(part) for part in parts] if all(type(part) in (int, str) for part in parts) else []
     except (TypeError, ValueError):
         chosen = []
     require(bool(chosen) and len(set(chosen)) == len(chosen) and all(0 <= i < num_experts for i in chosen),

@@ -18,7 +18,8 @@ def nbn_stages(where: str | list[int], stages: list[int]) -> list[int]:
     where: "last", "all", or a list of numbers out of `stages`. Raises ConfigError for anything else.
     """
     chosen = {"last": stages[-1:], "all": stages}.get(where) if isinstance(where, str) else where
-    if not isinstance(chosen, list | tuple) or not chosen or not set(chosen) <= set(stages):
+    numbers = isinstance(chosen, list | tuple) and all(type(stage) is int for stage in chosen)
+    if not numbers or not chosen or not set(chosen) <= set(stages):
         raise ConfigError(f"arch.args.norm.args.where: {where!r} should be 'last', 'all' or a list of stages "
                           f"out of {stages}")
     return sorted(set(chosen))

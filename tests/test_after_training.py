@@ -85,8 +85,10 @@ def test_adjusted_logits_and_class_distributions(trained, tmp_path):
     assert estimated["accuracy"] == right(z + torch.tensor(estimated["class_distribution"]).log(), labels)
     (tmp_path / "prior.txt").write_text("1 2 3")
     args = parse_test(["-r", str(checkpoint), "--prior", str(tmp_path / "prior.txt"), "-q"])
-    with pytest.raises(ConfigError, match="10 numbers, one a class"):
-        test_script.test(args)
+    for text in ("1 2 3", " ".join(["1e308"] * 10)):    # of the latter the sum is infinite
+        (tmp_path / "prior.txt").write_text(text)
+        with pytest.raises(ConfigError, match="10 numbers, one a class"):
+            test_script.test(args)
 
 
 def prior_figures(found, weights, taus=(0, 1, 2)):

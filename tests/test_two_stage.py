@@ -242,6 +242,13 @@ def test_a_classifier_that_is_kept_needs_its_classes(bench, photos_of):
     train.main([*flags, "--set", "arch.args.classifier=linear"])
 
 
+def test_gates_are_no_classifier_to_retrain(bench):
+    stage1 = bench.train("ride", "--num_experts", 2)
+    with pytest.raises(ConfigError, match=r"^load_crt: retrains a classifier, and an EAModel trains gates"):
+        train.main(["-c", "configs/digits_lt_ride_ea.json", "--load_crt", str(stage1), "--num_experts", "2",
+                    *bench.flags()])
+
+
 def test_a_run_begins_from_one_file(bench):
     stage1 = bench.train("ce")
     for more in (["-r", str(stage1)], ["-c", "configs/digits_lt_ce.json", "-r", str(stage1)]):

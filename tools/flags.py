@@ -111,7 +111,7 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ConfigError("--feat_type: goes with --classifier ncm")
     args.classifier = args.classifier or ("tau" if args.tau is not None else "joint")
     default = {"tau": "0:2:0.1", "la": "1"}.get(args.classifier)
-    args.tau = parse_taus(args.tau or default) if default else None
+    args.tau = parse_taus(default if args.tau is None else args.tau) if default else None
     if args.prior is not None and args.classifier == "ncm":
         raise ConfigError("--prior: is for logits; a nearest class mean has distances, leave out --classifier ncm")
     if args.prior not in (None, "uniform", "train", "estimate"):

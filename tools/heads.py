@@ -200,7 +200,7 @@ def read_prior(path: str, num_classes: int) -> Any:
                               dtype=torch.float64)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prior: {path}: should hold a number a class: {str(error)[:100]}") from None
-    usable = len(values) == num_classes and values.isfinite().all() and (values >= 0).all() and values.sum() > 0
+    usable = len(values) == num_classes and (values >= 0).all() and values.sum() > 0 and values.sum().isfinite()
     if not usable:
         raise ConfigError(f"--prior: {path}: should hold {num_classes} numbers, one a class, 0 or more and not all 0; "
                           f"it has {len(values)}")

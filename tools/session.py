@@ -210,6 +210,8 @@ def load_start(model: nn.Module, start: Start, class_names: list[str] | None = N
     Raises ConfigError for weights that don't fit.
     """
     config = start.config
+    if config.get("load_crt") and model.routed:
+        raise ConfigError("load_crt: retrains a classifier, and an EAModel trains gates; give stage 1's model with -r")
     if start.checkpoint is not None:
         # Stage 1's file has no gates yet; any other must hold all weights.
         stage1 = not start.goes_on and not any(GATES in key for key in start.checkpoint.get("state_dict") or {})

@@ -69,6 +69,9 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
         schedule = build(torch_schedulers, {"type": kind, "args": args}, path, optimizer)
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}.args: {error}") from None
+    except ZeroDivisionError:
+        zeros = [key for key, value in args.items() if value == 0 and type(value) is not bool]
+        raise ConfigError(f"{path}.args.{(zeros or [kind])[0]}: must not be 0, {kind} divides by it") from None
     schedule.unit = unit
     return schedule
 
@@ -124,6 +127,8 @@ def _by_step(kind: str, args: dict[str, Any], epochs: int, steps: int, path: str
     if total is None:
         total = args["epochs"] * args.setdefault("steps_per_epoch", steps)
     if total >= epochs * steps:
+        if args.get("pct_start", 0.3) * total == 1:     # torch divides by the length of the rise, less one
+            args["pct_start"] *= 1 + 1e-6
         return args, "step"
     if args.get("total_steps") is not None and total >= epochs:
         log.info("%s: OneCycleLR's total_steps (%d) counts epochs here, as the run has %d steps", path, total,
@@ -203,8 +208,8 @@ def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, options: dict[
     args = dict(spec.get("args") or {})
     if spec.get("type") == "SAM":
         base = args.pop("base", None)
-        if not isinstance(base, dict):
-            raise ConfigError(f"{path}.args.base: missing; SAM needs the optimizer that it works with, "
+        if not isinstance(base, dict) or base.get("type") == "SAM":
+            raise ConfigError(f"{path}.args.base: SAM needs the optimizer that it works with, "
                               "{\"type\": \"SGD\", \"args\": {\"lr\": 0.1}}")
         base = build_optimizer(base, model, options, f"{path}.args.base")
         return build({"SAM": partial(SAM, base.param_groups, base)}, {"type": "SAM", "args": args}, path)
@@ -252,6 +257,8 @@ def _rate(kind: Any, args: dict[str, Any], options: dict[str, Any], path: str) -
 def _build_torch(kind: Any, args: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any],
                  path: str) -> torch.optim.Optimizer:
     known = inspect.signature(_found(kind, path)).parameters
+    if args.get("differentiable"):
+        raise ConfigError(f"{path}.args.differentiable: is for gradients of training steps; leave it out")
     # Where fp16's scaler skips the very first step, the fused SGD leaves its momentum uninitialised.
     if "fused" in known and not {"fused", "foreach", "differentiable"} & set(args) and options["amp"] != "fp16":
         args = {**args, "fused": True}

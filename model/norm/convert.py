@@ -53,7 +53,7 @@ class _Norm(NamedTuple):
     """One row of the table."""
     make: Callable[..., nn.Module]             # make(channels, **args)
     carry_momentum: Callable | None = None     # torch's momentum -> this norm's; None: it has no running statistics
-    own_args: tuple[str, ...] = ()             # arguments of the conversion, not of the layer
+    own_args: tuple[tuple[str, Any], ...] = ()  # arguments of the conversion, not of the layer, with their types
 
     def __call__(self, *args, **more) -> nn.Module:
         return self.make(*args, **more)
@@ -62,8 +62,8 @@ class _Norm(NamedTuple):
     def __signature__(self) -> inspect.Signature:
         """The layer's arguments (keyword-only except its width), then those of the conversion."""
         width, *takes = inspect.signature(self.make, eval_str=True).parameters.values()
-        own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in self.own_args]
-        return inspect.Signature([width, *(item.replace(kind=item.KEYWORD_ONLY) for item in takes), *own])
+        takes += [width.replace(name=name, default=None, annotation=kind) for name, kind in self.own_args]
+        return inspect.Signature([width, *(item.replace(kind=item.KEYWORD_ONLY) for item in takes)])
 
 
 def _row(type: str, path: str) -> _Norm:
@@ -76,8 +76,8 @@ def _row(type: str, path: str) -> _Norm:
 
 NORMS: dict[str, _Norm] = {
     "BatchNorm2d": _Norm(_batch_norm, lambda m: m),
-    "NBN": _Norm(_nbn, lambda m: m, own_args=("where",)),
-    "MABN": _Norm(_mabn, lambda m: 0.98 if m is None else 1 - m, own_args=("centre",)),
+    "NBN": _Norm(_nbn, lambda m: m, own_args=(("where", str | list[int] | None),)),
+    "MABN": _Norm(_mabn, lambda m: 0.98 if m is None else 1 - m, own_args=(("centre", bool),)),
     "BatchRenorm": _Norm(BatchRenorm2d, lambda m: m),
     "GroupNorm": _Norm(GroupNorm2d),
     "InstanceNorm": _Norm(InstanceNorm2d),
@@ -138,7 +138,7 @@ def convert_norm(module: nn.Module, type: str = "BatchNorm2d", *, path: str = "n
         if key not in norm_args(type, path):
             raise unknown(f"{path}.args", key, norm_args(type, path), f"argument of {type}")
     before = None if calibration_batch is None else _outputs(module, calibration_batch)
-    own = {key: args.pop(key) for key in norm.own_args if key in args}
+    own = {key: args.pop(key) for key, _ in norm.own_args if key in args}
     scopes = _nbn_scopes(module, own.get("where"), f"{path}.args.where") if type == "NBN" else None
     scale_owners = {id(m.shared_scale[0]): m.shared_scale[0] for m in module.modules()
                     if isinstance(m, NormalizedBatchNorm2d) and m.shared_scale}

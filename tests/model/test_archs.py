@@ -209,6 +209,8 @@ def test_memory_format_and_autocast_agree_with_plain(fmt):
     ({"classifier": "cosin"}, "classifier", "'cosine'"), ({"norm": "NBM"}, "norm.type", "'NBN'"),
     ({"norm": {"kind": "NBN"}}, "norm", "type"), ({"norm": {"type": "NBN", "args": []}}, "norm", "type"),
     ({"norm": {"type": "NBN", "args": {"where": "first"}}}, "norm.args.where", "'last'"),
+    *(({"norm": {"type": "NBN", "args": {"where": where}}}, "norm.args.where", "") for where in ([True], [1.0], [[1]])),
+    *(({"num_experts": 3, "use_experts": chosen}, "use_experts", "0 to 2") for chosen in ([0.5, 1.7], [True], [[0]])),
     ({"norm": {"type": "NBN", "args": {"wher": "all"}}}, "norm.args", "'where'"),
     ({"num_experts": 3, "use_experts": "0,3"}, "use_experts", "0 to 2"),
     ({"num_experts": 3, "use_experts": "0,a"}, "use_experts", "0 to 2"),

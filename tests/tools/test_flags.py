@@ -126,7 +126,7 @@ WRONG_TEST = [
     (["-r", "HERE", "--tau", "x"], "--tau: 'x' isn't a number"), (["-r", "HERE", "--tau", "0:2"], "FIRST:LAST:STEP"),
     (["-r", "HERE", "--tau", "2:0:0.1"], "FIRST:LAST:STEP"), (["-r", "HERE", "--tau", "0:2:0"], "FIRST:LAST:STEP"),
     (["-r", "HERE", "--tau", "0:1e9:1e-9"], "more than 1000"), (["-r", "HERE", "--tau", "inf"], "isn't a number"),
-    (["-r", "HERE", "--tau=-1"], "must be 0 or more"),
+    (["-r", "HERE", "--tau=-1"], "must be 0 or more"), (["-r", "HERE", "--classifier", "tau", "--tau", ""], "a number"),
     (["-r", "HERE", "--tau_metric", "accuracy"], "--tau_metric: chooses from a sweep"),
     (["-r", "HERE", "--tau", "1", "--tau_metric", "accuracy"], "--tau_metric: chooses from a sweep"),
     (["-r", "HERE", "--tau", "0:1:0.1", "--tau_metric", "f1"], "--tau_metric"),

@@ -134,6 +134,7 @@ def test_our_schedules_equal_their_formulas(kind: str, args: dict, factor) -> No
     ({"type": "CosLR", "args": {"restart": [3, 2]}}, "off", r"args\.restart.*in order"),
     ({"type": "LinearLR0", "args": {"restart": "3"}}, "off", r"args\.restart"),
     ({"type": "CyclicLR", "args": {"base_lr": 0.1}}, "off", r"args\.max_lr: missing"),
+    ({"type": "OneCycleLR", "args": {"final_div_factor": 0}}, "off", r"args\.final_div_factor: must not be 0"),
     ({"type": "SequentialLR", "args": {}}, "off", "SequentialLR")])
 def test_what_cant_be_served_is_named(spec: dict, monitor: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
@@ -157,6 +158,17 @@ def test_groups_with_rates_of_their_own_keep_their_proportion(kind: str, args: d
     alike, apart = walked(1.0), walked(0.25)
     assert [own for own, _ in alike] == [own for own, _ in apart] == [other for _, other in alike]
     assert [other for _, other in apart] == pytest.approx([own / 4 for own, _ in apart])
+
+
+def test_one_cycle_whose_rise_is_a_single_step():
+    """torch divides by the length of the rise, less one."""
+    optimizer = sgd(0.1)
+    total = EPOCHS * STEPS
+    schedule = build_scheduler({"type": "OneCycleLR", "args": {"pct_start": 1 / total}}, optimizer, EPOCHS, STEPS)
+    rates = walk(optimizer, schedule, FIGURES)
+    close = build_scheduler({"type": "OneCycleLR", "args": {"pct_start": 1.0001 / total}}, (other := sgd(0.1)), EPOCHS,
+                            STEPS)
+    assert rates == pytest.approx(walk(other, close, FIGURES), rel=1e-3) and all(rate > 0 for rate in rates)
 
 
 @pytest.mark.parametrize(("args", "peak"), [({}, 0.1), ({"max_lr": 0.1}, 0.1), ({"max_lr": 1.0}, 1.0)])

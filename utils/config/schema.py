@@ -191,9 +191,10 @@ LIMITS = {
               "layer4_output_dim": {"low": 1}},
     "data loader": {"batch_size": {"low": 1}, "num_workers": {"low": 0}, "image_size": {"low": 1}},
     "optimizer": {"lr": {"above": 0}, "weight_decay": {"low": 0}},
-    "schedule": {"step1": {"low": 0}, "step2": {"low": 0}, "warmup_epoch": {"low": 0}, "T_max": {"low": 1},
-                 "T_0": {"low": 1}, "T_mult": {"low": 1}, "step_size": {"low": 1}, "total_iters": {"low": 1},
-                 "gamma": {"low": 0}, "step_size_up": {"low": 1}, "step_size_down": {"low": 1}},
+    "schedule": {**{key: {"low": 0} for key in ("step1", "step2", "warmup_epoch", "warmup_start", "base_lr", "gamma")},
+                 **{key: {"low": 1} for key in ("T_max", "T_0", "T_mult", "step_size", "step_size_up",
+                                                "step_size_down", "total_iters")},
+                 **{key: {"above": 0} for key in ("max_lr", "div_factor", "final_div_factor")}},
     "norm": {"eps": {"above": 0}, "momentum": {"low": 0, "high": 1}, "num_groups": {"low": 1}},
 }
 
