@@ -16,6 +16,7 @@ from data_loader.augmentation import Augmentation
 from data_loader.crops import with_crops
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import check_data_dir
+from data_loader.held_out import seen_in
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from data_loader.memory import MemoryImages
 from data_loader.mixing import Mixing
@@ -162,6 +163,11 @@ class ImageDataLoader(PixelLoader):
             self.notes += self.augmentation.notes(self.image_size <= LARGEST_SMALL)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
         train, self._val, self.validation_note = self._divide(splits)
+        #: {"test" or "val": in words, that the model of `facts` was trained on images of it}, if any are known.
+        self.seen = seen_in({"test": splits.test, "val": self._val if training and self._val is not splits.test else
+                             None}, str(data_dir), facts, elsewhere)
+        if training and "test" in self.seen:
+            self.notes.append(f"warning: figures will be too good: {self.seen['test']}")
         self.cls_num_list = [0] * self.num_classes if train is None else \
             np.bincount(train.targets, minlength=self.num_classes).tolist()
         if facts.get("cls_num_list") and not training and len(facts["cls_num_list"]) == self.num_classes:

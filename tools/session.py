@@ -144,10 +144,13 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str,
 
 
 def data_facts(loader: BaseDataLoader) -> dict[str, Any]:
-    """The data facts for a checkpoint, as plain data: classes, training counts, preprocessing, and the split."""
+    """The data facts for a checkpoint, as plain data: classes, training counts, preprocessing, the split, and
+    `seen` (see `data_loader.held_out.seen_in`) if images of "test" or "val" aren't new to the model."""
+    seen = getattr(loader, "seen", None)
     return {"num_classes": int(loader.num_classes), "cls_num_list": [int(n) for n in loader.cls_num_list],
             "class_names": None if loader.class_names is None else [str(name) for name in loader.class_names],
-            "preprocess": loader.preprocess, "split": getattr(loader, "split_memory", None) or {"rule": "names"}}
+            "preprocess": loader.preprocess, "split": getattr(loader, "split_memory", None) or {"rule": "names"},
+            **({"seen": dict(seen)} if seen else {})}
 
 
 def check_labels(config: dict[str, Any], loader: BaseDataLoader) -> None:
