@@ -46,12 +46,14 @@ def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mappi
                  doubt: bool = True) -> bool:
     """Whether two configs' `data_loader` objects refer to the same data, even if in another place.
 
-    facts: what the first one's checkpoint records about its data. doubt: the answer if it can't be known, because a
-    detector's checkpoint of an older version records none of its images.
+    facts: what the first one's checkpoint records about its data. doubt: the answer if it can't be known, because their
+    shards differ or because a detector's checkpoint of an older version records none of its images.
     """
     places = [(spec.get("args") or {}).get("data_dir") for spec in (before, now)]
     if before.get("type", now.get("type")) != now.get("type"):
         return False
+    if before and _other_shards(before, now):
+        return doubt
     if None in places or os.path.realpath(places[0]) == os.path.realpath(places[1]):
         return True
     split = (facts or {}).get("split") or {}
@@ -104,6 +106,14 @@ def seen_among(paths: Sequence[str] | None, root: str, memory: Mapping[str, Any]
 def _tail(name: str) -> str:
     """The last two parts of a name."""
     return "/".join(name.split("/")[-2:])
+
+
+def _other_shards(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two `data_loader` objects name different shards for a split, or shards for different splits."""
+    one, two = (spec if isinstance(spec, Mapping) else {"": spec} for spec in (
+        (spec.get("args") or {}).get("shards") for spec in (before, now)))
+    both = one.keys() & two.keys()
+    return not both or any(one[split] != two[split] for split in both)
 
 
 def _check_arguments(loader: Any, trained: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
-from data_loader.held_out import check_held_out
+from data_loader.held_out import check_held_out, of_same_data
 from tools.session import data_facts
 from utils.errors import ConfigError
 
@@ -71,6 +71,20 @@ def test_photos_that_were_trained_on_are_not(photos):
             check_held_out(loader("holdout"), facts_of(loader(mode)), {"validation": mode}, {"validation": "holdout"})
     check_held_out(loader("holdout"), facts_of(loader("holdout")), {"validation": "holdout"}, {"validation": "holdout"})
     check_held_out(loader("holdout"), facts_of(loader("none")), None, {"validation": "holdout"})     # another folder
+
+
+OWN = {"train": "train-{0..9}.tar", "test": "test.tar"}
+
+
+@pytest.mark.parametrize(("before", "now", "same"), [
+    (OWN, OWN, True), (OWN, {"test": "test.tar"}, True), (OWN, {**OWN, "test": "other.tar"}, False),
+    (OWN, {"test": "other.tar"}, False), ({"train": "a.tar"}, {"test": "b.tar"}, False), ("a.tar", "a.tar", True),
+    ("a.tar", "b.tar", False), (None, OWN, False), (OWN, None, False), (None, None, True)])
+def test_other_shards_beside_the_own_are_other_data(before, now, same):
+    specs = [{"type": "ListFileDataLoader", "args": {"data_dir": "x", "shards": shards}} for shards in (before, now)]
+    assert of_same_data(*specs, {}, doubt=False) == same
+    assert of_same_data(*specs, {})                     # validation images are looked at closely all the same
+    assert of_same_data({}, specs[1], None, doubt=False)                    # weights without a config
 
 
 # ---------------------------------------------------------------------- photos divided anew after a training
