@@ -63,8 +63,13 @@ class Start:
 
     def facts_of(self, file: str) -> dict[str, Any] | None:
         """The data facts in a file that the config names, or None; what was read is kept for `take`."""
-        self._opened[file] = load_file(file)
-        return facts_of_checkpoint(self._opened[file])
+        return facts_of_checkpoint(self.opened(file))
+
+    def opened(self, file: str) -> dict[str, Any]:
+        """What a file that the config names holds, kept for `take`."""
+        if file not in self._opened:
+            self._opened[file] = load_file(file)
+        return self._opened[file]
 
     def take(self, file: str) -> dict[str, Any]:
         """What a file that the config names holds, read only once; not kept afterwards, as a training takes hours."""
@@ -202,20 +207,28 @@ def backbone_stays(config: dict[str, Any]) -> bool:
 
 
 def warn_of_seen(start: Start, loader: BaseDataLoader) -> None:
-    """Warn where the weights to start from may have been trained on some of the validation images."""
-    source = start.config.get("load_crt") or start.config.get("pretrained")
-    file = start._opened.get(source) if source else None
-    if start.goes_on:
-        source, file = start.path, start.checkpoint
-    facts, before = facts_of_checkpoint(file), (recover_config(file or {}) or {}).get("data_loader")
-    if not facts or not before:
-        return
-    now = start.config["data_loader"]
-    same = of_same_data(before, now, facts)
-    try:
-        check_held_out(loader, facts, (before.get("args") or {}) if same else None, now.get("args") or {})
-    except ConfigError as error:
-        log.warning("validation figures will be too good, %s may have learned from these images: %s", source, error)
+    """Warn where the weights to start from, or the teacher, may have been trained on some of the validation images; the
+    run's data facts then have it (`seen`), so that later nothing is chosen on these images without a word."""
+    config, sources = start.config, {}
+    if start.checkpoint is not None:
+        sources[str(start.path)] = start.checkpoint
+    elif source := config.get("load_crt") or config.get("pretrained"):
+        sources[source] = start.opened(source)
+    if not start.goes_on and config.get("distill") and (teacher := config.get("distill_checkpoint")):
+        sources[teacher] = start.opened(teacher)
+    for source, file in sources.items():
+        facts, before = facts_of_checkpoint(file), (recover_config(file) or {}).get("data_loader")
+        if not facts or not before:
+            continue
+        now = config["data_loader"]
+        same = of_same_data(before, now, facts)
+        try:
+            check_held_out(loader, facts, (before.get("args") or {}) if same else None, now.get("args") or {})
+        except ConfigError as error:
+            log.warning("validation figures will be too good, %s may have learned from these images: %s", source, error)
+            reason = (facts.get("seen") or {}).get("val") or str(error)
+            loader.seen = {**getattr(loader, "seen", {}), "val": reason}
+            return
 
 
 def load_start(model: nn.Module, start: Start, class_names: list[str] | None = None) -> None:

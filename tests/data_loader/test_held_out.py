@@ -1,11 +1,13 @@
 """Validation images drawn after a training are none that was trained on."""
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
 from data_loader.held_out import check_held_out, of_same_data
-from tools.session import data_facts
+from logger.log import setup_logging
+from tools.session import Start, data_facts, facts_to_follow, warn_of_seen
 from utils.errors import ConfigError
 
 
@@ -149,3 +151,38 @@ def test_other_photos_of_the_same_names_are_not_those_trained_on(tmp_path, endin
     (tmp_path / "there" / "train").rename(tmp_path / "other")       # with test/ alone, all of it is tested
     assert not of_folder(tmp_path / "here", training=False, facts=facts).seen
     assert not of_folder(tmp_path / "there", training=False, facts=facts).seen
+
+
+# ---------------------------------------------------------------------- validation images that stage 1 has seen
+
+@pytest.mark.parametrize("how", ["-r STAGE1 -c", "-r", "load_crt", "pretrained", "distill_checkpoint"])
+def test_what_stage_1_has_seen_is_said_once_and_remembered(photos, tmp_path, capsys, how):
+    def checkpoint(loader, mode):
+        return {"state_dict": {}, "data": data_facts(loader), "config": {"arch": {}, "data_loader": spec(mode)}}
+
+    def spec(mode):
+        return {"type": "ImageFolderLTDataLoader", "args": {"data_dir": photos, "validation": mode}}
+
+    def begun(file, mode, how="-r"):
+        """The loader of a run that starts from, or goes on with, what is in `file`."""
+        place = str(tmp_path / "file.pth")
+        torch.save(file, place)
+        config = {"data_loader": spec(mode), "distill": how == "distill_checkpoint", "trainer": {
+            "type": "Trainer", "freeze": None, "epochs": 1}, **({} if how.startswith("-r") else {how: place})}
+        start = Start(config, file, tmp_path / "file.pth", how == "-r") if how.startswith("-r") else Start(config)
+        loader = of_folder(photos, facts=facts_to_follow(start), validation=mode)
+        warn_of_seen(start, loader)
+        assert start.take(place)["data"] == file["data"]
+        return loader
+    setup_logging()
+    for before, said in (("holdout", 0), ("none", 1)):
+        stage1 = checkpoint(of_folder(photos, validation=before), before)
+        stage2 = begun(stage1, "holdout", how)
+        assert capsys.readouterr().out.count("warning: validation figures will be too good") == said
+        assert ("seen" in data_facts(stage2)) == said
+    with pytest.raises(ConfigError, match=r"validation images: data_loader.args.validation: .* with 'none'"):
+        check_held_out(of_folder(photos, validation="holdout"), data_facts(stage2), {"validation": "holdout"}, {
+            "validation": "holdout"})                                       # as test.py --calibrate does
+    later = begun(checkpoint(stage2, "holdout"), "holdout")
+    assert later.seen == stage2.seen and capsys.readouterr().out.count("warning: ") == 1
+    assert not begun(checkpoint(stage2, "holdout"), "none").seen and not capsys.readouterr().out
