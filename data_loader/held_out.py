@@ -35,8 +35,8 @@ def _check_drawn(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, An
     if trained is not None:
         _check_arguments(loader, trained, now)
         if reason := (facts.get("seen") or {}).get("val"):
-            raise ConfigError("data_loader: weights that it began from, or its teacher, may have learned from the "
-                              f"validation images: {reason}")
+            raise ConfigError("data_loader: weights that the model began from, or its teacher, may have learned from "
+                              f"the validation images: {reason}")
     known, own = facts.get("class_names"), loader.class_names
     same = loader.paths is None and known and own and list(known) == list(own)       # images in memory have no names
     if same and list(facts["cls_num_list"]) != loader.cls_num_list:
