@@ -55,6 +55,8 @@ def test(args: Namespace) -> dict[str, Any]:
 
     loader = run.loader(args.split)
     check_classes(run, loader)
+    if reason := getattr(loader, "seen", {}).get(args.split):
+        log.warning("figures are too good: %s", reason)
     task = task_of(loader)
     asked = {"--open_set": args.open_set, "--classifier": args.classifier != "joint", "--prior": args.prior,
              "--calibrate": args.calibrate, "--expert_weights": args.expert_weights != "equal"}

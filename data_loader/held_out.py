@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_loader.splitting import is_same_place
+from data_loader.splitting import is_same_place, is_there, relative_name
 from utils.errors import ConfigError
 
 _MISSING = object()
+MOST_ALIKE = 4      # images with the same file and folder name; with more, the name says nothing
 
 
 def check_held_out(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, Any] | None,
@@ -18,12 +21,22 @@ def check_held_out(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, 
 
     loader: the training split's loader, built from `now`. facts: what the model's checkpoint records about its data
     (`data_facts`). trained, now: `data_loader.args` of the model's training (None: it had other data) and of the
-    loader. Validation images that the data set provides, and "test", aren't drawn and so aren't checked.
+    loader. Validation images that the data set provides aren't drawn and so are checked only for the training photos
+    that the checkpoint records; "test" isn't checked.
     """
-    if not getattr(loader, "draws_validation", False):
-        return
+    if getattr(loader, "draws_validation", False):
+        _check_drawn(loader, facts, trained, now)
+    if reason := getattr(loader, "seen", {}).get("val"):
+        raise ConfigError(f"data_loader: {reason}; give images that it wasn't trained on (val/, a list)")
+
+
+def _check_drawn(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, Any] | None,
+                 now: Mapping[str, Any]) -> None:
     if trained is not None:
         _check_arguments(loader, trained, now)
+        if reason := (facts.get("seen") or {}).get("val"):
+            raise ConfigError("data_loader: weights that the model began from, or its teacher, may have learned from "
+                              f"the validation images: {reason}")
     known, own = facts.get("class_names"), loader.class_names
     same = loader.paths is None and known and own and list(known) == list(own)       # images in memory have no names
     if same and list(facts["cls_num_list"]) != loader.cls_num_list:
@@ -36,18 +49,74 @@ def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mappi
                  doubt: bool = True) -> bool:
     """Whether two configs' `data_loader` objects refer to the same data, even if in another place.
 
-    facts: what the first one's checkpoint records about its data. doubt: the answer if it can't be known, because a
-    detector's checkpoint of an older version records none of its images.
+    facts: what the first one's checkpoint records about its data. doubt: the answer if it can't be known, because their
+    shards differ or because a detector's checkpoint of an older version records none of its images.
     """
     places = [(spec.get("args") or {}).get("data_dir") for spec in (before, now)]
     if before.get("type", now.get("type")) != now.get("type"):
         return False
+    if before and _other_shards(before, now):
+        return doubt
     if None in places or os.path.realpath(places[0]) == os.path.realpath(places[1]):
         return True
     split = (facts or {}).get("split") or {}
     if not split.get("sample") and ((facts or {}).get("preprocess") or {}).get("task") == "detection":
         return doubt
     return is_same_place(places[1], split)
+
+
+def seen_in(splits: Mapping[str, Any], root: str, facts: Mapping[str, Any], elsewhere: bool) -> dict[str, str]:
+    """{"test" or "val": in words, that a model was trained on images of this split}, where that is known.
+
+    splits: an `ImageSet` or None for each. facts: the model's `data_facts`. elsewhere: its training images aren't in
+    `root` as they were.
+    """
+    memory = facts.get("split") or {}
+    counts = {part: seen_among(images and images.paths, root, memory) for part, images in splits.items()}
+    found = {part: f"{count} of the {len(memory['sample'])} training photos that the checkpoint records are now among "
+             f"the {'test' if part == 'test' else 'validation'} images" for part, count in counts.items() if count}
+    before = {} if elsewhere else facts.get("seen") or {}
+    return {part: reason for part, reason in before.items() if part == "test"} | found
+
+
+def seen_among(paths: Sequence[str] | None, root: str, memory: Mapping[str, Any]) -> int:
+    """How many of the training photos that a checkpoint records (up to 64, in `memory`, its facts' `split`) are among
+    the images `paths` of a test or validation split below `root`, because photos or lists were divided anew since.
+
+    A photo that is no longer at its recorded place is looked for by its name, its folder's name and its size; that
+    counts if sizes differ between photos and if most photos with equal names agree in size. Images in shards, which are
+    recorded by shard, are never found.
+    """
+    sample = {unicodedata.normalize("NFC", name): size for name, size in (memory.get("sample") or {}).items()}
+    alike: dict[str, list[str]] = {_tail(name): [] for name in sample}
+    # A million paths are compared by their last part only, in either form in which a disk may keep it.
+    bases = {unicodedata.normalize(form, tail.rpartition("/")[2]) for tail in alike for form in ("NFC", "NFD")}
+    for path in paths or ():
+        if path.rpartition(os.sep)[2] in bases and "\0" not in path:
+            alike.get(_tail(relative_name(path, root)), []).append(path)
+    staying, moved, agreeing = 0, 0, 0
+    for name, size in sample.items():
+        found = alike[_tail(name)]
+        if found and is_there(root, name, size):    # others of its name are other photos
+            staying += any(relative_name(path, root) == name for path in found)
+        elif 0 < len(found) <= MOST_ALIKE:
+            moved += 1
+            agreeing += any(os.path.getsize(path) == size for path in found)
+    differ = 4 * max(Counter(sample.values()).values(), default=0) < len(sample)
+    return staying + (agreeing if differ and 2 * agreeing >= moved else 0)
+
+
+def _tail(name: str) -> str:
+    """The last two parts of a name."""
+    return "/".join(name.split("/")[-2:])
+
+
+def _other_shards(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two `data_loader` objects name different shards for a split, or shards for different splits."""
+    one, two = (spec if isinstance(spec, Mapping) else {"": spec} for spec in (
+        (spec.get("args") or {}).get("shards") for spec in (before, now)))
+    both = one.keys() & two.keys()
+    return not both or any(one[split] != two[split] for split in both)
 
 
 def _check_arguments(loader: Any, trained: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from data_loader.augmentation import Augmentation
 from data_loader.crops import with_crops
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import check_data_dir
+from data_loader.held_out import seen_in
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
 from data_loader.memory import MemoryImages
 from data_loader.mixing import Mixing
@@ -31,6 +32,7 @@ from data_loader.splitting import (
 )
 from data_loader.transforms import (
     IMAGENET_STATISTICS,
+    as_recorded,
     test_preprocess,
 )
 from logger.text import count_of
@@ -70,7 +72,7 @@ class ImageDataLoader(PixelLoader):
     shards: "train-{000..999}.tar", or {"train": ..., "val": ..., "test": ...}: images are in tar files (in data_dir, or
         at URLs such as s3://), see `data_loader.shards`; only for loaders of lists or folders.
     facts: what a checkpoint records about its data (`data_facts`): classes are then in its order, by name, groups
-        follow its training counts, training images stay in training, and images are normalised as they were.
+        follow its training counts, training images stay in training, and images are prepared as they were.
     preprocess: the preprocessing that pretrained weights need (`TimmModel.preprocess`): `image_size`, if the config has
         none, crop, interpolation and statistics; optionally `takes`, a function that tells if a size can be used.
     transform: function of a PIL image, replaces the loader's own augmentation of training images (Python only).
@@ -109,8 +111,14 @@ class ImageDataLoader(PixelLoader):
         self.num_workers, self.pin_memory, self.prefetch = num_workers, pin_memory, prefetch
         self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
         self.allow_outside, self.download, self.cache, self.transform = allow_outside, download, cache, transform
+        facts = facts or {}
+        known = facts.get("preprocess") or {}
+        # The network, or the part of it that stays frozen, has been trained on images prepared as `known` says.
+        own = bool(facts.get("frozen")) or not (facts.get("optional") or facts.get("teacher"))
+        follows = own or (image_size == "auto" and not facts.get("optional"))
         own_size = preprocess["image_size"] if preprocess and image_size is None else self.default_size
-        self.image_size = own_size if image_size in (None, "auto") else image_size
+        trained_at = known.get("image_size") if follows else None
+        self.image_size = (trained_at or own_size) if image_size in (None, "auto") else image_size
         self.augmentation = Augmentation.of(jitter, flip, self.jitter, self.flips, augment=augment, rotation=rotation,
                                             cutout=cutout, random_erasing=random_erasing)
         self.mixing, self.epochs = Mixing.of(mix), epochs
@@ -120,7 +128,6 @@ class ImageDataLoader(PixelLoader):
         self._check()
         if data_dir is not None:
             check_data_dir(data_dir, may_be_made=self.may_download and download)
-        facts = facts or {}
         #: All images of another folder than the training images' are for testing.
         elsewhere = bool(facts) and not is_same_place(str(data_dir), facts.get("split"))
         self.division = Division.following({} if elsewhere and facts.get("optional") else facts, root=str(data_dir),
@@ -138,20 +145,22 @@ class ImageDataLoader(PixelLoader):
         self.notes = list(splits.notes)
         if self.mixing is not None and training:
             self.notes.append(self.mixing.note(self.epochs))
-        trained_at = None if facts.get("optional") else (facts.get("preprocess") or {}).get("image_size")
-        if image_size == "auto" and trained_at:
-            self.image_size = trained_at
-        elif image_size == "auto" and splits.test.paths is not None:
+        if image_size == "auto" and not trained_at and splits.test.paths is not None:
             self.image_size, note = suited_size((splits.train or splits.test).paths, torch.device(device).type != "cpu",
                                                 preprocess and preprocess["image_size"],
                                                 preprocess and preprocess.get("takes"))
             self.notes.append(note)
+        if training and facts.get("frozen") and self.image_size != known.get("image_size", self.image_size):
+            self.notes.append(f"warning: data_loader.args.image_size: {self.image_size}, but what stays frozen was "
+                              f"trained on images of {trained_at} pixels; leave it out to keep that size")
         pixels = splits.test.pixels
-        if preprocess and pixels is not None and pixels.shape[1] >= self.image_size:   # such arrays aren't cropped
-            preprocess = {**preprocess, "crop_share": None}
-        self.preprocess = test_preprocess(self.image_size, *self.statistics, preprocess)
-        known = facts.get("preprocess") or {}
-        if preprocess is None and not facts.get("optional") and {"mean", "std"} <= known.keys():
+        whole = {"crop_share": None} if pixels is not None and pixels.shape[1] >= self.image_size else {}
+        self.preprocess, usual = (test_preprocess(self.image_size, *self.statistics, wanted and {**wanted, **whole}) for
+                                  wanted in (as_recorded(preprocess, known) if own else preprocess, preprocess))
+        if self.preprocess != usual:
+            changed = ", ".join(f"{key} {value}" for key, value in self.preprocess.items() if value != usual[key])
+            self.notes.append(f"images are prepared as in the checkpoint, not by its network's defaults: {changed}")
+        if preprocess is None and (own or not facts.get("optional")) and {"mean", "std"} <= known.keys():
             # The model was trained with these; another loader (CIFAR-100 instead of CIFAR-100-LT) may have others.
             if any(self.preprocess[key] != list(known[key]) for key in ("mean", "std")):
                 self.notes.append("images are normalised as in the checkpoint: mean {mean}, std {std}".format(**known))
@@ -162,6 +171,11 @@ class ImageDataLoader(PixelLoader):
             self.notes += self.augmentation.notes(self.image_size <= LARGEST_SMALL)
         self.class_names, self.num_classes = splits.class_names, int(splits.num_classes)
         train, self._val, self.validation_note = self._divide(splits)
+        #: {"test" or "val": in words, that the model of `facts` was trained on images of it}, if any are known.
+        self.seen = seen_in({"test": splits.test, "val": self._val if training and self._val is not splits.test else
+                             None}, str(data_dir), facts, elsewhere)
+        if training and "test" in self.seen:
+            self.notes.append(f"warning: figures will be too good: {self.seen['test']}")
         self.cls_num_list = [0] * self.num_classes if train is None else \
             np.bincount(train.targets, minlength=self.num_classes).tolist()
         if facts.get("cls_num_list") and not training and len(facts["cls_num_list"]) == self.num_classes:

@@ -157,14 +157,15 @@ def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
     """Whether folder `root` has at least half of the sample of training photos in a checkpoint's memory; True if there
     is no sample."""
     sample = (memory or {}).get("sample") or {}
-    def there(name: str, size: int) -> bool:
-        for form in ("NFC", "NFD"):     # macOS decomposes é in archives
-            with contextlib.suppress(OSError):
-                return os.path.getsize(os.path.join(root, unicodedata.normalize(form, name))) == size
+    return not sample or sum(is_there(root, name, size) for name, size in sample.items()) * 2 >= len(sample)
+
+
+def is_there(root: str, name: str, size: int) -> bool:
+    """Whether folder `root` has a file `name`, in any Unicode form, of `size` bytes."""
+    for own in (unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name), name):  # macOS decomposes é
         with contextlib.suppress(OSError):
-            return os.path.getsize(os.path.join(root, name)) == size
-        return False
-    return not sample or sum(there(name, size) for name, size in sample.items()) * 2 >= len(sample)
+            return os.path.getsize(os.path.join(root, own)) == size
+    return False
 
 
 def relative_name(path: str, root: str) -> str:

@@ -44,6 +44,20 @@ def test_preprocess(image_size: int, mean: tuple, std: tuple, wanted: dict[str, 
             "interpolation": wanted["interpolation"], "mean": list(wanted["mean"]), "std": list(wanted["std"])}
 
 
+def as_recorded(wanted: dict[str, Any] | None, known: dict[str, Any]) -> dict[str, Any] | None:
+    """What a network's weights need (`wanted` of `test_preprocess`; None stays None), as a checkpoint has recorded it.
+
+    known: the checkpoint's `test_preprocess`. It differs if the network's package has other settings now than when the
+    model was trained.
+    """
+    if wanted is None or not {"image_size", "resize", "crop", "interpolation", "mean", "std"} <= known.keys():
+        return wanted
+    share = wanted["crop_share"] if known["crop"] else None
+    if known["crop"] and math.floor(known["image_size"] / (share or 1)) != known["resize"]:
+        share = known["image_size"] / (known["resize"] + 1e-3)      # rounded down, it gives the same again
+    return {**wanted, "crop_share": share, **{key: known[key] for key in ("interpolation", "mean", "std")}}
+
+
 def test_transform(preprocess: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     """The function that `preprocess` describes, the same as in the test loader: PIL image (any mode) -> float
     [3, S, S], or [K, 3, S, S] with several crops."""

@@ -228,7 +228,7 @@ def facts_of(run: Any) -> dict[str, Any]:
     """`preprocess` and `class_names` of a run: from its checkpoint, else (another project's weights) its loader's
     defaults, without names. An `image_size` given by -c or --set overrides the checkpoint's, as in test.py."""
     from data_loader import data_loaders
-    from data_loader.transforms import test_preprocess
+    from data_loader.transforms import as_recorded, test_preprocess
     from tools.parts import input_of
     known = run.checkpoint.get("data")
     spec = run.config.get("data_loader") or {}
@@ -237,9 +237,7 @@ def facts_of(run: Any) -> dict[str, Any]:
     if isinstance(known, dict) and isinstance(known.get("preprocess"), dict):
         preprocess = known["preprocess"]
         if isinstance(size, int) and size != preprocess.get("image_size", size):
-            if wanted and not preprocess["crop"]:
-                wanted = {**wanted, "crop_share": None}
-            preprocess = test_preprocess(size, preprocess["mean"], preprocess["std"], wanted)
+            preprocess = test_preprocess(size, preprocess["mean"], preprocess["std"], as_recorded(wanted, preprocess))
         return {"preprocess": preprocess, "class_names": known.get("class_names")}
     kind = getattr(data_loaders, spec["type"])
     if not hasattr(kind, "default_size"):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from base.base_data_loader import BaseDataLoader
+from base.freezing import freeze_plan
 from base.run_paths import new_run
 from data_loader.held_out import check_held_out, of_same_data
 from logger.log import get_logger
@@ -62,8 +63,13 @@ class Start:
 
     def facts_of(self, file: str) -> dict[str, Any] | None:
         """The data facts in a file that the config names, or None; what was read is kept for `take`."""
-        self._opened[file] = load_file(file)
-        return facts_of_checkpoint(self._opened[file])
+        return facts_of_checkpoint(self.opened(file))
+
+    def opened(self, file: str) -> dict[str, Any]:
+        """What a file that the config names holds, kept for `take`."""
+        if file not in self._opened:
+            self._opened[file] = load_file(file)
+        return self._opened[file]
 
     def take(self, file: str) -> dict[str, Any]:
         """What a file that the config names holds, read only once; not kept afterwards, as a training takes hours."""
@@ -125,7 +131,8 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str,
                  preprocess: dict[str, Any] | None = None) -> nn.Module | None:
     """The teacher of a config that distils, with its weights, in evaluation mode.
 
-    preprocess: how the images that it gets are normalised; they are renormalised as in the teacher's own training.
+    preprocess: how the images that it gets are normalised; they are renormalised as in the teacher's own training. That
+    they have another size is warned of.
     Returns None where the config doesn't distil. Raises ConfigError for weights that don't fit.
     """
     from trainer.distill_trainer import Renormalised
@@ -136,6 +143,10 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str,
     file = start.take(config["distill_checkpoint"])
     load_weights(teacher, file, name=config["distill_checkpoint"], exact=True)
     theirs = (facts_of_checkpoint(file) or {}).get("preprocess") or {}
+    ours, wanted = ((known or {}).get("image_size") for known in (preprocess, theirs))
+    if None not in (ours, wanted) and ours != wanted:
+        log.warning("distill: the teacher was trained on images of %d pixels and sees them at data_loader.args."
+                    "image_size, %d; give it those that it knows", wanted, ours)
     if preprocess and any(theirs.get(key, preprocess[key]) != preprocess[key] for key in ("mean", "std")):
         log.info("distill: the teacher's images are normalised as in its own training (mean %s, std %s)",
                  theirs["mean"], theirs["std"])
@@ -144,10 +155,13 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str,
 
 
 def data_facts(loader: BaseDataLoader) -> dict[str, Any]:
-    """The data facts for a checkpoint, as plain data: classes, training counts, preprocessing, and the split."""
+    """The data facts for a checkpoint, as plain data: classes, training counts, preprocessing, the split, and
+    `seen` (see `data_loader.held_out.seen_in`) if images of "test" or "val" aren't new to the model."""
+    seen = getattr(loader, "seen", None)
     return {"num_classes": int(loader.num_classes), "cls_num_list": [int(n) for n in loader.cls_num_list],
             "class_names": None if loader.class_names is None else [str(name) for name in loader.class_names],
-            "preprocess": loader.preprocess, "split": getattr(loader, "split_memory", None) or {"rule": "names"}}
+            "preprocess": loader.preprocess, "split": getattr(loader, "split_memory", None) or {"rule": "names"},
+            **({"seen": dict(seen)} if seen else {})}
 
 
 def check_labels(config: dict[str, Any], loader: BaseDataLoader) -> None:
@@ -168,33 +182,53 @@ def facts_of_checkpoint(checkpoint: dict[str, Any] | None) -> dict[str, Any] | N
 
 
 def facts_to_follow(start: Start) -> dict[str, Any] | None:
-    """The data facts that a training's data must agree with, or None: of the run that is resumed, of the teacher or
-    (with "optional": where the classes are the same) of the weights that it starts from."""
-    if start.checkpoint is not None:
-        return facts_of_checkpoint(start.checkpoint)
+    """The data facts that a training's data must agree with, or None: of the run that is resumed, of the teacher (with
+    "teacher") or (with "optional": where the classes are the same) of the weights that it starts from. With "frozen",
+    what these weights see images with isn't trained, so that images must be prepared as they were for them."""
     config = start.config
-    if config.get("distill") and config.get("distill_checkpoint"):
-        return start.facts_of(config["distill_checkpoint"])
-    source = config.get("load_crt") or config.get("pretrained")
-    facts = start.facts_of(source) if source else None
-    return None if facts is None else {**facts, "optional": True}
+    if start.checkpoint is not None:
+        facts, how = facts_of_checkpoint(start.checkpoint), {}
+    elif config.get("distill") and config.get("distill_checkpoint"):
+        facts, how = start.facts_of(config["distill_checkpoint"]), {"teacher": True}
+    else:
+        source = config.get("load_crt") or config.get("pretrained")
+        facts, how = start.facts_of(source) if source else None, {"optional": True}
+    if not start.goes_on and "teacher" not in how and backbone_stays(config):
+        how["frozen"] = True
+    return None if facts is None else {**facts, **how}
+
+
+def backbone_stays(config: dict[str, Any]) -> bool:
+    """Whether only classifiers or gates of weights to start from are trained, from the first epoch to the last."""
+    options = config["trainer"]
+    plan = freeze_plan(options["freeze"])
+    return bool(config.get("load_crt")) or options["type"] == "ExpertAssignmentTrainer" or (
+        plan is not None and plan.what == "backbone" and (plan.until is None or plan.until >= options["epochs"]))
 
 
 def warn_of_seen(start: Start, loader: BaseDataLoader) -> None:
-    """Warn where the weights to start from may have been trained on some of the validation images."""
-    source = start.config.get("load_crt") or start.config.get("pretrained")
-    file = start._opened.get(source) if source else None
-    if start.goes_on:
-        source, file = start.path, start.checkpoint
-    facts, before = facts_of_checkpoint(file), (recover_config(file or {}) or {}).get("data_loader")
-    if not facts or not before:
-        return
-    now = start.config["data_loader"]
-    same = of_same_data(before, now, facts)
-    try:
-        check_held_out(loader, facts, (before.get("args") or {}) if same else None, now.get("args") or {})
-    except ConfigError as error:
-        log.warning("validation figures will be too good, %s may have learned from these images: %s", source, error)
+    """Warn where the weights to start from, or the teacher, may have been trained on some of the validation images; the
+    run's data facts then have it (`seen`), so that later nothing is chosen on these images without a word."""
+    config, sources = start.config, {}
+    if start.checkpoint is not None:
+        sources[str(start.path)] = start.checkpoint
+    elif source := config.get("load_crt") or config.get("pretrained"):
+        sources[source] = start.opened(source)
+    if not start.goes_on and config.get("distill") and (teacher := config.get("distill_checkpoint")):
+        sources[teacher] = start.opened(teacher)
+    for source, file in sources.items():
+        facts, before = facts_of_checkpoint(file), (recover_config(file) or {}).get("data_loader")
+        if not facts or not before:
+            continue
+        now = config["data_loader"]
+        same = of_same_data(before, now, facts)
+        try:
+            check_held_out(loader, facts, (before.get("args") or {}) if same else None, now.get("args") or {})
+        except ConfigError as error:
+            log.warning("validation figures will be too good, %s may have learned from these images: %s", source, error)
+            reason = (facts.get("seen") or {}).get("val") or str(error)
+            loader.seen = {**getattr(loader, "seen", {}), "val": reason}
+            return
 
 
 def load_start(model: nn.Module, start: Start, class_names: list[str] | None = None) -> None:

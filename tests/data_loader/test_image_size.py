@@ -1,11 +1,15 @@
 """`"image_size": "auto"`: chosen from the photos and the device, said in the summary, kept in the run's config."""
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader
 from data_loader.image_loader import suited_size
+from logger.log import setup_logging
+from model.model import build_model
 from tools.parts import make_loader, settled
-from tools.session import data_facts
+from tools.session import Start, data_facts, facts_to_follow, make_teacher
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +63,89 @@ def test_the_choice_is_kept(photos):
     facts = {**data_facts(loader), "preprocess": {**loader.preprocess, "image_size": 48}}
     assert make_loader(config, training=False, facts=facts).image_size == 48     # what the model was trained at
     assert make_loader(config, facts={**facts, "optional": True}).image_size == 64
+
+
+@pytest.mark.parametrize("asked", ["auto", None])
+@pytest.mark.parametrize(("how", "follows"), [
+    ({}, True), ({"optional": True}, False), ({"optional": True, "frozen": True}, True), ({"teacher": True}, None)])
+def test_frozen_layers_see_images_as_in_their_training(photos, asked, how, follows):
+    """Of another run only where its layers stay as they are. A teacher decides the size that nobody asks for."""
+    known = {"image_size": 40, "mean": [0.5] * 3, "std": [0.2] * 3}
+    facts = {"preprocess": known, **how}
+    loader = ImageFolderLTDataLoader(str(photos), 2, num_workers=0, image_size=asked, facts=facts)
+    own = 224 if asked is None else 64
+    assert loader.image_size == (40 if follows or (follows is None and asked) else own)
+    assert (loader.preprocess["mean"] == [0.5] * 3) == (follows is not False)
+    assert not any("warning: data_loader" in note for note in loader.notes)
+
+
+@pytest.mark.parametrize(("how", "size", "warned"), [
+    ({"optional": True, "frozen": True}, 32, True), ({"optional": True, "frozen": True}, 40, False),
+    ({"optional": True}, 32, False), ({}, 32, False)])
+def test_a_size_that_is_asked_for_is_taken(photos, how, size, warned):
+    facts = {"preprocess": {"image_size": 40}, **how}
+    loader = ImageFolderLTDataLoader(str(photos), 2, num_workers=0, image_size=size, facts=facts)
+    assert loader.image_size == size
+    said = "warning: data_loader.args.image_size: 32, but what stays frozen was trained on images of 40 pixels"
+    assert any(said in note for note in loader.notes) == warned
+
+
+def test_digits_are_enlarged_to_the_size_that_is_followed():
+    facts = data_facts(DigitsLTDataLoader(image_size=8))
+    assert next(iter(DigitsLTDataLoader(training=False, facts=facts)))[0].shape[1:] == (3, 8, 8)
+
+
+@pytest.mark.parametrize(("changes", "frozen"), [
+    ({}, False), ({"load_crt": "FILE"}, True), ({"pretrained": "FILE"}, False),
+    ({"pretrained": "FILE", "freeze": "backbone"}, True), ({"pretrained": "FILE", "freeze": "norms"}, False),
+    ({"pretrained": "FILE", "freeze": {"until": "epoch 3"}}, False),
+    ({"pretrained": "FILE", "freeze": {"until": "epoch 9"}}, True)])
+def test_which_starts_keep_their_layers(tmp_path, changes, frozen):
+    file = tmp_path / "stage1.pth"
+    torch.save({"state_dict": {}, "data": {"preprocess": {"image_size": 16}}}, file)
+    config = {key: str(file) for key in changes if key != "freeze"}
+    trainer = {"type": "Trainer", "epochs": 9, "freeze": changes.get("freeze")}
+    facts = facts_to_follow(Start({**config, "trainer": trainer}))
+    assert (facts or {}).get("frozen", False) == frozen and (facts is None) == (not config)
+
+
+def test_gates_are_trained_on_images_as_the_experts_were():
+    config = {"trainer": {"type": "ExpertAssignmentTrainer", "epochs": 9, "freeze": None}}
+    for goes_on in (False, True):
+        facts = facts_to_follow(Start(config, {"data": {"num_classes": 3}}, goes_on=goes_on))
+        assert facts == {"num_classes": 3, **({} if goes_on else {"frozen": True})}
+
+
+def test_a_teacher_of_another_size_is_said(tmp_path, capsys, shallow_resnet32):
+    spec = {"type": "ResNet32Model", "args": {"num_classes": 3, "layer2_output_dim": 16, "layer3_output_dim": 16}}
+    known, file = {"image_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}, str(tmp_path / "teacher.pth")
+    torch.save({"state_dict": build_model(spec).state_dict(), "data": {"preprocess": known}}, file)
+    setup_logging()
+    for size, times in ((16, 0), (32, 1)):
+        start = Start({"distill": True, "distill_arch": spec, "distill_checkpoint": file})
+        make_teacher(start, 3, "cpu", {**known, "image_size": size})
+        said = capsys.readouterr().out.count("warning: distill: the teacher was trained on images of 16 pixels")
+        assert said == times
+
+
+# ---------------------------------------------------------------------- what a network's package asks for changes
+
+OLD = {"image_size": 40, "crop_share": 0.9, "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.4,) * 3}
+NEW = {"image_size": 48, "crop_share": 0.95, "interpolation": "bilinear", "mean": (0.45,) * 3, "std": (0.2,) * 3}
+
+
+@pytest.mark.parametrize("size", [None, 40, 64])
+def test_images_are_prepared_as_recorded_and_not_as_a_later_timm_would(photos, size):
+    def loader(preprocess, facts=None, **more):
+        return ImageFolderLTDataLoader(str(photos), 2, num_workers=0, preprocess=preprocess, facts=facts, **more)
+    first = loader(OLD)
+    facts = data_facts(first)
+    same, tested = (loader(wanted, facts, training=False, image_size=size) for wanted in (OLD, NEW))
+    # At another size the recorded crop is known to the pixel only.
+    assert abs(tested.preprocess["resize"] - same.preprocess["resize"]) <= (size == 64)
+    assert {**tested.preprocess, "resize": 0} == {**same.preprocess, "resize": 0}
+    assert size == 64 or tested.preprocess == first.preprocess
+    said = "prepared as in the checkpoint, not by its network's defaults: "
+    assert sum(said in note for note in tested.notes) == 1 and not any(said in note for note in same.notes)
+    assert loader(NEW, facts).preprocess == first.preprocess            # a run that goes on
+    assert loader(NEW, {**facts, "optional": True}).preprocess == loader(NEW).preprocess
