@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_loader.class_names import match_classes, stranger
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import DATA_DIR, about_tars, check_inside, repeats, same_files
 from data_loader.images import EXTENSIONS, HEIC, is_image, is_system, refuse_folder, shown, walk
-from data_loader.splitting import Division, match_classes, stranger
+from data_loader.splitting import Division
 from logger.text import count_of
 from utils.errors import ConfigError
 

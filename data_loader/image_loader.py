@@ -13,6 +13,7 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from data_loader.augmentation import Augmentation
+from data_loader.class_names import follow_classes, match_classes
 from data_loader.crops import with_crops
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import check_data_dir
@@ -23,10 +24,8 @@ from data_loader.pixels import LARGEST_SMALL, PixelLoader, suited_size
 from data_loader.samplers import sampler_of
 from data_loader.splitting import (
     Division,
-    follow_classes,
     holdout_of_spare,
     is_same_place,
-    match_classes,
     summary,
 )
 from data_loader.transforms import (

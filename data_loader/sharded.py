@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from data_loader.class_names import match_classes, read_class_names, stranger
 from data_loader.datasets import ImageSet, Splits
-from data_loader.files import DATA_DIR, MOST_CLASSES, Find, read_class_names
+from data_loader.files import DATA_DIR, MOST_CLASSES, Find
 from data_loader.folders import SPLIT_NAMES, class_key, named_as_splits
 from data_loader.images import shown
 from data_loader.places import KEY, key_of, name_in_shard
 from data_loader.shards import Index, open_index, patterns
-from data_loader.splitting import Division, match_classes, stranger
+from data_loader.splitting import Division
 from data_loader.tars import BESIDE, JSON_KEYS, UNCLEAR
 from logger.text import count_of
 from utils.errors import ConfigError
