@@ -4,6 +4,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,19 +94,57 @@ def class_numbers(own: Sequence[str], wanted: Sequence[str], data_dir: str, some
     return numbers
 
 
-def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool) -> None:
-    """Renumber the splits' classes in the order of `wanted`, by name, in place. some: the data may lack classes.
+def follow_classes(splits: Splits, facts: Mapping[str, Any], data_dir: str, some: bool, elsewhere: bool) -> None:
+    """Renumber the splits' classes in the order of a checkpoint's, by name, in place.
 
-    Raises ConfigError if the names don't match.
+    facts: the checkpoint's `data_facts`; if it only initialises a training ("optional"), classes that don't match stay
+    as they are. some: the data may lack classes. elsewhere: the data isn't where the checkpoint's was. If only one side
+    has names, numbers are trusted, and a note says so. Raises ConfigError if the names don't match.
     """
-    numbers = class_numbers(splits.class_names, wanted, data_dir, some)
-    if splits.class_names != list(wanted):
-        if numbers != list(range(len(wanted))):
-            splits.notes.append("classes are numbered as in the checkpoint, by their names")
-        table = np.array(numbers)
-        for part in (splits.train, splits.val, splits.test, splits.spare):
-            if part is not None:
-                part.targets = np.where(part.targets >= 0, table[part.targets], part.targets)
-        splits.class_names, splits.num_classes = list(wanted), len(wanted)
+    wanted, own, optional = facts.get("class_names"), splits.class_names, bool(facts.get("optional"))
+    if wanted and own:
+        if not optional or match_classes(own, wanted, some) is not None:
+            _renumber(splits, dict(enumerate(class_numbers(own, wanted, data_dir, some))), wanted)
+    elif optional or splits.test.paths is None:     # images in memory are a published set's, with its own numbers
+        return
+    elif wanted and splits.named:
+        _follow_named(splits, wanted, data_dir)
+    elif wanted:
+        splits.notes.append(f"warning: {shown(data_dir)}: the classes have no names here, so they are taken to be "
+                            f"numbered as in the checkpoint ({_numbered(wanted)}); give their names in classes.txt")
+    elif own and (elsewhere or splits.test.where is None):
+        splits.notes.append(f"warning: {shown(data_dir)}: the checkpoint's classes have no names, so they are taken to "
+                            f"be numbered as here ({_numbered(own)}); if they aren't, give lists with their numbers")
 
 
+def _numbered(names: Sequence[str]) -> str:
+    """The first names with their numbers: 0 ant, 1 bee."""
+    return first_of([f"{number} {name}" for number, name in enumerate(names)])
+
+
+def _follow_named(splits: Splits, wanted: Sequence[str], data_dir: str) -> None:
+    """The same for lists that name some classes only: those that occur are renumbered if all are named, and otherwise
+    must have their numbers already."""
+    named = splits.named
+    if set(np.unique(np.concatenate([part.targets for part in splits.parts()]))) <= {-1, *named}:
+        _renumber(splits, dict(zip(named, class_numbers(list(named.values()), wanted, data_dir, some=True))), wanted)
+        return
+    for label, name in sorted(named.items()):
+        if label >= len(wanted) or folded(name) != folded(wanted[label]):
+            there = wanted[label] if label < len(wanted) else "none"
+            raise ConfigError(f"data_loader.args.data_dir: {shown(data_dir)}: class {label} is {name} in the lists, "
+                              f"and {there} in the checkpoint's model; number the classes as the model does, or name "
+                              "all of them")
+
+
+def _renumber(splits: Splits, numbers: Mapping[int, int], wanted: Sequence[str]) -> None:
+    """Give the classes their `numbers` in `wanted`, {label: number}, in place."""
+    if splits.class_names == list(wanted):
+        return
+    if any(label != number for label, number in numbers.items()):
+        splits.notes.append("classes are numbered as in the checkpoint, by their names")
+    table = np.zeros(max(numbers) + 1, dtype=np.int64)
+    table[list(numbers)] = list(numbers.values())
+    for part in splits.parts():
+        part.targets = np.where(part.targets >= 0, table[part.targets], part.targets)
+    splits.class_names, splits.num_classes = list(wanted), len(wanted)

@@ -92,7 +92,8 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
         classes = len(class_names)
     elif set(named) >= set(range(classes)):
         class_names = [named[label] for label in range(classes)]
-    return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes)
+    return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes,
+                  named=named)
 
 
 def _plain(paths: Sequence[str], links: bool = False) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from data_loader.augmentation import Augmentation
-from data_loader.class_names import follow_classes, match_classes
+from data_loader.class_names import follow_classes
 from data_loader.crops import with_crops
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import check_data_dir
@@ -129,9 +129,8 @@ class ImageDataLoader(PixelLoader):
         if facts and not elsewhere:
             self.division.agree(facts, splits.class_names)
         self.whole = self.whole and splits.train is None  # only if there was no training folder
-        if facts.get("class_names") and splits.class_names and not (facts.get("optional") and match_classes(
-                splits.class_names, facts["class_names"], not training) is None):
-            follow_classes(splits, facts["class_names"], str(data_dir), some=not training)
+        if facts:
+            follow_classes(splits, facts, str(data_dir), some=not training, elsewhere=elsewhere)
         if splits.train is None and splits.class_names is None:     # a test list may lack the last classes
             splits.num_classes = max(splits.num_classes, self.known_classes or 0)
         self.notes = list(splits.notes)

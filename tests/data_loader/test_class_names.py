@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_loader.data_loaders import ListFileDataLoader
-from tests.data_loader.test_files import SMALL, picture
+from data_loader.data_loaders import ImageFolderLTDataLoader, ListFileDataLoader
+from tests.data_loader.test_files import SMALL, folders, picture
 from utils.errors import ConfigError
 
 
@@ -35,3 +35,46 @@ def test_classes_txt_is_not_what_the_lists_say(tmp_path: Path, classes: str, cal
         return
     with pytest.raises(ConfigError, match=rf"classes\.txt: {says}"):
         ListFileDataLoader(data, **SMALL)
+
+
+# -- names of a checkpoint -------------------------------------------------------------------------------------------
+def facts(names: list[str] | None, **more: object) -> dict:
+    """What a checkpoint of data in another place records."""
+    elsewhere = {"sample": {"x.jpg": 1}}
+    return {"num_classes": 3, "class_names": names, "cls_num_list": [9, 8, 7], "split": elsewhere, **more}
+
+
+@pytest.mark.parametrize(("called", "labels", "targets"), [
+    ({0: "crab", 2: "ant"}, (0, 2), [2, 2, 0, 0]), ({1: "Bee"}, (1,), [1, 1]), ({1: "bee"}, (0, 1), [0, 0, 1, 1])])
+def test_a_test_list_that_names_some_classes_follows_the_checkpoint(tmp_path: Path, called: dict, labels: tuple,
+                                                                    targets: list[int]) -> None:
+    data = listed(tmp_path, called, labels, train=False)
+    loader = ListFileDataLoader(data, training=False, facts=facts(["ant", "bee", "crab"]), **SMALL)
+    assert loader.targets.tolist() == targets and loader.num_classes == 3
+    assert ("classes are numbered as in the checkpoint, by their names" in loader.notes) == (labels == (0, 2))
+    assert not any("warning" in note for note in loader.notes)
+
+
+def test_names_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> None:
+    """Class 1 has no name, so the others can't be renumbered; a new training from the weights has its own classes."""
+    data = listed(tmp_path, {0: "crab"}, (0, 1))
+    with pytest.raises(ConfigError, match="class 0 is crab in the lists, and ant in the checkpoint's model; number"):
+        ListFileDataLoader(data, training=False, facts=facts(["ant", "bee", "crab"]), **SMALL)
+    ListFileDataLoader(data, facts=facts(["ant", "bee", "crab"], optional=True), **SMALL)
+
+
+def test_names_on_one_side_only_are_warned_of(tmp_path: Path) -> None:
+    data = listed(tmp_path / "lists", {}, train=False)
+
+    def warned(kind: type, place: str, **known: object) -> list[str]:
+        return [note for note in kind(place, training=False, facts=known, **SMALL).notes if "numbered" in note]
+    note, = warned(ListFileDataLoader, data, **facts(["0", "1", "10"]))
+    assert note == f"warning: {data}: the classes have no names here, so they are taken to be numbered as in the " \
+                   "checkpoint (0 0, 1 1, 2 10); give their names in classes.txt"
+    assert warned(ListFileDataLoader, data, **facts(None)) == []
+    assert warned(ListFileDataLoader, data, **facts(["ant", "bee", "crab"], optional=True)) == []
+    note, = warned(ImageFolderLTDataLoader, folders(tmp_path / "photos", test=[1, 1, 1]), **facts(None))
+    assert "the checkpoint's classes have no names, so they are taken to be numbered as here (0 class_0, 1" in note
+    (tmp_path / "lists" / "classes.txt").write_text("ant\nbee\ncrab\n")
+    assert warned(ListFileDataLoader, data, **facts(["ant", "bee", "crab"])) == []
+    assert warned(ListFileDataLoader, data, **{**facts(None), "split": {}}) == []       # names that came later
