@@ -1,6 +1,7 @@
 """Names of classes: reading classes.txt, and matching a data set's names with those that a checkpoint records."""
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,17 +15,24 @@ from data_loader.list_lines import read_text_bytes
 from logger.text import first_of
 from utils.errors import ConfigError
 
+#: Names with a label before or behind them; with a blank, the second is how classes.txt may give labels.
+_NUMBERED = [re.compile(r"(?P<label>\d{1,9})[\s,;:.]+(?P<name>.+)"),
+             re.compile(r"(?P<name>.*[^\s,;:])[\s,;:]+(?P<label>\d{1,9})")]
+
 
 def read_class_names(file: Path, num_classes: int) -> list[str]:
     """Read classes.txt: one name per line in the order of the labels, or `name label` in any order, as in Places365.
 
-    Raises ConfigError if there are fewer names than `num_classes`, a name occurs twice, or the file can't be read.
+    Raises ConfigError if there are fewer names than `num_classes`, a name occurs twice, lines in another order have
+    their labels in another form (`0 name`, `name,0`), or the file can't be read.
     """
     text = read_text_bytes(file).decode("utf-8", "surrogateescape")
     names = [line.strip() for line in text.splitlines() if line.strip()]
     bare, numbers = ([name.rpartition(" ")[part].strip() for name in names] for part in (0, 2))
     if all(bare) and sorted(numbers) == sorted(map(str, range(len(names)))) and len(set(bare)) == len(bare):
         names = [name for _, name in sorted(zip(map(int, numbers), bare))]  # unless "class 0", "class 1" are the names
+    else:
+        _refuse_numbered(file, names)
     if len(names) < num_classes:
         raise ConfigError(f"{shown(str(file))}: names {len(names)} classes, and the lists have {num_classes}; a line a "
                           "class, in the order of the labels")
@@ -32,6 +40,19 @@ def read_class_names(file: Path, num_classes: int) -> list[str]:
         twice = next(name for number, name in enumerate(names) if name in names[:number])
         raise ConfigError(f"{shown(str(file))}: {shown(twice)} is there twice")
     return [shown(name) for name in names]
+
+
+def _refuse_numbered(file: Path, names: Sequence[str]) -> None:
+    """Raises ConfigError if all names begin or end with a number, and these are 0, 1, 2, ... but in another order: they
+    are labels, not parts of the names, which otherwise would silently be those of other classes."""
+    for form in _NUMBERED:
+        found = [form.fullmatch(name) for name in names]
+        if None in found:
+            continue
+        labels, bare = [int(match["label"]) for match in found], {match["name"] for match in found}
+        if labels != sorted(labels) == list(range(len(names))) and len(bare) == len(names):
+            raise ConfigError(f"{shown(str(file))}: its lines have labels in another order than theirs, like "
+                              f"{shown(names[0])!r}; write `{shown(found[0]['name'])} {labels[0]}`, with a blank")
 
 
 def refuse_other_names(file: Path, class_names: Sequence[str], named: Mapping[int, str]) -> None:

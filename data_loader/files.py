@@ -5,6 +5,7 @@ link) is refused unless `allow_outside` is set.
 """
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -79,11 +80,11 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
         most, whose = known or MOST_CLASSES, "as the checkpoint's model knows them" if known else "without gaps"
     test = _read_split(root / test_name, "test", (most, whose), *more)
     val = _read_split(root / val_name, "val", (most, whose), *more) if has.get(val_name) else None
-    if train is not None:
-        for name, split in ((test_name, test), (val_name, val)):
-            both = 0 if split is None else len(same_files(train.paths, split.paths))
-            if both:
-                notes.append(f"warning: {count_of(both, 'image is', 'images are')} in {train_name} and in {name}")
+    for (one_name, one), (name, split) in itertools.combinations(
+            ((train_name, train), (val_name, val), (test_name, test)), 2):
+        both = 0 if one is None or split is None else len(same_files(one.paths, split.paths))
+        if both:
+            notes.append(f"warning: {count_of(both, 'image is', 'images are')} in {one_name} and in {name}")
     classes = int((train or test).targets.max()) + 1
     class_names = None
     if (root / "classes.txt").exists():

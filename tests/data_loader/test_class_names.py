@@ -37,6 +37,23 @@ def test_classes_txt_is_not_what_the_lists_say(tmp_path: Path, classes: str, cal
         ListFileDataLoader(data, **SMALL)
 
 
+@pytest.mark.parametrize(("classes", "names"), [
+    ("ant\t2\nbee\t0\ncrab\t1\n", None), ("2 ant\n0 bee\n1 crab\n", None), ("ant,2\nbee, 0\ncrab,1", None),
+    ("2. ant\n1. bee\n0. crab\n", None), ("ant 2\nbee 0\ncrab 1\n", ["bee", "crab", "ant"]),
+    ("0 ant\n1 bee\n2 crab\n", ["0 ant", "1 bee", "2 crab"]), ("1\n2\n0\n", ["1", "2", "0"]),
+    ("2 ply\n0 ply\n1 ply\n", ["2 ply", "0 ply", "1 ply"]),
+    ("2 ant\n7 bee\n0 crab\n", ["2 ant", "7 bee", "0 crab"])])
+def test_labels_of_another_form_in_classes_txt(tmp_path: Path, classes: str, names: list[str] | None) -> None:
+    """They would stay in the names, which would be those of other classes."""
+    data = listed(tmp_path, {})
+    (tmp_path / "classes.txt").write_text(classes)
+    if isinstance(names, list):
+        assert ListFileDataLoader(data, **SMALL).class_names == names
+        return
+    with pytest.raises(ConfigError, match=r"classes\.txt: its lines have labels in another order .*; write `ant 2`, "):
+        ListFileDataLoader(data, **SMALL)
+
+
 # -- names of a checkpoint -------------------------------------------------------------------------------------------
 def facts(names: list[str] | None, **more: object) -> dict:
     """What a checkpoint of data in another place records."""
