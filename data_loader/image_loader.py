@@ -165,7 +165,7 @@ class ImageDataLoader(PixelLoader):
         if facts.get("cls_num_list") and not training and len(facts["cls_num_list"]) == self.num_classes:
             self.cls_num_list = list(facts["cls_num_list"])
         self.split_memory = None if train is None or (train.paths is None and not self.draws_tests) \
-            else self.division.memory(train)
+            else self.division.memory(train, self._drawn_from if training else None)
         self._test_counts = np.bincount(splits.test.targets[splits.test.targets >= 0], minlength=self.num_classes)
         images = train if training else splits.test
         order = sampler_of(sampler, balanced, retain_epoch_size, images.targets, seed, epochs) if training else None
@@ -211,6 +211,8 @@ class ImageDataLoader(PixelLoader):
         self.draws_validation = self.holds_out = False
         #: Whether the validation images are the test images; whether there are images that no split uses.
         self.validates_on_test = self.has_spare = False
+        #: The paths of the images that the training images were drawn from by their positions, or None.
+        self._drawn_from: list[str] | None = None
         if splits.train is None:
             return None, None, None
         train, spare = self._imbalanced(splits)
@@ -248,6 +250,7 @@ class ImageDataLoader(PixelLoader):
         wanted = np.maximum(np.minimum(wanted, present), np.minimum(present, 1))
         chosen = long_tail_indices(train.targets, wanted[present > 0].tolist(), seed=self.split_seed)
         rest = np.setdiff1d(np.arange(len(train)), chosen)
+        self._drawn_from = train.paths if len(rest) else None
         return train.subset(chosen), train.subset(rest)
 
     # -- other splits of the same data -------------------------------------------------------------------------------

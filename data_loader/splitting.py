@@ -117,15 +117,19 @@ class Division:
                      "run, where a class is larger than a handful)")
         return Splits(images.subset(kept), images.subset(taken), notes=notes, **about)
 
-    def memory(self, images: Any) -> dict[str, Any]:
+    def memory(self, images: Any, drawn_from: Sequence[str] | None = None) -> dict[str, Any]:
         """What a checkpoint records about the division, as plain data. images: the training split, a sample of which is
         recorded by name and size, to recognise the same photos in another place (for images in shards, the shards). For
-        images in memory, which have no names, only the rule and seed are recorded."""
+        images in memory, which have no names, only the rule and seed are recorded. drawn_from: the paths of more images
+        from which the training split was drawn by position: their names are recorded as a digest, since a photo more
+        or less would draw others."""
         if images.paths is None:
             return {"rule": self.rule, "seed": self.seed}
         sample = sample_of(images.paths, self.root)
+        drawn = {} if drawn_from is None else {"drawn_from": names_digest(drawn_from, self.root)}
         return {"rule": self.rule, "seed": self.seed, "test_share": self.test_share, "val_share": self.val_share,
-                "kept": sorted(self.kept), "taken": sorted((self.taken or set()) | self.forced), "sample": sample}
+                "kept": sorted(self.kept), "taken": sorted((self.taken or set()) | self.forced), "sample": sample,
+                **drawn}
 
     def agree(self, facts: Mapping[str, Any], class_names: Sequence[str] | None) -> None:
         """Raises ConfigError if the settings differ from those that a model was trained with, since it would be tested
@@ -170,6 +174,12 @@ def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
 def relative_name(path: str, root: str) -> str:
     """An image's name below `root`, in a form that is the same on every system and in shards."""
     return unicodedata.normalize("NFC", name_below(path, root))
+
+
+def names_digest(paths: Sequence[str], root: str) -> str:
+    """A hash of images' names below `root` and of their order."""
+    names = "\0".join(relative_name(path, root) for path in paths)
+    return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def name_value(name: str, seed: int, what: str) -> float:

@@ -70,3 +70,28 @@ def test_photos_that_were_trained_on_are_not(photos):
             check_held_out(loader("holdout"), facts_of(loader(mode)), {"validation": mode}, {"validation": "holdout"})
     check_held_out(loader("holdout"), facts_of(loader("holdout")), {"validation": "holdout"}, {"validation": "holdout"})
     check_held_out(loader("holdout"), facts_of(loader("none")), None, {"validation": "holdout"})     # another folder
+
+
+@pytest.mark.parametrize("change", ["added", "renamed", None])
+def test_a_subset_of_photos_that_have_changed_is_not(photos, tmp_path, change):
+    """The subset is drawn by position: after a change, what is left over has images that were trained on."""
+    args = {"imb_factor": 0.3, "validation": "holdout"}
+
+    def loader():
+        return ImageFolderLTDataLoader(photos, 4, image_size=8, num_workers=0, **args)
+    before = loader()
+    trained = {**facts_of(before), "split": before.split_memory}
+    old = {**trained, "split": {key: value for key, value in before.split_memory.items() if key != "drawn_from"}}
+    if change:
+        photo = tmp_path / "class1" / "3.png"
+        photo.with_name("A.png").write_bytes(photo.read_bytes())
+        if change == "renamed":
+            photo.unlink()
+    now = loader()
+    check_held_out(now, old, args, args)                # an older version's checkpoint
+    check_held_out(now, trained, None, args)            # of other data
+    if change is None:
+        check_held_out(now, trained, args, args)
+        return
+    with pytest.raises(ConfigError, match="imb_factor: photos were added, renamed or removed since the model was trai"):
+        check_held_out(now, trained, args, args)
