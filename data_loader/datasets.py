@@ -49,7 +49,7 @@ class ImageSet:
 class Splits:
     """A data set as read: `train` (None if only the test split was requested and there is no training split), `test`,
     `val` if the data set has its own validation images, `spare` images that no split uses, the names and number of
-    classes, and `notes`, lines for the log."""
+    classes, `notes`, lines for the log, and `named`, the {label: name} of lists, even if not all classes are named."""
 
     train: ImageSet | None
     test: ImageSet | None
@@ -58,6 +58,11 @@ class Splits:
     class_names: list[str] | None = None
     num_classes: int | None = None
     notes: list[str] = field(default_factory=list)
+    named: dict[int, str] = field(default_factory=dict)
+
+    def parts(self) -> list[ImageSet]:
+        """The splits that there are."""
+        return [part for part in (self.train, self.val, self.test, self.spare) if part is not None]
 
 
 def read_digits(split_seed: int, img_num: list[int], test_per_class: int = 50, size: int = 32) -> Splits:

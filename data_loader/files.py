@@ -5,6 +5,7 @@ link) is refused unless `allow_outside` is set.
 """
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_loader.class_names import read_class_names, refuse_other_names
 from data_loader.datasets import ImageSet, Splits
 from data_loader.images import shown
-from data_loader.list_lines import read_list, read_text_bytes, refuse_two_labels
+from data_loader.list_lines import read_list, refuse_two_labels
 from data_loader.places import KEY
 from logger.text import count_of
 from utils.errors import ConfigError
@@ -40,25 +42,6 @@ def check_data_dir(data_dir: str, may_be_made: bool = False) -> None:
 
 
 # -- lists -----------------------------------------------------------------------------------------------------------
-def read_class_names(file: Path, num_classes: int) -> list[str]:
-    """Read classes.txt: one name per line in the order of the labels, or `name label` in any order, as in Places365.
-
-    Raises ConfigError if there are fewer names than `num_classes`, a name occurs twice, or the file can't be read.
-    """
-    text = read_text_bytes(file).decode("utf-8", "surrogateescape")
-    names = [line.strip() for line in text.splitlines() if line.strip()]
-    bare, numbers = ([name.rpartition(" ")[part].strip() for name in names] for part in (0, 2))
-    if all(bare) and sorted(numbers) == sorted(map(str, range(len(names)))) and len(set(bare)) == len(bare):
-        names = [name for _, name in sorted(zip(map(int, numbers), bare))]  # unless "class 0", "class 1" are the names
-    if len(names) < num_classes:
-        raise ConfigError(f"{shown(str(file))}: names {len(names)} classes, and the lists have {num_classes}; a line a "
-                          "class, in the order of the labels")
-    if len(set(names)) < len(names):
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise ConfigError(f"{shown(str(file))}: {shown(twice)} is there twice")
-    return [shown(name) for name in names]
-
-
 def list_folder(data_dir: str, lists: tuple[str, str | None, str | None], folder: str) -> Path:
     """The folder of the list files: `data_dir`, or its subfolder `folder` if that exists and `data_dir` lacks the first
     list."""
@@ -97,19 +80,21 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
         most, whose = known or MOST_CLASSES, "as the checkpoint's model knows them" if known else "without gaps"
     test = _read_split(root / test_name, "test", (most, whose), *more)
     val = _read_split(root / val_name, "val", (most, whose), *more) if has.get(val_name) else None
-    if train is not None:
-        for name, split in ((test_name, test), (val_name, val)):
-            both = 0 if split is None else len(same_files(train.paths, split.paths))
-            if both:
-                notes.append(f"warning: {count_of(both, 'image is', 'images are')} in {train_name} and in {name}")
+    for (one_name, one), (name, split) in itertools.combinations(
+            ((train_name, train), (val_name, val), (test_name, test)), 2):
+        both = 0 if one is None or split is None else len(same_files(one.paths, split.paths))
+        if both:
+            notes.append(f"warning: {count_of(both, 'image is', 'images are')} in {one_name} and in {name}")
     classes = int((train or test).targets.max()) + 1
     class_names = None
     if (root / "classes.txt").exists():
         class_names = read_class_names(root / "classes.txt", classes)
+        refuse_other_names(root / "classes.txt", class_names, named)
         classes = len(class_names)
     elif set(named) >= set(range(classes)):
-        class_names = [shown(named[label]) for label in range(classes)]
-    return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes)
+        class_names = [named[label] for label in range(classes)]
+    return Splits(train, test, val=val, num_classes=classes, class_names=class_names, notes=notes,
+                  named=named)
 
 
 def _plain(paths: Sequence[str], links: bool = False) -> list[str]:
@@ -147,10 +132,9 @@ def _read_split(file: Path, split: str, limit: tuple[int, str] | None, notes: li
     """One list's images; class names in it are added to `named`. limit: (the number of classes, the reason for error
     messages), or None for the list that determines it."""
     names, labels, lines, repeated, called = read_list(file)
-    for label, text in called.items():
+    for label, text in ((label, shown(name)) for label, name in called.items()):
         if named.setdefault(label, text) != text:
-            raise ConfigError(f"{shown(str(file))}: class {label} is {shown(text)} here and {shown(named[label])} in "
-                              "another list")
+            raise ConfigError(f"{shown(str(file))}: class {label} is {text} here and {named[label]} in another list")
     most = len(names) if limit is None else limit[0]
     wrong = np.flatnonzero((labels < 0) | (labels >= most))
     if len(wrong):

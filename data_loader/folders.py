@@ -9,16 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_loader.class_names import match_classes, stranger
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import DATA_DIR, about_tars, check_inside, repeats, same_files
+from data_loader.folder_notes import SPLIT_NAMES, copies, doubtful_classes, nested_splits
 from data_loader.images import EXTENSIONS, HEIC, is_image, is_system, refuse_folder, shown, walk
-from data_loader.splitting import Division, match_classes, stranger
+from data_loader.splitting import Division
 from logger.text import count_of
 from utils.errors import ConfigError
 
-#: Usual names of a split's folder (compared in lower case) -> the split.
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-               "test": "test", "testing": "test"}
 LAYOUT = "data_dir/train/CLASS/* or data_dir/CLASS/*"
 
 
@@ -66,7 +65,7 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
     if len(names) < least:
         raise ConfigError(f"{DATA_DIR}: {shown(str(first))} has {count_of(len(names), 'class folder', 'class folders')}"
                           f", training needs two or more; images belong into {LAYOUT}{about_tars(root)}")
-    notes += named_as_splits(names, shown(str(first)))
+    notes += doubtful_classes(names, shown(str(first)))
     if "train" in parts:
         note_rest(root, set(parts.values()), notes)
     read: dict[str, ImageSet] = {}
@@ -84,6 +83,7 @@ def read_parts(root: Path, parts: dict[str, Path], allow_outside: bool, notes: l
             linked |= too
     if linked:
         once_each(read, notes)
+    notes += copies(read, parts)
     test = next((part for part in ("test", "val") if part in read), "train")
     if not len(read[test]):
         loose, own = loose_images(parts[test]), class_folders(parts[test])
@@ -105,15 +105,6 @@ def split_folders(root: Path) -> dict[str, Path]:
         if part is not None:
             found[part] = root / name
     return found
-
-
-def named_as_splits(names: Iterable[str], place: str) -> list[str]:
-    """A warning for each class with a split's name, which a folder `test` without class folders in it would become.
-
-    place: where the classes are, for the message.
-    """
-    return [f"warning: {place}: {shown(name)} is taken for a class, though it is named as a split; splits are "
-            "train/CLASS/*, val/CLASS/* and test/CLASS/*" for name in names if name.lower() in SPLIT_NAMES]
 
 
 def folders_in(root: Path) -> list[str]:
@@ -193,8 +184,9 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
     outside `root` unless `allow_outside`.
     """
     paths, labels, other, linked = [], [], [], False
+    bare: dict[str, set[str]] = {}      # the folders in class folders that have no images of their own
     real_root = os.path.realpath(root)
-    for label, places in enumerate(names.values()):
+    for label, (name, places) in enumerate(names.items()):
         own, rest = [], []
         for place in places:
             top = os.path.join(folder, place)
@@ -207,6 +199,8 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
                     continue
                 if files and not allow_outside:
                     check_inside(where, real_root, DATA_DIR, where, root)
+                if where == top and not any(map(is_image, files)):
+                    bare[name] = set(folders)
                 linked |= real != os.path.normpath(os.path.join(real_root, os.path.relpath(where, root)))
                 for file in files:
                     path = os.path.join(where, file)
@@ -226,6 +220,8 @@ def read_classes(folder: Path, names: dict[str, list[str]], root: Path, allow_ou
         other += rest
         paths += own
         labels += [label] * len(own)
+    if needed:
+        notes += nested_splits(bare, shown(str(folder)))
     if other:
         notes.append(left_out(folder, not_images(other)))
     loose = loose_images(folder)

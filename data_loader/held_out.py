@@ -37,6 +37,11 @@ def _check_drawn(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, An
         if reason := (facts.get("seen") or {}).get("val"):
             raise ConfigError("data_loader: weights that the model began from, or its teacher, may have learned from "
                               f"the validation images: {reason}")
+        before = (facts.get("split") or {}).get("drawn_from")       # older versions didn't record it
+        if before not in (None, (loader.split_memory or {}).get("drawn_from")):
+            raise ConfigError("data_loader.args.imb_factor: photos were added, renamed or removed since the model was "
+                              "trained, so it draws others, and \"holdout\" may take some that the model was trained "
+                              "on: give validation images of their own (val/, a list), or restore the photos")
     known, own = facts.get("class_names"), loader.class_names
     same = loader.paths is None and known and own and list(known) == list(own)       # images in memory have no names
     if same and list(facts["cls_num_list"]) != loader.cls_num_list:

@@ -13,6 +13,7 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from data_loader.augmentation import Augmentation
+from data_loader.class_names import follow_classes
 from data_loader.crops import with_crops
 from data_loader.datasets import ImageSet, Splits
 from data_loader.files import check_data_dir
@@ -24,10 +25,8 @@ from data_loader.pixels import LARGEST_SMALL, PixelLoader, suited_size
 from data_loader.samplers import sampler_of
 from data_loader.splitting import (
     Division,
-    follow_classes,
     holdout_of_spare,
     is_same_place,
-    match_classes,
     summary,
 )
 from data_loader.transforms import (
@@ -137,9 +136,8 @@ class ImageDataLoader(PixelLoader):
         if facts and not elsewhere:
             self.division.agree(facts, splits.class_names)
         self.whole = self.whole and splits.train is None  # only if there was no training folder
-        if facts.get("class_names") and splits.class_names and not (facts.get("optional") and match_classes(
-                splits.class_names, facts["class_names"], not training) is None):
-            follow_classes(splits, facts["class_names"], str(data_dir), some=not training)
+        if facts:
+            follow_classes(splits, facts, str(data_dir), some=not training, elsewhere=elsewhere)
         if splits.train is None and splits.class_names is None:     # a test list may lack the last classes
             splits.num_classes = max(splits.num_classes, self.known_classes or 0)
         self.notes = list(splits.notes)
@@ -181,7 +179,7 @@ class ImageDataLoader(PixelLoader):
         if facts.get("cls_num_list") and not training and len(facts["cls_num_list"]) == self.num_classes:
             self.cls_num_list = list(facts["cls_num_list"])
         self.split_memory = None if train is None or (train.paths is None and not self.draws_tests) \
-            else self.division.memory(train)
+            else self.division.memory(train, self._drawn_from if training else None)
         self._test_counts = np.bincount(splits.test.targets[splits.test.targets >= 0], minlength=self.num_classes)
         images = train if training else splits.test
         order = sampler_of(sampler, balanced, retain_epoch_size, images.targets, seed, epochs) if training else None
@@ -227,6 +225,8 @@ class ImageDataLoader(PixelLoader):
         self.draws_validation = self.holds_out = False
         #: Whether the validation images are the test images; whether there are images that no split uses.
         self.validates_on_test = self.has_spare = False
+        #: The paths of the images that the training images were drawn from by their positions, or None.
+        self._drawn_from: list[str] | None = None
         if splits.train is None:
             return None, None, None
         train, spare = self._imbalanced(splits)
@@ -264,6 +264,7 @@ class ImageDataLoader(PixelLoader):
         wanted = np.maximum(np.minimum(wanted, present), np.minimum(present, 1))
         chosen = long_tail_indices(train.targets, wanted[present > 0].tolist(), seed=self.split_seed)
         rest = np.setdiff1d(np.arange(len(train)), chosen)
+        self._drawn_from = train.paths if len(rest) else None
         return train.subset(chosen), train.subset(rest)
 
     # -- other splits of the same data -------------------------------------------------------------------------------

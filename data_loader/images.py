@@ -1,8 +1,8 @@
 """Reading one image file into eight-bit RGB, or a one-line error that says what is wrong with it.
 
-Unusual files: CMYK, grey and palette images are converted; 16-bit grey is scaled, not clipped; 32-bit integer and
-floating-point pixels, whose range is unknown, are refused; transparency is dropped; only an animation's first frame
-is read. Photos are turned upright: the EXIF orientation is applied, as in any viewer (but not in torchvision's
+Unusual files: CMYK, grey and palette images are converted; 12- and 16-bit grey is scaled, not clipped; 32-bit integer
+and floating-point pixels, whose range is unknown, are refused; transparency is dropped; only an animation's first
+frame is read. Photos are turned upright: the EXIF orientation is applied, as in any viewer (but not in torchvision's
 `ImageFolder`), and detection's boxes and masks are turned with them. JPEGs of any size are read, reduced while
 decoding; other formats up to 179 megapixels, Pillow's own limit.
 """
@@ -38,12 +38,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits at most
         raise ValueError("32-bit integer pixels, whose range isn't known; save it with 8 or 16 bits")
     image.load()  # Pillow itself turns a TIFF upright while loading it
+    wide, tags = image.mode in _WIDE_GREY, image.tag_v2 if image.format == "TIFF" else {}
     with contextlib.suppress(Exception):  # a damaged EXIF block doesn't make the pixels unusable
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
-    if image.mode in _WIDE_GREY:  # convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if wide:  # convert() would clip at 255, and Pillow leaves TIFF's 12 bits as they are, and white where that is 0
+        white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+        levels = np.asarray(image).astype(np.float64).clip(0, white)
+        if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+            levels = white - levels
+        image = Image.fromarray((levels * (255 / white)).round().astype(np.uint8))
     elif "transparency" in image.info:  # without this detour Pillow warns
         image = image.convert("RGBA")
     return image.convert("RGB")

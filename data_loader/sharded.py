@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_loader.class_names import match_classes, read_class_names, stranger
 from data_loader.datasets import ImageSet, Splits
-from data_loader.files import DATA_DIR, MOST_CLASSES, Find, read_class_names
-from data_loader.folders import SPLIT_NAMES, class_key, named_as_splits
+from data_loader.files import DATA_DIR, MOST_CLASSES, Find
+from data_loader.folder_notes import SPLIT_NAMES, doubtful_classes
+from data_loader.folders import class_key
 from data_loader.images import shown
 from data_loader.places import KEY, key_of, name_in_shard
 from data_loader.shards import Index, open_index, patterns
-from data_loader.splitting import Division, match_classes, stranger
+from data_loader.splitting import Division
 from data_loader.tars import BESIDE, JSON_KEYS, UNCLEAR
 from logger.text import count_of
 from utils.errors import ConfigError
@@ -96,7 +98,7 @@ def read_shards(data_dir: str, found: dict[str, Index], division: Division, whol
     first = next(parts[part] for part in ("", "train", "test", "val") if part in parts)
     trained = not parts.keys().isdisjoint({"", "train"})
     names, named = _classes(*first, Path(data_dir), None if trained else known or MOST_CLASSES)
-    notes += named_as_splits(names, KEY)
+    notes += doubtful_classes(names, KEY)
     sets = {part: _image_set(*parts[part], names) for part in parts}
     if len(names) < (1 if whole else 2):
         raise ConfigError(f"{DATA_DIR}: the shards hold {len(names)} class, training needs two or more")

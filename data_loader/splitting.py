@@ -13,7 +13,7 @@ import numpy as np
 
 from data_loader.datasets import Splits
 from data_loader.places import file_of, name_below
-from logger.text import count_of
+from logger.text import count_of, first_of
 from utils.class_counts import FEW, MANY
 from utils.errors import ConfigError
 
@@ -117,15 +117,19 @@ class Division:
                      "run, where a class is larger than a handful)")
         return Splits(images.subset(kept), images.subset(taken), notes=notes, **about)
 
-    def memory(self, images: Any) -> dict[str, Any]:
+    def memory(self, images: Any, drawn_from: Sequence[str] | None = None) -> dict[str, Any]:
         """What a checkpoint records about the division, as plain data. images: the training split, a sample of which is
         recorded by name and size, to recognise the same photos in another place (for images in shards, the shards). For
-        images in memory, which have no names, only the rule and seed are recorded."""
+        images in memory, which have no names, only the rule and seed are recorded. drawn_from: the paths of more images
+        from which the training split was drawn by position: their names are recorded as a digest, since a photo more
+        or less would draw others."""
         if images.paths is None:
             return {"rule": self.rule, "seed": self.seed}
         sample = sample_of(images.paths, self.root)
+        drawn = {} if drawn_from is None else {"drawn_from": names_digest(drawn_from, self.root)}
         return {"rule": self.rule, "seed": self.seed, "test_share": self.test_share, "val_share": self.val_share,
-                "kept": sorted(self.kept), "taken": sorted((self.taken or set()) | self.forced), "sample": sample}
+                "kept": sorted(self.kept), "taken": sorted((self.taken or set()) | self.forced), "sample": sample,
+                **drawn}
 
     def agree(self, facts: Mapping[str, Any], class_names: Sequence[str] | None) -> None:
         """Raises ConfigError if the settings differ from those that a model was trained with, since it would be tested
@@ -173,75 +177,17 @@ def relative_name(path: str, root: str) -> str:
     return unicodedata.normalize("NFC", name_below(path, root))
 
 
+def names_digest(paths: Sequence[str], root: str) -> str:
+    """A hash of images' names below `root` and of their order."""
+    names = "\0".join(relative_name(path, root) for path in paths)
+    return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
 def name_value(name: str, seed: int, what: str) -> float:
     """A hash of name, seed and `what` ("test" or "val"), as a number from 0 to 1."""
     text = f"{seed}/{what}/{name}".encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(text, digest_size=8, person=_PERSON).digest()
     return int.from_bytes(digest, "little") / 2**64
-
-
-def match_classes(own: Sequence[str], wanted: Sequence[str], some: bool = False) -> list[int] | None:
-    """For each class of `own`, its index in `wanted`, by name: exactly, or else ignoring case and Unicode form.
-
-    some: `own` may lack classes. None if the names don't match.
-    """
-    def key(name: str) -> str:
-        return unicodedata.normalize("NFC", name).strip().casefold()
-    for fold in (str, key):
-        numbers = {fold(name): number for number, name in enumerate(wanted)}
-        found = [numbers.get(fold(name)) for name in own]
-        if len(numbers) == len(wanted) and None not in found and len(set(found)) == len(found) and (
-                some or len(found) == len(wanted)):
-            return found
-    return None
-
-
-def stranger(own: Sequence[str], wanted: Sequence[str]) -> str:
-    """The first class of `own` that `wanted` lacks, or that is a duplicate, when `match_classes` returned None."""
-    taken: set[int] = set()
-    for name in own:
-        number = match_classes([name], wanted, some=True)
-        if number is None or number[0] in taken:
-            return name
-        taken.add(number[0])
-    raise AssertionError("every class has its number")
-
-
-def _first(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def class_numbers(own: Sequence[str], wanted: Sequence[str], data_dir: str, some: bool) -> list[int]:
-    """For each class of the data in `data_dir`, its index in the checkpoint's classes `wanted`, by name. some: the data
-    may lack classes.
-
-    Raises ConfigError if the names don't match.
-    """
-    if list(own) == list(wanted):       # accepted even with duplicate names
-        return list(range(len(wanted)))
-    numbers = match_classes(own, wanted, some)
-    if numbers is None:
-        raise ConfigError(f"data_loader.args.data_dir: {data_dir} has the classes {_first(own)}, and the checkpoint's "
-                          f"model knows {_first(wanted)}; give the data it was trained for, or start a new classifier "
-                          "with --pretrained")
-    return numbers
-
-
-def follow_classes(splits: Splits, wanted: list[str], data_dir: str, some: bool) -> None:
-    """Renumber the splits' classes in the order of `wanted`, by name, in place. some: the data may lack classes.
-
-    Raises ConfigError if the names don't match.
-    """
-    numbers = class_numbers(splits.class_names, wanted, data_dir, some)
-    if splits.class_names != list(wanted):
-        if numbers != list(range(len(wanted))):
-            splits.notes.append("classes are numbered as in the checkpoint, by their names")
-        table = np.array(numbers)
-        for part in (splits.train, splits.val, splits.test, splits.spare):
-            if part is not None:
-                part.targets = np.where(part.targets >= 0, table[part.targets], part.targets)
-        splits.class_names, splits.num_classes = list(wanted), len(wanted)
 
 
 def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, seed: int,
@@ -280,7 +226,7 @@ def summary(train: list[int], test: np.ndarray, names: list[str] | None, notes: 
                  f"{(counts < few).sum()} few-shot (under {few:g})"]
 
     def listed(labels: np.ndarray) -> str:
-        return _first([named[label] for label in labels])
+        return first_of([named[label] for label in labels])
 
     untrained, untested = np.flatnonzero(counts == 0), np.flatnonzero(test == 0)
     small = np.flatnonzero((test > 0) & (test < TOO_FEW_TO_TELL))

@@ -1,6 +1,8 @@
 """Numbers as readers read them."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def count_of(number: int, one: str, several: str) -> str:
     """A number with its noun in the singular or plural: 1 class, 5 classes.
@@ -24,3 +26,12 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are.
+
+    >>> first_of(list("abcdefg"))
+    'a, b, c, d, e and 2 more'
+    """
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -136,7 +136,7 @@ def write_split(images: ImageSet, names: list[str], split: str, target: Path, si
 
 def write_classes(names: list[str], file: Path) -> None:
     """Write classes.txt such that it reads as these names. Raises ConfigError where a name can't be a line of it."""
-    from data_loader.files import read_class_names
+    from data_loader.class_names import read_class_names
     # Names that end in their own class number, `blue 0`, would lose it: then all get one, as in Places365's file.
     for lines in (names, [f"{name} {number}" for number, name in enumerate(names)]):
         write_text(file, "".join(f"{line}\n" for line in lines))

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from data_loader.class_names import class_numbers
 from data_loader.detection.masks import area, decode
 from data_loader.files import Look, outside
-from data_loader.splitting import class_numbers
 from utils.errors import ConfigError
 
 #: Pixels by which a box may reach outside its image: real annotations do so by fractions of a pixel.

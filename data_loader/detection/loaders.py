@@ -16,12 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from base.base_data_loader import BaseDataLoader
+from data_loader.class_names import match_classes
 from data_loader.detection.arguments import check_arguments
 from data_loader.detection.coco import CocoSplit, read_coco
 from data_loader.detection.dataset import DetectionDataset, RepeatFactor
 from data_loader.detection.digit_scenes import make_scenes
 from data_loader.detection.masks import mask_tools
-from data_loader.splitting import match_classes, sample_of
+from data_loader.splitting import sample_of
 from data_loader.workers import leave_stops_to_parent, loaded
 from logger.log import get_logger
 from logger.text import count_of
@@ -64,14 +65,13 @@ class CocoDataLoader(BaseDataLoader):
 
     def __init__(self, data_dir: str, batch_size: int = 16, shuffle: bool = True, num_workers: int = 0,
                  training: bool = True, balanced: bool = False, retain_epoch_size: bool = True,
-                 sampler: str | dict | None = None, repeat_threshold: float = 0.001,
-                 min_size: int | list[int] = 800, max_size: int = 1333, flip: float = 0.5,
-                 group_by_aspect: bool = True, keep_empty: bool = False,
+                 sampler: str | dict | None = None, repeat_threshold: float = 0.001, min_size: int | list[int] = 800,
+                 max_size: int = 1333, flip: float = 0.5, group_by_aspect: bool = True, keep_empty: bool = False,
                  skip_degenerate: bool = False, train_annotations: str = "annotations/instances_train2017.json",
                  train_images: str = "train2017", val_annotations: str = "annotations/instances_val2017.json",
-                 val_images: str = "val2017", validation: str = "test", holdout_fraction: float = 0.1,
-                 seed: int = 0, device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1,
-                 annotated_on: str = "auto", split_seed: int = 0, allow_outside: bool = False, facts: Any = None):
+                 val_images: str = "val2017", validation: str = "test", holdout_fraction: float = 0.1, seed: int = 0,
+                 device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1, annotated_on: str = "auto",
+                 split_seed: int = 0, allow_outside: bool = False, facts: Any = None):
         self.options = {key: value for key, value in locals().items() if key not in ("self", "__class__", "facts")}
         self.data_dir, self.facts = data_dir, facts or {}
         self.min_size = [min_size] if isinstance(min_size, int) else list(min_size)

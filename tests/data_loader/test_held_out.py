@@ -186,3 +186,28 @@ def test_what_stage_1_has_seen_is_said_once_and_remembered(photos, tmp_path, cap
     later = begun(checkpoint(stage2, "holdout"), "holdout")
     assert later.seen == stage2.seen and capsys.readouterr().out.count("warning: ") == 1
     assert not begun(checkpoint(stage2, "holdout"), "none").seen and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["added", "renamed", None])
+def test_a_subset_of_photos_that_have_changed_is_not(photos, tmp_path, change):
+    """The subset is drawn by position: after a change, what is left over has images that were trained on."""
+    args = {"imb_factor": 0.3, "validation": "holdout"}
+
+    def loader():
+        return ImageFolderLTDataLoader(photos, 4, image_size=8, num_workers=0, **args)
+    before = loader()
+    trained = {**facts_of(before), "split": before.split_memory}
+    old = {**trained, "split": {key: value for key, value in before.split_memory.items() if key != "drawn_from"}}
+    if change:
+        photo = tmp_path / "class1" / "3.png"
+        photo.with_name("A.png").write_bytes(photo.read_bytes())
+        if change == "renamed":
+            photo.unlink()
+    now = loader()
+    check_held_out(now, old, args, args)                # an older version's checkpoint
+    check_held_out(now, trained, None, args)            # of other data
+    if change is None:
+        check_held_out(now, trained, args, args)
+        return
+    with pytest.raises(ConfigError, match="imb_factor: photos were added, renamed or removed since the model was trai"):
+        check_held_out(now, trained, args, args)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,25 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(deep).save(tmp_path / "deep.png")
     levels = np.asarray(read_rgb(str(tmp_path / "deep.png")))
     assert np.abs(levels[..., 0] - deep / 257).max() <= 0.5 and levels.max() == 255
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0), (8, 1), (8, 0)])
+def test_grey_tiffs_span_black_to_white(tmp_path: Path, bits: int, photometric: int) -> None:
+    """Whatever the depth, and also where 0 is white (photometric interpretation 0)."""
+    levels = np.linspace(0, 2 ** bits - 1, 64).round().astype(np.uint16).reshape(8, 8)
+    if bits == 12:      # two levels in three bytes
+        one, two = levels.ravel()[::2], levels.ravel()[1::2]
+        pixels = np.stack([one >> 4, (one & 15) << 4 | two >> 8, two & 255], 1).astype(np.uint8).tobytes()
+    else:
+        pixels = levels.astype(np.uint8 if bits == 8 else "<u2").tobytes()
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: 8, 279: len(pixels), 296: 1}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4
+    (tmp_path / "a.tif").write_bytes(header + pixels)
+    assert len(header) == tags[273]
+    grey = np.asarray(read_rgb(str(tmp_path / "a.tif")))[..., 0]
+    wanted = np.linspace(0, 255, 64).reshape(8, 8)
+    assert np.abs(grey - (wanted if photometric else 255 - wanted)).max() <= 1
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])

@@ -211,3 +211,11 @@ def test_names_with_their_labels_come_in_any_order(tmp_path: Path, text: str, na
         (tmp_path / name).write_text("0.png 0\n1.png 1\n")
     (tmp_path / "classes.txt").write_text(text)
     assert ListFileDataLoader(str(tmp_path), **SMALL).class_names == names
+
+
+def test_images_in_several_lists_are_warned_of(tmp_path: Path) -> None:
+    data = lists(tmp_path)
+    add(tmp_path / "test.txt", "val/0_0.jpg 0", "./val/0_1.jpg 0", "train/1_0.jpg 1")
+    notes = ListFileDataLoader(data, **SMALL).notes
+    assert [note for note in notes if " in " in note] == ["warning: 1 image is in train.txt and in test.txt",
+                                                          "warning: 2 images are in val.txt and in test.txt"]

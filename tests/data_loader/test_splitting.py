@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_loader.class_names import match_classes
 from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
 from data_loader.datasets import ImageSet
-from data_loader.splitting import Division, is_same_place, match_classes, summary
+from data_loader.splitting import Division, is_same_place, summary
 from utils.errors import ConfigError
 
 SMALL = dict(batch_size=4, image_size=8, num_workers=0)
