@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # a second to import: only where a table is made
 #: Keys of `trainer` that change what is written or shown, or the speed, but not what is learned.
 COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "figures",
             "image_grid", "histograms", "profile", "record_statistics", "statistics_layer", "log_batch_attention",
-            "monitor", "compile")
+            "compile")
 
 
 # ---------------------------------------------------------------------- rows
@@ -63,6 +63,13 @@ def row_of(run: RunRecord, costs: bool = True) -> Row:
             **{key: finite(run.figures.get(name)) for key, name in FIGURES.items()}}
 
 
+def cosmetic(config: dict[str, Any]) -> set[str]:
+    """COSMETIC, with `monitor` unless it decides when a run ends or how its learning rate falls."""
+    schedule = (config.get("lr_scheduler") or {}).get("type")
+    heeded = config["trainer"].get("early_stop") or schedule == "ReduceLROnPlateau"
+    return {*COSMETIC} if heeded else {*COSMETIC, "monitor"}
+
+
 def finite(value: Any) -> float | None:
     """A number that can be compared; None for anything else."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -73,7 +80,8 @@ def sameness(run: RunRecord) -> str:
     """A text that is equal for runs that differ only in their seed (and in names, folders, GPUs, logging, compilation,
     the number of data workers, and whether bf16 was asked for or left to "auto")."""
     config = {key: value for key, value in run.config.items() if key not in ("seed", "name", "n_gpu")}
-    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
+    left_out = cosmetic(config)
+    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in left_out}
     if config["trainer"].get("amp") == "bf16":      # what "auto" means on a processor that has it
         config["trainer"]["amp"] = "auto"
     loader = config["data_loader"]
