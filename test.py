@@ -86,7 +86,7 @@ def test(args: Namespace) -> dict[str, Any]:
     log.info("%s", task.format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
     for line in words_for(run.config, result, loader):
         log.info(line)
-    if task.classifies and run.temperature != 1 and not args.calibrate:
+    if task.classifies and not changes and not args.calibrate and run.temperature != 1:
         log.info("predictions and exports divide its logits by %.3f, as --calibrate found; these figures are without",
                  run.temperature)
     target = figures_file(args, run)

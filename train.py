@@ -231,6 +231,7 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
     from logger.log import get_logger
     from tools.session import PLACE
     from utils import dist
+    from utils.files import write_json
     if start.goes_on:
         for item in args.overrides if args.resume != "auto" else ():
             if item.path in PLACE:
@@ -245,7 +246,14 @@ def run_folders(args: Namespace, start: Start) -> RunPaths:
         if args.resume != "auto" and paths.saved():
             raise ConfigError(f"--run_id: {args.run_id} is a run already, with {paths.saved()[-1]}; go on with it "
                               f"(-r auto --run_id {args.run_id}) or choose another name")
-        return hold(paths)
+        hold(paths)
+        try:
+            paths.origin.unlink(missing_ok=True)    # of an attempt that saved nothing
+            if start.path is not None:
+                write_json(paths.origin, {"checkpoint": str(start.path)})
+        except OSError as error:
+            raise ConfigError(f"trainer.save_dir: can't write in {paths.models}: {error.strerror}") from None
+        return paths
     return dist.on_main(claim)
 
 

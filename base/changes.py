@@ -10,21 +10,13 @@ import torch
 from torch import nn
 
 from base.freezing import freeze_plan
+from base.settings import ANY_TIME
 from logger.log import get_logger
 from utils.config.schema import TOP, TRAINER, defaults
 from utils.errors import ConfigError
 
 log = get_logger()
 
-#: Keys of `trainer` that change what is written or shown, or the speed, but not what is learned.
-COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "figures",
-            "image_grid", "histograms", "profile", "record_statistics", "statistics_layer", "log_batch_attention",
-            "monitor", "compile")
-#: What may change in a run with no epoch left, as its record stays true: where things are, what is shown, the end.
-_ANY_TIME = {"n_gpu", "metrics", "data_loader.args.data_dir", "data_loader.args.num_workers", "data_loader.args.cache",
-             "resume_state_dict_only", "add_extra_info", "second_stage", "fallback",
-             *(f"trainer.{key}" for key in (*COSMETIC, "type", "epochs", "iterations", "early_stop", "report", "amp",
-                                            "channels_last", "deterministic", "on_nonfinite", "max_skipped"))}
 #: The keys of the config's `trainer` that decide which parameters are trained and how they are grouped.
 GROUPING = ("freeze", "no_decay", "no_decay_scale", "layer_decay", "classifier_lr")
 
@@ -51,7 +43,7 @@ def tell_changes(before: dict[str, Any], now: dict[str, Any], to_train: bool) ->
     """Log what the config of a run that resumes, `now`, changes in its checkpoint's, `before`. Raises ConfigError if
     no epoch is left to train (`to_train` false), so that the run would be recorded with settings it never had."""
     changes = list(config_changes(before, now))
-    idle = [] if to_train or not before else [change for change in changes if change.split()[0] not in _ANY_TIME]
+    idle = [] if to_train or not before else [change for change in changes if change.split()[0] not in ANY_TIME]
     if idle:
         raise ConfigError(f"{idle[0].split()[0]}: changed ({'; '.join(idle)}), but the run is complete and nothing is "
                           "left to train with it; train longer with --epochs N, or leave it as it was")

@@ -29,6 +29,11 @@ class RunPaths:
         return self.models / "config.json"
 
     @property
+    def origin(self) -> Path:
+        """The file with the `checkpoint` whose weights a new run began with, given as `-r`; the config doesn't say."""
+        return self.models / "origin.json"
+
+    @property
     def best(self) -> Path:
         """The checkpoint of the best epoch."""
         return self.models / "model_best.pth"

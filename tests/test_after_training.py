@@ -1,5 +1,6 @@
 """What test.py does to a trained model's logits, on the weights of a short run, against the formulas."""
 import json
+import shutil
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import torch
 
 import test as test_script
 from model.metric import EvalState
+from tools import predict as predict_script
 from tools import report as report_script
+from tools.calibration import keep_temperature
 from tools.flags import parse_test
 from tools.opened import Run, open_run
 from tools.report_page import report_name
@@ -199,6 +202,39 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):
     save_checkpoint(again, trained_again)
     (again.parent / "calibration.json").write_text(kept)
     assert open_run(again).temperature == 1      # nor that of other weights of the same epoch
+
+
+def test_another_config_is_another_evaluation(trained, tmp_path):
+    """By -c as by --set; the checkpoint's own config is none, whatever it leaves to the data."""
+    checkpoint = shutil.copytree(trained[0].parent, tmp_path / "run") / trained[0].name
+    (checkpoint.parent / "calibration.json").unlink(missing_ok=True)
+    config = json.loads((checkpoint.parent / "config.json").read_text())
+    del config["arch"]["args"]["num_classes"]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert "changed" not in figures(checkpoint, "-c", file)
+    config["arch"]["args"]["use_experts"] = "0"
+    file.write_text(json.dumps({**config, "groups": {"many": 3, "few": 2}}))
+    got = figures(checkpoint, "-c", file, "--calibrate")
+    assert got["changed"] == ["use_experts=0", "many=3", "few=2"]
+    assert not (checkpoint.parent / "calibration.json").exists()
+
+
+def test_a_temperature_isnt_that_of_an_altered_model(trained, tmp_path, capsys):
+    checkpoint = shutil.copytree(trained[0].parent, tmp_path / "run") / trained[0].name
+    run = open_run(checkpoint)
+    keep_temperature(checkpoint, 1, run.model, {"temperature": 20.0})
+    for key, value, found in (("arch.args.use_experts", "0", 1), ("data_loader.args.image_size", 16, 1),
+                              ("data_loader.args.crops", 5, 1), ("groups.many", 50, 20),
+                              ("data_loader.args.image_size", "auto", 20), ("data_loader.args.num_workers", 2, 20)):
+        other = open_run(checkpoint, overrides=[(key, value, "--set")])
+        capsys.readouterr()
+        assert other.temperature == other.temperature == found, key
+        said = capsys.readouterr().out
+        assert said.count(f"isn't applied, as it was found without {key.rpartition('.')[2]}={value}") == (found == 1)
+    for flags, found in (((), 20), (("--crops", "1"), 20), (("--crops", "5"), 1)):
+        args = predict_script.parse(["-r", str(checkpoint), "x.png", "-d", "cpu", *flags])
+        assert predict_script.open_model(args)[1]["temperature"] == found
 
 
 @pytest.mark.parametrize("flags", [("--calibrate",), ("--classifier", "la", "--tau", "0:1:0.5"),

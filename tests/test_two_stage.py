@@ -162,6 +162,8 @@ def test_the_whole_chain(bench, call_cli, monkeypatch):
 
     # ---- expert assignment, on RIDE: the gates learn, and nothing else moves by a bit
     ea = bench.train("ride_ea", "-r", ride)
+    assert json.loads((ea.parent / "origin.json").read_text()) == {"checkpoint": str(ride)}
+    assert not (ride.parent / "origin.json").exists()
     gated = weights(ea)
     assert stage1.keys() == {key for key in gated if not key.startswith(GATES)}
     assert changed(stage1, gated) == {key for key in gated if key.startswith(GATES)}

@@ -5,7 +5,8 @@
     python -m tools.compare results/ --readme
     python -m tools.compare results/ --curves docs/curves.png
 
-Runs that differ only in their seed are followed by their mean and standard deviation. A run that test.py hasn't
+Runs that differ only in their seed are followed by their mean and standard deviation; second stages only if their first
+stages are of one method, as far as these can be read. A run that test.py hasn't
 evaluated shows its last validation figures, and says so. Figures that papers publish for the same data are listed among
 the runs, marked as such.
 """
@@ -21,11 +22,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.settings import COSMETIC
 from tools.cli import Parser
 from tools.published import PUBLISHED, SOURCES
 from tools.results import draw_curves, is_aside, readme_table
 from tools.run_table import COLUMNS, FIGURES, Row, csv_table, frame, html_table, markdown_table, text_table
-from tools.runs import RunRecord, data_of, experts_of, find_runs, model_of, other_evaluation
+from tools.runs import DATA, REWRITTEN, RunRecord, data_of, experts_of, find_runs, model_of, other_evaluation
 from utils.class_counts import group_limits
 from utils.cli import run_main
 from utils.config.outside import refuse_outside
@@ -35,10 +37,8 @@ from utils.files import write_text
 if TYPE_CHECKING:  # a second to import: only where a table is made
     from pandas import DataFrame
 
-#: Keys of `trainer` that change what is written or shown, or the speed, but not what is learned.
-COSMETIC = ("save_dir", "save_period", "keep_last", "verbosity", "tensorboard", "log_step", "progress", "figures",
-            "image_grid", "histograms", "profile", "record_statistics", "statistics_layer", "log_batch_attention",
-            "monitor", "compile")
+#: Data sets with validation images of their own, which "validation": "test" takes.
+VALIDATED = ("ImageNetLT", "PlacesLT")
 
 
 # ---------------------------------------------------------------------- rows
@@ -50,6 +50,7 @@ def row_of(run: RunRecord, costs: bool = True) -> Row:
     shares = (run.figures.get("expert_share") or {}).get("all")
     cost = cost_of(described, tuple(shares) if shares else None) if costs else (None, None)
     notes = [{"test": "", "val": "validation figures"}.get(run.split, "no figures yet")]
+    notes.append(which_weights(run.config, run.figures))
     if run.split != "test" and asked and run.epochs_done < asked:
         notes.append(f"{run.epochs_done} of {asked} epochs")
     limits = group_limits(run.config.get("groups"))
@@ -59,8 +60,27 @@ def row_of(run: RunRecord, costs: bool = True) -> Row:
             "experts": experts_of(run.config), "epochs": run.epochs_done, "parameters": cost[0],
             "gflops": cost[1], "images_per_s": run.images_per_second, "seconds": run.seconds,
             "seed": str(run.config.get("seed", 0)), "note": ", ".join(filter(None, notes)), "kind": "run",
-            "same": sameness(run), "config": str(run.paths.config),
+            "same": sameness(run), "origin": run.origin, "config": str(run.paths.config),
             **{key: finite(run.figures.get(name)) for key, name in FIGURES.items()}}
+
+
+def cosmetic(config: dict[str, Any]) -> set[str]:
+    """COSMETIC, with `monitor` unless it decides when a run ends or how its learning rate falls."""
+    schedule = (config.get("lr_scheduler") or {}).get("type")
+    heeded = config["trainer"].get("early_stop") or schedule == "ReduceLROnPlateau"
+    return {*COSMETIC} if heeded else {*COSMETIC, "monitor"}
+
+
+def which_weights(config: dict[str, Any], figures: dict[str, Any]) -> str:
+    """Which weights test.py's figures are of and, for the best epoch's, whether it was picked on the test images; ""
+    for those of an epoch's end."""
+    which = REWRITTEN.get(str(figures.get("checkpoint")), "")
+    validation = (config["data_loader"].get("args") or {}).get("validation", "test")
+    if which != "best epoch" or validation != "test":
+        return which
+    kind = config["data_loader"]["type"].removesuffix("DataLoader")
+    unless = "" if kind in DATA else " unless there are validation images"
+    return which if kind in VALIDATED else f"{which}, picked on the test images{unless}"
 
 
 def finite(value: Any) -> float | None:
@@ -73,7 +93,9 @@ def sameness(run: RunRecord) -> str:
     """A text that is equal for runs that differ only in their seed (and in names, folders, GPUs, logging, compilation,
     the number of data workers, and whether bf16 was asked for or left to "auto")."""
     config = {key: value for key, value in run.config.items() if key not in ("seed", "name", "n_gpu")}
-    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in COSMETIC}
+    weights = which_weights(config, run.figures)
+    left_out = cosmetic(config) - ({"monitor"} if weights else set())       # it decides which epoch is the best
+    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in left_out}
     if config["trainer"].get("amp") == "bf16":      # what "auto" means on a processor that has it
         config["trainer"]["amp"] = "auto"
     loader = config["data_loader"]
@@ -82,7 +104,7 @@ def sameness(run: RunRecord) -> str:
     for start in ("pretrained", "load_crt", "distill_checkpoint"):  # each seed has its own stage 1
         config[start] = bool(config.get(start))
     how = {key: run.figures.get(key) for key in ("tau", "feat_type", "prior", "expert_weights")}
-    how["other"] = other_evaluation(run.figures)
+    how["other"], how["weights"] = other_evaluation(run.figures), weights
     how["classifier"] = run.figures.get("classifier", "joint")     # the figures that train.py writes don't name one
     return json.dumps([config, how, run.split, run.epochs_done], sort_keys=True, default=str)
 
@@ -130,14 +152,19 @@ def published_rows(data: Iterable[str] | None) -> list[Row]:
 
 def arrange(rows: Iterable[Row], sort: str | None = None, only_means: bool = False) -> DataFrame:
     """The rows in order. Runs that differ only in seed stand together, followed (only_means: replaced) by their mean.
+    If they are known to have begun from several methods' checkpoints, each method's stand together, with a note.
 
     Without `sort`: by data set, the most accurate first. With it, by that column, the highest first where more is
     better, else the smallest.
     """
     import pandas as pd
     table, blocks = frame(rows), []
-    alone = table["same"].isna()
-    for _, group in table.groupby(table["same"].where(~alone, table.index.astype(str))):
+    same = table["same"].where(table["same"].notna(), table.index.astype(str))
+    several = table.groupby(same)["origin"].transform("nunique") > 1
+    origin = table["origin"].where(several & table["origin"].notna(), "")
+    table["note"] = [", ".join(filter(None, [note, first and f"began from {first}"]))
+                     for note, first in zip(table["note"], origin)]
+    for _, group in table.groupby(same + origin):
         newest = group.drop_duplicates("seed", keep="last")  # the same seed twice is no second sample
         if len(newest) > 1:
             number = newest["seed"].astype(int)

@@ -23,8 +23,8 @@ from utils.config.outside import is_outside
 from utils.errors import ConfigError
 
 log = get_logger()
-IMAGES = ("image_size", "crops", "expand")      # keys of `data_loader.args`: how a test image is seen
-SUBSET = ("imb_factor", "imb_type", "split_seed")   # and which training images class means are of
+#: Which training images class means are of.
+SUBSET = tuple(f"data_loader.args.{key}" for key in ("imb_factor", "imb_type", "split_seed"))
 
 
 def crops_of(loader: Any) -> int | None:
@@ -33,14 +33,10 @@ def crops_of(loader: Any) -> int | None:
 
 
 def changes_of(args: Namespace, run: Any) -> list[str]:
-    """How this command differs from a plain evaluation of the checkpoint: settings of the model or of the images
-    (`use_experts=2`, `crops=5`), the file's raw weights, or only some of the weights."""
-    own = recover_config(run.checkpoint) or {}
-    found, names = [], IMAGES + (SUBSET if args.classifier == "ncm" else ())
-    for path, value, *_ in args.overrides:
-        name = path.rsplit(".", 1)[-1]
-        if path.startswith(("arch.", "groups")) or (path.startswith("data_loader.args.") and name in names):
-            found += [] if value_at(own, path) == value else [f"{name}={value}"]
+    """How this command differs from a plain evaluation of the checkpoint: settings of the model, of the images or of
+    the groups (`use_experts=2`, `crops=5`, `many=50`), by `--set` or another config, the file's raw weights, or only
+    some of the weights."""
+    found = run.changes("groups", *(SUBSET if args.classifier == "ncm" else ()))
     return found + ["raw weights"] * (args.weights == "raw") + ["some of the weights"] * bool(args.allow_partial)
 
 

@@ -1,7 +1,10 @@
 """Opens a finished run, for test.py and the tools."""
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,20 @@ from data_loader.held_out import check_held_out, of_same_data
 from logger.log import get_logger
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
+from tools.fallback import value_at
 from tools.parts import check_size, make_loader, make_model, settled
 from tools.session import config_of, data_facts, facts_of_checkpoint
 from trainer.precision import allow_tf32
 from utils.checkpoint.store import load_checkpoint, recover_config
-from utils.config.load import load_config
-from utils.config.outside import short_name
+from utils.config.load import check_config, load_config
+from utils.config.outside import outside_names, short_name
+from utils.config.read import leaves
 from utils.errors import ConfigError
 
 log = get_logger()
+#: What a model answers depends on: the network, and how a test image is seen; not on IDLE, which a training reads.
+MODEL = ("arch", *(f"data_loader.args.{key}" for key in ("image_size", "crops", "expand")))
+IDLE = ("arch.args.num_classes", "arch.args.weights")
 
 
 @dataclass
@@ -34,6 +42,8 @@ class Run:
     checkpoint: dict[str, Any]
     model: nn.Module
     device: torch.device
+    #: What the command line set in the config, as (dotted path, value, ...).
+    overrides: Sequence[tuple] = ()
     _loaders: dict[str, BaseDataLoader] = field(default_factory=dict)
 
     @property
@@ -55,10 +65,41 @@ class Run:
         """num_classes, cls_num_list, class_names, preprocess: from the checkpoint, else from the data."""
         return self.facts or data_facts(self.loader("test"))
 
-    @property
+    @cached_property
     def temperature(self) -> float:
-        """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1."""
-        return kept_temperature(self.path, self.checkpoint.get("epoch"), self.model)
+        """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1; see
+        `temperature_for`."""
+        return self.temperature_for()
+
+    def temperature_for(self, *flags: str) -> float:
+        """`temperature`; 1, with a warning, if model or images are other ones than those that it was found with: by the
+        config, or by `flags` of a command (`--crops 5`)."""
+        found = kept_temperature(self.path, self.checkpoint.get("epoch"), self.model)
+        changes = [*self.changes(), *flags] if found != 1 else []
+        if changes:
+            log.warning("the temperature %.3f that test.py --calibrate found for %s isn't applied, as it was found "
+                        "without %s", found, self.path, ", ".join(changes))
+        return 1.0 if changes else found
+
+    def changes(self, *more: str) -> list[str]:
+        """How the config differs from the checkpoint's in MODEL and in the keys or sections `more`: `use_experts=2`.
+        For a checkpoint that holds no config: what the command line sets of these."""
+        own = recover_config(self.checkpoint) or {}
+        holds_config = "arch" in own
+        with contextlib.suppress(ConfigError):  # with its defaults; one of an old version may lack what it needs now
+            own = check_config(own, allowed=[name for _, name, _ in outside_names(self.config)])
+        trained = ((self.facts or {}).get("preprocess") or {}).get("image_size")
+        size = value_at(own, "data_loader.args.image_size")
+        size = size if isinstance(size, int) else trained
+        before = with_images(own, size)
+        now = with_images(self.config, size and getattr(self._loaders.get("test"), "image_size", size))
+        paths = [path for path in dict.fromkeys([*leaves(now), *leaves(before)])
+                 if is_within(path, (*MODEL, *more)) and path not in IDLE
+                 and (holds_config or is_within(path, [item[0] for item in self.overrides]))]
+        # Where one of the two has an object and the other a value, that value or the object's are named, not both.
+        return [f"{path.rpartition('.')[2]}={value}" for path in paths
+                if (value := value_at(now, path)) != value_at(before, path) and not isinstance(value, dict)
+                and isinstance(value_at(now, path.rpartition(".")[0]), dict)]
 
     def note_of_choice(self, chosen: str) -> dict[str, str]:
         """What to add to figures if something, named `chosen`, was chosen on the validation images: nothing, unless
@@ -109,6 +150,19 @@ class Run:
         return self._loaders[split]
 
 
+def is_within(path: str, keys: Sequence[str]) -> bool:
+    """Whether a dotted path is one of `keys` or within one."""
+    return any(f"{path}.".startswith(f"{key}.") for key in keys)
+
+
+def with_images(config: dict[str, Any], size: int | None) -> dict[str, Any]:
+    """A config in which `crops` and the size of test images are given: `size`, unless it names a number."""
+    args = (config.get("data_loader") or {}).get("args") or {}
+    named = args.get("image_size")
+    return {**config, "data_loader": {"args": {**args, "image_size": named if isinstance(named, int) else size,
+                                               "crops": args.get("crops") or 1}}}
+
+
 def open_run(path: str | Path, config: str | Path | None = None, overrides: list[tuple] = (),
              device: torch.device | str = "cpu", *, allow_partial: bool = False, weights: str = "ema") -> Run:
     """Read a checkpoint (ours or another project's), build its model and load the weights.
@@ -132,7 +186,7 @@ def open_run(path: str | Path, config: str | Path | None = None, overrides: list
         checkpoint["state_dict"] = checkpoint["raw_state_dict"]
     effective = load_config(config, overrides) if config else config_of(checkpoint, path, overrides)
     device = torch.device(device)
-    run = Run(path, effective, checkpoint, nn.Identity(), device)
+    run = Run(path, effective, checkpoint, nn.Identity(), device, overrides)
     num_classes = effective["arch"].get("args", {}).get("num_classes") or (run.facts or {}).get("num_classes")
     if num_classes is None:
         num_classes = run.loader("test").num_classes

@@ -182,7 +182,11 @@ def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
     from utils.device import pick_device
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
     data = run.config["data_loader"].get("args") or {}
-    return run.model, {**facts_of(run), "temperature": run.temperature,
+    crops = data.get("crops") or 1
+    other = [f"--{key} {value}" for key, value, usual in (("crops", args.crops, crops),
+                                                          ("expand", args.expand, data.get("expand")))
+             if value not in (None, usual)]
+    return run.model, {**facts_of(run), "temperature": run.temperature_for(*other),
                        "crops": data.get("crops"), "expand": data.get("expand")}
 
 

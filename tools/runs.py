@@ -31,6 +31,8 @@ SAMPLERS = {"ClassBalanced": "class-balanced", "SquareRoot": "square-root", "Cla
 DATA = {"DigitsLT": "Digits-LT", "ImbalanceCIFAR100": "CIFAR-100-LT", "ImbalanceCIFAR10": "CIFAR-10-LT",
         "CIFAR100": "CIFAR-100", "ImageNetLT": "ImageNet-LT", "iNaturalist": "iNaturalist 2018",
         "PlacesLT": "Places-LT", "Coco": "COCO", "DigitScenes": "digit scenes"}
+#: Checkpoints that a run rewrites as it goes on -> which weights they hold.
+REWRITTEN = {"model_best.pth": "best epoch", "model_swa.pth": "mean of the last epochs"}
 
 
 # ---------------------------------------------------------------------- what a config says, in a few words
@@ -165,6 +167,19 @@ class RunRecord:
         how = {"joint": "", "ncm": ", NCM", "tau": f", tau {tau:g}", "la": f", adjusted {tau:g}"}.get(classifier, "")
         return ", ".join([method_of(self.config) + how, *other_evaluation(self.figures)])
 
+    @cached_property
+    def origin(self) -> str | None:
+        """The methods of the runs whose checkpoints this one began from or learns from, "CE"; None where it names none,
+        or one without a run's config.json beside it."""
+        files = [self.config.get(key) for key in ("load_crt", "pretrained", "distill_checkpoint")]
+        try:
+            if self.paths.origin.is_file():
+                files.append(read_json(self.paths.origin, "origin").get("checkpoint"))
+            return " and ".join(method_of(read_json(Path(file).with_name("config.json"), "config"))
+                                for file in files if file) or None
+        except (ConfigError, TypeError, ValueError, AttributeError, KeyError):
+            return None
+
     def tell(self) -> None:
         """Compute everything that tables show of a run, as files changed by hand may hold anything. Raises TypeError,
         ValueError, AttributeError or KeyError where that fails."""
@@ -206,9 +221,14 @@ class RunRecord:
 
 
 def is_older(run: RunRecord) -> bool:
-    """Whether the test figures are outdated: of an epoch that the run has since trained past, or of one that it
-    discarded, as it was resumed from an earlier one, and hasn't reached again."""
-    tested, newest = CHECKPOINT.search(str(run.figures.get("checkpoint"))), run.paths.checkpoints()[-1:]
+    """Whether the test figures are outdated: of an epoch that the run has since trained past, of one that it discarded,
+    as it was resumed from an earlier one, and hasn't reached again, or of a best epoch that a later one has replaced.
+    """
+    name = str(run.figures.get("checkpoint"))
+    if name in REWRITTEN and (run.paths.models / name).is_file():
+        written, file = ((run.paths.models / each).stat().st_mtime for each in ("test_metrics.json", name))
+        return written < file
+    tested, newest = CHECKPOINT.search(name), run.paths.checkpoints()[-1:]
     if not tested or not newest:
         return False
     left = int(tested[1]) > run.epochs_done and not (run.paths.models / tested[0]).exists()

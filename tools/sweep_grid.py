@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from base.run_paths import RunPaths, new_run
 from logger.metrics_csv import read_table
 from tools.cli import value_of
-from tools.compare import COSMETIC
+from tools.compare import cosmetic
 from tools.fallback import as_begun
 from utils.config.load import Override, check_config, load_config
 from utils.config.outside import outside_flags, outside_names
@@ -56,6 +56,11 @@ class Job:
         """The newest epoch's checkpoint, where there is one."""
         found = self.paths.checkpoints()
         return found[-1] if found else None
+
+    def folder_of(self, method: str) -> Path:
+        """The folder of checkpoints of another method's run with the same seed."""
+        name = self.paths.models.parent.name.removesuffix(self.method) + method
+        return self.paths.models.parent.with_name(name) / self.paths.models.name
 
     @property
     def begun(self) -> bool:
@@ -178,18 +183,34 @@ def _in_order(path: str, jobs: list[Job]) -> list[Job]:
 
 
 def check_unchanged(job: Job) -> None:
-    """Raise ConfigError, naming the key, where the job's folder has a run of another config than it now asks for."""
+    """Raise ConfigError, naming the key, where the job's folder has a run of another config, or one that began from
+    another run's checkpoint, than it now asks for."""
     if not job.paths.config.is_file():
         return
     before = check_config(read_json(job.paths.config, "config"), allowed=[name for _, name, _ in
                                                                           outside_names(job.effective)])
-    left_out = {"pretrained", "load_crt", "distill_checkpoint", "n_gpu", "arch.args.num_classes",
-                "distill_arch.args.num_classes", *(f"trainer.{key}" for key in COSMETIC)}
+    for key, old, new in _changes(job, before):
+        raise ConfigError(f"{job.paths.models}: was run with {key} {old!r}, the sweep now says {new!r}; delete the "
+                          "folder or give the sweep another name")
+
+
+def _changes(job: Job, before: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, what the run in the job's folder was run with, what the sweep now says), where these differ. before: the
+    run's config."""
+    places = {key: PLACE.search(value) for key, value in job.settings.items() if isinstance(value, str)}
+    begins = {key: match[1] for key, match in places.items() if match}      # key -> a method
+    left_out = {"n_gpu", "arch.args.num_classes", "distill_arch.args.num_classes", *begins,
+                *(f"trainer.{key}" for key in cosmetic(job.effective))}
     old, new = (_flat({**config}) for config in (before, job.effective))
     for key in sorted(old.keys() | new.keys()):
         if key not in left_out and old.get(key) != new.get(key) != "auto":  # a run's config has what "auto" became
-            raise ConfigError(f"{job.paths.models}: was run with {key} {old.get(key)!r}, the sweep now says "
-                              f"{new.get(key)!r}; delete the folder or give the sweep another name")
+            yield key, old.get(key), new.get(key)
+    if job.paths.origin.is_file():      # older runs have none
+        old["start"] = read_json(job.paths.origin, "origin").get("checkpoint")
+        begins["start"] = job.start
+    for key, method in begins.items():      # compared by the run's name and seed, as save_dir may have been moved
+        if method is None or Path(str(old.get(key))).parent.parts[-2:] != job.folder_of(method).parts[-2:]:
+            yield key, old.get(key), job.settings.get(key, method)
 
 
 def check_origins(jobs: Sequence[Job]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 
@@ -275,11 +276,59 @@ def test_figures_of_an_epoch_that_the_run_has_left_are_not_its_own(tmp_path):
     models = make_run(tmp_path, "on", accuracy=0.1, val=0.9)
     file = models / "test_metrics.json"
     for name, accuracy, note in (("checkpoint-epoch1.pth", 0.9, "validation figures"),
-                                 ("checkpoint-epoch3.pth", 0.1, ""), ("model_best.pth", 0.1, ""),
+                                 ("checkpoint-epoch3.pth", 0.1, ""),
+                                 ("model_best.pth", 0.1, "best epoch, picked on the test images"),
                                  ("checkpoint-epoch9.pth", 0.9, "validation figures")):
         file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": name}))
         row, = compare(tmp_path, costs=False, published="none")[0].to_dict("records")
         assert (row["all"], row["note"]) == (accuracy, note)
+
+
+def test_figures_older_than_the_best_epoch_are_not_its_own(tmp_path):
+    models = make_run(tmp_path, "on", accuracy=0.1, val=0.9)
+    file, best = models / "test_metrics.json", models / "model_best.pth"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": best.name}))
+    best.touch()
+    for age, accuracy in ((1, 0.9), (-1, 0.1)):
+        os.utime(file, (best.stat().st_mtime - age,) * 2)
+        row, = compare(tmp_path, costs=False, published="none")[0].to_dict("records")
+        assert row["all"] == accuracy and ("validation figures" in row["note"]) is (age > 0)
+
+
+@pytest.mark.parametrize("loader, said", [
+    ({"type": "DigitsLTDataLoader", "args": {"validation": "test"}}, "best epoch, picked on the test images"),
+    ({"type": "DigitsLTDataLoader", "args": {"validation": "holdout"}}, "best epoch"),
+    ({"type": "ImageNetLTDataLoader", "args": {}}, "best epoch"),
+    ({"type": "ImageFolderLTDataLoader", "args": {"data_dir": "x"}},
+     "best epoch, picked on the test images unless there are validation images")])
+def test_the_best_epoch_is_no_seed_of_the_last(tmp_path, loader, said):
+    for seed, name in enumerate(("checkpoint-epoch3.pth", "model_best.pth")):
+        file = make_run(tmp_path, name, seed, 0.5, data_loader=loader) / "test_metrics.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "checkpoint": name}))
+    table, _ = compare(tmp_path, costs=False, published="none")
+    assert dict(zip(table["run"], table["note"])) == {"ce/checkpoint-epoch3.pth": "", "ce/model_best.pth": said}
+
+
+@pytest.mark.parametrize("key", ["load_crt", "distill_checkpoint", "origin"])
+def test_second_stages_of_several_methods_are_not_one(tmp_path, key):
+    """What began from a run that isn't there any more counts as before: as any other, if only one method is known."""
+    first = {name: make_run(tmp_path / "first", name, loss={"type": kind, "args": {}}) / "checkpoint-epoch3.pth"
+             for name, kind in (("ce", "CrossEntropyLoss"), ("bs", "BalancedSoftmaxLoss"))}
+    gone = tmp_path / "gone/checkpoint-epoch3.pth"
+    for seed, source in enumerate((first["ce"], first["ce"], gone)):
+        named = {} if key == "origin" else {key: str(source)}
+        models = make_run(tmp_path / "second", f"s{seed}", seed, 0.5, name="crt", **named)
+        if key == "origin":
+            (models / "origin.json").write_text(json.dumps({"checkpoint": str(source)}))
+    table, _ = compare(tmp_path / "second", costs=False, published="none", only_means=True)
+    assert table["run"].tolist() == ["mean of 3 seeds"] and "began" not in table["note"][0]
+    if key == "origin":
+        (models / "origin.json").write_text(json.dumps({"checkpoint": str(first["bs"])}))
+    else:
+        (models / "config.json").write_text(json.dumps({**CONFIG, "name": "crt", "seed": 2, key: str(first["bs"])}))
+    table, _ = compare(tmp_path / "second", costs=False, published="none", only_means=True)
+    assert {row["run"]: row["note"] for row in table.to_dict("records")} == {
+        "mean of 2 seeds": "began from CE, ± is the standard deviation", "crt/s2": "began from balanced softmax"}
 
 
 def test_other_groups_are_named(tmp_path):

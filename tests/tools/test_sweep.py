@@ -1,5 +1,6 @@
 """Sweeps: the grid that a file means, what is run in which order, and going on after a stop."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -227,6 +228,42 @@ def test_a_changed_config_isnt_mixed_with_old_runs(tmp_path, stand_ins):
     jobs, _ = read_sweep(write(tmp_path, methods={"ce": {"set": {"optimizer.args.lr": 0.3}}}))
     with pytest.raises(ConfigError, match=r"optimizer\.args\.lr 0\.003, the sweep now says 0\.3"):
         check_unchanged(jobs[0])
+
+
+def test_a_run_that_began_elsewhere_isnt_mixed_with_the_sweeps(tmp_path, stand_ins):
+    """What `{ce}` and "start" stood for is known by the run's folder, literal files by their names."""
+    def methods(load_crt="{ce}", start="ride", pretrained="a.pth"):
+        return {"ce": {"set": {"pretrained": pretrained}}, "bs": {}, "ride": {"config": "configs/digits_lt_ride.json"},
+                "rbt": {"config": "configs/digits_lt_ride.json"},
+                "crt": {"config": "configs/digits_lt_crt.json", "set": {"load_crt": load_crt}},
+                "ea": {"config": "configs/digits_lt_ride_ea.json", "start": start}}
+
+    def check(**changes):
+        for job in read_sweep(write(tmp_path, methods=methods(**changes)))[0]:
+            check_unchanged(job)
+    jobs = {job.method: job for job in run(write(tmp_path, methods=methods()))[0]}
+    crt, ea = jobs["crt"].paths, jobs["ea"].paths
+    noted = json.loads(crt.config.read_text())
+    moved = "elsewhere/models/grid_ce/seed0/checkpoint-epoch7.pth"      # save_dir had another name then
+    crt.config.write_text(json.dumps({**noted, "load_crt": moved}))
+    check()
+    check(start="rbt")      # a run of an older version, which doesn't say where it began
+    ea.origin.write_text(json.dumps({"checkpoint": str(jobs["ride"].paths.checkpoint(1))}))
+    check()
+    for changes, said in (({"load_crt": "{bs}"}, r"grid_crt/seed0: was run with load_crt '.*', .* now says '{bs}'"),
+                          ({"load_crt": "x.pth"}, "the sweep now says 'x.pth'"),
+                          ({"pretrained": "b.pth"}, "was run with pretrained 'a.pth', the sweep now says 'b.pth'"),
+                          ({"start": "rbt"}, "grid_ea/seed0: was run with start '.*', the sweep now says 'rbt'")):
+        with pytest.raises(ConfigError, match=said):
+            check(**changes)
+
+
+@pytest.mark.parametrize("heeding", [{"trainer.early_stop": 2}, {"lr_scheduler": {"type": "ReduceLROnPlateau"}}, {}])
+def test_another_monitor_is_a_change_where_something_heeds_it(tmp_path, stand_ins, heeding):
+    run(write(tmp_path, methods={"ce": {}}, set={**heeding, "trainer.monitor": "max val_accuracy"}))
+    job, = read_sweep(write(tmp_path, methods={"ce": {}}, set={**heeding, "trainer.monitor": "min val_loss"}))[0]
+    with pytest.raises(ConfigError, match=r"trainer\.monitor") if heeding else contextlib.nullcontext():
+        check_unchanged(job)
 
 
 def test_what_auto_found_is_no_change(tmp_path, stand_ins):
