@@ -305,6 +305,7 @@ def test_two_hooks_of_a_class_keep_a_state_each(runs):
 
 
 @pytest.mark.parametrize("batch", [6, 23])
+@pytest.mark.filterwarnings("error:Profiler won't be using warmup")
 def test_a_trace_of_an_epoch_of_few_steps(runs, batch):
     runs("traced", "--epochs", 1, "--profile", data_loader={"args": {"batch_size": batch}})
     trace = json.loads((runs.log("traced") / "profile/trace.pt.trace.json").read_text())

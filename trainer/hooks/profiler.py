@@ -1,6 +1,7 @@
 """A trace of a few steps of a run's first epoch, for TensorBoard or Perfetto."""
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -41,10 +42,12 @@ class Profiler(Hook):
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.run.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.profiler = torch.profiler.profile(
-            activities=activities, on_trace_ready=keep, record_shapes=True,
-            schedule=torch.profiler.schedule(wait=min(1, steps - active - warmup), warmup=warmup, active=active,
-                                             repeat=1))
+        with warnings.catch_warnings():     # an epoch of few steps has none to spare for the warm-up
+            warnings.filterwarnings("ignore", message="Profiler won't be using warmup")
+            schedule = torch.profiler.schedule(wait=min(1, steps - active - warmup), warmup=warmup, active=active,
+                                               repeat=1)
+        self.profiler = torch.profiler.profile(activities=activities, on_trace_ready=keep, record_shapes=True,
+                                               schedule=schedule)
         self.profiler.start()
 
     def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
