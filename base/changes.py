@@ -45,8 +45,8 @@ def tell_changes(before: dict[str, Any], now: dict[str, Any], to_train: bool) ->
     changes = list(config_changes(before, now))
     idle = [] if to_train or not before else [change for change in changes if change.split()[0] not in ANY_TIME]
     if idle:
-        raise ConfigError(f"{idle[0].split()[0]}: changed ({'; '.join(idle)}), but the run is complete and nothing is "
-                          "left to train with it; train longer with --epochs N, or leave it as it was")
+        raise ConfigError(f"{'; '.join(idle)}: the run is complete, and nothing is left to train with that; train "
+                          "longer with --epochs N, or leave it as it was")
     if changes:
         log.info("changed from what the checkpoint had, and in force from here: %s", "; ".join(changes))
 
