@@ -209,7 +209,7 @@ def _make(shards: list[str], stamps: np.ndarray, file: Path) -> Index:
 def _save(index: Index, file: Path) -> None:
     if not kept():
         _unwritten[file] = index
-        afterwards(_unwritten.pop, file)
+        afterwards(_unwritten.pop, file, None)
         return
     try:
         index.save(file)
