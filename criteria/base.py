@@ -40,7 +40,7 @@ def ldam_margins(counts: Tensor, max_m: float) -> Tensor:
 
 def temperature_factors(counts: Tensor, reweight_factor: float) -> Tensor:
     """RIDE's distribution-aware temperature factors: d_j = C (n_j / n) f + 1 - f with f = `reweight_factor`, divided by
-    the largest. counts: [C]; -> [C] in (0, 1]. Raises ConfigError if one isn't positive."""
+    the largest. counts: [C], 0 or more; -> [C] in (0, 1]. Raises ConfigError if one isn't positive."""
     factors = len(counts) * (counts / counts.sum()) * reweight_factor + 1 - reweight_factor
     if not bool((factors > 0).all()):
         raise ConfigError(f"loss.args.reweight_factor: {reweight_factor} makes a class's temperature negative; "
@@ -70,9 +70,10 @@ class LongTailLoss(nn.Module):
         super().__init__()
         if cls_num_list is None and self.needs_counts:
             raise ConfigError(f"{COUNTS_PATH}: {type(self).__name__} needs the training images per class")
-        self.counts = None
+        self.counts = self.images = None     # the latter with the classes that have no image
         if cls_num_list is not None:
             self.counts = torch.tensor(class_counts(cls_num_list, COUNTS_PATH), dtype=torch.float64)
+            self.images = torch.tensor(cls_num_list, dtype=torch.float64)
         self.epoch = 0
         self._tables: dict[tuple[str, tuple, torch.device, torch.dtype], Tensor] = {}
 
@@ -171,8 +172,8 @@ class LongTailLoss(nn.Module):
         return effective_number_weights(self.counts)
 
     def log_frequencies(self) -> Tensor:
-        """log(n_j / n), float64 [C]."""
-        return (self.counts / self.counts.sum()).log()
+        """log(n_j / n), float64 [C]. A class without images has the rarest one's n_j, which n doesn't include."""
+        return (self.counts / self.images.sum()).log()
 
     def added(self, num_experts: int = 1) -> Tensor | float:
         """What training adds to the logits and testing doesn't: [C], or [E, C] if experts differ; 0

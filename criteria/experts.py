@@ -100,7 +100,7 @@ class RIDELoss(PerExpert, LDAMLoss):
             self.temperature_factors()  # an unusable factor is reported now, not after 160 epochs
 
     def temperature_factors(self) -> Tensor:
-        return temperature_factors(self.counts, self.reweight_factor)
+        return temperature_factors(self.images, self.reweight_factor)
 
 
 class RIDELossWithDistill(RIDELoss):

@@ -14,7 +14,7 @@ def class_counts(cls_num_list: Sequence[float], path: str = "cls_num_list") -> l
     """The number of training images of each class as positive floats, [C].
 
     A class without training images counts as the rarest class that has some: its margin, weight and log frequency
-    stay finite, and nothing changes for the other classes (it is never a target in training).
+    stay finite. It is never a target in training. The sum of the list then exceeds the number of images.
 
     Raises ConfigError for an empty list, a negative or non-finite count, or no image at all.
     """
