@@ -33,10 +33,11 @@ def test(args: Namespace) -> dict[str, Any]:
     from tools.open_set import open_set
     from tools.opened import open_run
     from tools.words import refuse_nonfinite, words_for
-    from trainer.evaluate import with_all_experts
+    from trainer.evaluate import further, metrics_of, with_all_experts
     from trainer.precision import choose_precision, set_determinism
     from trainer.tasks import task_of, write_figures
     from utils import dist
+    from utils.config.check import monitored
     from utils.device import pick_device
     from utils.seed import seed_everything
 
@@ -69,8 +70,10 @@ def test(args: Namespace) -> dict[str, Any]:
     wanted = run.config["trainer"]["amp"] if any(path == "trainer.amp" for path, *_ in args.overrides) else "off"
     amp, _ = choose_precision(wanted, device)
     more = {} if head is None else {"head": head}
+    named = {"metrics": further(metrics_of(run.config["metrics"], monitored(run.config["trainer"]["monitor"])[1]))}
     result = task.evaluate(run.model, loader, groups=run.config["groups"], amp=amp,
-                           keep=bool(args.open_set) or task.keeps or args.report, **more)
+                           keep=bool(args.open_set) or task.keeps or args.report, **more,
+                           **(named if task.classifies else {}))
     result.update(note)
     if changes := changes_of(args, run):
         result["changed"] = changes

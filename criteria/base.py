@@ -79,6 +79,8 @@ class LongTailLoss(nn.Module):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss which epoch (1, 2, ...) begins. Until the first call deferred re-weighting is off."""
+        if int(epoch) != self.epoch:
+            self._tables.clear()
         self.epoch = int(epoch)
 
     @property
@@ -160,7 +162,8 @@ class LongTailLoss(nn.Module):
     def table(self, name: str, like: Tensor, *args: Any) -> Tensor:
         """The per-class values [..., C] that the method `name` returns for `args`, with the device and dtype of `like`.
 
-        Computed once in float64 and cached per device and dtype, so that a loss never has to be moved to a device.
+        Computed once an epoch in float64 and cached per device and dtype, so that a loss never has to be moved to a
+        device. The method may depend on `self.epoch`.
         """
         key = (name, args, like.device, like.dtype)
         if key not in self._tables:

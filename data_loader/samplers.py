@@ -26,7 +26,8 @@ class EpochSampler(Sampler):
     or an epoch_length below 1.
     """
 
-    power = 0.0     # q in the last epoch of training
+    #: q in the last epoch of training; None: not known, so that `test.py --prior` has to refuse.
+    power: float | None = None
 
     def __init__(self, targets: Any, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
                  world_size: int = 1):
@@ -58,11 +59,17 @@ class EpochSampler(Sampler):
         self.epoch = int(epoch)
 
     def epoch_indices(self, epoch: int | None = None) -> np.ndarray:
-        """All ranks' indices for an epoch (None: the one that is set), in order: int64 [epoch_length]."""
+        """All ranks' indices for an epoch (None: the one that is set), in order: int64 [epoch_length]. Raises
+        ConfigError if a sampler draws another number."""
         epoch = self.epoch if epoch is None else int(epoch)
-        return self._draw(numpy_rng(self.seed, epoch), epoch)
+        indices = self._draw(numpy_rng(self.seed, epoch), epoch)
+        if len(indices) != self.epoch_length:
+            raise ConfigError(f"data_loader.args.sampler: {type(self).__name__} draws {len(indices)} images for an "
+                              f"epoch of {self.epoch_length}; its epoch_length must be the number that it draws")
+        return indices
 
     def _draw(self, rng: np.random.Generator, epoch: int) -> np.ndarray:
+        """The indices of an epoch, int64 [epoch_length], drawn with `rng` alone. A subclass defines it."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[int]:
@@ -107,6 +114,8 @@ class ClassBalancedSampler(EpochSampler):
     classes. `epoch_length` overrides both.
     """
 
+    power = 0.0
+
     def __init__(self, targets: Any, seed: int = 0, retain_epoch_size: bool = True, epoch_length: int | None = None,
                  rank: int = 0, world_size: int = 1):
         super().__init__(targets, seed, epoch_length=epoch_length, rank=rank, world_size=world_size)
@@ -123,6 +132,8 @@ class ProgressivelyBalancedSampler(EpochSampler):
 
     Both with replacement. epochs: T, 1 or more; T = 1 is instance-balanced, epochs after T are class-balanced.
     """
+
+    power = 0.0
 
     def __init__(self, targets: Any, epochs: int, seed: int = 0, epoch_length: int | None = None, rank: int = 0,
                  world_size: int = 1):
@@ -148,6 +159,8 @@ class ClassAwareSampler(EpochSampler):
 
     So classes are equally frequent to within one such turn, and no image is repeated before all of its class were used.
     """
+
+    power = 0.0
 
     def __init__(self, targets: Any, seed: int = 0, num_samples_cls: int = 4, epoch_length: int | None = None,
                  rank: int = 0, world_size: int = 1):
@@ -212,9 +225,10 @@ def sampler_of(spec: dict | None, balanced: bool, retain_epoch_size: bool, targe
     return sampler
 
 
-def power_of(args: dict[str, Any]) -> float:
-    """q, at the end of training, of the sampler for a loader's arguments; 1 if each image is shown once."""
+def power_of(args: dict[str, Any]) -> float | None:
+    """q, at the end of training, of the sampler for a loader's arguments; 1 if each image is shown once; None for a
+    sampler that doesn't say."""
     spec = args.get("sampler")
     if spec is None:
         return ClassBalancedSampler.power if args.get("balanced") else 1.0
-    return getattr(lookup(SAMPLERS, spec["type"], "data_loader.args.sampler.type", "sampler"), "power", 1.0)
+    return getattr(lookup(SAMPLERS, spec["type"], "data_loader.args.sampler.type", "sampler"), "power", None)

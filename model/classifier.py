@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.config.build import lookup
+from utils.errors import ConfigError
 
 
 class CosineLinear(nn.Module):
@@ -70,6 +71,19 @@ HEADS = {
     "linear_fcbn_notaffine": lambda features, classes, s: BatchNormLinear(features, classes, affine=False),
     "lws": lambda features, classes, s: ScaledLinear(features, classes),
 }
+
+
+def weight_by_class(head: nn.Module, num_classes: int) -> torch.Tensor:
+    """A head's `weight` as [C, D], sharing its memory: `nn.Linear`'s as it is, our cosine head's turned round, that of
+    any other head by its shape. Raises ConfigError where the shape doesn't tell."""
+    weight = head.weight
+    if isinstance(head, nn.Linear | CosineLinear):
+        return weight if isinstance(head, nn.Linear) else weight.t()
+    if weight.dim() != 2 or num_classes not in weight.shape or weight.shape[0] == weight.shape[1]:
+        raise ConfigError(f"arch.args.classifier: the shape {list(weight.shape)} of {type(head).__name__}'s weight "
+                          f"doesn't tell whether each of the {num_classes} classes has a row or a column; derive "
+                          "the head from nn.Linear ([C, D]) or model.classifier.CosineLinear ([D, C])")
+    return weight if weight.shape[0] == num_classes else weight.t()
 
 
 def make_head(kind: str, features: int, classes: int, s: float = 30.0,

@@ -35,6 +35,7 @@ from criteria.plain import (
     VSLoss,
 )
 from utils.config.build import build
+from utils.errors import ConfigError
 
 LOSSES: dict[str, type[LongTailLoss]] = {loss.__name__: loss for loss in (
     CrossEntropyLoss, FocalLoss, LDAMLoss, RIDELoss, RIDELossWithDistill, BalancedSoftmaxLoss, RIDEBalancedSoftmaxLoss,
@@ -48,8 +49,12 @@ def build_loss(spec: Mapping[str, Any], cls_num_list: list | None = None, path: 
     cls_num_list: training images per class, [C]; overridden by the spec's own, if any. extra: further arguments, passed
     on if the constructor accepts them.
 
-    Raises ConfigError, with `path`, for an unknown type, an unknown argument or a value out of range.
+    Raises ConfigError, with `path`, for an unknown type or argument, a value out of range or a loss of torch's.
     """
     if cls_num_list is not None and "cls_num_list" not in (spec.get("args") or {}):
         extra["cls_num_list"] = list(cls_num_list)
-    return build(LOSSES, spec, path, **extra)
+    criterion = build(LOSSES, spec, path, **extra)
+    if type(criterion).__module__.startswith("torch."):
+        raise ConfigError(f"{path}.type: {spec['type']} takes logits, and a loss here the model's dict; use "
+                          "CrossEntropyLoss, or derive one from model.loss.LongTailLoss")
+    return criterion

@@ -149,14 +149,19 @@ def build_model(arch: dict, num_classes: int | None = None, path: str = "arch", 
         bare: don't fetch or read the pretrained weights that the arch's `weights` names, because others (a
             checkpoint's) will replace them.
     Raises:
-        ConfigError: an unknown type, values out of range, or config and data disagree about the number of classes.
+        ConfigError: an unknown type, one that doesn't make a `BaseModel`, values out of range, or config and data
+            disagree about the number of classes.
     """
     given = (arch.get("args") or {}).get("num_classes")
     if None not in (given, num_classes) and given != num_classes:
         raise ConfigError(f"{path}.args.num_classes: {given}, but the data has {num_classes} classes")
     try:
-        return build(ARCHS | ELSEWHERE, arch, path, num_classes=num_classes if given is None else given,
-                     **({"weights": False} if bare else {}))
+        model = build(ARCHS | ELSEWHERE, arch, path, num_classes=num_classes if given is None else given,
+                      **({"weights": False} if bare else {}))
     except ConfigError as error:
         # The constructors assume the key "arch.args"; put in the actual one.
         raise type(error)(re.sub(r"^arch\.args", f"{path}.args", str(error))) from None
+    if not isinstance(model, BaseModel):
+        raise ConfigError(f"{path}.type: {arch['type']} makes a {type(model).__name__}, which isn't a model here: it "
+                          "doesn't derive from base.BaseModel; networks of timm and torchvision are TimmModel's")
+    return model

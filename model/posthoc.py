@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.classifier import weight_by_class
 from model.metric import EvalState
 from utils.errors import ConfigError, unknown
 
@@ -38,18 +39,18 @@ class LinearHead:
     scale: float | None = None
 
 
-def linear_head(head: nn.Module) -> LinearHead:
-    """The linear part of a classifier head: `nn.Linear`, weight [C, D], or a cosine head with `s` and weight [D, C].
+def linear_head(head: nn.Module, num_classes: int) -> LinearHead:
+    """The linear part of a classifier head: an `nn.Linear`, or a cosine head with a `weight` and a scale `s`.
 
     Per-class factors of LWS (`scales`) or of a batch norm on the logits (`bn`) are multiplied into the weight. Raises
     ConfigError for other heads.
     """
     if not isinstance(head, nn.Linear) and not (hasattr(head, "weight") and hasattr(head, "s")):
-        raise ConfigError(f"--classifier tau: {type(head).__name__} isn't linear in a `weight` (nn.Linear's [C, D], or "
-                          "[D, C] beside a scale `s`); use --classifier ncm or la")
-    weight = head.weight.detach()
+        raise ConfigError(f"--classifier tau: {type(head).__name__} isn't linear in a `weight` (an nn.Linear, or a "
+                          "cosine head with a scale `s`); use --classifier ncm or la")
+    weight = weight_by_class(head, num_classes).detach()
     if not isinstance(head, nn.Linear):
-        return LinearHead(weight.t().contiguous(), float(head.s))
+        return LinearHead(weight.contiguous(), float(head.s))
     if hasattr(head, "scales"):
         weight = weight * head.scales.detach()[:, None]
     if hasattr(head, "bn"):
@@ -62,7 +63,7 @@ def linear_head(head: nn.Module) -> LinearHead:
 def model_heads(model: nn.Module) -> list[LinearHead]:
     """The linear heads of the experts that a model uses in evaluation, in the order of its `feat`. Raises ConfigError
     for heads that aren't linear."""
-    return [linear_head(head) for head in model.used_heads()]
+    return [linear_head(head, model.num_classes) for head in model.used_heads()]
 
 
 def used_experts(model: nn.Module) -> list[int]:

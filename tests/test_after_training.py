@@ -1,6 +1,7 @@
 """What test.py does to a trained model's logits, on the weights of a short run, against the formulas."""
 import json
 import shutil
+import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import test as test_script
+from model import split_metrics
 from model.metric import EvalState
 from tools import predict as predict_script
 from tools import report as report_script
@@ -117,6 +119,63 @@ def test_a_prior_knows_the_loss_that_trained_them(trained):
     checkpoint, found = trained
     got = figures(checkpoint, "--prior", "uniform", "--set", "loss.type=CrossEntropyLoss", "--set", "loss.args={}")
     assert got["accuracy"] == right(*prior_figures(found, [1 / 3] * 3))
+
+
+OWN = """
+from criteria.experts import BalPoELoss
+from data_loader.samplers import InstanceBalancedSampler
+
+print("own code runs")
+
+class Loss(BalPoELoss):
+    pass
+
+class Shuffled(InstanceBalancedSampler):
+    power = None
+"""
+
+
+def test_a_prior_needs_to_know_own_losses_and_samplers(trained, tmp_path, monkeypatch, capsys):
+    """A checkpoint's config alone neither runs code from outside nor is another's taken for it."""
+    checkpoint, found = trained
+    (tmp_path / "my_parts.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    plain = load_checkpoint(checkpoint)["config"]
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    for name in ("Loss", "Shuffled"):
+        contents = load_checkpoint(checkpoint)
+        named = f"my_parts:{name}"
+        if name == "Loss":
+            contents["config"]["loss"]["type"] = named
+        else:
+            contents["config"]["data_loader"]["args"]["sampler"] = {"type": named, "args": {}}
+        other = tmp_path / name / checkpoint.name
+        other.parent.mkdir()
+        save_checkpoint(other, contents)
+        with pytest.raises(ConfigError, match=r"^--prior: \S+ was trained with a (loss|sampler) from outside"):
+            figures(other, "--prior", "uniform", "-c", "plain.json")
+        test_script.main(["-r", str(other), "-d", "cpu", "-q", "--classifier", "la", "--tau", "1", "-c", "plain.json"])
+        assert "own code runs" not in capsys.readouterr().out
+    got = figures(tmp_path / "Loss" / checkpoint.name, "--prior", "uniform", "--set", "loss.type=my_parts:Loss")
+    assert got["accuracy"] == right(*prior_figures(found, [1 / 3] * 3))
+    with pytest.raises(ConfigError, match="or that doesn't say what it favours"):
+        figures(tmp_path / "Shuffled" / checkpoint.name, "--prior", "uniform", "--set",
+                'data_loader.args.sampler={"type": "my_parts:Shuffled"}')
+
+
+def test_the_configs_metrics_are_in_the_test_figures(trained, capsys):
+    """Those that are averaged over batches as well as those of the whole split."""
+    checkpoint, found = trained
+    test_script.main(["-r", str(checkpoint), "-d", "cpu", "--set", 'metrics=["accuracy", "auc", "top_k_acc"]'])
+    written = json.loads((checkpoint.parent / "test_metrics.json").read_text())
+    logits, labels = found["test"]
+    probs = logits.mean(1).softmax(1)
+    assert written["auc"] == pytest.approx(float(split_metrics.auc(probs, labels)), abs=1e-4)
+    assert written["top_k_acc"] == pytest.approx(
+        (probs.topk(5, 1).indices == labels[:, None]).any(1).double().mean().item(), abs=0.0041)
+    assert written["accuracy"] == right(logits.mean(1), labels)
+    assert f"auc             {written['auc']:>9.4f}" in capsys.readouterr().out
 
 
 def test_a_prior_knows_which_experts_were_trained(trained):

@@ -127,6 +127,10 @@ def with_prior(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str
             raise ConfigError(f"--prior: the experts of {run.path} were trained in stage 1, by a loss and a sampler "
                               "that it doesn't know; give stage 1's checkpoint")
         criterion, power = trained_with(run)
+        for part, known in (("loss", criterion), ("sampler", power)):
+            if known is None:
+                raise ConfigError(f"--prior: {run.path} was trained with a {part} from outside that this command "
+                                  "doesn't name, or that doesn't say what it favours (see CONTRIBUTING.md)")
         learned = classifiers.learned_prior(criterion, counts, power, shares_of_experts(run, note))
     if args.classifier == "la":     # logits less tau * log of the frequencies
         learned = learned / frequencies(counts) ** note["tau"]
@@ -142,15 +146,25 @@ def with_prior(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str
                                                           "class_distribution": prior.tolist()}
 
 
-def trained_with(run: Any) -> tuple[Any, float]:
+def trained_with(run: Any) -> tuple[Any | None, float | None]:
     """The loss that a run's model was trained with, and the power q of its sampler (1: images as they come, 0: all
-    classes equally often), whatever -c and --set say now."""
-    own = recover_config(run.checkpoint) or {}
-    known = "loss" in own and not is_outside(own["loss"].get("type"))
-    criterion = make_criterion(own if known else run.config, run.data["cls_num_list"])
-    if hasattr(criterion, "set_epoch"):
+    classes equally often), whatever -c and --set say now. None for one from outside that this command doesn't name, or
+    that doesn't say."""
+    own = {**run.config, **(recover_config(run.checkpoint) or {})}
+    criterion, power = None, None
+    if may_run(own, run.config, "loss.type"):
+        criterion = make_criterion(own, run.data["cls_num_list"])
+        criterion = criterion if hasattr(criterion, "learned_prior") else None
+    if criterion is not None:
         criterion.set_epoch(int(run.checkpoint.get("epoch") or 0))
-    return criterion, power_of((own.get("data_loader") or run.config["data_loader"]).get("args") or {})
+    if may_run(own, run.config, "data_loader.args.sampler.type"):
+        power = power_of(own["data_loader"].get("args") or {})
+    return criterion, power
+
+
+def may_run(own: dict[str, Any], named: dict[str, Any], key: str) -> bool:
+    """Whether what a checkpoint's config `own` names at `key` is ours, or named by this command's config too."""
+    return not is_outside(value_at(own, key)) or value_at(own, key) == value_at(named, key)
 
 
 def trained_experts(run: Any) -> list[int]:
@@ -165,9 +179,11 @@ def warn_of_adjusting_twice(run: Any) -> None:
     if run.model.routed:
         return
     criterion, power = trained_with(run)
-    added = getattr(criterion, "added", lambda num_experts: 0.0)(len(trained_experts(run)))
-    if torch.as_tensor(added).any() or getattr(criterion, "weighted", False) or power < 1:
-        by = "a sampler" if power < 1 else type(criterion).__name__
+    balanced = power is not None and power < 1
+    favours = criterion is not None and (
+        torch.as_tensor(criterion.added(len(trained_experts(run)))).any() or criterion.weighted)
+    if balanced or favours:
+        by = "a sampler" if balanced else type(criterion).__name__
         log.warning("--classifier la: %s was trained by %s that reckons with how rare a class is, which now counts "
                     "twice; la is for cross-entropy on images as they come (--prior knows what a loss added)",
                     run.path, by)

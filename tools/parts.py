@@ -125,7 +125,8 @@ def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,
         log.warning("loss.args.reweight_epoch: %d, but trainer.epochs is %d, so that no class is ever re-weighted",
                     criterion.reweight_epoch, epochs)
     data = (config.get("data_loader") or {}).get("args") or {}
-    if not model.routed and power_of(data) < 1 and torch.as_tensor(criterion.added(logits.shape[1])).any():
+    power = power_of(data)
+    if not model.routed and power is not None and power < 1 and torch.as_tensor(criterion.added(logits.shape[1])).any():
         sampler = data["sampler"]["type"] if data.get("sampler") else "balanced"
         log.warning("loss.type: %s reckons with how rare a class is, and data_loader.args.sampler (%s) shows rare "
                     "classes more often, so that they are favoured twice; leave one of the two out", loss, sampler)

@@ -1,4 +1,5 @@
-"""What a run's test figures mean for somebody with photos: how far to trust it, and which classes need more of them."""
+"""What is said about a run's test figures: those that its config adds, and what they mean for somebody with photos: how
+far to trust it, and which classes need more of them."""
 from __future__ import annotations
 
 import math
@@ -7,11 +8,14 @@ from typing import Any
 
 from logger.figures.facts import RunFacts
 from logger.text import count_of
+from utils.config.outside import short_name
+from utils.config.schema import COUNTED, TOP, defaults
 from utils.errors import ConfigError
 
 MOST = 5            # classes that are named
 CLEARLY = 0.10      # how far under the accuracy of all photos a class must lie to be named
 OFF = 0.05          # the calibration error (ECE) above which calibrating is suggested
+IN_TABLE = ("accuracy", "top_k_acc", *COUNTED)      # metrics that every test shows or most configs name
 Z = 1.96            # the normal quantile of a 95 % interval
 
 
@@ -32,10 +36,13 @@ def in_words(facts: RunFacts) -> list[str]:
 
 
 def words_for(config: dict[str, Any], result: dict[str, Any], loader: Any) -> list[str]:
-    """`in_words` of a split's figures where the images are a user's own; [] for a benchmark data set."""
+    """A line for each of the config's metrics that the table of accuracies lacks, then, where the images are a user's
+    own, `in_words` of a split's figures."""
+    names = [name for name in map(short_name, defaults(TOP, config)["metrics"]) if name not in IN_TABLE]
+    lines = [f"{name:<16}{result[name]:>9.4f}" for name in names if isinstance(result.get(name), float)]
     if not getattr(loader, "own_images", False):
-        return []
-    return in_words(RunFacts(config, result, list(loader.cls_num_list), loader.class_names))
+        return lines
+    return lines + in_words(RunFacts(config, result, list(loader.cls_num_list), loader.class_names))
 
 
 def refuse_nonfinite(result: dict[str, Any], checkpoint: Any) -> None:

@@ -155,8 +155,6 @@ def learned_prior(criterion: nn.Module, cls_num_list: list[int], power: float,
     """
     seen = shift.frequencies(cls_num_list) ** power
     seen = seen / seen.sum()
-    if not hasattr(criterion, "learned_prior"):
-        return seen
     return criterion.learned_prior(seen, len(expert_weights), expert_weights)
 
 

@@ -17,9 +17,24 @@ from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
 from utils.class_counts import GROUPS, group_limits
-from utils.config.check import metric_kind
+from utils.config.build import lookup
+from utils.config.check import metric_kind, metric_table
+from utils.config.outside import short_name
 
 Head = Callable[[dict[str, Any]], torch.Tensor]
+
+
+def metrics_of(names: list[str], monitor: str) -> dict[str, Callable | None]:
+    """The functions of the metrics that a config names, and of the monitored one, by name; None for what every
+    evaluation computes. names: the config's `metrics`; monitor: `trainer.monitor` without its direction."""
+    table, figure = metric_table(), monitor.removeprefix("val_")
+    names = [*names, *([figure] if figure in table else [])]
+    return {short_name(name): lookup(table, name, "metrics") for name in names}
+
+
+def further(metrics: dict[str, Callable | None]) -> dict[str, Callable]:
+    """Those of `metrics` that test_metrics.json lacks without them."""
+    return {name: function for name, function in metrics.items() if function is not None and name != "accuracy"}
 
 
 @torch.no_grad()

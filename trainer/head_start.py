@@ -18,6 +18,7 @@ from torch import nn
 
 from logger.log import get_logger, shows
 from logger.progress import progress_bar
+from model.classifier import weight_by_class
 from model.posthoc import ClassMeans
 from model.weights.pretrained import unreachable
 from trainer.cached import OnFeatures
@@ -69,12 +70,12 @@ def check_start(spec: Mapping[str, Any]) -> None:
 
 def set_weights(head: nn.Module, directions: torch.Tensor, known: torch.Tensor) -> None:
     """Set a head's weights to `directions` [C, D], scaled to unit length, for the classes that are `known` [C] (bool),
-    and its bias to 0. Raises ConfigError for a head without `weight`."""
+    and its bias to 0. Raises ConfigError for a head without `weight`, or whose layout its shape doesn't tell."""
     directions = F.normalize(directions, dim=1)
     if not hasattr(head, "weight"):
         raise ConfigError(f"init_classifier: {type(head).__name__} has no `weight` to begin from; leave it out")
     with torch.no_grad():
-        weight = head.weight if isinstance(head, nn.Linear) else head.weight.t()   # our cosine heads' is [D, C]
+        weight = weight_by_class(head, len(directions))
         weight[known] = directions[known].to(weight)
         if getattr(head, "bias", None) is not None:
             head.bias.zero_()

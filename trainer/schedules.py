@@ -72,7 +72,10 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
     except ZeroDivisionError:
         zeros = [key for key, value in args.items() if value == 0 and type(value) is not bool]
         raise ConfigError(f"{path}.args.{(zeros or [kind])[0]}: must not be 0, {kind} divides by it") from None
-    schedule.unit = unit
+    schedule.unit = getattr(schedule, "unit", unit)     # a class from outside may say
+    if schedule.unit not in ("epoch", "step", "figure"):
+        raise ConfigError(f"{path}.type: {kind}'s unit must be \"epoch\", \"step\" or \"figure\", not "
+                          f"{schedule.unit!r}")
     return schedule
 
 
@@ -211,6 +214,8 @@ def build_optimizer(spec: dict[str, Any], model: torch.nn.Module, options: dict[
         if not isinstance(base, dict) or base.get("type") == "SAM":
             raise ConfigError(f"{path}.args.base: SAM needs the optimizer that it works with, "
                               "{\"type\": \"SGD\", \"args\": {\"lr\": 0.1}}")
+        if (rate := args.pop("lr", None)) is not None:
+            base = {**base, "args": {**(base.get("args") or {}), "lr": rate}}
         base = build_optimizer(base, model, options, f"{path}.args.base")
         return build({"SAM": partial(SAM, base.param_groups, base)}, {"type": "SAM", "args": args}, path)
     if spec.get("type") == "Muon":

@@ -13,14 +13,13 @@ from base.labels import WholeBatch, join_labels, plain_labels
 from logger.log import get_logger
 from trainer.batch_of_one import one_value_told
 from trainer.compiling import choose_compiled, compile_layers
+from trainer.evaluate import metrics_of
 from trainer.hooks import HOOKS, make_hooks
 from trainer.meters import Means
 from trainer.optim.sam import SAM
 from trainer.precision import autocast, choose_precision
 from utils import dist
-from utils.config.build import lookup
-from utils.config.check import metric_kind, metric_table
-from utils.config.outside import short_name
+from utils.config.check import metric_kind
 from utils.config.schema import TOP, defaults
 from utils.errors import RunError
 
@@ -62,9 +61,7 @@ class StepTrainer(BaseTrainer):
         super().__init__(model, optimizer, config, **base)
         self.criterion = criterion.to(self.device)
         self.teacher = teacher
-        table, monitored = metric_table(), self.monitor.removeprefix("val_")
-        names = [*defaults(TOP, config)["metrics"], *([monitored] if monitored in table else [])]
-        self.metrics = {short_name(name): lookup(table, name, "metrics") for name in names}
+        self.metrics = metrics_of(defaults(TOP, config)["metrics"], self.monitor)
         self.batch_metrics = {name: value for name, value in self.metrics.items() if metric_kind(value) == "batch"}
         options = self.options
         self.amp, reason = choose_precision(options["amp"], self.device)

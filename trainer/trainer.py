@@ -13,7 +13,7 @@ from logger.progress import progress_bar
 from model.native import winograd
 from trainer.batch_of_one import check_least_share
 from trainer.cached import CachedFeatures, OnFeatures
-from trainer.evaluate import evaluate, with_all_experts
+from trainer.evaluate import evaluate, further, with_all_experts
 from trainer.precision import in_float32
 from trainer.schedules import bring_to
 from trainer.step import Part, StepTrainer
@@ -166,8 +166,8 @@ class Trainer(StepTrainer):
     def evaluate(self, loader: Any, *, validating: bool = False, **more: Any) -> dict[str, Any] | None:
         """The figures on a split, over all ranks, of the model that is saved (unwrapped); None if `stop` ended it.
 
-        validating: add the criterion's loss and the config's metrics, in the precision of training and with its
-        compiled layers; otherwise without autocast. more: see `trainer.evaluate.evaluate`.
+        validating: add the criterion's loss, in the precision of training and with its compiled layers; otherwise
+        without autocast. The config's metrics are added either way. more: see `trainer.evaluate.evaluate`.
         """
         with winograd.validating(validating):
             return self.evaluate_split(loader, validating, amp=self.amp if validating else "off", **more)
@@ -176,6 +176,8 @@ class Trainer(StepTrainer):
         """What `evaluate` returns; subclasses may override it."""
         if validating:
             more.update(criterion=self.criterion, metrics=self.metrics)
+        else:
+            more.update(metrics=further(self.metrics))
         model = self.judged_model
         if validating and self.on_features and self.cached.valid is not None:
             model, loader = OnFeatures(model), self.cached.valid

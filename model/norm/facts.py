@@ -73,7 +73,7 @@ def write_facts(facts: Facts, layer: nn.Module) -> None:
     MABN's running_var becomes the second moment, variance + mean^2.
     """
     for name, known in (("weight", facts.weight), ("bias", facts.bias)):
-        place = getattr(layer, name)
+        place = getattr(layer, name, None)
         if place is not None and known is not None:
             place.copy_(known)
             if isinstance(place, nn.Parameter):
@@ -84,7 +84,8 @@ def write_facts(facts: Facts, layer: nn.Module) -> None:
     if isinstance(layer, MABN2d):
         layer.running_var.copy_((facts.var + facts.mean ** 2).view_as(layer.running_var))
         return
-    layer.running_mean.copy_(facts.mean)
+    if getattr(layer, "running_mean", None) is not None:
+        layer.running_mean.copy_(facts.mean)
     layer.running_var.copy_(facts.var)
     if facts.steps is not None and getattr(layer, "num_batches_tracked", None) is not None:
         layer.num_batches_tracked.copy_(facts.steps)

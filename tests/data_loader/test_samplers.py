@@ -12,6 +12,7 @@ from data_loader.samplers import (
     SAMPLERS,
     ClassAwareSampler,
     ClassBalancedSampler,
+    EpochSampler,
     InstanceBalancedSampler,
     ProgressivelyBalancedSampler,
     SquareRootSampler,
@@ -161,6 +162,24 @@ def test_the_power_of_a_loaders_sampler():
              "ProgressivelyBalanced": 0.0}
     assert {kind: power_of({"sampler": {"type": kind}}) for kind in SAMPLERS} == kinds
     assert [power_of(args) for args in ({}, {"balanced": False}, {"balanced": True}, {"sampler": None})] == [1, 1, 0, 1]
+
+
+class Undersampled(EpochSampler):
+    """Two images of each class, without saying how many that are."""
+
+    def _draw(self, rng, epoch):
+        return self._draw_images(np.repeat(np.arange(self.num_classes), 2), rng)
+
+
+def test_a_sampler_that_draws_another_number_is_named():
+    with pytest.raises(ConfigError, match=r"Undersampled draws 12 images for an epoch of 648; its epoch_length"):
+        Undersampled(TARGETS).epoch_indices()
+    assert len(Undersampled(TARGETS, epoch_length=12).epoch_indices()) == 12
+
+
+def test_a_sampler_need_not_say_what_it_favours():
+    assert Undersampled.power is None
+    assert power_of({"sampler": {"type": f"{__name__}:Undersampled"}}) is None
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from model.classifier import HEADS, CosineLinear, make_head
+from model.classifier import HEADS, CosineLinear, make_head, weight_by_class
 from model.model import build_model
 from utils.errors import ConfigError
 
@@ -47,6 +47,26 @@ def test_batch_norm_on_logits(kind, affine):
     assert torch.equal(head.bn.running_mean, before)
     single = head.eval()(x[:1])
     torch.testing.assert_close(single, head(x)[:1])
+
+
+class OwnCosine(torch.nn.Module):
+    """A user's cosine head whose weight is [C, D], as nn.Linear's."""
+
+    def __init__(self, features, classes):
+        super().__init__()
+        self.weight, self.s = torch.nn.Parameter(torch.randn(classes, features)), 10.0
+
+
+def test_weights_by_class_of_any_head():
+    """[C, D] that share the head's memory; refused where the shape doesn't tell."""
+    for head in (make_head("linear", D, C), make_head("cosine", D, C), OwnCosine(D, C), OwnCosine(C, D)):
+        weight = weight_by_class(head, C)
+        assert weight.shape == (C, D) and weight.data_ptr() == head.weight.data_ptr()
+    square = make_head("cosine", C, C)
+    assert torch.equal(weight_by_class(square, C), square.weight.t())
+    for head, classes in ((OwnCosine(C, C), C), (OwnCosine(D, C), 3)):
+        with pytest.raises(ConfigError, match=r"^arch\.args\.classifier: the shape \[4, [45]\] of OwnCosine's weight"):
+            weight_by_class(head, classes)
 
 
 @pytest.mark.parametrize("kind", HEADS)

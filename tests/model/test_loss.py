@@ -412,6 +412,33 @@ def test_an_empty_class_adds_no_images_to_the_others_shares():
         slow_hcm(rows, target.tolist(), AS_RAREST, 2, images=WITH_EMPTY), rel=1e-12)
 
 
+class Progressive(LongTailLoss):
+    """Cross-entropy with class weights that grow over five epochs, as a user may write it."""
+
+    weighted = True
+
+    def class_weights(self):
+        return (self.counts.max() / self.counts).pow((self.epoch - 1) / 4)
+
+    def sample_loss(self, z, target):
+        return torch.nn.functional.cross_entropy(z, target, reduction="none")
+
+
+def test_class_weights_may_follow_the_epoch():
+    outputs, target = make()
+    criterion = Progressive(COUNTS)
+    for epoch in (1, 2, 5, 2):
+        criterion.set_epoch(epoch)
+        weights = [(COUNTS[0] / n) ** ((epoch - 1) / 4) for n in COUNTS]
+        slow = slow_ce(outputs["output"].tolist(), target.tolist(), weights)
+        assert criterion(outputs, target).item() == pytest.approx(slow, rel=1e-12)
+
+
+def test_a_loss_of_torchs_is_refused():
+    with pytest.raises(ConfigError, match=r"^loss\.type: torch\.nn:CrossEntropyLoss takes logits"):
+        build_loss({"type": "torch.nn:CrossEntropyLoss"}, COUNTS)
+
+
 @pytest.mark.parametrize("name", ["LDAMLoss", "CrossEntropyLoss", "RIDELoss", "BalPoELoss"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_parts_of_a_batch_sum_to_the_whole_batch(monkeypatch, name, mixed):

@@ -78,7 +78,7 @@ def test_linear_head_is_the_heads_own_map_without_bias(kind):
     x = torch.randn(7, D, dtype=torch.float64)
     bias = 0 if kind == "cosine" else head(torch.zeros(1, D, dtype=torch.float64))
     tau = 1.0 if kind == "cosine" else 0.0  # a cosine head normalises its weights itself
-    got = TauHeads([linear_head(head)]).logits(x[:, None], tau)
+    got = TauHeads([linear_head(head, C)]).logits(x[:, None], tau)
     assert torch.allclose(got, head(x) - bias, atol=1e-6)
 
 

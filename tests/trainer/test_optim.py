@@ -232,6 +232,14 @@ def test_wrong_optimizers_are_named(spec: dict, says: str) -> None:
         build_optimizer(spec, small_model(), {})
 
 
+def test_sam_takes_a_rate_for_its_base() -> None:
+    """So `--lr` works with it as with any optimizer."""
+    spec = {"type": "SAM", "args": {"base": {"type": "SGD", "args": {"lr": 0.5, "momentum": 0.9}}, "lr": 0.01}}
+    optimizer = build_optimizer(spec, small_model(), {})
+    assert {(group["lr"], group["momentum"]) for group in optimizer.param_groups} == {(0.01, 0.9)}
+    assert optimizer.base.defaults["lr"] == 0.01 and spec["args"]["base"]["args"]["lr"] == 0.5
+
+
 RUNS = {
     "muon": {"type": "Muon", "args": {"lr": 0.02, "weight_decay": 5e-3, "others": SGD}},
     "sam": {"type": "SAM", "args": {"rho": 0.05, "base": SGD}},

@@ -69,6 +69,28 @@ def test_torchs_schedules_are_called_as_torch_says(kind: str) -> None:
     assert walk(optimizer, schedule, FIGURES) == torchs_loop(kind, FIGURES)
 
 
+class HalfAStep(torch.optim.lr_scheduler.LambdaLR):
+    """Half the rate at each optimizer step, as a user may write it."""
+
+    unit = "step"
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer, lambda k: 0.5 ** k)
+
+
+class EachImage(HalfAStep):
+    unit = "image"
+
+
+def test_an_own_schedule_says_when_it_is_called() -> None:
+    optimizer = sgd(1.0)
+    schedule = build_scheduler({"type": f"{__name__}:HalfAStep"}, optimizer, EPOCHS, STEPS)
+    assert schedule.unit == "step"
+    assert walk(optimizer, schedule, FIGURES) == [0.5 ** k for k in range(EPOCHS * STEPS)]
+    with pytest.raises(ConfigError, match=r"EachImage's unit must be \"epoch\", \"step\" or \"figure\", not 'image'"):
+        build_scheduler({"type": f"{__name__}:EachImage"}, sgd(), EPOCHS, STEPS)
+
+
 def test_every_schedule_of_torchs_is_known_or_refused_by_name() -> None:
     public = [name for name in dir(lr_scheduler) if isinstance(getattr(lr_scheduler, name), type)
               and issubclass(getattr(lr_scheduler, name), lr_scheduler.LRScheduler) and not name.startswith("_")]

@@ -17,11 +17,11 @@ class SAM(Optimizer):
 
     params: the parameter groups of `base`.
     e = rho g / |g|, or if `adaptive` rho w² g / |w g| (ASAM; Kwon et al., ICML 2021), with norms over all parameters.
-    Groups and state are those of `base`, so schedules and checkpoints see one optimizer. Raises ConfigError for a rho
-    that isn't positive.
+    Groups and state are those of `base`, so schedules and checkpoints see one optimizer. lr: in a config, the rate of
+    `base` in place of the one that it names. Raises ConfigError for a rho that isn't positive.
     """
 
-    def __init__(self, params: Any, base: Any, rho: float = 0.05, adaptive: bool = False):
+    def __init__(self, params: Any, base: Any, rho: float = 0.05, adaptive: bool = False, lr: float | None = None):
         if not 0 < rho < math.inf:
             raise ConfigError(f"optimizer.args.rho: must be greater than 0, not {rho}")
         self.base, self.rho, self.adaptive = base, rho, adaptive

@@ -5,13 +5,12 @@ ranges are checked first, so that most mistakes are reported at once; only then 
 """
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from utils.config.annotation import parse, shown
-from utils.config.build import check_value, lookup
+from utils.config.build import check_value
 from utils.config.check import (
     check_classes,
     check_form,
@@ -111,8 +110,9 @@ def _blame(error: ConfigError, overrides: list[Override], inherited: Mapping[str
              if message.startswith((f"{path}:", f"{path}.", f"{path}["))]
     if not given:
         return error
-    longest = max(len(path) for path, _ in given)
-    return ConfigError(f"{message} (from {[flag for path, flag in given if len(path) == longest][-1]})")
+    _, source = max(reversed(given), key=lambda item: len(item[0]))
+    drop = "; \"_delete_\": true in args drops those" if "unknown argument" in message else ""
+    return ConfigError(f"{message} (from {source}{drop if source in inherited.values() else ''})")
 
 
 def _check(config: dict[str, Any], overrides: list[Override]) -> dict[str, Any]:
@@ -196,8 +196,7 @@ def _check_trainer(top: dict[str, Any]) -> None:
         raise ConfigError(f"data_loader.type: {data} {said}; choose a loader or an arch that fits")
     fitting = inferred_trainer(arch, top["distill"])
     trainer["type"] = trainer["type"] or fitting
-    module, _, table = TRAINERS.partition(":")
-    lookup(getattr(importlib.import_module(module), table), trainer["type"], "trainer.type", "trainer")
+    constructor(TRAINERS, trainer["type"], "trainer.type")
     if trainer["type"] != fitting and not {trainer["type"], fitting} <= {"Trainer", "DistillTrainer"} \
             and not is_outside(trainer["type"]):
         raise ConfigError(f"trainer.type: a {trainer['type']} can't train {kind}; leave the key out, or give {fitting}")

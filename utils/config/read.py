@@ -18,9 +18,8 @@ MAX_DEPTH = 24
 def read_config(path: str | os.PathLike, flag: str = "-c") -> tuple[dict[str, Any], dict[str, str]]:
     """A config file merged over the files that it extends, and which keys came from which of those.
 
-    `"extends": "base.json"`, a path relative to the file that says so, starts from base.json: objects are merged key
-    by key, lists and other values replaced. Chains are followed to their end. A `fallback` is also relative to the
-    file that names it.
+    `"extends": "base.json"`, a path relative to the file that says so, starts from base.json and is laid over it as
+    `merge` says. Chains are followed to their end. A `fallback` is also relative to the file that names it.
 
     Returns:
         (the config without `extends`, {dotted key: the extended file that gave its value}).
@@ -50,11 +49,13 @@ def _extended(path: str, flag: str, below: tuple[str, ...]) -> tuple[dict[str, A
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` overridden by `over`: objects merged key by key, lists and other values replaced."""
-    merged = dict(base)
+    """`base` overridden by `over`: objects merged key by key, lists, other values and `_delete_` objects replaced."""
+    merged = dict(base) if over.get("_delete_") is not True else {}
     for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
+        if isinstance(value, Mapping):
+            merged[key] = merge(merged[key] if isinstance(merged.get(key), Mapping) else {}, value)
+        elif key != "_delete_" or value is not True:
+            merged[key] = value
     return merged
 
 

@@ -174,7 +174,7 @@ STARTS = Section("start", ("trainer.head_start:STARTS",), placed=3)
 #: What `trainer.hooks` lists.
 HOOKS = Section("hook", ("trainer.hooks:HOOKS",), "trainer.hooks.base:Hook", placed=1)
 #: `trainer.type` -> its class.
-TRAINERS = "trainer:TRAINERS"
+TRAINERS = Section("trainer", ("trainer:TRAINERS",), "base.base_trainer:BaseTrainer")
 #: Modules of the functions that `metrics` may name.
 METRICS = ("model.metric", "model.split_metrics")
 #: Figures of a whole split that every validation computes; `metrics` may name them too.

@@ -99,6 +99,25 @@ def test_statistics_carry_over():
     assert torch.equal(back.running_var, mabn.running_var.flatten()) and not back.running_mean.any()
 
 
+class Rms(nn.Module):
+    """A norm of one's own without bias and running mean."""
+
+    def __init__(self, num_features, eps=1e-5):
+        super().__init__()
+        self.num_features, self.eps, self.weight = num_features, eps, nn.Parameter(torch.ones(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+
+def test_a_norm_may_lack_bias_and_running_mean():
+    norm = nn.BatchNorm2d(3)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        norm.running_var.copy_(torch.tensor([4.0, 5.0, 6.0]))
+    converted = convert_norm(norm, f"{__name__}:Rms")
+    assert isinstance(converted, Rms)
+    assert torch.equal(converted.weight, norm.weight) and torch.equal(converted.running_var, norm.running_var)
+
+
 def test_momentum_and_its_conventions():
     def momentum(kind, source=0.1, **args):
         return convert_norm(nn.Sequential(nn.BatchNorm2d(4, momentum=source)), kind, **args)[0].momentum

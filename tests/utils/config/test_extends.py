@@ -43,7 +43,23 @@ def test_another_type_keeps_the_arguments_unless_they_are_emptied(tmp_path):
           anew={"extends": "base.json", "loss": {"type": "CrossEntropyLoss", "args": None}})
     assert load_config(tmp_path / "kept.json")["loss"] == {"type": "LDAMLoss", "args": {"reweight_epoch": 160}}
     assert load_config(tmp_path / "anew.json")["loss"] == {"type": "CrossEntropyLoss", "args": {}}
-    with pytest.raises(ConfigError, match=r"loss\.args\.reweight_epoch: .*\(from .*base\.json\)$"):
+    said = r'loss\.args\.reweight_epoch: .*\(from .*base\.json; "_delete_": true in args drops those\)$'
+    with pytest.raises(ConfigError, match=said):
+        load_config(tmp_path / "wrong.json")
+
+
+def test_an_object_may_replace_the_inherited_one(tmp_path):
+    write(tmp_path, base=BASE,
+          anew={"extends": "base.json", "loss": {"type": "LDAMLoss", "args": {"_delete_": True, "max_m": 0.3}},
+                "arch": {"_delete_": True, "type": "ResNet32Model"}},
+          above={"extends": "anew.json", "loss": {"args": {"s": 20}}},
+          wrong={"extends": "base.json", "loss": {"args": {"_delete_": 1}}},
+          alone={"extends": "base.json", "lr_scheduler": {"_delete_": True, "type": "CosLR"}})
+    config = load_config(tmp_path / "above.json")
+    assert config["loss"] == {"type": "LDAMLoss", "args": {"max_m": 0.3, "s": 20.0}}
+    assert config["arch"] == {"type": "ResNet32Model", "args": {}}
+    assert load_config(tmp_path / "alone.json")["lr_scheduler"]["type"] == "CosLR"     # nothing there to replace
+    with pytest.raises(ConfigError, match=r"loss\.args\._delete_: unknown argument"):
         load_config(tmp_path / "wrong.json")
 
 

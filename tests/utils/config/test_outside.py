@@ -137,6 +137,7 @@ def test_every_section_takes_a_class_from_outside(own):
     ({"loss__type": "OWN:Loss", "loss__args": {"powr": 1}}, r"^loss\.args\.powr: .* Loss 'powr'; did you mean 'power'"),
     ({"loss__type": "OWN:Loss", "loss__args": {"power": "x"}}, r"^loss\.args\.power: must be a number"),
     ({"loss__type": "OWN:Momentum"}, r"^loss\.type: \S+ isn't a loss: it doesn't derive from torch\.nn\.Module"),
+    ({"trainer__type": "OWN:Loss"}, r"^trainer\.type: \S+ isn't a trainer: it doesn't derive from base\.base_trainer"),
     ({"loss__type": "OWNER:Loss"}, r"^loss\.type: there is no module \S+, neither in "),
     ({"loss__type": "no_such_package:Loss"}, r"^loss\.type: there is no module no_such_package"),
     ({"loss__type": "OWN:"}, r"should read package\.module:Class"),
