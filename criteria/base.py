@@ -106,7 +106,8 @@ class LongTailLoss(nn.Module):
             return weight_after * loss + weight_before * self.stream_loss(before, target, whole)
 
     def _stream(self, outputs: Mapping[str, Any], output: str, logits: str) -> dict[str, Tensor]:
-        stream = {"output": outputs.get(output), "logits": outputs.get(logits), "teacher": outputs.get("teacher")}
+        stream = {"output": outputs.get(output), "logits": outputs.get(logits), "teacher": outputs.get("teacher"),
+                  "feat": outputs.get("feat")}
         stream = {key: at_least_float32(value) for key, value in stream.items() if value is not None}
         classes = stream["output"].shape[-1]
         if self.counts is not None and len(self.counts) != classes:
@@ -119,7 +120,8 @@ class LongTailLoss(nn.Module):
 
     def stream_loss(self, stream: Mapping[str, Tensor], target: Tensor | MixedLabels,
                     whole: WholeBatch | None = None) -> Tensor:
-        """The loss of one stream: a dict with `output` [N, C] and perhaps `logits` [N, E, C], `teacher` [N, C]."""
+        """The loss of one stream: a dict with `output` [N, C] and perhaps `logits` [N, E, C], `teacher` [N, C] and
+        `feat` [N, E, D], which is before BatchFormer in both streams."""
         return self.mean_loss(stream["output"], target, whole)
 
     def sample_loss(self, z: Tensor, target: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # a second to import: only where a table is made
 
 #: Data sets with validation images of their own, which "validation": "test" takes.
 VALIDATED = ("ImageNetLT", "PlacesLT")
+#: Flag -> (the table) -> the text that it asks for.
+FORMS = {"csv": csv_table, "markdown": markdown_table, "html": lambda table: html_table(table, "Runs compared")}
 
 
 # ---------------------------------------------------------------------- rows
@@ -206,9 +208,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("folder", metavar="DIR", help="where the runs are, e.g. saved/")
     parser.add_argument("--sort", metavar="KEY", help=f"one of {', '.join(column.key for column in COLUMNS)}; "
                         "default: by data set, the best first")
-    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV (accuracies as fractions)")
-    parser.add_argument("--markdown", metavar="FILE", help="write it as Markdown; - prints that instead")
-    parser.add_argument("--html", metavar="FILE", help="write it as a page")
+    for form, what in (("csv", "the table as CSV (accuracies as fractions)"), ("markdown", "it as Markdown"),
+                       ("html", "it as a page")):
+        parser.add_argument(f"--{form}", metavar="FILE", nargs="?", const="-",
+                            help=f"write {what}; without a file or with - print that instead")
     parser.add_argument("--readme", action="store_true", help="print README's table instead: a row a method, with the "
                         "published figure and the command (see tools.keep)")
     parser.add_argument("--curves", metavar="PNG", help="draw each method's accuracy over epochs instead")
@@ -225,13 +228,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = [column.key for column in COLUMNS]
     if args.sort is not None and args.sort not in keys:
         raise unknown("--sort", args.sort, keys, "column")
-    written = next((flag for flag in ("csv", "markdown", "html") if getattr(args, flag)), None)
+    written = next((form for form in FORMS if getattr(args, form)), None)
     if written and (args.readme or args.curves):
         raise ConfigError(f"--{written}: is of the whole table, which {'--readme' if args.readme else '--curves'} "
                           "leaves out; run it without")
-    targets = [os.path.realpath(path) for path in (args.csv, args.markdown, args.html) if path and path != "-"]
-    if len(set(targets)) < len(targets):
-        raise ConfigError("--csv, --markdown, --html: need a file each")
+    asked = {form: getattr(args, form) for form in FORMS if getattr(args, form)}
+    printed = next((form for form, path in asked.items() if path == "-"), None)
+    if len({path if path == "-" else os.path.realpath(path) for path in asked.values()}) < len(asked):
+        raise ConfigError("--csv, --markdown, --html: need a file each; only one of them can be printed")
     folder = Path(args.folder)
     if not folder.is_dir():
         raise ConfigError(f"{args.folder}: no such folder; give the one that holds the runs, e.g. saved/")
@@ -242,26 +246,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     table, skipped = compare(folder, sort=args.sort, published="none" if args.readme else args.published,
                              only_means=args.only_means or args.readme, costs=not args.no_costs, aside=not args.readme)
     for line in skipped:    # on stderr where stdout holds nothing but the table
-        print(f"skipped {line}", file=sys.stderr if args.readme or args.markdown == "-" else sys.stdout)
+        print(f"skipped {line}", file=sys.stderr if args.readme or printed else sys.stdout)
     if not table["kind"].isin(["run", "mean"]).any():
         raise ConfigError(f"{args.folder}: holds no runs (models/<name>/<run_id> with a config.json)")
     if args.readme:
         print(readme_table(table.to_dict("records")))
         return
-    print(markdown_table(table) if args.markdown == "-" else text_table(table))
-    for path, write in ((args.csv, lambda: csv_table(table)), (args.html, lambda: html_table(table, "Runs compared")),
-                        (args.markdown if args.markdown != "-" else None, lambda: markdown_table(table))):
-        if path:
-            write_file(path, write())
+    print((FORMS[printed] if printed else text_table)(table).rstrip("\n"))
+    for form, path in asked.items():
+        if form != printed:
+            write_file(path, FORMS[form](table), sys.stderr if printed else sys.stdout)
 
 
-def write_file(path: str, text: str) -> None:
-    """Write a file and say so. Raises ConfigError where that isn't possible."""
+def write_file(path: str, text: str, told: Any) -> None:
+    """Write a file and say so on the stream `told`. Raises ConfigError where that isn't possible."""
     try:
         write_text(path, text)
     except OSError as error:
         raise ConfigError(f"{path}: can't be written: {error.strerror}") from None
-    print(f"written to {path}")
+    print(f"written to {path}", file=told)
 
 
 if __name__ == "__main__":

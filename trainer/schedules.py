@@ -16,6 +16,7 @@ from trainer.optim.sam import SAM
 from trainer.rates import SCHEDULES, iteration_lr
 from utils.config.build import build, lookup
 from utils.config.check import monitored
+from utils.config.outside import is_outside
 from utils.config.schema import TRAINER, defaults
 from utils.errors import ConfigError
 
@@ -39,7 +40,7 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
 
     Args:
         spec: {"type": CustomLR | CosLR | LinearLR0 | IterationLR | a name in torch.optim.lr_scheduler, "args": {...}}.
-        epochs, steps_per_epoch: the run's length.
+        epochs, steps_per_epoch: the run's length; a class from outside gets those that it takes.
         monitor: `trainer.monitor`, whose direction (min or max) ReduceLROnPlateau follows.
     Raises:
         ConfigError: unknown type or arguments, or a schedule whose `step()` must be called in a way that
@@ -65,8 +66,10 @@ def build_scheduler(spec: dict[str, Any] | None, optimizer: torch.optim.Optimize
         if hasattr(torch_schedulers, kind) and kind not in BY_EPOCH:
             raise ConfigError(f"{path}.type: {kind} is called in a way that training doesn't know; use one of "
                               f"{', '.join((*SCHEDULES, *BY_EPOCH, *BY_STEP, *BY_FIGURE))}")
+    length = {"epochs": epochs, "steps_per_epoch": steps_per_epoch} if is_outside(kind) else {}
+    more = {key: value for key, value in length.items() if key not in args}
     try:
-        schedule = build(torch_schedulers, {"type": kind, "args": args}, path, optimizer)
+        schedule = build(torch_schedulers, {"type": kind, "args": args}, path, optimizer, **more)
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}.args: {error}") from None
     except ZeroDivisionError:

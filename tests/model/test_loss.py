@@ -434,6 +434,24 @@ def test_class_weights_may_follow_the_epoch():
         assert criterion(outputs, target).item() == pytest.approx(slow, rel=1e-12)
 
 
+class Compact(LongTailLoss):
+    """A loss on features [N, E, D] besides the logits, as a user may write it."""
+
+    def stream_loss(self, stream, target, whole=None):
+        return super().stream_loss(stream, target, whole) + stream["feat"].square().sum(2).mean()
+
+    sample_loss = Progressive.sample_loss
+
+
+def test_a_loss_may_use_features():
+    outputs, target = make()
+    feat = torch.randn(len(target), 3, 4, dtype=torch.bfloat16)
+    plain = slow_ce(outputs["output"].tolist(), target.tolist())
+    length = sum(v * v for image in feat.tolist() for expert in image for v in expert) / (len(target) * 3)
+    loss = Compact()({**outputs, "feat": feat}, target)
+    assert loss.item() == pytest.approx(plain + length, rel=1e-6)      # the features in float32
+
+
 def test_a_loss_of_torchs_is_refused():
     with pytest.raises(ConfigError, match=r"^loss\.type: torch\.nn:CrossEntropyLoss takes logits"):
         build_loss({"type": "torch.nn:CrossEntropyLoss"}, COUNTS)

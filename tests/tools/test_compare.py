@@ -123,7 +123,16 @@ def test_markdown_to_stdout_sorted(saved, call_cli):
     assert "| ride/fast |" in done.stdout and "ce/seed0" not in done.stdout
 
 
+def test_a_form_without_a_file_is_printed_alone(saved, call_cli, tmp_path):
+    page = tmp_path / "runs.html"
+    done = call_cli(["-m", "tools.compare", saved, "--no_costs", "--html", page, "--csv"], check=True)
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert {"ride/fast", "ce/seed0"} <= {row["run"] for row in rows} and len(rows) + 1 == done.stdout.count("\n")
+    assert page.is_file() and f"written to {page}" in done.stderr
+
+
 @pytest.mark.parametrize("args, said", [
+    (["{saved}", "--csv", "--html"], "only one of them can be printed"),
     (["nowhere"], "nowhere: no such folder"), (["{empty}"], "holds no runs"),
     (["{saved}", "--sort", "fwe"], "did you mean 'few'?"), (["{saved}", "--cvs", "x"], "--cvs"),
     (["{saved}", "--csv", "x", "--markdown", "./x"], "--csv, --markdown, --html: need a file each"),

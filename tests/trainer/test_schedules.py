@@ -74,8 +74,9 @@ class HalfAStep(torch.optim.lr_scheduler.LambdaLR):
 
     unit = "step"
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer, steps_per_epoch: int, epochs: int = 1):
         super().__init__(optimizer, lambda k: 0.5 ** k)
+        self.length = epochs * steps_per_epoch
 
 
 class EachImage(HalfAStep):
@@ -85,7 +86,7 @@ class EachImage(HalfAStep):
 def test_an_own_schedule_says_when_it_is_called() -> None:
     optimizer = sgd(1.0)
     schedule = build_scheduler({"type": f"{__name__}:HalfAStep"}, optimizer, EPOCHS, STEPS)
-    assert schedule.unit == "step"
+    assert schedule.unit == "step" and schedule.length == EPOCHS * STEPS
     assert walk(optimizer, schedule, FIGURES) == [0.5 ** k for k in range(EPOCHS * STEPS)]
     with pytest.raises(ConfigError, match=r"EachImage's unit must be \"epoch\", \"step\" or \"figure\", not 'image'"):
         build_scheduler({"type": f"{__name__}:EachImage"}, sgd(), EPOCHS, STEPS)

@@ -144,13 +144,13 @@ SECTIONS = {
                          skip=("Optimizer",), placed=1,
                          refused={"LBFGS": "it evaluates the loss several times a step, which training doesn't",
                                   "SparseAdam": "it takes sparse gradients only, and these models have none"}),
-    "loss": Section("loss", ("model.loss:LOSSES",), "torch.nn:Module", provided=("cls_num_list",),
+    "loss": Section("loss", ("model.loss:LOSSES",), "torch.nn:Module", provided=("cls_num_list", "epochs"),
                     default={"type": "CrossEntropyLoss", "args": {}}),
     "lr_scheduler": Section("schedule", ("trainer.rates:SCHEDULES", "torch.optim.lr_scheduler"),
                             "torch.optim.lr_scheduler:LRScheduler", skip=("LRScheduler",),
-                            provided=("optimizer", "max_lr"), reserved={"last_epoch": "-r, which resumes the schedule",
-                                                                        "run_epochs": "trainer.epochs",
-                                                                        "unit": "args.by"},
+                            provided=("optimizer", "max_lr", "epochs", "steps_per_epoch"),
+                            reserved={"last_epoch": "-r, which resumes the schedule", "run_epochs": "trainer.epochs",
+                                      "unit": "args.by"},
                             dropped={kind: {"step1": "int", "step2": "int", "gamma": "float"}
                                      for kind in ("CosLR", "LinearLR0")}, default={}),
 }

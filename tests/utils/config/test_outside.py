@@ -35,9 +35,9 @@ class Digits(DigitsLTDataLoader):
     pass
 
 class Loss(LDAMLoss):
-    def __init__(self, cls_num_list: list | None = None, power: float = 2.0, s: float = 20.0):
+    def __init__(self, epochs: int, cls_num_list: list | None = None, power: float = 2.0, s: float = 20.0):
         super().__init__(cls_num_list, s=s)
-        self.power = power
+        self.power, self.epochs = power, epochs
 
 class Plain(nn.Module):
     def forward(self, outputs, target):
@@ -122,7 +122,7 @@ def test_every_section_takes_a_class_from_outside(own):
     assert isinstance(model, module.Net) and model.extra == 3.0
     assert any(isinstance(layer, module.Norm) for layer in model.modules())
     loss = make_criterion(checked, loader.cls_num_list)
-    assert isinstance(loss, module.Loss) and loss.power == 1.0
+    assert isinstance(loss, module.Loss) and loss.power == 1.0 and loss.epochs == 2
     optimizer = build_optimizer(checked["optimizer"], model, checked["trainer"])
     assert isinstance(optimizer, module.Momentum) and optimizer.defaults["momentum"] == 0.25
     assert isinstance(build_scheduler(checked["lr_scheduler"], optimizer, 2), module.Halving)
