@@ -8,6 +8,7 @@ from logger.figures.style import FULL, GROUP_COLOURS, LIGHT, new_figure, styled
 from utils.class_counts import GROUPS
 
 History = Sequence[dict[str, float | None]]
+MOST_NAMED = 7      # lines that are named at their ends, where names still find room
 
 
 def _points(history: History, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
@@ -17,14 +18,22 @@ def _points(history: History, key: str, scale: float = 1.0) -> tuple[list[float]
 
 
 def _draw_lines(axes: Any, lines: Sequence[tuple]) -> None:
-    """Lines (epochs, values, name, colour, style), each named at its end instead of in a legend."""
+    """Lines (epochs, values, name, colour, style), each named at its end; more than MOST_NAMED in a legend beside the
+    panel, in order of their last values."""
     ends = []
     for xs, ys, name, colour, style in lines:
-        axes.plot(xs, ys, color=colour, linestyle=style, marker="o" if len(xs) < 3 else None, markersize=4)
+        axes.plot(xs, ys, color=colour, linestyle=style, marker="o" if len(xs) < 3 else None, markersize=4, label=name)
         ends.append([ys[-1], xs[-1], name, colour])
     axes.margins(x=0.02)
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(lines) > MOST_NAMED:
+        for y, x, _, colour in ends:
+            axes.plot(x, y, color=colour, marker="o", markersize=5)
+        drawn = sorted(zip(ends, axes.get_lines()), key=lambda pair: -pair[0][0])
+        axes.legend(handles=[line for _, line in drawn], loc="center left", bbox_to_anchor=(1.02, 0.5),
+                    borderaxespad=0, handlelength=2.4, labelspacing=0.55)
+        return
     # Names that would overlap are moved apart, in order of the lines' ends, and not above the panel.
     low, high = axes.get_ylim()
     ends.sort()
