@@ -57,7 +57,7 @@ TOP = (
     Row("n_gpu", "int", 1, "processes to train with, one a GPU; fewer where the machine has fewer", low=0),
     Row("seed", "int", 0, "seed of weights, data order, augmentation and dropout", low=0, high=2**32 - 1),
     Row("metrics", "list[str]", ["accuracy"],
-        "each epoch's figures: accuracy, top_k_acc; of the whole validation split: auc, ece, macro_f1; your own"),
+        "figures of each epoch and of the test: accuracy, top_k_acc; of the whole split: auc, ece, macro_f1; your own"),
     Row("add_extra_info", "bool", False, "of old configs; the losses always get what they need"),
     Row("distill", "bool", False, "learn from a teacher too: needs distill_arch and distill_checkpoint"),
     Row("distill_checkpoint", "str | None", None, "the teacher's weights"),
