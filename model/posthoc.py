@@ -108,6 +108,11 @@ class TauHeads:
         factors = self.factors(tau)
         return _in_chunks(lambda piece: (self._raw(piece) * factors).mean(1), feats, self.num_classes)
 
+    def at(self, tau: float) -> Callable[[Tensor], Tensor]:
+        """`logits` for one tau as a function of features; for batches, as it computes them in one piece."""
+        factors = self.factors(tau)
+        return lambda feats: (self._raw(feats) * factors).mean(1)
+
     @torch.no_grad()
     def count(self, feats: Tensor, labels: Tensor, taus: Sequence[float], states: Sequence[EvalState]) -> None:
         """Update `states`, one for each tau, with that tau's logits. feats: [N, E, D]; labels: [N].

@@ -5,12 +5,15 @@ import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import test as test_script
 from model import split_metrics
 from model.metric import EvalState
+from tools import export as export_script
 from tools import predict as predict_script
 from tools import report as report_script
 from tools.calibration import keep_temperature
@@ -162,6 +165,58 @@ def test_a_prior_needs_to_know_own_losses_and_samplers(trained, tmp_path, monkey
     with pytest.raises(ConfigError, match="or that doesn't say what it favours"):
         figures(tmp_path / "Shuffled" / checkpoint.name, "--prior", "uniform", "--set",
                 'data_loader.args.sampler={"type": "my_parts:Shuffled"}')
+
+
+def other_logits(model, images):
+    """Name of the flags -> the logits that they ask for, float64 [N, C], of three balanced linear or cosine heads."""
+    outputs = model(images)
+    z = outputs["output"].double()
+    tau = []
+    for head, feats in zip(model.heads(), outputs["feat"].double().unbind(1)):
+        weight = head.weight.detach().double().t()                  # cosine heads': [D, C] -> [C, D]
+        unit = torch.nn.functional.normalize(feats, dim=1)
+        tau.append(head.s * unit @ (weight / weight.norm(dim=1, keepdim=True) ** 0.7).t())
+    return {("--classifier", "la", "--tau", "0.5"): z - 0.5 * PI.log(),
+            ("--prior", "train"): z + PI.log(),
+            ("--classifier", "tau", "--tau", "0.7"): torch.stack(tau).mean(0)}
+
+
+def test_exports_and_predictions_with_another_classifier(trained, tmp_path):
+    checkpoint, _ = trained
+    opened = open_run(checkpoint)
+    images = next(iter(opened.loader("test")))[0][:6]
+    with torch.no_grad():
+        wanted = other_logits(opened.model, images)
+    for number, (flags, logits) in enumerate(wanted.items()):
+        out = tmp_path / f"{number}.pt2"
+        export_script.main(["-r", str(checkpoint), "--format", "pt2", "--out", str(out), *flags])
+        extra = {"metadata.json": ""}
+        got = torch.export.load(str(out), extra_files=extra).module()(images)
+        assert torch.allclose(got.double().log_softmax(1), logits.log_softmax(1), atol=1e-4)
+        assert json.loads(extra["metadata.json"])[flags[0][2:]] == " ".join(flags[1::2])
+    for number in range(3):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)).save(
+            tmp_path / f"{number}.png")
+    found = []
+    for flags in ((), ("--prior", "train")):
+        predict_script.main(["-r", str(checkpoint), "-d", "cpu", str(tmp_path), "--topk", "10", "--json",
+                             str(tmp_path / "found.json"), *flags])
+        rows = json.loads((tmp_path / "found.json").read_text())["predictions"]
+        found.append([{row["class"]: row["probability"]} | {row[f"class_{k}"]: row[f"probability_{k}"]
+                                                            for k in range(2, 11)} for row in rows])
+    for plain, shifted in zip(*found, strict=True):
+        shares = torch.tensor([plain[str(n)] for n in range(10)], dtype=torch.float64) * PI
+        assert [shifted[str(n)] for n in range(10)] == pytest.approx((shares / shares.sum()).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--tau", "1"], "--tau: goes with --classifier tau or la"), (["--classifier", "tau"], "--tau: missing"),
+    (["--classifier", "la", "--tau", "0:1:0.5"], "--tau: must be one number here"),
+    (["--prior", "estimate"], "--prior: estimate needs a test split"), (["--prior", "nowhere"], "--prior")])
+@pytest.mark.parametrize("command", [predict_script, export_script])
+def test_wrong_flags_for_another_classifier(trained, command, flags, said):
+    with pytest.raises(ConfigError, match=said):
+        command.parse(["-r", str(trained[0]), *flags, *([] if command is export_script else ["x.png"])])
 
 
 def test_the_configs_metrics_are_in_the_test_figures(trained, capsys):

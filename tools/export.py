@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.cli import check_file, parse_tool, tool_parser
+from tools.flags import add_classifier, check_classifier
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError, unknown
 
@@ -31,8 +32,9 @@ OPSET = 18
 ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file can hold itself
 
 
-def exportable(model: Any, temperature: float = 1.0) -> Any:
-    """The model as a module of images alone, folded, for evaluation: [N, 3, H, W] -> logits [N, C] / `temperature`."""
+def exportable(model: Any, temperature: float = 1.0, head: Callable | None = None) -> Any:
+    """The model as a module of images alone, folded, for evaluation: [N, 3, H, W] -> logits [N, C] / `temperature`.
+    head: makes the logits from the model's dict, in place of `output`."""
     import torch
 
     from model.norm import fold_norm
@@ -46,7 +48,8 @@ def exportable(model: Any, temperature: float = 1.0) -> Any:
             self.model = merge_lora(fold_norm(model)).cpu().to(memory_format=torch.contiguous_format)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            logits = self.model(images)["output"]
+            outputs = self.model(images)
+            logits = outputs["output"] if head is None else head(outputs)
             return logits if temperature == 1 else logits / temperature
 
     return Classifier().eval().requires_grad_(False)
@@ -120,8 +123,10 @@ def check_packages(kind: str) -> None:
 
 # ---------------------------------------------------------------------- writing and checking
 
-def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
+def export(run: Any, kind: str, target: Path, head: Callable | None = None,
+           about: dict[str, str] | None = None) -> tuple[float, list[Path]]:
     """Write a run's model to `target`; returns (the largest difference from the model's logits, the files written).
+    head, about: another classifier, see `tools.heads.head_for_use`; it has the temperature in it.
 
     Raises ConfigError for a detector, a missing package or a folder that can't be written, RunError where the file
     and the model disagree; then nothing is left behind.
@@ -134,7 +139,8 @@ def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
         raise ConfigError(f"-r {run.path}: is a detector; only classifiers are exported")
     check_packages(kind)
     write, reload, _ = FORMATS[kind]
-    model, size = exportable(run.model, run.temperature), facts["preprocess"]["image_size"]
+    temperature = run.temperature if head is None else 1.0
+    model, size = exportable(run.model, temperature, head), facts["preprocess"]["image_size"]
     generator = torch.Generator().manual_seed(0)
     try:
         folder = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
@@ -144,10 +150,10 @@ def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters' internal ones
             # Two images: a program traced with one takes N = 1 for a constant.
-            write(model, torch.randn(2, 3, size, size, generator=generator), metadata(run, facts, run.model),
-                  folder / target.name)
+            write(model, torch.randn(2, 3, size, size, generator=generator),
+                  metadata(run, facts, run.model) | (about or {}), folder / target.name)
             answers = reload(folder / target.name)
-            difference = largest_difference(run.model, answers, size, generator, run.temperature)
+            difference = largest_difference(run.model, answers, size, generator, temperature, head)
         written = [Path(shutil.move(path, target.parent / path.name)) for path in sorted(folder.iterdir())]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -155,7 +161,7 @@ def export(run: Any, kind: str, target: Path) -> tuple[float, list[Path]]:
 
 
 def largest_difference(model: Any, answers: Callable, size: int, generator: Any,
-                       temperature: float = 1.0) -> float:
+                       temperature: float = 1.0, head: Callable | None = None) -> float:
     """The largest |difference| of a logit between `model`, not folded, and `answers`, the exported one.
 
     Raises RunError where it exceeds TOLERANCE or, with logits above 10, ROUNDING times the largest; and where shapes
@@ -165,7 +171,8 @@ def largest_difference(model: Any, answers: Callable, size: int, generator: Any,
     device, worst, scale = next(model.parameters()).device, 0.0, 0.0
     for n in CHECKED:
         images = torch.randn(n, 3, size, size, generator=generator)
-        wanted = model(images.to(device))["output"].float().cpu() / temperature
+        outputs = model(images.to(device))
+        wanted = (outputs["output"] if head is None else head(outputs)).float().cpu() / temperature
         given = answers(images)
         if given.shape != wanted.shape:
             raise RunError(f"the exported model answers {n} images with {list(given.shape)}, not {list(wanted.shape)}")
@@ -186,7 +193,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
                          __doc__.split("\n\n")[1])
     parser.add_argument("--format", default="onnx", metavar="F", help=f"{' or '.join(FORMATS)} (default onnx)")
     parser.add_argument("--out", metavar="FILE", help="the file to write (default: model.F beside the checkpoint)")
+    add_classifier(parser)
     args = parse_tool(parser, argv)
+    check_classifier(args)
     if args.resume is None:
         raise ConfigError("python -m tools.export: needs -r CHECKPOINT")
     check_file(args.resume, "-r")
@@ -209,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     import logging
 
     from logger.log import setup_logging
+    from tools.heads import head_for_use
     from tools.opened import open_run
+    from utils.config.check import task_name
     from utils.device import pick_device
     setup_logging(0)
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
@@ -217,7 +228,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device or "cpu"))
     if (run.config["data_loader"].get("args") or {}).get("crops"):
         print("the file takes one crop of an image, not data_loader.args.crops; tools.predict --crops gives it several")
-    difference, written = export(run, args.format, args.out)
+    head, about = None, {}
+    if task_name(run.model) == "classification":
+        run.model.cpu()     # where the exported program runs, for the weights of another classifier too
+        head, about = head_for_use(args, run, run.temperature if args.classifier == "joint" else 1.0)
+    difference, written = export(run, args.format, args.out, head, about)
     print(f"largest difference from PyTorch: {difference:.2g} (batches of {', '.join(map(str, CHECKED))} images)")
     for path in written:
         print(f"written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

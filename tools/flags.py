@@ -72,6 +72,32 @@ def test_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_classifier(parser: argparse.ArgumentParser) -> None:
+    """Add test.py's `--classifier`, `--tau` and `--prior`, as far as a command that sees no split can heed them; check
+    them with `check_classifier`."""
+    how = parser.add_argument_group("another classifier", "found with test.py, which chooses tau")
+    how.add_argument("--classifier", choices=("joint", "tau", "la"), default="joint", help="joint: the trained one "
+                     "(default); tau: weights / norm^tau; la: logits - tau log(n_j / n)")
+    how.add_argument("--tau", metavar="T", help="a number; for la 1 if not given")
+    how.add_argument("--prior", metavar="P", help="the class distribution where the model will be used: uniform, "
+                     "train, or a file of one number a class")
+
+
+def check_classifier(args: argparse.Namespace) -> None:
+    """Convert the flags of `add_classifier`: tau becomes a list of one number, or None. Raises ConfigError."""
+    if args.classifier == "joint" and args.tau is not None:
+        raise ConfigError("--tau: goes with --classifier tau or la")
+    if args.classifier == "tau" and args.tau is None:
+        raise ConfigError("--tau: missing; test.py --classifier tau finds the one that is best on validation images")
+    args.tau = None if args.classifier == "joint" else parse_taus(args.tau or "1")
+    if args.tau is not None and len(args.tau) > 1:
+        raise ConfigError("--tau: must be one number here; test.py chooses from several")
+    if args.prior == "estimate":
+        raise ConfigError("--prior: estimate needs a test split; give test.py's class_distribution as a file")
+    if args.prior not in (None, "uniform", "train"):
+        check_file(args.prior, "--prior")
+
+
 def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of train.py: config, resume, device, run_id, dry_run, profile, quiet, verbose, ignored (flags without
     effect), and overrides: `Override`s in the order given.

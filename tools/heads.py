@@ -105,6 +105,22 @@ def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any
     return head, note
 
 
+def head_for_use(args: Namespace, run: Any, temperature: float) -> tuple[Any, dict[str, str]]:
+    """(what the flags of `tools.flags.add_classifier` put in place of the model's own logits, None: nothing; what that
+    is, by flag). temperature: divides the trained classifier's logits, under a prior. Raises ConfigError."""
+    if args.classifier == "joint" and args.prior is None:
+        return None, {}
+    how = Namespace(classifier=args.classifier, tau=args.tau, prior=args.prior, expert_weights="equal")
+    head, note = choose_classifier(how, run, None)
+    if head is None:
+        def head(outputs: dict[str, Any]) -> Any:
+            return outputs["output"].float() / temperature
+    if args.prior is not None:
+        head, note = with_prior(how, run, None, head, note)
+    said = {} if args.classifier == "joint" else {"classifier": f"{args.classifier} {args.tau[0]:g}"}
+    return head, {**said, **({} if args.prior is None else {"prior": args.prior})}
+
+
 def calibrated(run: Any, head: Any, note: dict[str, Any], keep: bool) -> tuple[Any, dict[str, Any]]:
     """`--calibrate`: the head with its logits divided by the temperature that suits the validation images. keep: save
     it for predictions and export, which is right for the model's own head."""

@@ -18,6 +18,7 @@ from logger.metrics_csv import csv_text
 from logger.text import count_of
 from tools.classify import Prediction, Predictions, class_name, classify, detect, facts_of, find_images
 from tools.cli import check_file, parse_tool, tool_parser
+from tools.flags import add_classifier, check_classifier
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError
 
@@ -81,7 +82,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--threshold", metavar="P", help="detectors: the least score (default 0.5)")
     parser.add_argument("--batch_size", metavar="N", default="64", help="images at a time (default 64)")
     parser.add_argument("--num_workers", metavar="N", help="threads that decode (default: one a core)")
+    add_classifier(parser)
     args = parse_tool(parser, argv)
+    check_classifier(args)
     if args.resume is None or not args.paths:
         raise ConfigError("python -m tools.predict: needs -r CHECKPOINT and one or more images or folders")
     check_file(args.resume, "-r")
@@ -156,8 +159,9 @@ def predict(args: Namespace) -> None:
             crops = (facts.get("crops") or 1) if args.crops is None else args.crops
             expand = facts.get("expand") if args.expand is None and args.crops != 1 else args.expand
             preprocess = with_crops(facts["preprocess"], crops, expand, "--" if given else "data_loader.args.")
-            done = classify(folded, paths, preprocess, temperature=facts.get("temperature", 1.0),
-                            topk=args.topk, batch_size=args.batch_size, threads=args.num_workers, advance=bar.update)
+            done = classify(folded, paths, preprocess, head=facts.get("head"),
+                            temperature=facts.get("temperature", 1.0), topk=args.topk, batch_size=args.batch_size,
+                            threads=args.num_workers, advance=bar.update)
     table = rows(done, names)
     broken = [row["path"] for row in table for value in row.values()
               if isinstance(value, float) and not math.isfinite(value)]
@@ -177,7 +181,9 @@ def predict(args: Namespace) -> None:
 
 
 def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
-    """(the checkpoint's model, its facts: `preprocess`, `class_names`, `temperature`, and its config's crops)."""
+    """(the checkpoint's model, its facts: `preprocess`, `class_names`, `temperature`, its config's crops and the
+    `head` that the flags ask for)."""
+    from tools.heads import head_for_use
     from tools.opened import open_run
     from utils.device import pick_device
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device))
@@ -186,14 +192,21 @@ def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
     other = [f"--{key} {value}" for key, value, usual in (("crops", args.crops, crops),
                                                           ("expand", args.expand, data.get("expand")))
              if value not in (None, usual)]
-    return run.model, {**facts_of(run), "temperature": run.temperature_for(*other),
-                       "crops": data.get("crops"), "expand": data.get("expand")}
+    facts = {**facts_of(run), "crops": data.get("crops"), "expand": data.get("expand")}
+    if facts["preprocess"].get("task") == "detection":
+        if args.classifier != "joint" or args.prior:
+            raise ConfigError(f"--classifier, --prior: are for classifiers; {args.resume} is a detector")
+        return run.model, facts
+    temperature = run.temperature_for(*other) if args.classifier == "joint" else 1.0
+    head, _ = head_for_use(args, run, temperature)
+    return run.model, {**facts, "head": head, "temperature": temperature if head is None else 1.0}
 
 
 def open_export(args: Namespace, kind: str) -> tuple[Any, dict[str, Any]]:
     """As `open_model`, for a file that tools.export wrote. Raises ConfigError, also for flags that it can't heed."""
     from tools.exported import open_exported
-    for given, flag in ((args.config, "-c"), (args.overrides, "--set")):
+    for given, flag in ((args.config, "-c"), (args.overrides, "--set"),
+                        (args.classifier != "joint", "--classifier"), (args.prior, "--prior")):
         if given:
             raise ConfigError(f"{flag}: {args.resume} is an exported model, which has no config; leave {flag} out or "
                               "give the checkpoint")

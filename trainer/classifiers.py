@@ -67,8 +67,8 @@ def features_once(model: nn.Module, loader: Any, kept: tuple[Path, object] | Non
 
 def tau_head(model: nn.Module, tau: float) -> Head:
     """The model's classifier with weights w_j / |w_j|^tau and no bias."""
-    heads = posthoc.TauHeads(posthoc.model_heads(model))
-    return lambda outputs: heads.logits(outputs["feat"], tau)
+    logits = posthoc.TauHeads(posthoc.model_heads(model)).at(tau)
+    return lambda outputs: logits(outputs["feat"])
 
 
 def sweep_tau(model: nn.Module, loader: Any, taus: list[float],
