@@ -108,7 +108,7 @@ class BaseTrainer(Resumable):
         if self.paths is None:
             raise ValueError("train() needs paths; a dry run calls dry_run()")
         self._open_run()
-        began = time.monotonic()
+        began = time.monotonic() - self.clock.prepared
         last = None
         # The order of these lines matters; each step is explained where it is defined.
         with self.stop:
@@ -229,7 +229,7 @@ class BaseTrainer(Resumable):
         """Report an epoch: one line of log, one row in metrics.csv, one point per figure in TensorBoard."""
         if not self.is_main:
             return
-        seconds = self.clock.here
+        seconds, _ = self.clock.spent
         left = seconds * (self.epochs - epoch)    # judged by this epoch alone: epochs on features take less
         shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items()
                           if value is not None and not key.endswith(("shot_acc", "class_mean_acc")))

@@ -10,6 +10,11 @@ class EpochClock:
     def __init__(self) -> None:
         self.earlier: tuple[float, float] | None = (0.0, 0.0)    # of other processes: in all, training; None: unknown
         self._began, self._trained = time.monotonic(), None
+        self.prepared = 0.0     # seconds before the first epoch that count as its own
+
+    def prepare(self, seconds: float) -> None:
+        """The run, a new one, took this long before its first epoch."""
+        self.prepared, self.earlier = seconds, (seconds, 0.0)
 
     def begin(self) -> None:
         """This process begins, or goes on with, an epoch."""
@@ -24,13 +29,8 @@ class EpochClock:
         self.earlier = (0.0, 0.0)
 
     @property
-    def here(self) -> float:
-        """Seconds in this process."""
-        return time.monotonic() - self._began
-
-    @property
     def spent(self) -> tuple[float, float]:
         """Seconds so far, in all and for training; this process's alone if the earlier ones aren't known."""
         before, trained_before = self.earlier or (0.0, 0.0)
         trained = (self._trained or time.monotonic()) - self._began
-        return before + self.here, trained_before + trained
+        return before + time.monotonic() - self._began, trained_before + trained

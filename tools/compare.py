@@ -62,7 +62,8 @@ def row_of(run: RunRecord, costs: bool = True) -> Row:
             "experts": experts_of(run.config), "epochs": run.epochs_done, "parameters": cost[0],
             "gflops": cost[1], "images_per_s": run.images_per_second, "seconds": run.seconds,
             "seed": str(run.config.get("seed", 0)), "note": ", ".join(filter(None, notes)), "kind": "run",
-            "same": sameness(run), "origin": run.origin, "config": str(run.paths.config),
+            "same": sameness(run), "origin": run.origin, "trained_first": first_stages(run),
+            "config": str(run.paths.config),
             **{key: finite(run.figures.get(name)) for key, name in FIGURES.items()}}
 
 
@@ -111,6 +112,14 @@ def sameness(run: RunRecord) -> str:
     return json.dumps([config, how, run.split, run.epochs_done], sort_keys=True, default=str)
 
 
+def first_stages(run: RunRecord) -> str | None:
+    """What decides how the runs that this one began from were trained, their seeds aside; None where it isn't known."""
+    keys = ("arch", "optimizer", "lr_scheduler", "loss")
+    return run.first_stages and json.dumps(
+        [[{key: config.get(key) for key in keys}, (config.get("trainer") or {}).get("epochs"), data_of(config)]
+         for config in run.first_stages], sort_keys=True)
+
+
 @cache
 def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[int | None, float | None]:
     """(parameters, GFLOPs of one image) of a config's arch, given as JSON with its data_loader; None if unknown.
@@ -130,12 +139,12 @@ def cost_of(described: str, shares: tuple[float, ...] | None = None) -> tuple[in
 def mean_row(table: DataFrame) -> Row:
     """The mean of runs that differ only in seed, with standard deviations as `<key>_sd`, and the least and the most
     `seconds` that one of them took."""
-    numbers = table[[*FIGURES, "images_per_s", "seconds"]].astype(float)
+    numbers = table[[*FIGURES, "images_per_s", "seconds", "gflops"]].astype(float)
     means, spreads = numbers.mean(skipna=False), numbers[list(FIGURES)].std(skipna=False)
     return {**table.iloc[0], **means, **{f"{key}_sd": value for key, value in spreads.items()}, "kind": "mean",
             "seconds_least": numbers["seconds"].min(), "seconds_most": numbers["seconds"].max(),
             "run": f"mean of {len(table)} seeds", "seed": ", ".join(table["seed"]),
-            "note": ", ".join(filter(None, [table.iloc[0].get("note"), "± is the standard deviation"]))}
+            "note": ", ".join(filter(None, [table.iloc[0].get("note"), "± is the sample standard deviation"]))}
 
 
 def published_rows(data: Iterable[str] | None) -> list[Row]:
@@ -162,11 +171,13 @@ def arrange(rows: Iterable[Row], sort: str | None = None, only_means: bool = Fal
     import pandas as pd
     table, blocks = frame(rows), []
     same = table["same"].where(table["same"].notna(), table.index.astype(str))
-    several = table.groupby(same)["origin"].transform("nunique") > 1
-    origin = table["origin"].where(several & table["origin"].notna(), "")
-    table["note"] = [", ".join(filter(None, [note, first and f"began from {first}"]))
-                     for note, first in zip(table["note"], origin)]
-    for _, group in table.groupby(same + origin):
+    first = table["trained_first"].fillna("")
+    several = table.groupby(same)["trained_first"].transform("nunique") > 1
+    others = table.groupby([same, "origin"])["trained_first"].transform("nunique") > 1      # of one method
+    said = "began from " + table["origin"].fillna("") + others.map({True: " with other settings", False: ""})
+    table["note"] = [", ".join(filter(None, [note, text if known else ""]))
+                     for note, text, known in zip(table["note"], said, several & (first != ""))]
+    for _, group in table.groupby(same + first.where(several, "")):
         newest = group.drop_duplicates("seed", keep="last")  # the same seed twice is no second sample
         if len(newest) > 1:
             number = newest["seed"].astype(int)

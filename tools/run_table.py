@@ -55,7 +55,7 @@ FIGURES = {"all": "accuracy", "many": "many_shot_acc", "medium": "medium_shot_ac
 #: A row's keys beside the columns: MORE and SPREADS are in the CSV only, HIDDEN in no output.
 MORE = ("class_mean", "macro_f1", "kind", "source")
 SPREADS = tuple(f"{key}_sd" for key in FIGURES)
-HIDDEN = ("seconds_least", "seconds_most", "same", "origin", "config")
+HIDDEN = ("seconds_least", "seconds_most", "same", "origin", "trained_first", "config")
 
 
 def frame(rows: Iterable[Row]) -> DataFrame:

@@ -171,12 +171,17 @@ class RunRecord:
     def origin(self) -> str | None:
         """The methods of the runs whose checkpoints this one began from or learns from, "CE"; None where it names none,
         or one without a run's config.json beside it."""
+        return None if self.first_stages is None else " and ".join(map(method_of, self.first_stages))
+
+    @cached_property
+    def first_stages(self) -> list[dict[str, Any]] | None:
+        """The configs of the runs that `origin` names; None where it is None."""
         files = [self.config.get(key) for key in ("load_crt", "pretrained", "distill_checkpoint")]
         try:
             if self.paths.origin.is_file():
                 files.append(read_json(self.paths.origin, "origin").get("checkpoint"))
-            return " and ".join(method_of(read_json(Path(file).with_name("config.json"), "config"))
-                                for file in files if file) or None
+            found = [read_json(Path(file).with_name("config.json"), "config") for file in files if file]
+            return found if found and all(map(method_of, found)) else None
         except (ConfigError, TypeError, ValueError, AttributeError, KeyError):
             return None
 
@@ -215,7 +220,9 @@ class RunRecord:
 
     @property
     def images_per_second(self) -> float | None:
-        """Training speed, the median over epochs; None where it isn't known."""
+        """Training speed, the median over epochs; None where it isn't known, or some epochs are on cached features."""
+        if self.config["trainer"].get("cache_features"):
+            return None
         speeds = sorted(row["images_per_second"] for row in self.times if row.get("images_per_second") is not None)
         return speeds[len(speeds) // 2] if speeds else None
 

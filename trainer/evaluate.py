@@ -164,7 +164,8 @@ def format_result(result: dict[str, Any], title: str = "") -> str:
         lines.append(f"{f'used {used + 1} %':<16}" + "".join(f"{v:>9}" for v in row))
     if result.get("expert_acc"):
         together = result.get("all_experts_acc")
-        lines.append(f"{'each expert %':<16}" + "".join(f"{percent(v):>9}" for v in result["expert_acc"])
+        each = "   ".join(f"{number}: {percent(v)}" for number, v in enumerate(result["expert_acc"], 1))
+        lines.append(f"{'each expert %':<18}{each}"
                      + ("" if together is None else f"   all of them {percent(together)}"))
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,13 +50,15 @@ def start_classifier(model: nn.Module, loader: Any, spec: Mapping[str, Any], max
 
 
 def start_on_features(trainer: Trainer, spec: Mapping[str, Any]) -> bool:
-    """`start_classifier` on the cached features that `trainer` will train on, so that they are computed only once.
-    Returns False if a stop was requested meanwhile."""
+    """`start_classifier` on the cached features that `trainer` will train on, so that they are computed only once. It
+    counts as a part of the first epoch's time. Returns False if a stop was requested meanwhile."""
+    began = time.monotonic()
     if not trainer.prepare_features():
         return False
     start_classifier(trainer.model, trainer.cached.train, spec)
     if trainer.judged_model is not trainer.model:   # averaged weights start from there too
         trainer.judged_model.load_state_dict(trainer.model.state_dict())
+    trainer.clock.prepare(time.monotonic() - began)
     return True
 
 

@@ -40,8 +40,10 @@ def _shade_groups(axes: Any, low: float, high: float, many: float, few: float) -
 
 
 def class_accuracy(counts: Sequence[int], class_acc: Sequence[float | None], groups: Sequence[str],
-                   names: Sequence[str] | None = None, many: float = MANY, few: float = FEW) -> Any:
-    """One dot per class: training images (log axis) against test accuracy, with the trend. All sequences: [C]."""
+                   names: Sequence[str] | None = None, many: float = MANY, few: float = FEW,
+                   split: str = "test") -> Any:
+    """One dot per class: training images (log axis) against accuracy on a split, which the axis names, with the trend.
+    All sequences: [C]."""
     there = [i for i, acc in enumerate(class_acc) if acc is not None]
     xs = np.array([max(counts[i], 0.5) for i in there], dtype=float)
     ys = np.array([100 * class_acc[i] for i in there])
@@ -57,7 +59,7 @@ def class_accuracy(counts: Sequence[int], class_acc: Sequence[float | None], gro
         if names is not None and len(xs) <= 20:
             _name_dots(axes, np.log(xs / low) / np.log(high / low), xs, ys, [short(names[i]) for i in there])
         axes.set(xscale="log", xlim=(low, high), ylim=(-4, 107), xlabel="training images of the class (log scale)",
-                 ylabel="test accuracy, %")
+                 ylabel=f"{split} accuracy, %")
         axes.xaxis.set_major_locator(_log_ticks())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
         axes.xaxis.set_minor_formatter(lambda *_: "")

@@ -48,7 +48,7 @@ def drawings(facts: RunFacts) -> Iterator[Drawing]:
     if facts.classifies and result.get("per_class_acc"):
         yield Drawing("classes", "Every class by its training images", _classes_text(facts),
                       lambda: figures.class_accuracy(facts.counts, result["per_class_acc"], facts.groups, facts.names,
-                                                     facts.many, facts.few))
+                                                     facts.many, facts.few, facts.split_name))
     if facts.history:
         yield Drawing("training", "How training went", _training_text(facts), lambda: training.curves(facts.history))
     if facts.by_image:
@@ -60,7 +60,7 @@ def drawings(facts: RunFacts) -> Iterator[Drawing]:
     own = facts.expert_accuracy()
     if own:
         yield Drawing("experts", "The experts", _experts_text(facts, own), lambda: expert_figures.experts(
-            own, facts.together(), facts.disagreement()))
+            own, facts.together(), facts.disagreement(), facts.split_name))
     if result.get("expert_share"):
         yield Drawing("expert_share", "How many experts an image needed", _share_text(result["expert_share"]),
                       lambda: expert_figures.expert_shares(result["expert_share"]))
@@ -129,8 +129,11 @@ def _training_text(facts: RunFacts) -> str:
     end = f"Validation accuracy ended at {percent(last['val_accuracy'])} after epoch {last['epoch']:.0f}"
     more = "." if best["val_accuracy"] <= last["val_accuracy"] else \
         f"; its best was {percent(best['val_accuracy'])} in epoch {best['epoch']:.0f}."
+    losses = ("The training loss is the gates', the validation loss the cross-entropy of what they choose, which can't "
+              "be compared." if facts.result.get("expert_share") else
+              "The training loss may have terms that the validation loss hasn't.")
     return end + more + (" A training accuracy far above the validation accuracy means that the model knows its images "
-                         "by heart. The training loss may have terms that the validation loss hasn't.")
+                         f"by heart. {losses}")
 
 
 def _confusion_text(facts: RunFacts) -> str:

@@ -21,10 +21,11 @@ from utils.class_counts import GROUPS
 
 
 def experts(accuracy: dict[str, Sequence[float | None]], together: dict[str, float | None],
-            disagreement: np.ndarray | None) -> Any:
+            disagreement: np.ndarray | None, split: str = "test") -> Any:
     """Each expert's own accuracy by group beside all experts' together, and how often two of them differ.
 
     accuracy: "all" and groups -> [E]; together: the same keys -> the ensemble's; disagreement: [E, E] shares.
+    split: whose images they are, for the axis.
     """
     shown = [key for key in ("all", *GROUPS) if together.get(key) is not None and accuracy.get(key) is not None]
     with styled():
@@ -47,7 +48,7 @@ def experts(accuracy: dict[str, Sequence[float | None]], together: dict[str, flo
                               zorder=4 + number, xytext=(0, -0.4), textcoords="offset points")
         left.set_yticks(range(len(shown) - 1, -1, -1), [names[key] for key in shown])
         left.set(ylim=(-0.6, len(shown) - 0.4),
-                 xlabel="test accuracy, %  (numbered: one expert, diamond: all together)")
+                 xlabel=f"{split} accuracy, %  (numbered: one expert, diamond: all together)")
         left.margins(x=0.08)
         left.set_title("accuracy of each expert alone")
         left.spines["left"].set_visible(False)

@@ -31,9 +31,14 @@ class RunFacts:
     split: str = "test"
 
     @property
+    def split_name(self) -> str:
+        """The split, in words."""
+        return "test" if self.split == "test" else "validation"
+
+    @property
     def images_name(self) -> str:
         """What the images are called in texts."""
-        return "test images" if self.split == "test" else "validation images"
+        return f"{self.split_name} images"
 
     @property
     def many(self) -> int:

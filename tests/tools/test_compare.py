@@ -207,7 +207,7 @@ def test_a_mean_of_validation_figures_says_so(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path, f"s{seed}", seed, val=0.5)
     table, _ = compare(tmp_path, published="none", only_means=True, costs=False)
-    assert list(table["note"]) == ["validation figures, ± is the standard deviation"]
+    assert list(table["note"]) == ["validation figures, ± is the sample standard deviation"]
     with pytest.raises(ConfigError, match="has no test figures"):
         readme_table(table.to_dict("records"))
 
@@ -337,7 +337,33 @@ def test_second_stages_of_several_methods_are_not_one(tmp_path, key):
         (models / "config.json").write_text(json.dumps({**CONFIG, "name": "crt", "seed": 2, key: str(first["bs"])}))
     table, _ = compare(tmp_path / "second", costs=False, published="none", only_means=True)
     assert {row["run"]: row["note"] for row in table.to_dict("records")} == {
-        "mean of 2 seeds": "began from CE, ± is the standard deviation", "crt/s2": "began from balanced softmax"}
+        "mean of 2 seeds": "began from CE, ± is the sample standard deviation", "crt/s2": "began from balanced softmax"}
+
+
+def test_second_stages_of_shorter_first_ones_are_not_one(tmp_path):
+    """One method, but trained otherwise; another seed of it makes no difference."""
+    for seed, (epochs, rate) in enumerate(((200, 0.1), (200, 0.1), (3, 0.001))):
+        first = make_run(tmp_path / "first", f"s{seed}", seed, trainer={"epochs": epochs},
+                         optimizer={"type": "SGD", "args": {"lr": rate}})
+        make_run(tmp_path / "second", f"s{seed}", seed, 0.5, name="crt", load_crt=str(first / "checkpoint-epoch3.pth"))
+    table, _ = compare(tmp_path / "second", costs=False, published="none", only_means=True)
+    assert {row["run"]: row["note"] for row in table.to_dict("records")} == {
+        "mean of 2 seeds": "began from CE with other settings, ± is the sample standard deviation",
+        "crt/s2": "began from CE with other settings"}
+
+
+def test_a_mean_has_the_mean_cost():
+    rows = [{"run": f"s{seed}", "kind": "run", "same": "a", "seed": str(seed), "gflops": gflops, "data": "d",
+             "all": 0.5} for seed, gflops in enumerate((0.1, 0.2))]
+    assert arrange(rows).iloc[-1]["gflops"] == pytest.approx(0.15)
+
+
+def test_runs_on_cached_features_have_no_speed(tmp_path):
+    """Epochs on features would be counted beside those on images."""
+    for name, cached in (("plain", False), ("cached", True)):
+        make_run(tmp_path, name, accuracy=0.5, trainer={"epochs": 3, "cache_features": cached})
+    speeds = {run.name: run.images_per_second for run in find_runs(tmp_path)[0]}
+    assert speeds == {"ce/plain": 200.0, "ce/cached": None}
 
 
 def test_other_groups_are_named(tmp_path):

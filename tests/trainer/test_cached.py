@@ -3,12 +3,14 @@
 import json
 import re
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from base.freezing import freeze_plan
+from logger.metrics_csv import read_table
 from model.model import build_model
 from tests.trainer.conftest import load
 from tests.trainer.ranks import run_ranks, train_and_record
@@ -421,8 +423,8 @@ def test_a_start_from_class_means_is_of_the_features_that_are_kept(runs, stage1,
     """One pass over the training images, one over the validation images; averages begin there too."""
     passes = []
     features = feature_store.FeatureStore._features
-    monkeypatch.setattr(feature_store.FeatureStore, "_features",
-                        lambda self, *args: passes.append(self.file.stem) or features(self, *args))
+    monkeypatch.setattr(feature_store.FeatureStore, "_features", lambda self, *args: (
+        passes.append(self.file.stem) or time.sleep(0.25) or features(self, *args)))
     sections = {"arch": {"args": {"use_norm": True}}, "init_classifier": "class_means",
                 "trainer": {"freeze": {"until": 1}, "ema": {"decay": 0.9}}}
     flags = ("--lr", 1e-9, "--epochs", 1)
@@ -431,6 +433,7 @@ def test_a_start_from_class_means_is_of_the_features_that_are_kept(runs, stage1,
     sections["trainer"] |= CACHED
     kept = runs("kept", *flags, **sections)
     assert passes == ["train"] * 4 + ["valid"] * 2
+    assert read_table(runs.log("kept") / "timing.csv")[0]["seconds"] >= 1.5     # the passes are a part of the epoch
     for key in ("state_dict", "raw_state_dict"):
         one, two = (load(folder / "checkpoint-epoch1.pth")[key]["backbone.linear.weight"] for folder in (plain, kept))
         torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-4)

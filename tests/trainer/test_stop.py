@@ -1,6 +1,7 @@
 """SIGTERM, SIGINT and SIGUSR1, whenever they come: the run is saved and says how to go on."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_an_epoch_without_a_step_left_counts_once_in_the_mean(runs, same_state, 
     assert min(speeds) > 0      # the third's images were trained by the run that was stopped
 
 
-def test_an_epochs_time_is_that_of_all_the_runs_that_trained_it(runs, monkeypatch):
+def test_an_epochs_time_is_that_of_all_the_runs_that_trained_it(runs, monkeypatch, capfd):
     """Four steps an epoch; the second epoch is stopped inside, before it has taken a second and a half."""
     folder = runs("waits", trainer={"epochs": 1})
     real, waited = Trainer._update, []
@@ -90,7 +91,10 @@ def test_an_epochs_time_is_that_of_all_the_runs_that_trained_it(runs, monkeypatc
     runs(None, "-r", folder / "checkpoint-epoch1.pth", "--epochs", "2")
     part = torch.load(folder / "checkpoint-epoch2.pth", weights_only=True)
     assert part["batch"] == 1 and part["seconds"][0] >= part["seconds"][1] >= 1.5
+    capfd.readouterr()
     runs(None, "-r", folder / "checkpoint-epoch2.pth")
+    shown = re.search(r"epoch 2/2 .*\[([\d.]+) s\]", capfd.readouterr().out)
+    assert float(shown[1]) >= 1.5       # and "left" is judged by that
     row = read_table(runs.log("waits") / "timing.csv")[1]
     assert row["seconds"] >= part["seconds"][0] and row["images_per_second"] <= 23 / 1.5
     assert "seconds" not in torch.load(folder / "checkpoint-epoch2.pth", weights_only=True)
