@@ -32,7 +32,8 @@ def test_preprocess(image_size: int, mean: tuple, std: tuple, wanted: dict[str, 
 
     Returns `image_size` and `resize` in pixels, `crop` (bool), `interpolation`, `mean` and `std` (three values each,
     for pixels from 0 to 1). wanted: the preprocessing that pretrained weights need: `crop_share` of the resized short
-    side (None: no crop), `interpolation`, `mean`, `std`; it then follows timm's evaluation, at any `image_size`.
+    side (None: no crop), `interpolation`, `mean`, `std`, and perhaps `squash` (resized to a square, then cropped),
+    which is returned too; it then follows timm's evaluation, at any `image_size`.
     """
     if wanted is None:
         crop = image_size > LARGEST_RESIZED
@@ -41,7 +42,8 @@ def test_preprocess(image_size: int, mean: tuple, std: tuple, wanted: dict[str, 
     else:
         resize = math.floor(image_size / (wanted["crop_share"] or 1))
     return {"image_size": image_size, "resize": resize, "crop": wanted["crop_share"] is not None,
-            "interpolation": wanted["interpolation"], "mean": list(wanted["mean"]), "std": list(wanted["std"])}
+            "interpolation": wanted["interpolation"], "mean": list(wanted["mean"]), "std": list(wanted["std"]),
+            **({"squash": True} if wanted.get("squash") else {})}
 
 
 def as_recorded(wanted: dict[str, Any] | None, known: dict[str, Any]) -> dict[str, Any] | None:
@@ -55,7 +57,8 @@ def as_recorded(wanted: dict[str, Any] | None, known: dict[str, Any]) -> dict[st
     share = wanted["crop_share"] if known["crop"] else None
     if known["crop"] and math.floor(known["image_size"] / (share or 1)) != known["resize"]:
         share = known["image_size"] / (known["resize"] + 1e-3)      # rounded down, it gives the same again
-    return {**wanted, "crop_share": share, **{key: known[key] for key in ("interpolation", "mean", "std")}}
+    return {**wanted, "crop_share": share, "squash": bool(known.get("squash")),
+            **{key: known[key] for key in ("interpolation", "mean", "std")}}
 
 
 def test_transform(preprocess: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
@@ -121,7 +124,7 @@ def base_pixels(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
 
 def _resized(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
     side, mode = preprocess["resize"], preprocess["interpolation"]
-    if not preprocess["crop"]:
+    if not preprocess["crop"] or preprocess.get("squash"):
         return resize(image, side, side, mode)
     width, height = image.size
     if max(width, height) > MOST_ELONGATED * min(width, height):

@@ -1,6 +1,7 @@
 """Two-stage methods on digits-LT, from stage 1 to the last table, through the command lines of train.py and test.py."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from PIL import Image
 import test as test_script
 import train
 from model.loss import RIDELossWithDistill
+from tools import session
 from tools.opened import open_run
 from trainer.distill_trainer import DistillTrainer, Renormalised
+from utils.checkpoint.store import load_checkpoint
 from utils.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("shallow_resnet32")
@@ -345,6 +348,18 @@ def test_a_teacher_sees_images_normalised_as_in_its_training():
     teacher = Renormalised(network, ours, theirs)
     torch.testing.assert_close(teacher(normalised(ours)), network(normalised(theirs)), rtol=1e-4, atol=1e-5)
     assert teacher.num_classes == 4
+
+
+def test_a_teacher_of_timms_without_facts_sees_what_its_package_says(tmp_path):
+    timm = pytest.importorskip("timm")
+    name, arch = "test_vit", {"model_name": "test_vit", "num_classes": 10}
+    torch.save(timm.create_model(name, num_classes=10).state_dict(), tmp_path / "t.pth")
+    start = SimpleNamespace(take=load_checkpoint, config={"distill": True, "distill_checkpoint": str(
+        tmp_path / "t.pth"), "distill_arch": {"type": "TimmModel", "args": arch}})
+    theirs = session.input_of({"arch": start.config["distill_arch"]})
+    other = {**theirs, "mean": [0.1, 0.2, 0.3]}
+    assert isinstance(session.make_teacher(start, 10, "cpu", other), Renormalised)
+    assert not isinstance(session.make_teacher(start, 10, "cpu", theirs), Renormalised)
 
 
 def test_ride_learns_what_few_images_show(bench):

@@ -60,7 +60,9 @@ def metadata(run: Any, facts: dict[str, Any], model: Any) -> dict[str, str]:
     preprocess = facts["preprocess"]
     names = facts["class_names"] or [str(label) for label in range(model.num_classes)]
     size, mode = preprocess["image_size"], preprocess["interpolation"]
-    resized = f"{size} x {size}" if not preprocess["crop"] else f"short side to {preprocess['resize']}, centre {size}"
+    side = preprocess["resize"]
+    resized = f"{size} x {size}" if not preprocess["crop"] else \
+        f"{f'{side} x {side}' if preprocess.get('squash') else f'short side to {side}'}, centre {size}"
     return {"task": "classification",
             "input": f"images: float32 [N, 3, {size}, {size}], RGB, upright (EXIF orientation applied), "
                      f"resized ({resized}; {mode}, antialiased), value / 255, minus mean, divided by std",

@@ -19,7 +19,7 @@ from model import routing
 from model.weights.files import load_file
 from model.weights.remap import load_weights
 from tools.fallback import value_at
-from tools.parts import make_model
+from tools.parts import input_of, make_model
 from utils.checkpoint.store import load_checkpoint, newest_good_checkpoint, recover_config
 from utils.config.load import check_config, load_config
 from utils.errors import ConfigError
@@ -131,8 +131,8 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str,
                  preprocess: dict[str, Any] | None = None) -> nn.Module | None:
     """The teacher of a config that distils, with its weights, in evaluation mode.
 
-    preprocess: how the images that it gets are normalised; they are renormalised as in the teacher's own training. That
-    they have another size is warned of.
+    preprocess: how the images that it gets are normalised; they are renormalised as in the teacher's own training, or
+    as its package says if the file doesn't. That they have another size is warned of.
     Returns None where the config doesn't distil. Raises ConfigError for weights that don't fit.
     """
     from trainer.distill_trainer import Renormalised
@@ -142,7 +142,7 @@ def make_teacher(start: Start, num_classes: int, device: torch.device | str,
     teacher = make_model(config, num_classes, "distill_arch", bare=True)
     file = start.take(config["distill_checkpoint"])
     load_weights(teacher, file, name=config["distill_checkpoint"], exact=True)
-    theirs = (facts_of_checkpoint(file) or {}).get("preprocess") or {}
+    theirs = (facts_of_checkpoint(file) or {}).get("preprocess") or input_of({"arch": config["distill_arch"]}) or {}
     ours, wanted = ((known or {}).get("image_size") for known in (preprocess, theirs))
     if None not in (ours, wanted) and ours != wanted:
         log.warning("distill: the teacher was trained on images of %d pixels and sees them at data_loader.args."

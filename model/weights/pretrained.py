@@ -41,10 +41,11 @@ def input_of(model_name: str) -> dict[str, Any]:
     """The preprocessing that a network's weights need, from timm's data config or torchvision's transforms.
 
     Returns `image_size` in pixels, `crop_share` of the resized short side (None: resized only, not cropped),
-    `interpolation` ("bilinear" or "bicubic"), `mean` and `std`. Raises ConfigError for an unknown network.
+    `interpolation` ("bilinear" or "bicubic"), `mean` and `std`, and `squash`, true, where the image is resized to a
+    square before it is cropped. Raises ConfigError for an unknown network.
     """
     check_name(model_name)
-    package = check_package(model_name)
+    package, squash = check_package(model_name), False
     if model_name.startswith(TORCHVISION):
         wanted = package.get_model_weights(model_name.removeprefix(TORCHVISION)).DEFAULT.transforms()
         size, mode = wanted.crop_size[0], wanted.interpolation.value
@@ -54,8 +55,10 @@ def input_of(model_name: str) -> dict[str, Any]:
         known = package.get_pretrained_cfg(model_name)      # None for names that timm keeps only for compatibility
         wanted = resolve_data_config(pretrained_cfg=known.to_dict() if known else {"input_size": (3, 224, 224)})
         size, mode, mean, std = wanted["input_size"][-1], wanted["interpolation"], wanted["mean"], wanted["std"]
-        share = wanted["crop_pct"] if wanted["crop_mode"] == "center" else None
-    return {"image_size": int(size), "crop_share": share, "mean": list(mean), "std": list(std),
+        squash = wanted["crop_mode"] == "squash" and wanted["crop_pct"] < 1
+        share = wanted["crop_pct"] if squash or wanted["crop_mode"] == "center" else None
+    return {**({"squash": True} if squash else {}), "image_size": int(size), "crop_share": share,
+            "mean": list(mean), "std": list(std),
             "interpolation": mode if mode in ("bilinear", "bicubic") else "bicubic"}
 
 

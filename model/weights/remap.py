@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -215,6 +216,9 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
         report = LoadReport(recognise(checkpoint))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+    averaged = [key for key in ("state_dict_ema", "model_ema") if key in checkpoint and len(checkpoint) > 1]
+    if averaged and {"state_dict", "model"} & set(checkpoint):
+        log.info("%s: its weights as they were trained are taken, not their average (%s)", name, averaged[0])
     weights = to_ours(checkpoint, model, spread=new_head)
     skip = tuple(skip_prefixes)
     weights = {key: value for key, value in weights.items() if not key.startswith(skip)}
@@ -241,7 +245,9 @@ def load_weights(model: nn.Module, checkpoint: dict | str | os.PathLike, *, name
                           "arch that they were trained with")
     if not report.fits:
         log.warning("%s: loaded in part (%s)", name, report)
-    model.load_state_dict(tell_apart(fitting, name) if new_head else fitting, strict=False)
+    given = OrderedDict(tell_apart(fitting, name) if new_head else fitting)
+    given._metadata = own._metadata     # versions of its layers, without which torchvision's MNASNet refuses to load
+    model.load_state_dict(given, strict=False)
     return report
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from model.model import build_model
+from trainer.optim.groups import is_hidden_matrix, param_groups
 from trainer.optim.muon import Muon, orthogonalize
 from trainer.optim.sam import SAM
 from trainer.schedules import build_optimizer, build_scheduler
@@ -230,6 +231,20 @@ def test_a_beginning_that_ends_in_a_number_means_that_number() -> None:
 def test_wrong_optimizers_are_named(spec: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         build_optimizer(spec, small_model(), {})
+
+
+def test_scales_with_places_are_vectors() -> None:
+    """torchvision's ConvNeXt has scales [C, 1, 1], Swin's attention tables of biases."""
+    model = torch.nn.Module()
+    model.layer_scale = torch.nn.Parameter(torch.full((8, 1, 1), 1e-6))
+    model.relative_position_bias_table = torch.nn.Parameter(torch.zeros(9, 2))
+    model.filters = torch.nn.Parameter(torch.zeros(8, 1, 3, 3))
+    hidden = is_hidden_matrix(model)
+    assert [name for name, p in model.named_parameters() if hidden(name, p)] == ["filters"]
+    groups = param_groups(model, {"classifier_lr": None, "layer_decay": None, "no_decay_scale": False,
+                                  "no_decay": "norm_bias"})
+    undecayed = [group["params"] for group in groups if group.get("weight_decay") == 0]
+    assert [p.shape for p in undecayed[0]] == [(8, 1, 1)] and len(undecayed) == 1
 
 
 def test_sam_takes_a_rate_for_its_base() -> None:

@@ -21,7 +21,7 @@ def param_groups(model: nn.Module, options: dict[str, Any], base_lr: float | Non
     options (the config's `trainer`):
         classifier_lr: a separate learning rate for the classifier (Places-LT; Kang et al., ICLR 2020).
         no_decay_scale: no weight decay on NBN's learned scales (`scale_factor`).
-        no_decay: "norm_bias": no weight decay on one-dimensional parameters (norms' weights, biases, scales).
+        no_decay: "norm_bias": no weight decay on vectors (norms' weights, biases, scales, also [C, 1, 1]).
         layer_decay: the learning rate is multiplied by it once for each stage from a parameter's own to the last before
             the classifier, as is usual in fine-tuning (Clark et al., ELECTRA, ICLR 2020).
     base_lr: the optimizer's learning rate, which layer_decay needs.
@@ -35,7 +35,7 @@ def param_groups(model: nn.Module, options: dict[str, Any], base_lr: float | Non
         if not (parameter.requires_grad or name in waiting) or not wanted(name, parameter):
             continue
         undecayed = (bool(options["no_decay_scale"]) and name.endswith("scale_factor")) or (
-            options["no_decay"] == "norm_bias" and parameter.dim() <= 1)
+            options["no_decay"] == "norm_bias" and is_vector(parameter))
         is_classifier = bool(prefixes) and name.startswith(prefixes)
         lr = classifier_lr if is_classifier else None
         if stages:
@@ -68,8 +68,14 @@ def is_hidden_matrix(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     outside = (*classifier_prefixes(model), *stem)
 
     def hidden(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.dim() >= 2 and not (outside and name.startswith(outside))
+        table = name.endswith("bias_table")     # of Swin's attention: a number for each place and head
+        return not is_vector(parameter) and not table and not (outside and name.startswith(outside))
     return hidden
+
+
+def is_vector(parameter: nn.Parameter) -> bool:
+    """Whether at most one of its dimensions is larger than 1, as ConvNeXt's scales [C, 1, 1]."""
+    return sum(side > 1 for side in parameter.shape) <= 1
 
 
 def check_some_trained(groups: list[dict[str, Any]]) -> None:

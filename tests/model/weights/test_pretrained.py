@@ -12,6 +12,7 @@ from data_loader.transforms import read_for_training, test_preprocess, test_tran
 from model.model import build_model
 from model.weights.files import load_file
 from model.weights.pretrained import MissingWeights, input_of, own_file
+from model.weights.remap import load_weights
 from utils.checkpoint.store import save_checkpoint
 from utils.errors import ConfigError
 
@@ -82,6 +83,24 @@ def test_damaged_safetensors_are_named(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ConfigError, match=r"bad\.safetensors: can't be read"):
         load_file(tmp_path / "bad.safetensors")
+
+
+def test_layers_that_ask_for_a_version_can_be_loaded(tmp_path):
+    """torchvision's MNASNet refuses weights without it, and files of ours hold plain dicts."""
+    args = {"model_name": "torchvision/mnasnet0_5", "weights": False}
+    model, again = (build_model({"type": "TimmModel", "args": args}, num_classes=5).eval() for _ in range(2))
+    save_checkpoint(tmp_path / "m.pth", {"state_dict": model.state_dict(), "arch": "TimmModel"})
+    load_weights(again, tmp_path / "m.pth", exact=True)
+    assert torch.equal(again(images())["output"], model(images())["output"])
+
+
+def test_that_averaged_weights_are_not_taken_is_said(network, tmp_path, caplog):
+    weights = network.state_dict()
+    torch.save({"state_dict": weights, "state_dict_ema": {key: value * 0 for key, value in weights.items()}},
+               tmp_path / "both.pth")
+    with caplog.at_level(logging.INFO, logger="ltr"):
+        assert torch.equal(make(weights=str(tmp_path / "both.pth")).eval()(images())["output"], network(images()))
+    assert "as they were trained are taken, not their average (state_dict_ema)" in caplog.text
 
 
 def test_old_names_of_timm_are_known(tmp_path):
@@ -228,7 +247,7 @@ def photo(width, height):
 
 
 @pytest.mark.parametrize("size", (None, 112, 48))
-@pytest.mark.parametrize("name", ("tf_efficientnet_lite0", "test_resnet", "resnet18"))
+@pytest.mark.parametrize("name", ("tf_efficientnet_lite0", "test_resnet", "resnet18", "dm_nfnet_f0.dm_in1k"))
 def test_preprocessing_is_timms(name, size):
     from timm.data import create_transform, resolve_data_config
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
