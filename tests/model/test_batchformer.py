@@ -182,6 +182,8 @@ def _two_ranks(rank, port, folder):
     out.square().sum().backward()
     torch.save([out.detach(), own.grad, layer.last_attention], f"{folder}/{rank}.pt")
     dist.cleanup()
+    # In one of about forty runs on a busy machine a thread of torch's outlives the interpreter, which then aborts.
+    os._exit(0)
 
 
 def test_two_ranks_attend_to_each_other(tmp_path):
