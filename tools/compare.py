@@ -62,7 +62,7 @@ def row_of(run: RunRecord, costs: bool = True) -> Row:
             "experts": experts_of(run.config), "epochs": run.epochs_done, "parameters": cost[0],
             "gflops": cost[1], "images_per_s": run.images_per_second, "seconds": run.seconds,
             "seed": str(run.config.get("seed", 0)), "note": ", ".join(filter(None, notes)), "kind": "run",
-            "same": sameness(run), "origin": run.origin, "trained_first": first_stages(run),
+            "same": sameness(run), "origin": run.origin, "trained_first": run.trained_first,
             "config": str(run.paths.config),
             **{key: finite(run.figures.get(name)) for key, name in FIGURES.items()}}
 
@@ -110,14 +110,6 @@ def sameness(run: RunRecord) -> str:
     how["other"], how["weights"] = other_evaluation(run.figures), weights
     how["classifier"] = run.figures.get("classifier", "joint")     # the figures that train.py writes don't name one
     return json.dumps([config, how, run.split, run.epochs_done], sort_keys=True, default=str)
-
-
-def first_stages(run: RunRecord) -> str | None:
-    """What decides how the runs that this one began from were trained, their seeds aside; None where it isn't known."""
-    keys = ("arch", "optimizer", "lr_scheduler", "loss")
-    return run.first_stages and json.dumps(
-        [[{key: config.get(key) for key in keys}, (config.get("trainer") or {}).get("epochs"), data_of(config)]
-         for config in run.first_stages], sort_keys=True)
 
 
 @cache

@@ -93,9 +93,8 @@ def make_model(config: dict[str, Any], num_classes: int | None = None, section: 
 def make_criterion(config: dict[str, Any], cls_num_list: list[int]) -> nn.Module:
     """The loss that a config names; one that takes `epochs` gets the run's. cls_num_list: training images per class.
     Raises ConfigError."""
-    epochs = None if "epochs" in (config["loss"].get("args") or {}) else config["trainer"]["epochs"]
-    return build_loss(config["loss"], cls_num_list=cls_num_list, path="loss",
-                      **({} if epochs is None else {"epochs": epochs}))
+    epochs = (config["loss"].get("args") or {}).get("epochs", config["trainer"].get("epochs"))
+    return build_loss(config["loss"], cls_num_list=cls_num_list, path="loss", epochs=epochs)
 
 
 def check_loss(config: dict[str, Any], criterion: nn.Module, model: nn.Module,

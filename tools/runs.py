@@ -171,19 +171,25 @@ class RunRecord:
     def origin(self) -> str | None:
         """The methods of the runs whose checkpoints this one began from or learns from, "CE"; None where it names none,
         or one without a run's config.json beside it."""
-        return None if self.first_stages is None else " and ".join(map(method_of, self.first_stages))
+        return self._first[0]
+
+    @property
+    def trained_first(self) -> str | None:
+        """What decides how the runs that `origin` names were trained, their seeds aside; None where it is None."""
+        return self._first[1]
 
     @cached_property
-    def first_stages(self) -> list[dict[str, Any]] | None:
-        """The configs of the runs that `origin` names; None where it is None."""
+    def _first(self) -> tuple[str | None, str | None]:
         files = [self.config.get(key) for key in ("load_crt", "pretrained", "distill_checkpoint")]
         try:
             if self.paths.origin.is_file():
                 files.append(read_json(self.paths.origin, "origin").get("checkpoint"))
             found = [read_json(Path(file).with_name("config.json"), "config") for file in files if file]
-            return found if found and all(map(method_of, found)) else None
+            settings = [[data_of(config), (config.get("trainer") or {}).get("epochs"),
+                         *map(config.get, ("arch", "optimizer", "lr_scheduler", "loss"))] for config in found]
+            return " and ".join(map(method_of, found)) or None, json.dumps(settings, sort_keys=True) if found else None
         except (ConfigError, TypeError, ValueError, AttributeError, KeyError):
-            return None
+            return None, None
 
     def tell(self) -> None:
         """Compute everything that tables show of a run, as files changed by hand may hold anything. Raises TypeError,

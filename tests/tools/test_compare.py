@@ -352,6 +352,14 @@ def test_second_stages_of_shorter_first_ones_are_not_one(tmp_path):
         "crt/s2": "began from CE with other settings"}
 
 
+def test_a_first_stage_whose_config_is_broken_is_unknown(tmp_path):
+    first = make_run(tmp_path / "first", "s0", trainer=[1]) / "checkpoint-epoch3.pth"
+    make_run(tmp_path / "second", "s0", 0, 0.5, name="crt", load_crt=str(first))
+    (run,) = find_runs(tmp_path / "second")[0]
+    assert (run.origin, run.trained_first) == (None, None)
+    assert compare(tmp_path / "second", costs=False, published="none")[0]["run"].tolist() == ["crt/s0"]
+
+
 def test_a_mean_has_the_mean_cost():
     rows = [{"run": f"s{seed}", "kind": "run", "same": "a", "seed": str(seed), "gflops": gflops, "data": "d",
              "all": 0.5} for seed, gflops in enumerate((0.1, 0.2))]
