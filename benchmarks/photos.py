@@ -27,7 +27,7 @@ from PIL import Image
 from benchmarks.timing import begin, finish, interleave, parser, spread, timed
 from data_loader.datasets import CIFAR100, read_cifar
 from data_loader.imbalance import img_num_per_cls, long_tail_indices
-from model.timm_net import check_package
+from model.timm_body import check_package
 from model.weights.efficientnet import from_efficientnet
 from model.weights.pretrained import PACKAGED, packaged_file
 from tools import parts

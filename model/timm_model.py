@@ -10,7 +10,8 @@ from model.depthwise import steady_depthwise
 from model.expert_model import ExpertModel, Gated, check_common, require
 from model.norm.facts import is_batch_norm
 from model.routing import Routed
-from model.timm_net import TimmNet, check_name
+from model.timm_body import check_name
+from model.timm_net import TimmNet
 from model.timm_size import size_problem
 from model.tuning import install_tuning
 from model.tuning_parts import added_names
@@ -35,6 +36,11 @@ class TimmModel(ExpertModel):
             .safetensors) from timm, torchvision or lukemelas' EfficientNets, one in which the network lies under a
             prefix, or a checkpoint of this project. A classifier for other classes is initialised anew.
         norm: replaces the batch norms, in networks that have them. NBN's `where` counts the network's stages.
+        model_args: further arguments of the network's constructor in its package: `{"drop_path_rate": 0.1}` for
+            stochastic depth (Huang et al., ECCV 2016).
+        grad_checkpointing: compute most activations again in the backward pass instead of storing them (Chen et al.,
+            arXiv:1604.06174): less memory for about a third more computation. For timm's networks that support it.
+            Batch norms see each batch twice, so their running averages move faster.
         tuning: parameter-efficient fine-tuning: a name in `model.tuning.TUNINGS` or {"type": name, "args": {...}}; the
             rest of the network is frozen. Applied after the weights are loaded; their names don't change.
         shared_classifier: as in `model.model.Model`, but None means yes only with one expert or `add_bt` 32 or 33.
@@ -51,7 +57,8 @@ class TimmModel(ExpertModel):
                  top_choices_num: int = 5, pos_weight: float = 20.0, share_expert_help_pred_fc: bool = True,
                  force_all: bool = False, route_threshold: float = 0.5, norm: str | dict = "BatchNorm2d",
                  classifier: str = "linear", shared_classifier: bool | None = None, bt_gather: bool = False,
-                 tuning: str | dict | None = None, bt_weight: float | None = None):
+                 tuning: str | dict | None = None, bt_weight: float | None = None, model_args: dict | None = None,
+                 grad_checkpointing: bool = False):
         super().__init__()
         check_name(model_name)
         common = check_common(
@@ -63,8 +70,8 @@ class TimmModel(ExpertModel):
                      share_expert_help_pred_fc=share_expert_help_pred_fc, route_threshold=route_threshold)
         self.model_name = model_name
         self.backbone: TimmNet = (RoutedTimmNet if self.routed else TimmNet)(
-            model_name=model_name, size=self.preprocess(model_name)["image_size"], **common,
-            **(gates if self.routed else {}))
+            model_name=model_name, size=self.preprocess(model_name)["image_size"], model_args=model_args,
+            grad_checkpointing=grad_checkpointing, **common, **(gates if self.routed else {}))
         self._check_norm(norm)
         self._finish(norm)
         steady_depthwise(self.backbone)

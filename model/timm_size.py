@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from model.timm_net import HALVES, make_body
+from model.timm_body import HALVES, make_body
 from model.weights.pretrained import input_of
 
 STEPS = (32, 16, 14)     # usable sizes tend to be multiples of these: total strides, patch sizes

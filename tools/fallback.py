@@ -120,7 +120,7 @@ def is_carried(key: str, own: bool | None) -> bool:
 
 def missing(arch: dict[str, Any]) -> str | None:
     """Why a network's pretrained weights can't be had; None if they can. Raises ConfigError for an unknown network."""
-    from model.timm_net import MissingPackage, check_name
+    from model.timm_body import MissingPackage, check_name
     from model.weights.pretrained import MissingWeights, own_file
     try:
         check_name(arch["args"]["model_name"])

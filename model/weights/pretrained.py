@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import torch
 
 from model.norm.norm_act import NormAct, is_fused
-from model.timm_net import TORCHVISION, check_name, check_package, classifier_of
+from model.timm_body import TORCHVISION, check_name, check_package, classifier_of
 from model.tuning_parts import added_names
 from model.weights.efficientnet import from_efficientnet
 from model.weights.files import load_file

@@ -221,6 +221,15 @@ def test_expert_assignment(name):
     ({"model_name": "tf_efficientnet_lite0", "norm": "MABN"}, "don't pad as tf_efficientnet_lite0's"),
     ({"model_name": "test_resnet", "norm": {"type": "NBN", "args": {"where": [9]}}}, "'all' or a list of stages"),
     ({"model_name": "test_resnet", "num_experts": 0}, "arch.args.num_experts"),
+    ({"model_name": "test_resnet", "model_args": 3}, "arch.args.model_args: "),
+    ({"model_name": "test_resnet", "model_args": {"drop_paths": 0.1}}, "test_resnet doesn't take them: ResNet.__init"),
+    ({"model_name": "test_resnet", "model_args": {"drop_path_rate": "much"}}, "arch.args.model_args: test_resnet does"),
+    ({"model_name": "test_resnet", "model_args": {"num_classes": 3}}, "num_classes is set by arch.args.num_classes"),
+    ({"model_name": "test_vit", "model_args": {"checkpoint_path": "x"}}, "checkpoint_path is set by arch.args.weights"),
+    ({"model_name": "test_resnet", "model_args": {"in_chans": 1}}, "in_chans can't be changed: test_resnet must"),
+    ({"model_name": "test_resnet", "model_args": {"global_pool": ""}}, "a classifier needs ['N', "),
+    ({"model_name": "vgg11", "grad_checkpointing": True}, "VGG has no gradient checkpointing"),
+    ({"model_name": "torchvision/resnet18", "grad_checkpointing": True}, "ResNet has no gradient checkpointing"),
     ({"model_name": "test_resnet", "weights": "/"}, "arch.args.weights: /: is a folder; name the file"),
     ({"model_name": "test_resnet", "weights": None}, "arch.args.weights: must be one of true, false or text, not null"),
     ({"model_name": "test_resnet", "weights": 1}, "arch.args.weights: must be one of true, false or text, not 1"),
@@ -231,9 +240,58 @@ def test_wrong_arguments_are_named(args, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("experts", (1, 3))
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_stores_less_and_changes_no_gradient(name, experts):
+    stored, grads, stages = [], [], []
+    for on in (False, True):
+        model = make(name, num_experts=experts, grad_checkpointing=on)
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = model(images(size=64))["logits"]
+        logits.square().sum().backward()
+        stored.append(count)
+        grads.append([p.grad for p in model.parameters()])
+        stages.append(model.backbone.private)
+        model.eval()
+        outputs = model(images())["output"]
+        assert torch.equal(torch.export.export(model, (images(),)).module()(images())["output"], outputs)
+    assert stages[0] == stages[1]
+    assert stored[1] < 0.6 * stored[0]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("name", ("test_resnet", "test_vit", "torchvision/convnext_tiny"))
+def test_a_networks_own_arguments_reach_every_experts_part(name):
+    key = "stochastic_depth_prob" if name.startswith("torchvision") else "drop_path_rate"
+    model = make(name, num_experts=3, model_args={key: 0.3})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01)                                        # blocks that start at zero would be dropped unseen
+    torch.manual_seed(3)
+    first = model(images(16))["feat"]
+    torch.manual_seed(4)
+    second = model(images(16))["feat"]
+    plain = make(name, num_experts=3)
+    plain.load_state_dict(model.state_dict())
+    for feat, again in zip(first.unbind(1), second.unbind(1), strict=True):
+        assert not torch.equal(feat, again)                     # blocks were dropped at random
+    for expert in model.backbone.experts:
+        shares = [getattr(part, "drop_prob", None) or getattr(part, "p", 0) for part in expert.modules()
+                  if type(part).__name__ in ("DropPath", "StochasticDepth")]
+        assert max(shares) == pytest.approx(0.3)
+    assert torch.equal(model.eval()(images())["logits"], plain.eval()(images())["logits"])
+
+
 def test_a_missing_package_is_named(monkeypatch):
-    import model.timm_net
-    monkeypatch.setattr(model.timm_net, "find_spec", lambda name: None)
+    import model.timm_body
+    monkeypatch.setattr(model.timm_body, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install timm"):
         make("test_resnet")
 

@@ -207,7 +207,7 @@ def test_what_lies_under_the_file_is_no_ones_own(configs, said):
 
 
 def test_what_counts_as_missing(monkeypatch):
-    from model.timm_net import MissingPackage
+    from model.timm_body import MissingPackage
     from model.weights.pretrained import MissingWeights
     from tools.fallback import missing
 
