@@ -5,7 +5,7 @@ of an epoch resumes exactly (`set_epoch(epoch, start_batch)`), with any number o
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ ORDER, AUGMENT, MIX, FLIP = 1, 2, 3, 4
 
 
 class BaseDataLoader:
-    """Iterates over (images [n, 3, H, W] float, labels [n] long) on `device`; subclasses implement `_batches`.
+    """Iterates over (images [n, 3, H, W] float, labels [n] long) on `device`. A subclass implements `_batches` and sets
+    `num_classes` and `cls_num_list`; what else a run asks of a loader has defaults here.
 
     targets: labels of the images, np.int64 [n_samples].
     batch_size: size of the global batch, over all ranks; rank r gets every world_size-th of its images, from the
@@ -31,6 +32,17 @@ class BaseDataLoader:
     """
 
     task = "classification"     # or "detection": targets are boxes and masks
+    num_classes: int
+    cls_num_list: list[int]     # training images of each class, whichever split this is
+    class_names: Sequence[str] | None = None
+    #: How an image becomes a test image, for predictions and exported files (see `data_loader.transforms.
+    #: test_preprocess`); empty if that isn't known. Subtracted mean and divisor of each channel, to show images.
+    preprocess: dict[str, Any] = {}
+    mean: Sequence[float] = (0.0, 0.0, 0.0)
+    std: Sequence[float] = (1.0, 1.0, 1.0)
+    validation = "none"                     # the config's choice: none, test or holdout
+    validation_note: str | None = None      # one line for the log: which images are for validation
+    has_spare = False                       # whether images are left for validation that no split uses
 
     def __init__(self, targets: np.ndarray, batch_size: int, *, shuffle: bool, training: bool, seed: int = 0,
                  device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1,
@@ -45,6 +57,19 @@ class BaseDataLoader:
         self.epoch_size = self.n_samples if sampler is None else sampler.epoch_length
         self.epoch, self.start_batch, self.offset = 1, 0, 0
         self._started = False
+
+    def split_validation(self) -> BaseDataLoader | None:
+        """The loader of the validation images; None: the run has none."""
+        return None
+
+    def train_eval_loader(self) -> BaseDataLoader:
+        """A loader of the same images in order, not augmented. Raises ConfigError where a loader has none."""
+        raise ConfigError(f"data_loader.type: {type(self).__name__} has no `train_eval_loader`, which gives the "
+                          "training images in order and not augmented; what was asked for needs them")
+
+    def summary(self, groups: dict[str, float] | None = None) -> list[str]:
+        """Lines for the log that describe the data. groups: the config's limits of many- and few-shot classes."""
+        return []
 
     def __len__(self) -> int:
         """Number of batches per epoch. In training a last batch of one image is dropped, since batch norm can't train

@@ -104,7 +104,8 @@ def missing_memory(optimizer: torch.optim.Optimizer) -> list[str]:
         number = nn.Parameter(torch.zeros([1] * p.dim()))
         number.grad = torch.zeros_like(number)
         known = inspect.signature(type(own)).parameters.keys() - {"params"}
-        twin = type(own)([number], **{key: value for key, value in group.items() if key in known})
+        on_gpu = {"capturable": False, "fused": False}      # the number is on the CPU
+        twin = type(own)([number], **{key: value for key, value in {**group, **on_gpu}.items() if key in known})
         twin.step()
         missing = twin.state[number].keys() - own.state[p].keys()
         if missing and type(own) is not torch.optim.SGD:   # SGD creates missing momentum itself

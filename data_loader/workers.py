@@ -77,6 +77,10 @@ class Sources(Dataset):
         self.store, self.preprocess, self.seed, self.mode = store, preprocess, seed, mode
         self.jitter, self.flip, self.transform, self.degrees = jitter, flip, transform, degrees
         self.policy = None if policy == "basic" else torchvision_policy(policy)
+        #: Of each image: in even epochs 1, and in odd ones 0, means mirrored.
+        self.turns = None
+        if flip == "alternate" and mode == "train" and self.paths is not None:
+            self.turns = alternate_flips(seed, 0, np.arange(len(self.paths))).astype(np.int8)
         if degrees:
             from torchvision.transforms.functional import rotate  # slow to import
             self.rotate = rotate
@@ -99,7 +103,7 @@ class Sources(Dataset):
             rng = numpy_rng(self.seed, epoch, AUGMENT, position)
             pixels = read_for_training(path, rng, self.preprocess["image_size"], self.flip is True, self.jitter,
                                        self.preprocess["interpolation"])
-            if self.flip == "alternate" and alternate_flips(self.seed, epoch, np.array([index]))[0]:
+            if self.turns is not None and (self.turns[index] + epoch) % 2:
                 pixels = pixels.flip(2)
             if self.degrees:
                 pixels = self.rotate(pixels, rng.uniform(-self.degrees, self.degrees))

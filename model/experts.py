@@ -98,10 +98,17 @@ class ExpertNet(nn.Module):
             return list(range(self.num_experts))
         return sorted(torch.randperm(self.num_experts)[:self.num_experts - 1].tolist())
 
+    def logits_of(self, feat: torch.Tensor, expert: int) -> torch.Tensor:
+        """One expert's head on its features: `[N, D]` -> logits `[N, C]`. In evaluation always in float32: bfloat16
+        makes logits equal that aren't, and of equal ones the first, more frequent class would win."""
+        if not self.training and torch.is_autocast_enabled(feat.device.type):
+            with torch.autocast(feat.device.type, enabled=False):
+                return self.heads[expert](feat.float())
+        return self.heads[expert](feat)
+
     def classify(self, feats: torch.Tensor, experts: list[int]) -> torch.Tensor:
         """Each expert's head on its own features: `[N, E, D]` -> logits `[N, E, C]`."""
-        heads = self.heads
-        return torch.stack([heads[i](feats[:, k]) for k, i in enumerate(experts)], dim=1)
+        return torch.stack([self.logits_of(feats[:, k], i) for k, i in enumerate(experts)], dim=1)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | tuple[float, float]]:
         shared = self.trunk(x)

@@ -22,10 +22,10 @@ class Routed(ExpertNet):
     of the mean over experts 1..i, and gives one logit for "another expert would help".
 
     Training: only the gates learn; everything else is frozen and in evaluation mode (`force_all`: everything learns,
-    except the last expert, which no gate sees and which therefore gets no gradient). Given `target` `[N]` the dict
-    adds `loss`, the mean over gates of the binary cross-entropy with positive weight `pos_weight`; the target is 1
-    where the mean so far is wrong and the mean after some later expert is right. `output` `[N, C]` is the mean over
-    all experts.
+    except the last expert, which no gate sees: its gradients are 0, and only weight decay changes it). Given `target`
+    `[N]` the dict adds `loss`, the mean over gates of the binary cross-entropy with positive weight `pos_weight`; the
+    target is 1 where the mean so far is wrong and the mean after some later expert is right. `output` `[N, C]` is the
+    mean over all experts.
 
     Evaluation: an image goes on to the next expert while sigmoid(gate) > `route_threshold`. The dict has `output`
     `[N, C]`, its mean over the experts it used, and `sample_num_experts` `[N]`. With `route = False` all experts run
@@ -154,9 +154,8 @@ class Routed(ExpertNet):
     def _routed(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run each later expert only on the images that need it, gathering their shared maps once per expert."""
         shared = self.trunk(x)
-        heads = self.heads
         feat = self.expert_feat(shared, 0)
-        total = _wide(heads[0](feat))                      # [N, C], summed logits; rows of images still going get more
+        total = _wide(self.logits_of(feat, 0))             # [N, C], summed logits; rows of images still going get more
         used = torch.ones(len(x), dtype=torch.long, device=x.device)
         going = torch.arange(len(x), device=x.device)      # images that the current expert saw
         for i in range(1, self.num_experts):
@@ -167,7 +166,7 @@ class Routed(ExpertNet):
                 shared = _rows(shared, more)
                 going = going[more]
             feat = self.expert_feat(shared, i)
-            total.index_add_(0, going, _wide(heads[i](feat)))
+            total.index_add_(0, going, _wide(self.logits_of(feat, i)))
             used[going] = i + 1
         return {"output": total / used.unsqueeze(1), "sample_num_experts": used}
 

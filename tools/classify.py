@@ -226,7 +226,8 @@ def classify_list(run: Any, file: str, preprocess: dict[str, Any], head: Callabl
 
 def facts_of(run: Any) -> dict[str, Any]:
     """`preprocess` and `class_names` of a run: from its checkpoint, else (another project's weights) its loader's
-    defaults, without names. An `image_size` given by -c or --set overrides the checkpoint's, as in test.py."""
+    defaults, without names. An `image_size` given by -c or --set overrides the checkpoint's, as in test.py. Raises
+    ConfigError where the data loader, one from outside, had no preprocessing."""
     from data_loader import data_loaders
     from data_loader.transforms import as_recorded, test_preprocess
     from tools.parts import input_of
@@ -236,6 +237,9 @@ def facts_of(run: Any) -> dict[str, Any]:
     size, wanted = args.get("image_size"), input_of(run.config)
     if isinstance(known, dict) and isinstance(known.get("preprocess"), dict):
         preprocess = known["preprocess"]
+        if not preprocess:
+            raise ConfigError(f"data_loader.type: {spec.get('type')} doesn't say how photos are prepared for the "
+                              "model; set its `preprocess` (see base.base_data_loader.BaseDataLoader) and train again")
         if isinstance(size, int) and size != preprocess.get("image_size", size):
             preprocess = test_preprocess(size, preprocess["mean"], preprocess["std"], as_recorded(wanted, preprocess))
         return {"preprocess": preprocess, "class_names": known.get("class_names")}

@@ -31,7 +31,7 @@ def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, t
     """The loader of the config's training split, or of its test split (`training=False`).
 
     Raises ConfigError, also for an image size that the network can't take (before anything is read, if the config names
-    the size).
+    the size), and for a loader from outside that lacks what every run needs.
     """
     named = (config["data_loader"].get("args") or {}).get("image_size")
     if isinstance(named, int):
@@ -42,6 +42,10 @@ def make_loader(config: dict[str, Any], device: torch.device | str = "cpu", *, t
     loader = build_loader(config["data_loader"], seed=config.get("seed", 0), device=device, rank=dist.rank(),
                           world_size=dist.world_size(), epochs=config["trainer"]["epochs"], training=training,
                           preprocess=wanted, **more)
+    lacks = next((name for name in ("num_classes", "cls_num_list") if not hasattr(loader, name)), None)
+    if lacks is not None:
+        raise ConfigError(f"data_loader.type: {config['data_loader']['type']} must set {lacks} (see "
+                          "base.base_data_loader.BaseDataLoader)")
     if hasattr(loader, "image_size"):    # where the data decide it
         check_size(config, loader.image_size, training)
     return loader

@@ -264,11 +264,15 @@ def _rate(kind: Any, args: dict[str, Any], options: dict[str, Any], path: str) -
 
 def _build_torch(kind: Any, args: dict[str, Any], groups: list[dict[str, Any]], options: dict[str, Any],
                  path: str) -> torch.optim.Optimizer:
-    known = inspect.signature(_found(kind, path)).parameters
+    _found(kind, path)
     if args.get("differentiable"):
         raise ConfigError(f"{path}.args.differentiable: is for gradients of training steps; leave it out")
     # Where fp16's scaler skips the very first step, the fused SGD leaves its momentum uninitialised.
-    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(args) and options["amp"] != "fp16":
+    if kind == "SGD" and args.get("fused") and args.get("momentum") and options["amp"] == "fp16":
+        raise ConfigError(f"{path}.args.fused: with fp16, a first step that is skipped leaves the fused SGD's momentum "
+                          "uninitialised; leave it out")
+    # Adagrad's fused step refuses GPUs in some versions of torch that requirements.txt admits.
+    if kind in ("SGD", "Adam", "AdamW") and not {"fused", "foreach"} & set(args) and options["amp"] != "fp16":
         args = {**args, "fused": True}
     try:
         return build(OPTIMIZERS if kind in OPTIMIZERS else torch.optim, {"type": kind, "args": args}, path, groups)

@@ -42,8 +42,9 @@ class Trainer(StepTrainer):
         self.on_features = False
         self.accuracy_so_far: float | None = None
         self.next_line = 0.0
-        if self.train_loader.task == "classification" and "preprocess" in self.data_facts:
-            check_least_share(self.model, self.train_loader, self.data_facts["preprocess"]["image_size"])
+        size = self.data_facts.get("preprocess", {}).get("image_size")
+        if self.train_loader.task == "classification" and size is not None:
+            check_least_share(self.model, self.train_loader, size)
 
     # ------------------------------------------------------------------ one epoch
 

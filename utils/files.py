@@ -16,11 +16,11 @@ from utils.errors import ConfigError
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_args: Any) -> Iterator[IO]:
     """Open a temporary file that becomes `path` when the block ends well; otherwise `path` stays as it was.
 
-    A symbolic link is kept and its target replaced; a device or a pipe is written to directly. Raises OSError where
-    the folder can't be written or the disk is full; the temporary file is then removed.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, mode, **open_args) as handle:
+    A symbolic link is kept and its target replaced. A device, a pipe, and the file behind /dev/stdout, are written to
+    directly. Raises OSError where the folder can't be written or the disk is full, without the temporary file."""
+    stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(os.fspath(path))
+    if stream or (os.path.exists(path) and not os.path.isfile(path)):
+        with open(os.dup(stream) if stream else path, mode, **open_args) as handle:
             yield handle
         return
     path = Path(os.path.realpath(path))

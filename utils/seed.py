@@ -40,7 +40,7 @@ def rng_state() -> dict[str, Any]:
     state = {"torch": torch.get_rng_state(),
              "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
              "python": [version, list(internal), gauss_next]}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():     # a run on the CPU leaves the machine's GPUs alone
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

@@ -14,6 +14,8 @@ from data_loader import policies
 from data_loader.data_loaders import DigitsLTDataLoader
 from data_loader.erasing import draw_boxes, erase
 from data_loader.memory import MemoryImages, Recipe
+from data_loader.transforms import alternate_flips, test_preprocess
+from data_loader.workers import Sources
 from utils.errors import ConfigError
 from utils.seed import generator
 
@@ -152,6 +154,21 @@ def test_alternating_flips_show_both_sides_in_two_epochs() -> None:
         sides.append(loader._epoch_draws(epoch, loader.epoch_order(epoch)).flip)
     assert torch.equal(sides[0], sides[2]) and torch.equal(sides[0] + sides[1], torch.ones_like(sides[0]))
     assert 0.3 < sides[0].float().mean() < 0.7
+
+
+def test_large_images_alternate_too(tmp_path) -> None:
+    paths = []
+    for i in range(6):
+        noise = np.random.default_rng(i).integers(0, 256, (90, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+        paths.append(str(tmp_path / f"{i}.png"))
+    how = test_preprocess(72, (0.5,) * 3, (0.5,) * 3)
+    turning, still = (Sources(paths, None, how, seed=5, mode="train", flip=flip) for flip in ("alternate", False))
+    for epoch in (1, 2, 3):
+        expected = alternate_flips(5, epoch, np.arange(6))
+        for i in range(6):
+            (found, *_), (plain, *_) = turning[epoch, i, i], still[epoch, i, i]
+            assert torch.equal(found, plain.flip(2) if expected[i] else plain)
 
 
 @pytest.mark.parametrize(("wrong", "says"), [

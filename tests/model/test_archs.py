@@ -201,6 +201,20 @@ def test_memory_format_and_autocast_agree_with_plain(fmt):
     torch.testing.assert_close(close, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("arch", ("ResNet32Model", "ResNet32EAModel"))
+def test_evaluation_in_bfloat16_has_no_ties_among_logits(arch):
+    """The head is in float32: bfloat16 has 8 bits, in which many of 100 logits are equal."""
+    torch.manual_seed(0)
+    model = build_model({"type": arch, "args": {"num_experts": 3, "use_norm": True}}, num_classes=100).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model(torch.randn(4, 3, 32, 32))
+    assert outputs["output"].dtype == torch.float32
+    assert all(len(row.unique()) == 100 for row in outputs["output"])
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(4, 3, 32, 32))["logits"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("args,key,hint", [
     ({"num_experts": 0}, "num_experts", "1 or more"), ({"num_experts": -3}, "num_experts", "1 or more"),
     ({"s": 0}, "s", "above 0"), ({"dropout": 1.0}, "dropout", "below 1"), ({"dropout": -0.1}, "dropout", "at least 0"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from base.changes import missing_memory
 from model.model import build_model
 from trainer.optim.groups import is_hidden_matrix, param_groups
 from trainer.optim.muon import Muon, orthogonalize
@@ -231,6 +232,30 @@ def test_a_beginning_that_ends_in_a_number_means_that_number() -> None:
 def test_wrong_optimizers_are_named(spec: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         build_optimizer(spec, small_model(), {})
+
+
+def test_what_is_fused() -> None:
+    """Adagrad's fused step refuses GPUs in older versions of torch; SGD's doesn't survive a skipped first step."""
+    for kind, args, amp, fused in (("SGD", {"momentum": 0.9}, "off", True), ("AdamW", {}, "bf16", True),
+                                   ("Adagrad", {}, "off", False), ("SGD", {"momentum": 0.9}, "fp16", False),
+                                   ("SGD", {"fused": True}, "fp16", True)):
+        optimizer = build_optimizer({"type": kind, "args": {"lr": 0.1, **args}}, small_model(), {"amp": amp})
+        assert bool(optimizer.defaults.get("fused")) == fused, (kind, args, amp)
+    spec = {"type": "SGD", "args": {"lr": 0.1, "momentum": 0.9, "fused": True}}
+    with pytest.raises(ConfigError, match=r"optimizer\.args\.fused: .* leave it out"):
+        build_optimizer(spec, small_model(), {"amp": "fp16"})
+
+
+@pytest.mark.parametrize("flag", ("capturable", "fused"))
+def test_memory_that_is_there_isnt_missed_with_flags_for_gpus(flag: str) -> None:
+    p = nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([p])
+    optimizer.step()
+    optimizer.param_groups[0][flag] = True      # as a checkpoint of a GPU's run sets it
+    assert missing_memory(optimizer) == []
+    optimizer.param_groups[0]["amsgrad"] = True
+    assert missing_memory(optimizer) == ["max_exp_avg_sq"]
 
 
 def test_scales_with_places_are_vectors() -> None:

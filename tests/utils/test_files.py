@@ -1,10 +1,15 @@
 """Files are written whole, and what isn't a plain file stays what it is."""
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from utils.files import atomic_write, write_text
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def test_a_link_stays_one(tmp_path):
@@ -28,6 +33,15 @@ def test_a_pipe_and_a_device_are_written_to(tmp_path):
     (tmp_path / "null").symlink_to(os.devnull)
     write_text(tmp_path / "null", "x")
     assert (tmp_path / "null").is_char_device()
+
+
+def test_a_file_that_the_shell_appends_to_keeps_its_lines(tmp_path):
+    file = tmp_path / "all.csv"
+    file.write_text("earlier\n")
+    script = "from utils.files import write_text\nfor i in range(2): write_text('/dev/stdout', f'{i}\\n')"
+    with file.open("a") as handle:
+        subprocess.run([sys.executable, "-c", script], stdout=handle, check=True, cwd=REPO)
+    assert file.read_text() == "earlier\n0\n1\n" and os.listdir(tmp_path) == ["all.csv"]
 
 
 def test_half_a_file_is_never_left(tmp_path):

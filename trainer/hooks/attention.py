@@ -88,7 +88,7 @@ class BatchAttention(Hook):
         return options["log_batch_attention"]
 
     def step_taken(self, outputs: dict[str, Any], labels: torch.Tensor | None, gradient_norm: torch.Tensor) -> None:
-        weights = self.block.last_attention
+        weights = self.block.last_attention if self.run.writer else None
         if weights is not None and weights.shape[0] == len(labels):  # other ranks' labels aren't known here
             self.attention.add(weights, labels)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from tools.classify import facts_of
 from tools.opened import open_run
 from tools.parts import make_criterion, make_loader, make_model
 from tools.session import config_of, find_start
@@ -18,7 +19,9 @@ from utils.config.outside import outside_flags, outside_names
 from utils.errors import ConfigError
 
 MODULE = """
+import numpy as np
 import torch
+from base.base_data_loader import BaseDataLoader
 from torch import nn
 from data_loader.data_loaders import DigitsLTDataLoader
 from data_loader.samplers import ClassBalancedSampler
@@ -57,6 +60,25 @@ class Norm(nn.BatchNorm2d):
 
 class Draws(ClassBalancedSampler):
     pass
+
+class Bare(BaseDataLoader):
+    def __init__(self, batch_size: int = 8, training: bool = True, seed: int = 0, device="cpu", rank: int = 0,
+                 world_size: int = 1):
+        targets = np.repeat(np.arange(3), (30, 10, 4) if training else (5, 5, 5))
+        super().__init__(targets, batch_size, shuffle=True, training=training, seed=seed, device=device, rank=rank,
+                         world_size=world_size)
+        self.num_classes, self.cls_num_list = 3, [30, 10, 4]
+
+    def _batches(self, epoch, batches):
+        order = self.epoch_order(epoch)
+        for batch in batches:
+            labels = torch.from_numpy(self.targets[order[self.positions(batch)]])
+            yield labels[:, None, None, None].expand(-1, 3, 8, 8) - 1.0, labels
+
+class Barer(Bare):
+    def __init__(self, batch_size: int = 8, training: bool = True):
+        super().__init__(batch_size, training)
+        del self.cls_num_list
 
 class Teacher(Trainer):
     pass
@@ -166,6 +188,28 @@ def test_a_run_with_them(own, tmp_path, capsys):
     (tmp_path / "own.json").write_text(json.dumps(raw))
     assert train.main(["-c", "own.json", "--dry_run", "-d", "cpu"]) == 0
     assert "everything builds and runs" in capsys.readouterr().out
+
+
+def test_a_loader_needs_only_batches_classes_and_counts(own, tmp_path, capsys):
+    raw = config(data_loader={"type": f"{own}:Bare", "args": {}}, trainer__save_dir="saved", trainer__epochs=1,
+                 trainer__monitor="off", arch__args={})
+    (tmp_path / "own.json").write_text(json.dumps(raw))
+    assert train.main(["-c", "own.json", "-d", "cpu", "--run_id", "a"]) == 0
+    assert "test, epoch 1" in capsys.readouterr().out
+    file, same = next(tmp_path.rglob("checkpoint-epoch1.pth")), [Override("data_loader.type", f"{own}:Bare")]
+    run = open_run(file, overrides=same)
+    assert run.facts["cls_num_list"] == [30, 10, 4] and run.facts["class_names"] is None
+    with pytest.raises(ConfigError, match="no `train_eval_loader`"):
+        run.loader("train_eval")
+    with pytest.raises(ConfigError, match=r"data_loader\.args\.validation: this run has no validation split"):
+        run.loader("val")
+    with pytest.raises(ConfigError, match="doesn't say how photos are prepared"):
+        facts_of(run)
+
+
+def test_a_loader_without_counts_is_told(own):
+    with pytest.raises(ConfigError, match=r"data_loader\.type: .*:Barer must set cls_num_list"):
+        make_loader(check_config(config(data_loader={"type": f"{own}:Barer", "args": {}})))
 
 
 # ---------------------------------------------------------------------- a config that comes with a checkpoint
