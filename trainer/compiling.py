@@ -20,9 +20,10 @@ _MANY_IMAGES = 5000         # with fewer, in all epochs, the compiler takes long
 def choose_compiled(options: dict[str, Any], model: nn.Module, device: torch.device, amp: str, images: int) -> Any:
     """What to compile: `trainer.compile`'s value, with "auto" settled; logs why.
 
-    "auto" is what benchmarks.train_step has found faster on a CPU (docs/speed.md): in float32 with AVX2 the norms and
-    3x3 convolutions ("layers"), in bfloat16 without AMX the norms, otherwise nothing. The choice depends on nothing
-    that differs between a run and its continuation: not on what is frozen by now, nor on the epochs that are left.
+    "auto" is what benchmarks.train_step has found faster on a CPU (docs/speed.md): in float32 with AVX2 or AVX-512 the
+    norms and 3x3 convolutions ("layers"), in bfloat16 with instructions for it the norms, otherwise nothing. The choice
+    depends on nothing that differs between a run and its continuation: not on what is frozen by now, nor on the epochs
+    that are left.
 
     options: the config's `trainer`. amp: `off`, `bf16` or `fp16`. images: how many the whole training goes through.
     """
@@ -35,9 +36,9 @@ def choose_compiled(options: dict[str, Any], model: nn.Module, device: torch.dev
     faster = _faster(device, amp) if measured else None
     able = compiler() is not None and keeps_up()
     if wanted is False:
-        if faster == "layers" and able:
-            log.info("faster: --set trainer.compile=layers has %d of the convolutions and the norms in C++ "
-                     "(docs/speed.md)", len(layers))
+        if faster and able:
+            what = f"{len(layers)} of the convolutions and the norms" if faster == "layers" else "the norms"
+            log.info("faster: --set trainer.compile=%s has %s in C++ (docs/speed.md)", faster, what)
         return False
     why = None
     if not faster:
@@ -70,5 +71,5 @@ def _faster(device: torch.device, amp: str) -> str | None:
     if device.type != "cpu":
         return None
     if amp == "off":
-        return "layers" if torch.backends.cpu.get_cpu_capability() == "AVX2" else None
-    return "norms" if amp == "bf16" and bfloat16_unit() == "AVX512-BF16" else None
+        return "layers" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
+    return "norms" if amp == "bf16" and bfloat16_unit() else None
