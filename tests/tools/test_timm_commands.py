@@ -66,7 +66,8 @@ def test_weights_out_of_reach_write_nothing(offline, tmp_path, capsys):
     assert told.count("\n") == 1 and "HF_HUB_OFFLINE is set" in told and "--pretrained FILE" in told
 
 
-def test_pretrained_takes_its_place(offline, trained):
+def test_pretrained_takes_its_place(offline, trained, capsys):
     """With a file to start from the network's own weights aren't asked for."""
     train.main([*ARGS, "--pretrained", str(trained), "--dry_run", "--num_experts", "2", "--set", "arch.args.norm=NBN",
                 "--set", "arch.args.model_name=test_efficientnet"])
+    assert "dry run: everything builds" in capsys.readouterr().out
