@@ -101,8 +101,9 @@ class ExpertNet(nn.Module):
     def logits_of(self, feat: torch.Tensor, expert: int) -> torch.Tensor:
         """One expert's head on its features: `[N, D]` -> logits `[N, C]`. In evaluation always in float32: bfloat16
         makes logits equal that aren't, and of equal ones the first, more frequent class would win."""
-        if not self.training and torch.is_autocast_enabled(feat.device.type):
-            with torch.autocast(feat.device.type, enabled=False):
+        kind = feat.device.type
+        if not self.training and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
                 return self.heads[expert](feat.float())
         return self.heads[expert](feat)
 
