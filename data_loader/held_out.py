@@ -70,6 +70,20 @@ def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mappi
     return is_same_place(places[1], split)
 
 
+def other_files(kind: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names, without endings, of files and folders from which `now` reads splits and `before` didn't.
+
+    before, now: `data_loader.args` of a loader of the class `kind`, whose `split_files` are the arguments that name
+    such files, if it has any.
+    """
+    found = []
+    for key in getattr(kind, "split_files", ()):
+        one, two = (os.path.normpath(str(args.get(key, _default(kind, key)))) for args in (before, now))
+        if one != two:
+            found.append(os.path.splitext(os.path.basename(two))[0].strip(".") or key)
+    return list(dict.fromkeys(found))
+
+
 def seen_in(splits: Mapping[str, Any], root: str, facts: Mapping[str, Any], elsewhere: bool) -> dict[str, str]:
     """{"test" or "val": in words, that a model was trained on images of this split}, where that is known.
 

@@ -59,6 +59,7 @@ class CocoDataLoader(BaseDataLoader):
     """
 
     task = "detection"
+    split_files = ("train_annotations", "train_images", "val_annotations", "val_images")
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     batch_limit: int | None = None
     guess_said = False

@@ -240,6 +240,17 @@ def test_other_data_and_splits_have_files_of_their_own(coco_folder, tmp_path, tm
     for part in ("val_metrics", "val_detections_bbox", "val_detections_segm", "test_metrics.swapped.checkpoint-epoch1",
                  "detections_bbox.swapped.checkpoint-epoch1", "detections_segm.swapped.checkpoint-epoch1"):
         assert (models / f"{part}.json").is_file(), part
+    # Other annotations in the same folder; the run's own, by another spelling, are no other ones.
+    shutil.copy(data / "annotations/instances_val2017.json", data / "annotations/cats.json")
+    for file in ("annotations/cats.json", "./annotations/instances_val2017.json"):
+        call_python(["test.py", "-r", checkpoint, "-d", "cpu", "-q", "--set", f"data_loader.args.val_annotations={file}"
+                     ], check=True)
+        if "cats" in file:
+            assert {name: (models / name).read_text() for name in own} == own
+    own["test_metrics.json"] = (models / "test_metrics.json").read_text()
+    assert {file.name for file in models.glob("*.checkpoint-epoch1.json")} == {
+        f"{part}.{data}.checkpoint-epoch1.json" for data in ("cats", "swapped")
+        for part in ("test_metrics", "detections_bbox", "detections_segm")}
     for command in (["test.py", "-r", checkpoint], ["train.py", "-r", checkpoint, "--epochs", 2]):
         refused = call_python([*command, "-d", "cpu", "--data_dir", others / "else"])
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
