@@ -39,9 +39,11 @@ def _check_drawn(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, An
                               f"the validation images: {reason}")
         before = (facts.get("split") or {}).get("drawn_from")       # older versions didn't record it
         if before not in (None, (loader.split_memory or {}).get("drawn_from")):
-            raise ConfigError("data_loader.args.imb_factor: photos were added, renamed or removed since the model was "
+            key, own, photos = ("imb_factor", "val/, a list", "photos") if loader.task == "classification" else (
+                "validation", "\"test\" takes the val split", "images of the training annotations")
+            raise ConfigError(f"data_loader.args.{key}: {photos} were added, renamed or removed since the model was "
                               "trained, so it draws others, and \"holdout\" may take some that the model was trained "
-                              "on: give validation images of their own (val/, a list), or restore the photos")
+                              f"on: give validation images of their own ({own}), or restore the photos")
     known, own = facts.get("class_names"), loader.class_names
     same = loader.paths is None and known and own and list(known) == list(own)       # images in memory have no names
     if same and list(facts["cls_num_list"]) != loader.cls_num_list:

@@ -389,6 +389,29 @@ def test_held_out_images_are_the_same_whatever_the_seed_is(scenes):
     check_held_out(make(validation="test"), facts, {**own, **before}, {"validation": "test"})       # nothing is drawn
 
 
+@pytest.mark.parametrize("change", ["added", "reordered", "relabelled"])
+def test_a_changed_annotation_file_is_noticed_where_images_were_held_out(change, coco_folder, tmp_path):
+    """They are drawn by position, so with other images, "holdout" may take some that were trained on."""
+    args = {"validation": "holdout", "holdout_fraction": 0.3, "keep_empty": True}
+    before = CocoDataLoader(str(coco_folder()), **args)
+    facts = {"class_names": before.class_names, "cls_num_list": before.cls_num_list, "split": before.split_memory}
+    content = coco_content()
+    if change == "added":
+        content["images"].append({**content["images"][2], "id": 13})
+    elif change == "reordered":
+        content["images"].reverse()
+    else:
+        content["annotations"][0]["bbox"] = [4, 5, 19, 30]
+    now = CocoDataLoader(str(coco_folder(content)), **args)
+    check_held_out(now, {"split": {"rule": "names"}}, args, args)       # an older version's checkpoint
+    if change == "relabelled":
+        check_held_out(now, facts, args, args)
+        return
+    with pytest.raises(ConfigError, match=r"args\.validation: images of the training annotations were added, renamed"):
+        check_held_out(now, facts, args, args)
+    assert "drawn_from" not in CocoDataLoader(str(tmp_path)).split_memory
+
+
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True)) and \
         all(torch.equal(x["masks"], y["masks"]) and torch.equal(x["boxes"], y["boxes"])
