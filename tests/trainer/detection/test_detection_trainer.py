@@ -193,6 +193,23 @@ def test_a_wrong_annotation_ends_the_command_with_one_line(coco_folder):
     assert "annotation 1: unknown category 5" in done.stderr
 
 
+@pytest.mark.parametrize("value", ["loss.type=FocalLoss", 'metrics=["macro_f1"]'])
+def test_a_loss_and_metrics_that_a_detector_ignores_are_refused(value, scenes, tmp_path):
+    """But a run that goes on may have been begun with them, by a version that said nothing."""
+    key = value.partition("=")[0].partition(".")[0]
+    done = call_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_bn.json", "--data_dir", scenes, "--save_dir",
+                        tmp_path / "none", "-d", "cpu", "--set", value])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
+    assert f"{key}: would have no effect, as " in done.stderr
+    config = config_for(scenes, tmp_path, epochs=2, iterations=1, tensorboard=False)
+    path = make({**config, "loss": {"type": "FocalLoss", "args": {}}, "metrics": ["macro_f1"]}, "old").train()
+    call_python(["train.py", "-r", path, "-d", "cpu", "--set", "trainer.iterations=2"], check=True)
+    call_python(["train.py", "-c", path.parent / "config.json", "--dry_run", "-d", "cpu", "--set",
+                 "loss={\"type\": \"CrossEntropyLoss\"}", "--set", "metrics=[\"accuracy\"]"], check=True)
+    refused = call_python(["train.py", "-r", path, "-d", "cpu", "--set", value])
+    assert refused.returncode == 2 and f"{key}: would have no effect" in refused.stderr
+
+
 def test_train_and_test_from_the_command_line(scenes, tmp_path):
     scene = {f"data_loader.args.{key}": value for key, value in SCENES.items()}
     call_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_mabn.json", "--data_dir", scenes, "--save_dir",
