@@ -130,7 +130,8 @@ class CocoEvaluator:
         image, -1 where unknown."""
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-        images = [image for image in self.ground_truth["images"] if image["id"] in set(self.image_ids)]
+        scored = set(self.image_ids)
+        images = [image for image in self.ground_truth["images"] if image["id"] in scored]
         truth = {**self.ground_truth, "images": images}
         # What pycocotools makes of a results file; it can't read one without results.
         area = box_area if kind == "bbox" else mask_area

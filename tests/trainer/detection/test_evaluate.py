@@ -179,6 +179,28 @@ def test_detections_are_saved_and_scored_on_the_annotations_own_pixels(orientati
     assert [entry["bbox"] for entry in figures["detections"]] == [[4, 5, 20, 30], [30, 8, 16, 16], [2, 2, 24, 24]]
 
 
+def test_the_time_grows_with_the_images_not_with_their_square(split):
+    class Ids(list):
+        walks = 0
+
+        def __iter__(self):
+            Ids.walks += 1
+            return super().__iter__()
+    evaluator = CocoEvaluator(split.ground_truth())
+    evaluator.update(*truth_as_detections(split))
+    evaluator.image_ids = Ids(evaluator.image_ids)
+    evaluator.compute()
+    assert 0 < Ids.walks <= 4 < len(evaluator.image_ids)
+
+
+def test_masks_are_kept_as_run_lengths(split):
+    """Batch by batch: the masks of all images would fill the memory."""
+    evaluator = CocoEvaluator(split.ground_truth())
+    evaluator.update(*truth_as_detections(split))
+    assert all(isinstance(entry["segmentation"]["counts"], str) for entry in evaluator.results)
+    assert not any(isinstance(value, torch.Tensor | np.ndarray) for e in evaluator.results for value in e.values())
+
+
 def test_the_table_is_in_percent(split):
     figures, _ = score(split, *truth_as_detections(split))
     assert "100.0" in format_detection(figures, "test") and TASK.format_result(figures, "test") == format_detection(
