@@ -22,7 +22,7 @@ from data_loader.detection.coco import CocoSplit, read_coco
 from data_loader.detection.dataset import DetectionDataset, RepeatFactor
 from data_loader.detection.digit_scenes import make_scenes
 from data_loader.detection.masks import mask_tools
-from data_loader.detection.splits import described, held_out
+from data_loader.detection.splits import described, held_out, without_specks
 from data_loader.splitting import names_digest, sample_of
 from data_loader.workers import leave_stops_to_parent, loaded
 from logger.log import get_logger
@@ -91,6 +91,8 @@ class CocoDataLoader(BaseDataLoader):
     def _use(self, split: CocoSplit, training: bool) -> None:
         """Set the split to iterate over."""
         options = self.options
+        if training:
+            split = without_specks(split, min(self.min_size), options["max_size"])
         if training and not options["keep_empty"]:
             full = [i for i, found in enumerate(split.annotations) if any(not a["iscrowd"] for a in found)]
             if not full:

@@ -1,14 +1,20 @@
-"""Which images of a detection data set are held out, and what the log says of a split."""
+"""Which images of a detection data set are held out, which boxes are trained on, and what the log says of a split."""
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
 from data_loader.detection.coco import CocoSplit
-from logger.text import count_of
+from data_loader.detection.dataset import resized
+from logger.text import count_of, first_of
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
 
 HOLDOUT = 3  # number of the random stream that selects held-out images
+#: Sides, in pixels of a training image, below which a box is left out: in float32 its corners may coincide, which
+#: torchvision refuses in the middle of an epoch.
+LEAST_SIDE = 0.01
 
 
 def held_out(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -19,6 +25,25 @@ def held_out(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray
         raise ConfigError(f"data_loader.args.holdout_fraction: {fraction} of {n} images leaves nothing to train on")
     order = numpy_rng(seed, HOLDOUT).permutation(n)
     return np.sort(order[:held]), np.sort(order[held:])
+
+
+def without_specks(split: CocoSplit, min_size: int, max_size: int) -> CocoSplit:
+    """The split without boxes that have a side under LEAST_SIDE where its images are resized to the shorter side
+    `min_size`, or less if the longer one would exceed `max_size`; a note has their number. Crowds stay."""
+    left: list[int] = []
+    annotations = []
+    for image, found in zip(split.images, split.annotations):
+        width, height = resized(image["width"], image["height"], min_size, max_size)
+        sides = width / image["width"], height / image["height"]
+        specks = {a["id"] for a in found if not a["iscrowd"]
+                  and min(a["bbox"][2] * sides[0], a["bbox"][3] * sides[1]) < LEAST_SIDE}
+        left += sorted(specks)
+        annotations.append([a for a in found if a["id"] not in specks] if specks else found)
+    if not left:
+        return split
+    note = (f"{split.file.name}: {count_of(len(left), 'box', 'boxes')} under {LEAST_SIDE:g} pixels wide or high in "
+            f"training images left out (annotation {first_of([str(n) for n in left])})")
+    return replace(split, annotations=annotations, notes=[*split.notes, note])
 
 
 def described(split: CocoSplit, counts: list[int], few: float) -> list[str]:

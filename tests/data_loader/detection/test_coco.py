@@ -22,7 +22,7 @@ from data_loader.held_out import check_held_out, of_same_data
 from data_loader.splitting import is_same_place
 from logger.log import get_logger
 from tests.conftest import call_python
-from tests.scenes import SCENES, coco_content
+from tests.scenes import SCENES, annotation, coco_content
 from utils.errors import ConfigError, RunError
 
 log = get_logger()
@@ -387,6 +387,22 @@ def test_held_out_images_are_the_same_whatever_the_seed_is(scenes):
         with pytest.raises(ConfigError, match=f"data_loader.args.{says}"):
             check_held_out(make(**now), facts, {**own, **before}, {**own, **now})
     check_held_out(make(validation="test"), facts, {**own, **before}, {"validation": "test"})       # nothing is drawn
+
+
+@pytest.mark.parametrize("side", [1e-6, 0.009, 0.02])
+def test_boxes_whose_corners_coincide_in_training_are_left_out(side, coco_folder):
+    """In float32; torchvision would refuse them in the middle of an epoch."""
+    content = coco_content()
+    content["annotations"] += [annotation(5, 10, (40, 20, side, 8)), annotation(6, 12, (60, 20, 3, side))]
+    loader = CocoDataLoader(str(coco_folder(content)), batch_size=1, min_size=48)
+    targets = [target for _, (target,) in loader]
+    assert all((target["boxes"][:, 2:] > target["boxes"][:, :2]).all() for target in targets)
+    assert sorted(len(target["boxes"]) for target in targets) == ([1, 1, 3] if side == 0.02 else [1, 2])
+    said = "instances_train2017.json: 2 boxes under 0.01 pixels wide or high in training images left out (annotation 5"
+    assert any(said in line for line in loader.summary()) is (side != 0.02)
+    assert sum(loader.cls_num_list) == (5 if side == 0.02 else 3)
+    validated = loader.split_validation()
+    assert len(validated.ground_truth()["annotations"]) == 6
 
 
 @pytest.mark.parametrize("change", ["added", "reordered", "relabelled"])
