@@ -7,6 +7,7 @@ import numpy as np
 
 from data_loader.detection.coco import CocoSplit
 from data_loader.detection.dataset import resized
+from data_loader.detection.lvis import is_federated
 from logger.text import count_of, first_of
 from utils.errors import ConfigError
 from utils.seed import numpy_rng
@@ -47,18 +48,19 @@ def without_specks(split: CocoSplit, min_size: int, max_size: int) -> CocoSplit:
 
 
 def described(split: CocoSplit, counts: list[int], few: float) -> list[str]:
-    """Log lines about a split. counts: training instances of each class [C], or [] if unknown; few: classes with fewer
-    are few-shot."""
+    """Log lines about a split. counts: training instances of each class (see `CocoSplit.counts`) [C], or [] if unknown;
+    few: classes with fewer are few-shot."""
+    unit = "image" if is_federated(split.images) else "instance"
     instances = sum(map(len, split.annotations))
     names = split.class_names
     lines = [f"{split.file}: {len(names)} classes, {len(split.images):,} images, {instances:,} instances"]
     if any(counts):
         most, least = max(counts), min(n for n in counts if n)
-        lines.append(f"training instances a class: {most:,} ({names[counts.index(most)]}) to {least:,} "
+        lines.append(f"training {unit}s a class: {most:,} ({names[counts.index(most)]}) to {least:,} "
                      f"({names[counts.index(least)]}), imbalance {most / least:.4g} : 1; few-shot "
                      f"(under {few:g}): {count_of(sum(n < few for n in counts), 'class', 'classes')}")
     untrained = [name for name, n in zip(names, counts) if not n]
     if untrained:
-        lines.append(f"warning: {count_of(len(untrained), 'class has', 'classes have')} no training instance: "
+        lines.append(f"warning: {count_of(len(untrained), 'class has', 'classes have')} no training {unit}: "
                      + ', '.join(untrained[:5]) + (", ..." if len(untrained) > 5 else ""))
     return lines

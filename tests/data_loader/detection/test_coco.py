@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from data_loader.held_out import check_held_out, of_same_data
 from data_loader.splitting import is_same_place
 from logger.log import get_logger
 from tests.conftest import call_python
-from tests.scenes import SCENES, annotation, coco_content
+from tests.scenes import SCENES, annotation, coco_content, lvis_content
 from utils.errors import ConfigError, RunError
 
 log = get_logger()
@@ -387,6 +388,36 @@ def test_held_out_images_are_the_same_whatever_the_seed_is(scenes):
         with pytest.raises(ConfigError, match=f"data_loader.args.{says}"):
             check_held_out(make(**now), facts, {**own, **before}, {**own, **now})
     check_held_out(make(validation="test"), facts, {**own, **before}, {"validation": "test"})       # nothing is drawn
+
+
+def test_lviss_files_are_read(coco_folder):
+    """Without file_name and iscrowd; a split's images may lie in another split's folder. Counts are of images."""
+    content = lvis_content()
+    root = coco_folder(content)
+    for image in (root / "val2017").iterdir():
+        image.unlink()
+    loader = CocoDataLoader(str(root), batch_size=1, min_size=48)
+    assert [Path(path).name for path in loader.paths] == ["0.png", "1.png"] and len(list(loader)) == 2
+    assert len(list(loader.split_validation())) == 3
+    assert CocoDataLoader(str(root), training=False, val_images=".").n_samples == 3
+    content["annotations"].append(annotation(9, 10, (40, 30, 8, 8)))
+    loader = CocoDataLoader(str(coco_folder(content)), batch_size=1)
+    assert loader.cls_num_list == [1, 2] and loader.class_names == ["dog", "cat"]       # cats: three, on two images
+    assert any("training images a class: 2 (cat) to 1 (dog)" in line for line in loader.summary())
+    for image in (root / "train2017").iterdir():
+        image.unlink()
+    for image in (root / "val2017").iterdir():
+        image.unlink()
+    with pytest.raises(ConfigError, match=r"image 10: missing image .*train2017/0\.png"):
+        CocoDataLoader(str(root))
+
+
+@pytest.mark.parametrize("ids", [[5], 3, ["3"], [True]])
+def test_classes_that_an_image_isnt_annotated_for_must_exist(ids, coco_folder):
+    content = lvis_content()
+    content["images"][1]["neg_category_ids"] = ids
+    with pytest.raises(ConfigError, match=r"image 11: neg_category_ids has .*; it must be a list of categories' ids"):
+        CocoDataLoader(str(coco_folder(content)))
 
 
 @pytest.mark.parametrize("side", [1e-6, 0.009, 0.02])
