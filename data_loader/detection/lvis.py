@@ -28,17 +28,20 @@ def image_name(entry: dict[str, Any], look: Callable[[str], bool | None]) -> str
     """The name of an image's file below the image folder; None if the entry has none.
 
     look: whether there is such a file. LVIS's splits have images of several of COCO's, each in its folder: where the
-    image folder lacks a file, it is looked for in the folder beside or below it that `coco_url` names.
+    image folder lacks `file_name` (v0.5: as in COCO 2014; v1 has none), the file is looked for as `coco_url` names it,
+    also in the folder beside or below the image folder that it names.
     """
     name, url = entry.get("file_name"), entry.get("coco_url")
-    if name is not None or not isinstance(url, str):
-        return name if isinstance(name, str) else None
+    if name is not None and not isinstance(name, str):
+        return None
+    if not isinstance(url, str) or (name is not None and is_name(name) and look(name)):
+        return name
     try:
         split, _, last = urlsplit(url).path.rpartition("/")
     except ValueError:
-        return None
+        return name
     places = (last, f"../{os.path.basename(split)}/{last}", f"{os.path.basename(split)}/{last}")
-    return next((place for place in places if is_name(place) and look(place)), last)
+    return next((place for place in places if is_name(place) and look(place)), name or last)
 
 
 def federated(where: str, entry: dict[str, Any], known: set[int]) -> dict[str, list[int]]:

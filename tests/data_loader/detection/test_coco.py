@@ -390,9 +390,13 @@ def test_held_out_images_are_the_same_whatever_the_seed_is(scenes):
     check_held_out(make(validation="test"), facts, {**own, **before}, {"validation": "test"})       # nothing is drawn
 
 
-def test_lviss_files_are_read(coco_folder):
-    """Without file_name and iscrowd; a split's images may lie in another split's folder. Counts are of images."""
+@pytest.mark.parametrize("version", ["v0.5", "v1"])
+def test_lviss_files_are_read(version, coco_folder):
+    """Without iscrowd and a file_name that there is; a split's images may lie in another split's folder. Counts are of
+    images."""
     content = lvis_content()
+    for image in content["images"]:
+        image |= {"file_name": f"COCO_train2014_{image['id']}.png"} if version == "v0.5" else {}
     root = coco_folder(content)
     for image in (root / "val2017").iterdir():
         image.unlink()
@@ -408,7 +412,7 @@ def test_lviss_files_are_read(coco_folder):
         image.unlink()
     for image in (root / "val2017").iterdir():
         image.unlink()
-    with pytest.raises(ConfigError, match=r"image 10: missing image .*train2017/0\.png"):
+    with pytest.raises(ConfigError, match=r"image 10: missing image .*train2017/(0|COCO_train2014_10)\.png"):
         CocoDataLoader(str(root))
 
 
