@@ -12,7 +12,7 @@ import contextlib
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from tools.flags import parse_train
 from utils.cli import run_main
 from utils.config.load import check_second_stage, load_config
 from utils.config.outside import outside_flags
+from utils.config.schema import SECTIONS, TOP
 from utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         check_second_stage(config)
     if config:
         check_own_images(config["data_loader"])
+        check_unused(config, ("loss", "metrics"))
     workers = workers_wanted(args, config)
     if workers > 1:
         from tools.launch import run_workers
@@ -56,6 +58,19 @@ def check_own_images(loader: dict[str, Any]) -> None:
     if loader.get("type") in ("ImageFolderLTDataLoader", "ListFileDataLoader") and folder is not None:
         from data_loader.files import check_data_dir
         check_data_dir(folder)
+
+
+def check_unused(config: dict[str, Any], keys: Iterable[str]) -> None:
+    """Raise ConfigError where a detector's config names something in `keys`, of "loss" and "metrics": detectors have
+    their own. Defaults are in every run's config.json and say nothing; a trainer from outside may use both."""
+    if config["trainer"]["type"] != "DetectionTrainer":
+        return
+    defaults = {"loss": SECTIONS["loss"].default, "metrics": next(row.default for row in TOP if row.name == "metrics")}
+    why = {"loss": f"{config['arch']['type']} has losses of its own",
+           "metrics": "a detector's figures are the average precisions of boxes and masks (bbox_AP, segm_AP, ...)"}
+    for key in keys:
+        if config[key] != defaults[key]:
+            raise ConfigError(f"{key}: would have no effect, as {why[key]}; leave it out")
 
 
 def workers_wanted(args: Namespace, config: dict[str, Any] | None) -> int:
@@ -91,6 +106,8 @@ def train(args: Namespace, config: dict[str, Any] | None, stop: StopRequest) -> 
     setup_logging()
     log = get_logger()
     start = session.find_start(args, config)
+    if config is None:  # a run begun by an older version goes on, whatever its config names
+        check_unused(start.config, {item.path.partition(".")[0] for item in args.overrides} & {"loss", "metrics"})
     config = start.config
     options = config["trainer"]
     set_verbosity(options["verbosity"])

@@ -39,9 +39,11 @@ def _check_drawn(loader: Any, facts: Mapping[str, Any], trained: Mapping[str, An
                               f"the validation images: {reason}")
         before = (facts.get("split") or {}).get("drawn_from")       # older versions didn't record it
         if before not in (None, (loader.split_memory or {}).get("drawn_from")):
-            raise ConfigError("data_loader.args.imb_factor: photos were added, renamed or removed since the model was "
+            key, own, photos = ("imb_factor", "val/, a list", "photos") if loader.task == "classification" else (
+                "validation", "\"test\" takes the val split", "images of the training annotations")
+            raise ConfigError(f"data_loader.args.{key}: {photos} were added, renamed or removed since the model was "
                               "trained, so it draws others, and \"holdout\" may take some that the model was trained "
-                              "on: give validation images of their own (val/, a list), or restore the photos")
+                              f"on: give validation images of their own ({own}), or restore the photos")
     known, own = facts.get("class_names"), loader.class_names
     same = loader.paths is None and known and own and list(known) == list(own)       # images in memory have no names
     if same and list(facts["cls_num_list"]) != loader.cls_num_list:
@@ -68,6 +70,20 @@ def of_same_data(before: Mapping[str, Any], now: Mapping[str, Any], facts: Mappi
     if not split.get("sample") and ((facts or {}).get("preprocess") or {}).get("task") == "detection":
         return doubt
     return is_same_place(places[1], split)
+
+
+def other_files(kind: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names, without endings, of files and folders from which `now` reads splits and `before` didn't.
+
+    before, now: `data_loader.args` of a loader of the class `kind`, whose `split_files` are the arguments that name
+    such files, if it has any.
+    """
+    found = []
+    for key in getattr(kind, "split_files", ()):
+        one, two = (os.path.normpath(str(args.get(key, _default(kind, key)))) for args in (before, now))
+        if one != two:
+            found.append(os.path.splitext(os.path.basename(two))[0].strip(".") or key)
+    return list(dict.fromkeys(found))
 
 
 def seen_in(splits: Mapping[str, Any], root: str, facts: Mapping[str, Any], elsewhere: bool) -> dict[str, str]:

@@ -48,6 +48,17 @@ def coco_content():
             "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}
 
 
+def lvis_content():
+    """The same as LVIS has it: no crowds, images named by URL, and annotated for some classes only."""
+    content = coco_content()
+    content["annotations"] = [{key: value for key, value in a.items() if key != "iscrowd"}
+                              for a in content["annotations"] if not a["iscrowd"]]
+    for image in content["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{image.pop('file_name')}"
+        image |= {"neg_category_ids": [3] if image["id"] == 11 else [], "not_exhaustive_category_ids": []}
+    return content
+
+
 @pytest.fixture
 def coco_folder(tmp_path):
     """`write(content) -> data_dir` in COCO's layout; the same pictures and annotations for training and validation."""

@@ -157,8 +157,8 @@ def arrange(rows: Iterable[Row], sort: str | None = None, only_means: bool = Fal
     """The rows in order. Runs that differ only in seed stand together, followed (only_means: replaced) by their mean.
     If they are known to have begun from several methods' checkpoints, each method's stand together, with a note.
 
-    Without `sort`: by data set, the most accurate first. With it, by that column, the highest first where more is
-    better, else the smallest.
+    Without `sort`: by data set, the most accurate (a detector's box AP) first. With it, by that column, the highest
+    first where more is better, else the smallest.
     """
     import pandas as pd
     table, blocks = frame(rows), []
@@ -181,7 +181,7 @@ def arrange(rows: Iterable[Row], sort: str | None = None, only_means: bool = Fal
 
     def order(block: DataFrame) -> tuple:
         last = block.iloc[-1]
-        value = last[column.key]
+        value = last["ap"] if sort is None and last[column.key] is None else last[column.key]      # a detector's
         rank = 0 if value is None else -value if column.best > 0 else value
         return "" if sort else last["data"], value is None, rank, last["run"]
     return frame(row for block in sorted(blocks, key=order) for row in block.to_dict("records"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.run_paths import RunPaths, run_of
-from data_loader.held_out import check_held_out, of_same_data
+from data_loader.held_out import check_held_out, of_same_data, other_files
 from logger.log import get_logger
 from model.weights.remap import load_weights
 from tools.calibration import kept_temperature
@@ -22,9 +22,11 @@ from tools.parts import check_size, make_loader, make_model, settled
 from tools.session import config_of, data_facts, facts_of_checkpoint
 from trainer.precision import allow_tf32
 from utils.checkpoint.store import load_checkpoint, recover_config
+from utils.config.check import constructor
 from utils.config.load import check_config, load_config
 from utils.config.outside import outside_names, short_name
 from utils.config.read import leaves
+from utils.config.schema import SECTIONS
 from utils.errors import ConfigError
 
 log = get_logger()
@@ -115,12 +117,16 @@ class Run:
 
     def about(self) -> list[str]:
         """What the names of files about this run must contain: [] for the newest or best weights on the run's own data,
-        else the other data and the checkpoint."""
+        else the other data (its folder, and files that it reads in place of the run's) and the checkpoint."""
         parts = []
         if not self.is_own_data:
             data = self.config["data_loader"]
             folder = (data.get("args") or {}).get("data_dir")
             parts.append(Path(folder).resolve().name if folder else short_name(data["type"]))
+        if before := (recover_config(self.checkpoint) or {}).get("data_loader"):
+            now = self.config["data_loader"]
+            kind = constructor(SECTIONS["data_loader"], now["type"], "data_loader.type")
+            parts += other_files(kind, *(spec.get("args") or {} for spec in (before, now)))
         newest = max(map(RunPaths.epoch_of, run_of(self.path).checkpoints()), default=0)
         older = self.path.name.startswith("checkpoint-epoch") and (self.checkpoint.get("epoch") or 0) < newest
         return [*parts, self.path.stem] if older or parts else []

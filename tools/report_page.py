@@ -57,7 +57,7 @@ def _facts(facts: RunFacts, run: Any, record: RunRecord) -> dict[str, Any]:
             "seed": run.config.get("seed", 0), "model": model_of(run.config), "experts": experts_of(run.config),
             "parameters": f"{run.model.num_parameters():,}" if hasattr(run.model, "num_parameters") else None,
             "data": data_of(run.config), "classes": len(facts.counts),
-            "training images": f"{sum(facts.counts):,}",
+            f"training {'images' if facts.classifies else 'instances'}": f"{sum(facts.counts):,}",
             "imbalance": _imbalance(facts.counts), facts.images_name: _count(facts.result.get("n_samples")),
             "training time": None if record.seconds is None else duration(record.seconds),
             "speed": None if record.images_per_second is None else f"{record.images_per_second:,.0f} images/s"}
@@ -92,7 +92,12 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
         value = result.get(key)
         return ("–", "") if value is None else (f"{100 * value:.1f}", "%")
     if not facts.classifies:
-        rows = [(key, key.replace("_", " "), "", "accent") for key in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")]
+        rows = [(key, key.replace("_", " "), "", "accent")
+                for key in ("bbox_AP", "bbox_AP50", "bbox_AP75", "segm_AP", "segm_AP50", "segm_AP75")]
+        rows += [(f"{kind}_AP_{group}", f"{kind} AP {group}-shot",
+                  count_of(result.get(f"{group}_class_num") or 0, "class", "classes"), group)
+                 for kind in ("bbox", "segm") for group in ("many", "medium", "few")
+                 if result.get(f"{kind}_AP_{group}") is not None]
     else:
         sizes = {g: count_of(result[f"{g}_class_num"], "class", "classes") for g in ("many", "medium", "few")}
         rows = [("accuracy", "All", f"of the {facts.images_name}", "accent"),

@@ -94,6 +94,9 @@ def readme_table(rows: Sequence[Row]) -> str:
     """
     table, notes = [], {}
     for row in rows:
+        if row.get("ap") is not None:
+            raise ConfigError(f"{row['config']}: that run is a detector's, and README's table holds accuracies; move "
+                              "the run out of the folder, or leave out --readme")
         if row["all"] is None or row["note"].startswith("validation"):
             raise ConfigError(f"{row['config']}: that run has no test figures; run test.py on it first")
         folder, entry = Path(row["config"]).parent.name, published_for(row)

@@ -42,6 +42,9 @@ COLUMNS = (
     *(Column(key, head, percent, 1, True) for key, head in (("all", "all %"), ("many", "many"), ("medium", "medium"),
                                                            ("few", "few"))),
     Column("ece", "ECE %", percent, -1, True),
+    *(Column(key, head, percent, 1, True) for key, head in (
+        ("ap", "box AP %"), ("ap50", "AP50"), ("ap75", "AP75"), ("ap_many", "AP many"), ("ap_medium", "AP medium"),
+        ("ap_few", "AP few"), ("mask_ap", "mask AP %"))),
     Column("parameters", "params M", lambda n: f"{n / 1e6:.2f}"),
     Column("gflops", "GFLOPs", lambda n: f"{n:.3g}"),
     Column("images_per_s", "images/s", lambda n: f"{n:,.0f}"),
@@ -50,7 +53,10 @@ COLUMNS = (
 #: A row's key -> the figure's name in test_metrics.json.
 FIGURES = {"all": "accuracy", "many": "many_shot_acc", "medium": "medium_shot_acc", "few": "few_shot_acc", "ece": "ece",
            "class_mean": "class_mean_acc", "macro_f1": "macro_f1"}
-
+#: The same of a detector's figures; tables have these columns where a run has any.
+DETECTED = {"ap": "bbox_AP", "ap50": "bbox_AP50", "ap75": "bbox_AP75", "ap_many": "bbox_AP_many",
+            "ap_medium": "bbox_AP_medium", "ap_few": "bbox_AP_few", "mask_ap": "segm_AP"}
+FIGURES |= DETECTED
 
 #: A row's keys beside the columns: MORE and SPREADS are in the CSV only, HIDDEN in no output.
 MORE = ("class_mean", "macro_f1", "kind", "source")
@@ -115,7 +121,8 @@ def markdown_table(table: DataFrame) -> str:
 
 def csv_table(table: DataFrame) -> str:
     """CSV for programs: numbers as they are (accuracies as fractions), empty where unknown, `_sd` beside the means."""
-    return csv_text([key for key in table if key not in HIDDEN], table.to_dict("records"))
+    left = {*HIDDEN} if table["ap"].notna().any() else {*HIDDEN, *DETECTED, *(f"{key}_sd" for key in DETECTED)}
+    return csv_text([key for key in table if key not in left], table.to_dict("records"))
 
 
 def html_table(table: DataFrame, title: str) -> str:

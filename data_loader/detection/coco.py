@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_loader.class_names import class_numbers
+from data_loader.detection.lvis import federated, image_name, is_federated, is_name
 from data_loader.detection.masks import area, decode
 from data_loader.files import Look, outside
 from utils.errors import ConfigError
@@ -31,7 +32,8 @@ class CocoSplit:
 
     Attributes:
         file, folder: the annotation file and the folder of its images.
-        images: {"id", "file_name", "height", "width"}, in the file's order.
+        images: {"id", "file_name", "height", "width"}, in LVIS's files also which classes are annotated (see
+            `data_loader.detection.lvis`), in the file's order.
         annotations: for each image, its annotations: {"id", "bbox", "category_id", "segmentation", "area",
             "iscrowd"}; boxes are clipped to the image.
         categories: {"id", "name"}, by id, or in a checkpoint's order (`number_as`); the k-th (0, 1, ...) is class k,
@@ -59,8 +61,11 @@ class CocoSplit:
         return {category["id"]: k + 1 for k, category in enumerate(self.categories)}
 
     def counts(self) -> list[int]:
-        """The number of instances of each class, [C], without crowds."""
-        seen = Counter(a["category_id"] for found in self.annotations for a in found if not a["iscrowd"])
+        """The number of instances of each class, [C], without crowds; of images that have it if the file is LVIS's,
+        whose groups of frequent and rare classes go by these."""
+        kind = set if is_federated(self.images) else list
+        seen = Counter(n for found in self.annotations for n in kind(a["category_id"] for a in found
+                                                                     if not a["iscrowd"]))
         return [seen[category["id"]] for category in self.categories]
 
     def number_as(self, wanted: list[str], data_dir: str, some: bool) -> None:
@@ -109,9 +114,9 @@ def read_coco(file: str | os.PathLike, folder: str | os.PathLike, *, categories:
     found = _categories(file, data["categories"], categories)
     # If the config's own image folder leads outside data_dir, by a link, that is intended; paths in an annotation file
     # that do so may not be.
-    images = _images(file, folder, data["images"], None if allow_outside else [Path(data_dir or folder), folder])
-    place = {image["id"]: i for i, image in enumerate(images)}
     known = {category["id"] for category in found}
+    images = _images(file, folder, data["images"], None if allow_outside else [Path(data_dir or folder), folder], known)
+    place = {image["id"]: i for i, image in enumerate(images)}
     per_image: list[list[dict[str, Any]]] = [[] for _ in images]
     skipped = 0
     seen: set[int] = set()
@@ -193,37 +198,31 @@ def _categories(file: Path, entries: list, reference: list[dict] | None) -> list
     return reference
 
 
-def _images(file: Path, folder: Path, entries: list, within: list[Path] | None) -> list[dict[str, Any]]:
+def _images(file: Path, folder: Path, entries: list, within: list[Path] | None,
+            known: set[int]) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise ConfigError(f"data_loader.args.data_dir: no image folder {folder}")
     look = Look(folder, within)
     images, seen = [], set()
     for n, entry in enumerate(entries):
         where = _where(file, "image", n, entry)
-        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-            raise ConfigError(f"{where}: needs id, file_name, width and height")
+        name = image_name(entry, look) if isinstance(entry, dict) else None
+        if name is None:
+            raise ConfigError(f"{where}: needs id, file_name (or coco_url), width and height")
         _new_id(where, entry, seen, "image")
         for side in ("width", "height"):
             if not _is_id(entry.get(side)) or entry[side] < 1:
                 raise ConfigError(f"{where}: {side} {entry.get(side)!r}; it must be a whole number of pixels")
-        name = entry["file_name"]
-        there = _is_name(name) and look(name)
+        there = is_name(name) and look(name)
         if there is None:
             raise outside(where, name, within[0])
         if not there:
             raise ConfigError(f"{where}: missing image {str(folder / name)!r}")
-        images.append({key: entry[key] for key in ("id", "file_name", "height", "width")})
+        images.append({"file_name": name, **{key: entry[key] for key in ("id", "height", "width")},
+                       **federated(where, entry, known)})
     if not images:
         raise ConfigError(f"{file}: images is empty")
     return images
-
-
-def _is_name(name: str) -> bool:
-    """Whether `name` can be a file's name."""
-    try:
-        return b"\0" not in os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
 
 
 def _annotation(where: str, entry: dict, image: dict, skip_degenerate: bool) -> dict[str, Any] | None:

@@ -22,16 +22,15 @@ from data_loader.detection.coco import CocoSplit, read_coco
 from data_loader.detection.dataset import DetectionDataset, RepeatFactor
 from data_loader.detection.digit_scenes import make_scenes
 from data_loader.detection.masks import mask_tools
-from data_loader.splitting import sample_of
+from data_loader.detection.splits import described, held_out, without_specks
+from data_loader.splitting import names_digest, sample_of
 from data_loader.workers import leave_stops_to_parent, loaded
 from logger.log import get_logger
-from logger.text import count_of
 from utils.class_counts import FEW
 from utils.errors import ConfigError
-from utils.seed import generator, numpy_rng
+from utils.seed import generator
 
 log = get_logger()
-HOLDOUT = 3  # number of the random stream that selects held-out images
 
 
 class CocoDataLoader(BaseDataLoader):
@@ -59,6 +58,7 @@ class CocoDataLoader(BaseDataLoader):
     """
 
     task = "detection"
+    split_files = ("train_annotations", "train_images", "val_annotations", "val_images")
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     batch_limit: int | None = None
     guess_said = False
@@ -91,6 +91,8 @@ class CocoDataLoader(BaseDataLoader):
     def _use(self, split: CocoSplit, training: bool) -> None:
         """Set the split to iterate over."""
         options = self.options
+        if training:
+            split = without_specks(split, min(self.min_size), options["max_size"])
         if training and not options["keep_empty"]:
             full = [i for i, found in enumerate(split.annotations) if any(not a["iscrowd"] for a in found)]
             if not full:
@@ -148,13 +150,7 @@ class CocoDataLoader(BaseDataLoader):
 
     def _held_out(self, split: CocoSplit) -> tuple[np.ndarray, np.ndarray]:
         """(indices of the held-out images, of the kept images), each ascending."""
-        n = len(split.images)
-        held = max(1, round(n * self.options["holdout_fraction"]))
-        if held >= n:
-            raise ConfigError(f"data_loader.args.holdout_fraction: {self.options['holdout_fraction']} of {n} images "
-                              "leaves nothing to train on")
-        order = numpy_rng(self.options["split_seed"], HOLDOUT).permutation(n)
-        return np.sort(order[:held]), np.sort(order[held:])
+        return held_out(len(split.images), self.options["holdout_fraction"], self.options["split_seed"])
 
     def split_validation(self) -> CocoDataLoader | None:
         """A loader of the images that `validation` selects; None for `none`."""
@@ -195,25 +191,20 @@ class CocoDataLoader(BaseDataLoader):
 
     @property
     def split_memory(self) -> dict[str, Any] | None:
-        """What a checkpoint records to recognise its training images: a sample of them, see `sample_of`."""
-        return {"rule": "names", "sample": sample_of(self.paths, str(self.data_dir))} if self.training else None
+        """What a checkpoint records to recognise its training images: a sample of them, see `sample_of`. With "holdout"
+        also `drawn_from`, a digest of all images in the annotation file, from which the held-out ones are drawn."""
+        if not self.training:
+            return None
+        root, memory = str(self.data_dir), {"rule": "names", "sample": sample_of(self.paths, str(self.data_dir))}
+        if self.holds_out:
+            whole = self._training_split()
+            names = [str(whole.folder / image["file_name"]) for image in whole.images]
+            memory["drawn_from"] = names_digest(names, root)
+        return memory
 
     def summary(self, groups: dict[str, float] | None = None) -> list[str]:
         """Log lines about the data. groups: the config's limits of the groups, such as {"few": 20}."""
-        few = (groups or {}).get("few", FEW)
-        counts = self.cls_num_list or []
-        instances = sum(map(len, self.split.annotations))
-        lines = [f"{self.split.file}: {self.num_classes} classes, {self.n_samples:,} images, {instances:,} instances"]
-        if any(counts):
-            most, least = max(counts), min(n for n in counts if n)
-            lines.append(f"training instances a class: {most:,} ({self.class_names[counts.index(most)]}) to {least:,} "
-                         f"({self.class_names[counts.index(least)]}), imbalance {most / least:.4g} : 1; few-shot "
-                         f"(under {few:g}): {count_of(sum(n < few for n in counts), 'class', 'classes')}")
-        untrained = [name for name, n in zip(self.class_names, counts) if not n]
-        if untrained:
-            lines.append(f"warning: {count_of(len(untrained), 'class has', 'classes have')} no training instance: "
-                         + ', '.join(untrained[:5]) + (", ..." if len(untrained) > 5 else ""))
-        return lines + self.notes
+        return described(self.split, self.cls_num_list or [], (groups or {}).get("few", FEW)) + self.notes
 
     def ground_truth(self) -> dict[str, Any]:
         """The split's annotations as one COCO dict, including crowds."""

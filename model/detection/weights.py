@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.norm.mabn import MABN2d
 from utils.checkpoint.store import find_weights, strip_module
 from utils.errors import ConfigError
 
@@ -46,7 +47,7 @@ def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, other_c
 
     A whole detector's file must fit, except the parts that depend on the classes, which keep their initialisation if
     the number of classes differs or `other_classes` is true. A classifier's file must have every convolution and norm
-    of the ResNet; norms' statistics are taken over where they have the same meaning.
+    of the ResNet; batch norm's statistics become MABN's second moments.
     Raises ConfigError, naming the file `name`, if something is missing or of another shape.
     """
     tensors = tensors_of(checkpoint)
@@ -55,8 +56,6 @@ def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, other_c
     if not source:
         raise ConfigError(f"{name}: holds neither a ResNet-50 (conv1.weight, layer1.0.conv1.weight, ...) nor a "
                           "Mask R-CNN (backbone.body.*, rpn.*, roi_heads.*)")
-    if not whole:
-        source = _second_moments(part, source)
     target = part.state_dict()
     may_differ = tuple(model.classifier_prefixes()) if whole else ()
     fitted, left, wrong = {}, [], []
@@ -74,7 +73,9 @@ def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, other_c
         shape = "is missing" if given is None else f"has the shape {list(given.shape)}"
         raise ConfigError(f"{name}: doesn't fit the model: {key} {shape}, needed is {list(target[key].shape)}"
                           + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
-    part.load_state_dict(fitted, strict=False)
+    # MABN divides by the root mean square: its norms make second moments of batch norm's variances and means.
+    means = [f"{norm}.running_mean" for norm, module in part.named_modules() if isinstance(module, MABN2d)]
+    part.load_state_dict({**fitted, **{key: source[key] for key in means if key in source}}, strict=False)
     if whole:
         rest = f"; new for these classes: {', '.join(left)}" if left else ""
         return f"starts from the detector in {name}: {len(fitted)} tensors{rest}"
@@ -84,12 +85,3 @@ def fit_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, other_c
 def _same_shape(given: torch.Tensor, value: torch.Tensor) -> bool:
     # MABN's running_var is [1, C, 1, 1], other norms' is [C].
     return [n for n in given.shape if n > 1] == [n for n in value.shape if n > 1]
-
-
-def _second_moments(part: nn.Module, source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert running variances to second moments, running_var + running_mean ** 2, where `part` has MABN norms, which
-    divide by the root mean square."""
-    wanted = {name for name, module in part.named_modules() if hasattr(module, "buffer_x2")}
-    return {key: value + source[f"{name}.running_mean"] ** 2
-            if (name := key.removesuffix(".running_var")) in wanted and f"{name}.running_mean" in source else value
-            for key, value in source.items()}

@@ -199,7 +199,7 @@ class MABN2d(nn.Module):
         mean = state_dict.pop(prefix + "running_mean", None)
         moment = state_dict.get(prefix + "running_var")
         if moment is not None and moment.numel() == self.num_features:
-            moment = (moment if mean is None else moment + mean.to(moment) ** 2).reshape(1, -1)
+            moment = moment.reshape(1, -1) if mean is None else moment.reshape(1, -1) + mean.to(moment) ** 2
             state_dict[prefix + "running_var"] = moment.view_as(self.running_var)
             state_dict.setdefault(prefix + "iters", torch.zeros_like(self.iters))
             for name, known in (("buffer_x2", moment), ("buffer_gz", torch.zeros_like(moment))):

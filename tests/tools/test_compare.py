@@ -78,6 +78,29 @@ def test_seeds_are_put_together(compared):
     assert "60.0 ± 10.0" in row and "30.0 ± 5.0" in row and "0, 1, 2" in row
 
 
+def test_a_detectors_average_precisions_have_columns(tmp_path):
+    """In place of empty accuracies; tables without detectors have none of these."""
+    detector = {"arch": {"type": "MaskRCNNR50FPNModel", "args": {}}, "data_loader": {"type": "CocoDataLoader",
+                                                                                     "args": {"data_dir": "x"}}}
+    for seed, ap in enumerate((0.25, 0.5)):
+        models = make_run(tmp_path / "boxes", f"seed{seed}", seed, name="coco", **detector)
+        (models / "test_metrics.json").write_text(json.dumps({
+            "bbox_AP": ap, "bbox_AP50": 0.75, "bbox_AP75": 0.125, "segm_AP": 0.375, "bbox_AP_many": None,
+            "bbox_AP_medium": None, "bbox_AP_few": 0.0625, "n_samples": 5}))
+    table, _ = compare(tmp_path, costs=False, published="none")
+    head, _, *lines = text_table(table).splitlines()
+    assert [word for word in ("all %", "ECE %", "AP many") if word in head] == []
+    assert all(word in head for word in ("box AP %", "AP50", "AP75", "AP few", "mask AP %"))
+    assert "25.0" in lines[0] and "50.0" in lines[1] and "37.5 ± " in lines[2] and "Mask R-CNN" in lines[0]
+    assert float(list(csv.DictReader(csv_table(table).splitlines()))[1]["ap"]) == 0.5
+    with pytest.raises(ConfigError, match=r"config\.json: that run is a detector's, and README's table holds"):
+        readme_table(table.to_dict("records"))
+    make_run(tmp_path / "classes", "a", accuracy=0.5)
+    plain = compare(tmp_path / "classes", costs=False, published="none")[0]
+    assert "AP" not in text_table(plain) and "ap50" not in csv_table(plain)
+    assert "all %" in text_table(compare(tmp_path, costs=False, published="none")[0])
+
+
 def test_broken_runs_are_skipped_with_a_reason(compared):
     text, _ = compared
     skipped = lines_of(text, "skipped")

@@ -18,6 +18,7 @@ from logger.figures.style import LIGHT, to_array, to_svg
 from model.model import build_model
 from tools.flags import parse_test
 from tools.report import gather
+from tools.report_page import _tiles
 from tools.runs import evaluation_flags
 from trainer.evaluate import evaluate
 
@@ -63,6 +64,15 @@ def test_a_detectors_figures_arent_made_twice(monkeypatch, tmp_path):
     run = SimpleNamespace(config={}, data={}, model=torch.nn.Linear(1, 1))
     facts = gather(run, {"bbox_AP": 0.5}, SimpleNamespace(n_samples=3), SimpleNamespace(log=tmp_path), "test")
     assert facts.result == {"bbox_AP": 0.5}
+
+
+def test_a_detectors_headline_has_its_groups():
+    result = {"bbox_AP": 0.5, "bbox_AP75": 0.25, "segm_AP": 0.125, "bbox_AP_few": 0.0625, "bbox_AP_many": None,
+              "few_class_num": 2}
+    tiles = {name: (value, unit, note) for name, value, unit, note, _ in _tiles(
+        SimpleNamespace(classifies=False, result=result))}
+    assert tiles["bbox AP75"] == ("25.0", "%", "") and tiles["bbox AP few-shot"] == ("6.2", "%", "2 classes")
+    assert "bbox AP many-shot" not in tiles
 
 
 def test_its_numbers_are_test_pys(page, run_copy, call_cli):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from data_loader.detection import masks
+from data_loader.detection.lvis import is_federated
+from trainer.detection.federated import judged, unjudged
 from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
@@ -127,14 +129,17 @@ class CocoEvaluator:
 
     def _precision(self, kind: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Precision [IoU thresholds, recalls, classes, areas] with at most 100 detections per
-        image, -1 where unknown."""
+        image (LVIS: 300), -1 where unknown."""
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-        images = [image for image in self.ground_truth["images"] if image["id"] in set(self.image_ids)]
+        scored = set(self.image_ids)
+        images = [image for image in self.ground_truth["images"] if image["id"] in scored]
         truth = {**self.ground_truth, "images": images}
+        truth["annotations"] = truth["annotations"] + unjudged(truth)
         # What pycocotools makes of a results file; it can't read one without results.
         area = box_area if kind == "bbox" else mask_area
-        found = [{**entry, "iscrowd": 0, "area": area(entry)} for entry in results_of(self.results, kind)]
+        found = [{**entry, "iscrowd": 0, "area": area(entry)} for entry in
+                 results_of(judged(self.ground_truth, self.results), kind)]
         with contextlib.redirect_stdout(io.StringIO()):
             pair = []
             for content in (truth, {**truth, "annotations": found}):
@@ -148,6 +153,8 @@ class CocoEvaluator:
             evaluation = COCOeval(*pair, kind)
             evaluation.params.imgIds = sorted(image["id"] for image in images)
             evaluation.params.catIds = self.category_ids
+            if is_federated(images):
+                evaluation.params.maxDets = [1, 10, 300]        # as LVIS's own tool has it
             evaluation.evaluate()
             evaluation.accumulate()
         # pycocotools sorts the ids; the classes may be in a checkpoint's order.

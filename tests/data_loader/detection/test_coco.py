@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from data_loader.held_out import check_held_out, of_same_data
 from data_loader.splitting import is_same_place
 from logger.log import get_logger
 from tests.conftest import call_python
-from tests.scenes import SCENES, coco_content
+from tests.scenes import SCENES, annotation, coco_content, lvis_content
 from utils.errors import ConfigError, RunError
 
 log = get_logger()
@@ -387,6 +388,79 @@ def test_held_out_images_are_the_same_whatever_the_seed_is(scenes):
         with pytest.raises(ConfigError, match=f"data_loader.args.{says}"):
             check_held_out(make(**now), facts, {**own, **before}, {**own, **now})
     check_held_out(make(validation="test"), facts, {**own, **before}, {"validation": "test"})       # nothing is drawn
+
+
+@pytest.mark.parametrize("version", ["v0.5", "v1"])
+def test_lviss_files_are_read(version, coco_folder):
+    """Without iscrowd and a file_name that there is; a split's images may lie in another split's folder. Counts are of
+    images."""
+    content = lvis_content()
+    for image in content["images"]:
+        image |= {"file_name": f"COCO_train2014_{image['id']}.png"} if version == "v0.5" else {}
+    root = coco_folder(content)
+    for image in (root / "val2017").iterdir():
+        image.unlink()
+    loader = CocoDataLoader(str(root), batch_size=1, min_size=48)
+    assert [Path(path).name for path in loader.paths] == ["0.png", "1.png"] and len(list(loader)) == 2
+    assert len(list(loader.split_validation())) == 3
+    assert CocoDataLoader(str(root), training=False, val_images=".").n_samples == 3
+    content["annotations"].append(annotation(9, 10, (40, 30, 8, 8)))
+    loader = CocoDataLoader(str(coco_folder(content)), batch_size=1)
+    assert loader.cls_num_list == [1, 2] and loader.class_names == ["dog", "cat"]       # cats: three, on two images
+    assert any("training images a class: 2 (cat) to 1 (dog)" in line for line in loader.summary())
+    for image in (root / "train2017").iterdir():
+        image.unlink()
+    for image in (root / "val2017").iterdir():
+        image.unlink()
+    with pytest.raises(ConfigError, match=r"image 10: missing image .*train2017/(0|COCO_train2014_10)\.png"):
+        CocoDataLoader(str(root))
+
+
+@pytest.mark.parametrize("ids", [[5], 3, ["3"], [True]])
+def test_classes_that_an_image_isnt_annotated_for_must_exist(ids, coco_folder):
+    content = lvis_content()
+    content["images"][1]["neg_category_ids"] = ids
+    with pytest.raises(ConfigError, match=r"image 11: neg_category_ids has .*; it must be a list of categories' ids"):
+        CocoDataLoader(str(coco_folder(content)))
+
+
+@pytest.mark.parametrize("side", [1e-6, 0.009, 0.02])
+def test_boxes_whose_corners_coincide_in_training_are_left_out(side, coco_folder):
+    """In float32; torchvision would refuse them in the middle of an epoch."""
+    content = coco_content()
+    content["annotations"] += [annotation(5, 10, (40, 20, side, 8)), annotation(6, 12, (60, 20, 3, side))]
+    loader = CocoDataLoader(str(coco_folder(content)), batch_size=1, min_size=48)
+    targets = [target for _, (target,) in loader]
+    assert all((target["boxes"][:, 2:] > target["boxes"][:, :2]).all() for target in targets)
+    assert sorted(len(target["boxes"]) for target in targets) == ([1, 1, 3] if side == 0.02 else [1, 2])
+    said = "instances_train2017.json: 2 boxes under 0.01 pixels wide or high in training images left out (annotation 5"
+    assert any(said in line for line in loader.summary()) is (side != 0.02)
+    assert sum(loader.cls_num_list) == (5 if side == 0.02 else 3)
+    validated = loader.split_validation()
+    assert len(validated.ground_truth()["annotations"]) == 6
+
+
+@pytest.mark.parametrize("change", ["added", "reordered", "relabelled"])
+def test_a_changed_annotation_file_is_noticed_where_images_were_held_out(change, coco_folder, tmp_path):
+    """They are drawn by position, so with other images, "holdout" may take some that were trained on."""
+    args = {"validation": "holdout", "holdout_fraction": 0.3, "keep_empty": True}
+    before = CocoDataLoader(str(coco_folder()), **args)
+    facts = {"class_names": before.class_names, "cls_num_list": before.cls_num_list, "split": before.split_memory}
+    content = coco_content()
+    if change == "added":
+        content["images"].append({**content["images"][2], "id": 13})
+    elif change == "reordered":
+        content["images"].reverse()
+    else:
+        content["annotations"][0]["bbox"] = [4, 5, 19, 30]
+    now = CocoDataLoader(str(coco_folder(content)), **args)
+    check_held_out(now, {"split": {"rule": "names"}}, args, args)       # an older version's checkpoint
+    if change == "relabelled":
+        check_held_out(now, facts, args, args)
+        return
+    with pytest.raises(ConfigError, match=r"args\.validation: images of the training annotations were added, renamed"):
+        check_held_out(now, facts, args, args)
+    assert "drawn_from" not in CocoDataLoader(str(tmp_path)).split_memory
 
 
 def same(a, b):

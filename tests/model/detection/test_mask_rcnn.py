@@ -198,8 +198,30 @@ def test_mabns_file_fills_the_body():
 def test_batch_norms_statistics_become_second_moments(classifier):
     model = fresh(MABN)
     model.load_pretrained(dict(classifier), "weights.pth")
+    norm = model.backbone.body.bn1
     expected = classifier["bn1.running_var"] + classifier["bn1.running_mean"] ** 2
-    assert torch.allclose(model.backbone.body.bn1.running_var.flatten(), expected)
+    assert torch.allclose(norm.running_var.flatten(), expected) and torch.allclose(norm.buffer_x2[0], expected)
+
+
+def test_a_whole_detectors_statistics_become_second_moments_too():
+    """In all its parts; and MABN's own, which are second moments already, stay."""
+    donor = fresh()
+    for module in donor.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    model, again = fresh(MABN), fresh(MABN)
+    model.load_pretrained({"state_dict": donor.state_dict()}, "a.pth")
+    again.load_pretrained({"state_dict": model.state_dict()}, "b.pth")
+    kinds = {}
+    for name, norm in model.named_modules():
+        if isinstance(norm, MABN2d):
+            before = donor.get_submodule(name)
+            expected = before.running_var + before.running_mean ** 2
+            assert torch.allclose(norm.running_var.flatten(), expected) and torch.allclose(norm.buffer_x2[0], expected)
+            assert torch.equal(again.get_submodule(name).running_var, norm.running_var)
+            kinds[".".join(name.split(".")[:2])] = 1
+    assert len(kinds) == 4, kinds       # body, pyramid and both heads
 
 
 def test_whole_detectors_fit_but_for_other_classes():

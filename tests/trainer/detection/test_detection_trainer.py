@@ -193,6 +193,23 @@ def test_a_wrong_annotation_ends_the_command_with_one_line(coco_folder):
     assert "annotation 1: unknown category 5" in done.stderr
 
 
+@pytest.mark.parametrize("value", ["loss.type=FocalLoss", 'metrics=["macro_f1"]'])
+def test_a_loss_and_metrics_that_a_detector_ignores_are_refused(value, scenes, tmp_path):
+    """But a run that goes on may have been begun with them, by a version that said nothing."""
+    key = value.partition("=")[0].partition(".")[0]
+    done = call_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_bn.json", "--data_dir", scenes, "--save_dir",
+                        tmp_path / "none", "-d", "cpu", "--set", value])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
+    assert f"{key}: would have no effect, as " in done.stderr
+    config = config_for(scenes, tmp_path, epochs=2, iterations=1, tensorboard=False)
+    path = make({**config, "loss": {"type": "FocalLoss", "args": {}}, "metrics": ["macro_f1"]}, "old").train()
+    call_python(["train.py", "-r", path, "-d", "cpu", "--set", "trainer.iterations=2"], check=True)
+    call_python(["train.py", "-c", path.parent / "config.json", "--dry_run", "-d", "cpu", "--set",
+                 "loss={\"type\": \"CrossEntropyLoss\"}", "--set", "metrics=[\"accuracy\"]"], check=True)
+    refused = call_python(["train.py", "-r", path, "-d", "cpu", "--set", value])
+    assert refused.returncode == 2 and f"{key}: would have no effect" in refused.stderr
+
+
 def test_train_and_test_from_the_command_line(scenes, tmp_path):
     scene = {f"data_loader.args.{key}": value for key, value in SCENES.items()}
     call_python(["train.py", "-c", "configs/digit_scenes_maskrcnn_mabn.json", "--data_dir", scenes, "--save_dir",
@@ -240,6 +257,17 @@ def test_other_data_and_splits_have_files_of_their_own(coco_folder, tmp_path, tm
     for part in ("val_metrics", "val_detections_bbox", "val_detections_segm", "test_metrics.swapped.checkpoint-epoch1",
                  "detections_bbox.swapped.checkpoint-epoch1", "detections_segm.swapped.checkpoint-epoch1"):
         assert (models / f"{part}.json").is_file(), part
+    # Other annotations in the same folder; the run's own, by another spelling, are no other ones.
+    shutil.copy(data / "annotations/instances_val2017.json", data / "annotations/cats.json")
+    for file in ("annotations/cats.json", "./annotations/instances_val2017.json"):
+        call_python(["test.py", "-r", checkpoint, "-d", "cpu", "-q", "--set", f"data_loader.args.val_annotations={file}"
+                     ], check=True)
+        if "cats" in file:
+            assert {name: (models / name).read_text() for name in own} == own
+    own["test_metrics.json"] = (models / "test_metrics.json").read_text()
+    assert {file.name for file in models.glob("*.checkpoint-epoch1.json")} == {
+        f"{part}.{data}.checkpoint-epoch1.json" for data in ("cats", "swapped")
+        for part in ("test_metrics", "detections_bbox", "detections_segm")}
     for command in (["test.py", "-r", checkpoint], ["train.py", "-r", checkpoint, "--epochs", 2]):
         refused = call_python([*command, "-d", "cpu", "--data_dir", others / "else"])
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_loader.detection.loaders import CocoDataLoader, DigitScenesDataLoader
 from data_loader.detection.masks import decode, to_mask
-from tests.scenes import SCENES
+from tests.scenes import SCENES, lvis_content
 from trainer.detection.evaluate import (
     TASK,
     CocoEvaluator,
@@ -135,6 +135,26 @@ def test_crowds_count_neither_way(coco_folder):
     assert score(loader, ids, elsewhere)[0]["bbox_AP"] < 0.9
 
 
+@pytest.mark.parametrize("kind", ["not annotated", "known to be absent", "incomplete"])
+def test_classes_count_where_an_image_is_annotated_for_them(kind, coco_folder):
+    """LVIS: image 12 has nothing annotated; a detection in it is wrong if its class is known not to be there."""
+    content = lvis_content()
+    content["images"][2]["neg_category_ids"] = [] if kind == "not annotated" else [7]
+    content["images"][2]["not_exhaustive_category_ids"] = [7] if kind == "incomplete" else []
+    loader = CocoDataLoader(str(coco_folder(content)), training=False)
+    ids, detections = truth_as_detections(loader)
+    cat = loader.split.labels[7]
+    wrong = {"boxes": torch.tensor([[40.0, 10, 55, 30]]), "labels": torch.tensor([cat]), "scores": torch.tensor([2.0]),
+             "masks": torch.zeros(1, 1, 48, 64)}
+    wrong["masks"][0, 0, 10:30, 40:55] = 1
+    figures, results = score(loader, ids, [*detections[:2], wrong])
+    assert len(results) == figures["n_detections"] == 4         # what is saved is all of them
+    perfect = kind != "known to be absent"
+    for name in ("bbox", "segm"):
+        assert figures[f"{name}_per_class_AP"][2 - cat] == pytest.approx(1)
+        assert (figures[f"{name}_per_class_AP"][cat - 1] == pytest.approx(1)) is perfect
+
+
 def test_groups_are_by_training_instances(split):
     groups = class_groups([101, 100, 20, 19, 0], {"many": 100, "few": 20})
     assert groups == {"many": [0], "medium": [1, 2], "few": [3, 4]}
@@ -177,6 +197,28 @@ def test_detections_are_saved_and_scored_on_the_annotations_own_pixels(orientati
     figures = evaluate_detector(Oracle(1, 1), loader, keep=True)
     assert figures["bbox_AP"] == figures["segm_AP"] == pytest.approx(1.0)
     assert [entry["bbox"] for entry in figures["detections"]] == [[4, 5, 20, 30], [30, 8, 16, 16], [2, 2, 24, 24]]
+
+
+def test_the_time_grows_with_the_images_not_with_their_square(split):
+    class Ids(list):
+        walks = 0
+
+        def __iter__(self):
+            Ids.walks += 1
+            return super().__iter__()
+    evaluator = CocoEvaluator(split.ground_truth())
+    evaluator.update(*truth_as_detections(split))
+    evaluator.image_ids = Ids(evaluator.image_ids)
+    evaluator.compute()
+    assert 0 < Ids.walks <= 4 < len(evaluator.image_ids)
+
+
+def test_masks_are_kept_as_run_lengths(split):
+    """Batch by batch: the masks of all images would fill the memory."""
+    evaluator = CocoEvaluator(split.ground_truth())
+    evaluator.update(*truth_as_detections(split))
+    assert all(isinstance(entry["segmentation"]["counts"], str) for entry in evaluator.results)
+    assert not any(isinstance(value, torch.Tensor | np.ndarray) for e in evaluator.results for value in e.values())
 
 
 def test_the_table_is_in_percent(split):
