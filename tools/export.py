@@ -57,15 +57,19 @@ def exportable(model: Any, temperature: float = 1.0, head: Callable | None = Non
 
 def metadata(run: Any, facts: dict[str, Any], model: Any) -> dict[str, str]:
     """What a user of the file needs to know, name -> text; `preprocess` and `class_names` are JSON."""
+    from data_loader.transforms import MOST_ELONGATED
     preprocess = facts["preprocess"]
     names = facts["class_names"] or [str(label) for label in range(model.num_classes)]
     size, mode = preprocess["image_size"], preprocess["interpolation"]
-    side = preprocess["resize"]
-    resized = f"{size} x {size}" if not preprocess["crop"] else \
-        f"{f'{side} x {side}' if preprocess.get('squash') else f'short side to {side}'}, centre {size}"
+    side, keeps = preprocess["resize"], preprocess["crop"] and not preprocess.get("squash")
+    resized = f"cut to {MOST_ELONGATED} : 1 about the centre where longer, short side resized to {side}" if keeps else \
+        f"resized to {side} x {side}"
+    centre = f", centre {size} x {size}" if preprocess["crop"] else ""
     return {"task": "classification",
-            "input": f"images: float32 [N, 3, {size}, {size}], RGB, upright (EXIF orientation applied), "
-                     f"resized ({resized}; {mode}, antialiased), value / 255, minus mean, divided by std",
+            "input": f"images: float32 [N, 3, {size}, {size}], from a photo: JPEGs decoded at 1/8, 1/4 or 1/2 of their "
+                     f"size where that leaves the short side {side} pixels (Pillow's draft), upright (EXIF orientation "
+                     f"applied), 16-bit grey / 257, RGB, {resized} ({mode}, antialiased){centre}, value / 255, minus "
+                     "mean, divided by std",
             "output": "output: logits [N, C]; softmax gives probabilities",
             "preprocess": json.dumps(preprocess), "class_names": json.dumps(names), "arch": run.config["arch"]["type"],
             "run": str(run.config.get("name", "")), "epoch": str(run.checkpoint.get("epoch", ""))}
