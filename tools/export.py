@@ -70,7 +70,8 @@ def metadata(run: Any, facts: dict[str, Any], model: Any) -> dict[str, str]:
                      f"size where that leaves the short side {side} pixels (Pillow's draft), upright (EXIF orientation "
                      f"applied), 16-bit grey / 257, RGB, {resized} ({mode}, antialiased){centre}, value / 255, minus "
                      "mean, divided by std",
-            "output": "output: logits [N, C]; softmax gives probabilities",
+            "output": "output: logits [N, C], already divided by `temperature`, if there is one; softmax gives "
+                      "probabilities",
             "preprocess": json.dumps(preprocess), "class_names": json.dumps(names), "arch": run.config["arch"]["type"],
             "run": str(run.config.get("name", "")), "epoch": str(run.checkpoint.get("epoch", ""))}
 
@@ -129,10 +130,10 @@ def check_packages(kind: str) -> None:
 
 # ---------------------------------------------------------------------- writing and checking
 
-def export(run: Any, kind: str, target: Path, head: Callable | None = None,
-           about: dict[str, str] | None = None) -> tuple[float, list[Path]]:
+def export(run: Any, kind: str, target: Path, head: Callable | None = None, about: dict[str, str] | None = None,
+           temperature: float = 1.0) -> tuple[float, list[Path]]:
     """Write a run's model to `target`; returns (the largest difference from the model's logits, the files written).
-    head, about: another classifier, see `tools.heads.head_for_use`; it has the temperature in it.
+    head, about, temperature: what `tools.heads.head_for_use` returns.
 
     Raises ConfigError for a detector, a missing package or a folder that can't be written, RunError where the file
     and the model disagree; then nothing is left behind.
@@ -145,7 +146,6 @@ def export(run: Any, kind: str, target: Path, head: Callable | None = None,
         raise ConfigError(f"-r {run.path}: is a detector; only classifiers are exported")
     check_packages(kind)
     write, reload, _ = FORMATS[kind]
-    temperature = run.temperature if head is None else 1.0
     model, size = exportable(run.model, temperature, head), facts["preprocess"]["image_size"]
     generator = torch.Generator().manual_seed(0)
     try:
@@ -234,11 +234,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device or "cpu"))
     if (run.config["data_loader"].get("args") or {}).get("crops"):
         print("the file takes one crop of an image, not data_loader.args.crops; tools.predict --crops gives it several")
-    head, about = None, {}
+    head, about, temperature = None, {}, 1.0
     if task_name(run.model) == "classification":
         run.model.cpu()     # where the exported program runs, for the weights of another classifier too
-        head, about = head_for_use(args, run, run.temperature if args.classifier == "joint" else 1.0)
-    difference, written = export(run, args.format, args.out, head, about)
+        head, about, temperature = head_for_use(args, run)
+    difference, written = export(run, args.format, args.out, head, about, temperature)
     print(f"largest difference from PyTorch: {difference:.2g} (batches of {', '.join(map(str, CHECKED))} images)")
     for path in written:
         print(f"written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

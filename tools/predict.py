@@ -197,9 +197,8 @@ def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
         if args.classifier != "joint" or args.prior:
             raise ConfigError(f"--classifier, --prior: are for classifiers; {args.resume} is a detector")
         return run.model, facts
-    temperature = run.temperature_for(*other) if args.classifier == "joint" else 1.0
-    head, _ = head_for_use(args, run, temperature)
-    return run.model, {**facts, "head": head, "temperature": temperature if head is None else 1.0}
+    head, _, temperature = head_for_use(args, run, *other)
+    return run.model, {**facts, "head": head, "temperature": temperature}
 
 
 def open_export(args: Namespace, kind: str) -> tuple[Any, dict[str, Any]]:
