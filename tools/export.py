@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.cli import check_file, parse_tool, tool_parser
+from tools.cli import check_file, parse_tool, tidied_when_stopped, tool_parser
 from tools.flags import add_classifier, check_classifier
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError, unknown
@@ -160,7 +160,9 @@ def export(run: Any, kind: str, target: Path, head: Callable | None = None, abou
                   metadata(run, facts, run.model) | (about or {}), folder / target.name)
             answers = reload(folder / target.name)
             difference = largest_difference(run.model, answers, size, generator, temperature, head)
-        written = [Path(shutil.move(path, target.parent / path.name)) for path in sorted(folder.iterdir())]
+        # The model last: it is of no use without its weights beside it.
+        written = [Path(shutil.move(path, target.parent / path.name))
+                   for path in sorted(folder.iterdir(), reverse=True)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return difference, written
@@ -221,6 +223,12 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises ConfigError and RunError."""
     args = parse(argv)
+    with tidied_when_stopped():
+        export_run(args)
+
+
+def export_run(args: Namespace) -> None:
+    """The command, step by step."""
     import logging
 
     from logger.log import setup_logging

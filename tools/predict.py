@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from logger.text import count_of
 from tools.classify import Predictions, classified, detected, facts_of, find_images
-from tools.cli import check_file, parse_tool, tool_parser
+from tools.cli import check_file, parse_tool, tidied_when_stopped, tool_parser
 from tools.flags import add_classifier, check_classifier
 from tools.prediction_files import STDOUT, CsvWriter, JsonWriter, LineWriter, naming, rows, table_alone, writer
 from utils.cli import run_main
@@ -238,7 +238,7 @@ def write_gallery(path: str, found: Sequence[Any], names: Sequence[str] | None) 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises ConfigError and RunError."""
     args = parse(argv)
-    with table_alone(bool({args.csv, args.json}.intersection(STDOUT))) as out:
+    with tidied_when_stopped(), table_alone(bool({args.csv, args.json}.intersection(STDOUT))) as out:
         predict(args, out)
 
 

@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,27 @@ def test_nothing_is_left_where_the_file_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="differs"):
         export.export(small_run(), "pt2", tmp_path / "m.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_where_it_is_stopped(digits_run, number, tmp_path, monkeypatch, call_cli):
+    """Neither by export nor, where it writes a table, by predict; what was there before stays."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("m.pt2", "found.csv"):
+        (tmp_path / name).write_text("before")
+
+    def stopped(model, example, about, path):
+        path.write_bytes(b"half a model")
+        signal.raise_signal(number)
+    monkeypatch.setitem(export.FORMATS, "pt2", (stopped, *export.FORMATS["pt2"][1:]))
+    monkeypatch.setattr(predict, "rows", lambda found, names: signal.raise_signal(number))
+    for words in (["export", "--format", "pt2", "--out", tmp_path / "m.pt2"],
+                  ["predict", tmp_path / "a.png", "--csv", tmp_path / "found.csv"]):
+        done = call_cli(["-m", f"tools.{words[0]}", "-r", digits_run.checkpoint, "-d", "cpu", *words[1:]])
+        assert (done.returncode, done.stderr) == (1, "interrupted\n"), words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "found.csv", "m.pt2"]
+    assert (tmp_path / "m.pt2").read_text() == (tmp_path / "found.csv").read_text() == "before"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_missing_package_is_named(monkeypatch):
