@@ -24,7 +24,7 @@ from trainer.precision import allow_tf32
 from utils.checkpoint.store import load_checkpoint, recover_config
 from utils.config.load import check_config, load_config
 from utils.config.outside import outside_names, short_name
-from utils.config.read import leaves
+from utils.config.read import flat
 from utils.errors import ConfigError
 
 log = get_logger()
@@ -98,7 +98,7 @@ class Run:
         size = size if isinstance(size, int) else trained
         before = with_images(own, size)
         now = with_images(self.config, size and getattr(self._loaders.get("test"), "image_size", size))
-        paths = [path for path in dict.fromkeys([*leaves(now), *leaves(before)])
+        paths = [path for path in dict.fromkeys([*flat(now), *flat(before)])
                  if is_within(path, (*MODEL, *more)) and path not in IDLE
                  and (holds_config or is_within(path, [item[0] for item in self.overrides]))]
         # Where one of the two has an object and the other a value, that value or the object's are named, not both.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data_loader.detection import masks
+from logger.text import percent
 from trainer.precision import autocast
 from trainer.tasks import Task
 from utils import dist
@@ -255,7 +256,7 @@ def format_detection(figures: dict[str, Any], title: str = "") -> str:
     lines = [f"{title:<8}" + "".join(f"{column:>11}" for column in columns)]
     for kind in KINDS:
         values = [figures.get(f"{kind}_{column}") for column in columns]
-        lines.append(f"{kind:<8}" + "".join(f"{'-' if v is None else f'{100 * v:.1f}':>11}" for v in values))
+        lines.append(f"{kind:<8}" + "".join(f"{percent(v):>11}" for v in values))
     return "\n".join(lines)
 
 
