@@ -29,7 +29,7 @@ def test(args: Namespace) -> dict[str, Any]:
     """The evaluation, step by step; returns what is written to test_metrics.json. Raises ConfigError."""
     from logger.log import get_logger, setup_logging
     from tools.allocator import keep_freed_memory
-    from tools.heads import adapt, changes_of, choose_classifier, crops_of
+    from tools.heads import adapt, changes_of, choose_classifier, crops_of, name_in_use
     from tools.open_set import open_set
     from tools.opened import open_run
     from tools.words import refuse_nonfinite, words_for
@@ -89,9 +89,10 @@ def test(args: Namespace) -> dict[str, Any]:
     log.info("%s", task.format_result(result, f"{args.split}, {note.get('classifier', 'joint')}"))
     for line in words_for(run.config, result, loader):
         log.info(line)
-    if task.classifies and not changes and not args.calibrate and run.temperature != 1:
+    name = name_in_use(args, note)
+    if task.classifies and name and not changes and not args.calibrate and run.temperature_for(name) != 1:
         log.info("predictions and exports divide its logits by %.3f, as --calibrate found; these figures are without",
-                 run.temperature)
+                 run.temperature_for(name))
     target = figures_file(args, run)
     result.update(checkpoint=run.path.name, data_dir=(run.config["data_loader"].get("args") or {}).get("data_dir"))
     if dist.is_main():

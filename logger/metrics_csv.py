@@ -62,12 +62,14 @@ def plain_cell(value: Any) -> Any:
         return f"'{value}"
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as CSV with a header line, safe for spreadsheets (see `plain_cell`); None and missing keys are empty."""
+def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]], header: bool = True) -> str:
+    """Rows as CSV with a header line, safe for spreadsheets (see `plain_cell`); None and missing keys are empty.
+    header=False: without it, to go on with a table."""
     lines: list[str] = []
     # With "\r\n" as its terminator the writer quotes cells that contain either; the lines returned end with "\n".
     writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
-    writer.writerow(map(plain_cell, columns))
+    if header:
+        writer.writerow(map(plain_cell, columns))
     writer.writerows([plain_cell(row.get(column)) for column in columns] for row in rows)
     return "".join(f"{line[:-2]}\n" for line in lines)
 

@@ -13,6 +13,24 @@ def count_of(number: int, one: str, several: str) -> str:
     return f"{number:,} {one if number == 1 else several}"
 
 
+def percent(value: float | None, none: str = "-") -> str:
+    """A fraction in percent, with one decimal; `none` for None.
+
+    >>> percent(0.4567), percent(None)
+    ('45.7', '-')
+    """
+    return none if value is None else f"{100 * value:.1f}"
+
+
+def in_percent(value: float | None, none: str = "–") -> str:
+    """The same with the unit.
+
+    >>> in_percent(0.4567), in_percent(None, "untested")
+    ('45.7 %', 'untested')
+    """
+    return none if value is None else f"{percent(value)} %"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a readable text.
 

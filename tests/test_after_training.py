@@ -307,7 +307,7 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):
     assert "changed" not in figures(checkpoint, "--set", "arch.args.use_experts=null")
     other = checkpoint.parent / "other.pth"
     other.write_bytes(checkpoint.read_bytes())
-    assert open_run(other).temperature == 1      # another file's isn't taken
+    assert open_run(other).temperature == kept["temperature"]       # the same weights by another name
     kept = (checkpoint.parent / "calibration.json").read_text()
     trained_again = load_checkpoint(checkpoint)
     trained_again["state_dict"]["backbone.conv1.weight"] += 0.01
@@ -316,6 +316,55 @@ def test_a_temperature_is_fitted_on_validation_images_and_kept(trained, capsys):
     save_checkpoint(again, trained_again)
     (again.parent / "calibration.json").write_text(kept)
     assert open_run(again).temperature == 1      # nor that of other weights of the same epoch
+
+
+def test_each_classifier_has_its_own_temperature(trained, tmp_path, capsys):
+    """Also in a file of another name, with which calibration.json was copied; a trained one's is never another's."""
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+    checkpoint = shutil.copy(trained[0], tmp_path / "run" / trained[0].name)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    said = {}
+    for flags in ((), ("--classifier", "la", "--tau", "0.5"), ("--classifier", "tau", "--tau", "0.7")):
+        said[flags] = figures(checkpoint, "--calibrate", *flags)["calibration"]["temperature"]
+    assert len(set(said.values())) == 3
+    assert figures(checkpoint, "--calibrate", "--classifier", "ncm")["calibration"]["temperature"] not in said.values()
+    renamed = shutil.copy(checkpoint, tmp_path / "other" / "renamed.pth")
+    file = shutil.copy(checkpoint.parent / "calibration.json", tmp_path / "other")
+    opened = open_run(renamed)
+    image = classify_pixels(opened, tmp_path / "a.png")
+    with torch.no_grad():
+        logits = {(): opened.model(image)["output"].double()} | other_logits(opened.model, image)
+    capsys.readouterr()
+    for flags, temperature in said.items():
+        csv = tmp_path / "found.csv"
+        predict_script.main(["-r", str(renamed), "-d", "cpu", str(tmp_path / "a.png"), "--csv", str(csv), *flags])
+        wanted = (logits[flags] / temperature).softmax(1).max().item()
+        assert float(csv.read_text().splitlines()[1].split(",")[2]) == pytest.approx(wanted, abs=1e-4)
+        name = " ".join(flags[1::2]) or "joint"
+        assert f"temperature {temperature:.3f} of classifier {name}, from {file}" in capsys.readouterr().out
+        out = tmp_path / "m.pt2"
+        export_script.main(["-r", str(renamed), "--format", "pt2", "--out", str(out), *flags])
+        assert f"temperature {temperature:.3f} of classifier {name}, from {file}" in capsys.readouterr().out
+        extra = {"metadata.json": ""}
+        got = torch.export.load(str(out), extra_files=extra).module()(image).double()
+        assert torch.allclose(got.log_softmax(1), (logits[flags] / temperature).log_softmax(1), atol=1e-4)
+        assert json.loads(extra["metadata.json"])["temperature"] == f"{temperature:g}"
+    predict_script.main(["-r", str(renamed), "-d", "cpu", str(tmp_path / "a.png"), "--classifier", "la", "--prior",
+                         "uniform"])
+    assert f"no temperature: {file} has none for classifier la 1, only for joint, la 0.5, tau 0.7" \
+        in capsys.readouterr().out
+    other = load_checkpoint(renamed)
+    other["state_dict"]["backbone.conv1.weight"] += 0.01
+    save_checkpoint(renamed, other)
+    predict_script.main(["-r", str(renamed), "-d", "cpu", str(tmp_path / "a.png")])
+    assert "has none for these weights" in capsys.readouterr().out
+
+
+def classify_pixels(run, path):
+    """A file as the model's input, float [1, 3, S, S]."""
+    from data_loader.transforms import test_transform
+    return test_transform(run.data["preprocess"])(Image.open(path))[None]
 
 
 def test_another_config_is_another_evaluation(trained, tmp_path):

@@ -121,7 +121,7 @@ def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, t
         except ConfigError as error:
             return path, None, str(error)
 
-    batches = iter([paths[at:at + batch_size] for at in range(0, len(paths), batch_size)])
+    batches = (paths[at:at + batch_size] for at in range(0, len(paths), batch_size))
     with ThreadPoolExecutor(worker_count(None, 1) if threads is None else max(1, threads)) as pool:
         waiting: deque[list[Future]] = deque()
         for batch in batches:
@@ -132,10 +132,24 @@ def decoded(paths: Sequence[str], read: Callable[[str], Any], batch_size: int, t
             yield [future.result() for future in waiting.popleft()]
 
 
-def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, head: Callable | None = None,
-             temperature: float = 1.0, topk: int = 5, batch_size: int = 64, threads: int | None = None,
-             advance: Callable[[int], Any] = lambda n: None) -> Predictions:
-    """Classify image files, preprocessed as the model's test images are.
+def gathered(batches: Iterable[Predictions]) -> Predictions:
+    """The batches of `classified` or `detected` in one."""
+    done = Predictions()
+    for batch in batches:
+        done.found += batch.found
+        done.unreadable += batch.unreadable
+    return done
+
+
+def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], **how: Any) -> Predictions:
+    """`classified`, all batches in one."""
+    return gathered(classified(model, paths, preprocess, **how))
+
+
+def classified(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, head: Callable | None = None,
+               temperature: float = 1.0, topk: int = 5, batch_size: int = 64, threads: int | None = None,
+               ) -> Iterator[Predictions]:
+    """Classify image files, preprocessed as the model's test images are, batch by batch.
 
     Args:
         model: one of model.model's, in evaluation mode.
@@ -144,7 +158,6 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
         temperature: what logits are divided by, above 0.
         topk: classes per image, 1 or more; all C where it is larger.
         threads: how many decode images (None: one per core, 8 at most).
-        advance: called after each batch with its number of images.
     """
     import torch
 
@@ -152,18 +165,16 @@ def classify(model: Any, paths: Sequence[str], preprocess: dict[str, Any], *, he
     from model.crops import forward_crops
     device = next(model.parameters(), torch.empty(0)).device  # an exported model has none
     normalise = Normalise(preprocess["mean"], preprocess["std"], device)
-    done = Predictions()
-    with torch.inference_mode():
-        for batch in decoded(paths, lambda path: test_pixels(read_for_test(path, preprocess), preprocess), batch_size,
-                             threads):
-            done.unreadable += [(path, reason) for path, _, reason in batch if reason is not None]
-            good = [(path, pixels) for path, pixels, reason in batch if reason is None]
-            if good:
+    for batch in decoded(paths, lambda path: test_pixels(read_for_test(path, preprocess), preprocess), batch_size,
+                         threads):
+        done = Predictions(unreadable=[(path, reason) for path, _, reason in batch if reason is not None])
+        good = [(path, pixels) for path, pixels, reason in batch if reason is None]
+        if good:
+            with torch.inference_mode():    # not around `yield`: it would be on in the caller's code too
                 pixels = torch.stack([pixels for _, pixels in good]).to(device)
                 outputs = forward_crops(model, normalise(pixels))
-                done.found += read_outputs([path for path, _ in good], outputs, head, topk, temperature)
-            advance(len(batch))
-    return done
+                done.found = read_outputs([path for path, _ in good], outputs, head, topk, temperature)
+        yield done
 
 
 def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | None, topk: int,
@@ -184,9 +195,15 @@ def read_outputs(paths: list[str], outputs: dict[str, Any], head: Callable | Non
             for i, (path, classes, probabilities) in enumerate(zip(paths, best.indices.tolist(), best.values.tolist()))]
 
 
-def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, threshold: float = 0.5, masks: int = 0,
-           advance: Callable[[int], Any] = lambda n: None) -> Predictions:
-    """Run a detector on image files: finds (path, {"boxes", "labels", "scores"} on the CPU, scores >= `threshold`).
+def detect(model: Any, paths: Sequence[str], **how: Any) -> Predictions:
+    """`detected`, all images in one."""
+    return gathered(detected(model, paths, **how))
+
+
+def detected(model: Any, paths: Sequence[str], *, threads: int | None = None, threshold: float = 0.5, masks: int = 0,
+             ) -> Iterator[Predictions]:
+    """Run a detector on image files, one by one: finds (path, {"boxes", "labels", "scores"} on the CPU, scores >=
+    `threshold`).
 
     masks: how many images also keep "masks", bool, each as large as its image.
     """
@@ -194,21 +211,21 @@ def detect(model: Any, paths: Sequence[str], *, threads: int | None = None, thre
 
     from data_loader.detection.dataset import to_tensor
     from data_loader.images import read_rgb
-    device, done = next(model.parameters()).device, Predictions()
-    with torch.inference_mode():
-        for [(path, image, reason)] in decoded(paths, read_rgb, 1, threads):
-            if reason is not None:
-                done.unreadable.append((path, reason))
-            else:
-                found = model([to_tensor(image).to(device)])["detections"][0]
-                keep = found["scores"] >= threshold
-                if "masks" in found:
-                    found = {**found, "masks": found["masks"] > 0.5}
-                if len(done.found) >= masks:
-                    found.pop("masks", None)
-                done.found.append((path, {key: value[keep].cpu() for key, value in found.items()}))
-            advance(1)
-    return done
+    device = next(model.parameters()).device
+    for [(path, image, reason)] in decoded(paths, read_rgb, 1, threads):
+        if reason is not None:
+            yield Predictions(unreadable=[(path, reason)])
+            continue
+        with torch.inference_mode():
+            found = model([to_tensor(image).to(device)])["detections"][0]
+            keep = found["scores"] >= threshold
+            if "masks" in found:
+                found = {**found, "masks": found["masks"] > 0.5}
+            if masks <= 0:
+                found.pop("masks", None)
+            masks -= 1
+            done = Predictions([(path, {key: value[keep].cpu() for key, value in found.items()})])
+        yield done
 
 
 def classify_list(run: Any, file: str, preprocess: dict[str, Any], head: Callable | None = None) -> tuple[Any, Any]:

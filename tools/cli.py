@@ -6,9 +6,12 @@ the config are data (`NAMED`): each stands for a dotted path, and its value is c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from utils.config.load import Override
@@ -138,6 +141,19 @@ def tool_parser(prog: str, what: str, examples: str = "", overrides: bool = Fals
 def parse_tool(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a tool's command line. Raises ConfigError as the parsers of train.py and test.py do."""
     return parse(parser, argv, parser.parse_known_intermixed_args)
+
+
+@contextlib.contextmanager
+def tidied_when_stopped() -> Iterator[None]:
+    """In the block, SIGTERM raises KeyboardInterrupt as SIGINT does, so that temporary files are removed on the way."""
+    if threading.current_thread() is not threading.main_thread():   # only the main thread can set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def add_set(parser: argparse.ArgumentParser) -> Any:

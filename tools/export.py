@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.cli import check_file, parse_tool, tool_parser
+from tools.cli import check_file, parse_tool, tidied_when_stopped, tool_parser
 from tools.flags import add_classifier, check_classifier
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError, unknown
@@ -57,16 +57,21 @@ def exportable(model: Any, temperature: float = 1.0, head: Callable | None = Non
 
 def metadata(run: Any, facts: dict[str, Any], model: Any) -> dict[str, str]:
     """What a user of the file needs to know, name -> text; `preprocess` and `class_names` are JSON."""
+    from data_loader.transforms import MOST_ELONGATED
     preprocess = facts["preprocess"]
     names = facts["class_names"] or [str(label) for label in range(model.num_classes)]
     size, mode = preprocess["image_size"], preprocess["interpolation"]
-    side = preprocess["resize"]
-    resized = f"{size} x {size}" if not preprocess["crop"] else \
-        f"{f'{side} x {side}' if preprocess.get('squash') else f'short side to {side}'}, centre {size}"
+    side, keeps = preprocess["resize"], preprocess["crop"] and not preprocess.get("squash")
+    resized = f"cut to {MOST_ELONGATED} : 1 about the centre where longer, short side resized to {side}" if keeps else \
+        f"resized to {side} x {side}"
+    centre = f", centre {size} x {size}" if preprocess["crop"] else ""
     return {"task": "classification",
-            "input": f"images: float32 [N, 3, {size}, {size}], RGB, upright (EXIF orientation applied), "
-                     f"resized ({resized}; {mode}, antialiased), value / 255, minus mean, divided by std",
-            "output": "output: logits [N, C]; softmax gives probabilities",
+            "input": f"images: float32 [N, 3, {size}, {size}], from a photo: JPEGs decoded at 1/8, 1/4 or 1/2 of their "
+                     f"size where that leaves the short side {side} pixels (Pillow's draft), upright (EXIF orientation "
+                     f"applied), 16-bit grey / 257, RGB, {resized} ({mode}, antialiased){centre}, value / 255, minus "
+                     "mean, divided by std",
+            "output": "output: logits [N, C], already divided by `temperature`, if there is one; softmax gives "
+                      "probabilities",
             "preprocess": json.dumps(preprocess), "class_names": json.dumps(names), "arch": run.config["arch"]["type"],
             "run": str(run.config.get("name", "")), "epoch": str(run.checkpoint.get("epoch", ""))}
 
@@ -125,10 +130,10 @@ def check_packages(kind: str) -> None:
 
 # ---------------------------------------------------------------------- writing and checking
 
-def export(run: Any, kind: str, target: Path, head: Callable | None = None,
-           about: dict[str, str] | None = None) -> tuple[float, list[Path]]:
+def export(run: Any, kind: str, target: Path, head: Callable | None = None, about: dict[str, str] | None = None,
+           temperature: float = 1.0) -> tuple[float, list[Path]]:
     """Write a run's model to `target`; returns (the largest difference from the model's logits, the files written).
-    head, about: another classifier, see `tools.heads.head_for_use`; it has the temperature in it.
+    head, about, temperature: what `tools.heads.head_for_use` returns.
 
     Raises ConfigError for a detector, a missing package or a folder that can't be written, RunError where the file
     and the model disagree; then nothing is left behind.
@@ -141,7 +146,6 @@ def export(run: Any, kind: str, target: Path, head: Callable | None = None,
         raise ConfigError(f"-r {run.path}: is a detector; only classifiers are exported")
     check_packages(kind)
     write, reload, _ = FORMATS[kind]
-    temperature = run.temperature if head is None else 1.0
     model, size = exportable(run.model, temperature, head), facts["preprocess"]["image_size"]
     generator = torch.Generator().manual_seed(0)
     try:
@@ -156,7 +160,9 @@ def export(run: Any, kind: str, target: Path, head: Callable | None = None,
                   metadata(run, facts, run.model) | (about or {}), folder / target.name)
             answers = reload(folder / target.name)
             difference = largest_difference(run.model, answers, size, generator, temperature, head)
-        written = [Path(shutil.move(path, target.parent / path.name)) for path in sorted(folder.iterdir())]
+        # The model last: it is of no use without its weights beside it.
+        written = [Path(shutil.move(path, target.parent / path.name))
+                   for path in sorted(folder.iterdir(), reverse=True)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return difference, written
@@ -217,6 +223,12 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises ConfigError and RunError."""
     args = parse(argv)
+    with tidied_when_stopped():
+        export_run(args)
+
+
+def export_run(args: Namespace) -> None:
+    """The command, step by step."""
     import logging
 
     from logger.log import setup_logging
@@ -230,11 +242,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(args.resume, args.config, args.overrides, pick_device(args.device or "cpu"))
     if (run.config["data_loader"].get("args") or {}).get("crops"):
         print("the file takes one crop of an image, not data_loader.args.crops; tools.predict --crops gives it several")
-    head, about = None, {}
+    head, about, temperature = None, {}, 1.0
     if task_name(run.model) == "classification":
         run.model.cpu()     # where the exported program runs, for the weights of another classifier too
-        head, about = head_for_use(args, run, run.temperature if args.classifier == "joint" else 1.0)
-    difference, written = export(run, args.format, args.out, head, about)
+        head, about, temperature = head_for_use(args, run)
+    difference, written = export(run, args.format, args.out, head, about, temperature)
     print(f"largest difference from PyTorch: {difference:.2g} (batches of {', '.join(map(str, CHECKED))} images)")
     for path in written:
         print(f"written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

@@ -8,7 +8,7 @@ from typing import Any
 from logger.log import get_logger
 from utils import dist
 from utils.config.load import Override, load_config
-from utils.config.read import leaves, read_config
+from utils.config.read import flat, read_config
 from utils.errors import ConfigError
 
 #: Prefixes of overrides that are meant for the pretrained network.
@@ -89,7 +89,7 @@ def statements(file: str | os.PathLike) -> Iterator[tuple[str, Any, bool | None]
     base = inherited.get("fallback")
     recipe = set() if base is None else {base, *read_config(base)[1].values()}
     own: dict[str, bool | None] = {}
-    for leaf in leaves(config):
+    for leaf in flat(config):
         key = key_of(leaf)
         own[key] = None if base is None else own.get(key, False) or inherited.get(leaf) not in recipe
     for key in own:

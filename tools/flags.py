@@ -58,8 +58,8 @@ def test_parser() -> argparse.ArgumentParser:
                      "train, estimate (from the test images, without their labels), or a file of one number a class")
     how.add_argument("--expert_weights", choices=("equal", "learn"), default="equal", help="learn: weigh the experts "
                      "by how steady they are on the test images, without their labels")
-    how.add_argument("--calibrate", action="store_true", help="fit a temperature on the validation split; of the "
-                     "trained classifier it's kept, for predictions and export")
+    how.add_argument("--calibrate", action="store_true", help="fit a temperature on the validation split; it is "
+                     "kept for predictions and exports with this classifier (not ncm's)")
     how.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run with averaged weights "
                      "(trainer.ema): the average (default), or those that training went on with")
     how.add_argument("--open_set", metavar="LIST", help="a list file of images of no known class")

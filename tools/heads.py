@@ -12,7 +12,7 @@ from logger.log import get_logger
 from model.expert_model import chosen_experts
 from model.posthoc import used_experts
 from model.shift import frequencies
-from tools.calibration import keep_temperature
+from tools.calibration import FILE, JOINT, classifier_name, keep_temperature
 from tools.fallback import value_at
 from tools.parts import make_criterion
 from trainer import classifiers
@@ -96,41 +96,70 @@ def kept_features(run: Any, split: str) -> tuple[Path, str]:
 
 def adapt(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Apply `--calibrate` and `--prior` to a head; returns it, and the note with what they found."""
-    is_own_head = head is None and args.weights == "ema" and not changes_of(args, run)
+    name = name_in_use(args, note)
+    is_own = args.weights == "ema" and not changes_of(args, run)
     head = head or trained
     if args.calibrate:
-        head, note = calibrated(run, head, note, keep=is_own_head)
+        head, note = calibrated(run, head, note, keep=name if is_own else None)
     if args.prior:
         head, note = with_prior(args, run, loader, head, note)
     return head, note
 
 
-def head_for_use(args: Namespace, run: Any, temperature: float) -> tuple[Any, dict[str, str]]:
-    """(what the flags of `tools.flags.add_classifier` put in place of the model's own logits, None: nothing; what that
-    is, by flag). temperature: divides the trained classifier's logits, under a prior. Raises ConfigError."""
-    if args.classifier == "joint" and args.prior is None:
-        return None, {}
+def name_in_use(args: Namespace, note: dict[str, Any]) -> str | None:
+    """The classifier that test.py's flags ask for as predictions and exports name it (see `classifier_name`); None for
+    those that they don't have. note: has `tau`."""
+    if args.classifier == "ncm" or args.expert_weights == "learn":
+        return None
+    return classifier_name(args.classifier, note.get("tau"))
+
+
+def head_for_use(args: Namespace, run: Any, *flags: str) -> tuple[Any, dict[str, str], float]:
+    """What the flags of `tools.flags.add_classifier` put in place of the model's own logits, None: nothing; what that
+    is, as metadata; what its logits have yet to be divided by. Prints which temperature is used and where it is from.
+    flags: others of the command that change what is seen (`--crops 5`). Raises ConfigError."""
+    name = classifier_name(args.classifier, args.tau and args.tau[0])
+    temperature, about = run.temperature_for(name, flags), {}
+    say_temperature(run, name, temperature)
+    if name != JOINT:
+        about["classifier"] = name
+    if temperature != 1:
+        about["temperature"] = f"{temperature:g}"
+    if name == JOINT and args.prior is None:
+        return None, about, temperature
     how = Namespace(classifier=args.classifier, tau=args.tau, prior=args.prior, expert_weights="equal")
     head, note = choose_classifier(how, run, None)
-    if head is None:
-        def head(outputs: dict[str, Any]) -> Any:
-            return outputs["output"].float() / temperature
-    if args.prior is not None:
-        head, note = with_prior(how, run, None, head, note)
-    said = {} if args.classifier == "joint" else {"classifier": f"{args.classifier} {args.tau[0]:g}"}
-    return head, {**said, **({} if args.prior is None else {"prior": args.prior})}
+    if args.prior is None:
+        return head, about, temperature
+    head, _ = with_prior(how, run, None, divided(head or trained, temperature), note)
+    return head, {**about, "prior": args.prior}, 1.0
 
 
-def calibrated(run: Any, head: Any, note: dict[str, Any], keep: bool) -> tuple[Any, dict[str, Any]]:
-    """`--calibrate`: the head with its logits divided by the temperature that suits the validation images. keep: save
-    it for predictions and export, which is right for the model's own head."""
+def say_temperature(run: Any, name: str, temperature: float) -> None:
+    """Print the temperature in use and the file that it is from, or that the file has none for what is in use."""
+    file = run.path.parent / FILE
+    if temperature != 1:
+        print(f"temperature {temperature:.3f} of classifier {name}, from {file}")
+    elif name not in run.temperatures and file.is_file():
+        others = f"classifier {name}, only for {', '.join(run.temperatures)}" if run.temperatures else "these weights"
+        print(f"no temperature: {file} has none for {others} (test.py --calibrate finds it)")
+
+
+def divided(head: Any, temperature: float) -> Any:
+    """A head with its logits, in float32, divided by a temperature."""
+    return lambda outputs: head(outputs).float() / temperature
+
+
+def calibrated(run: Any, head: Any, note: dict[str, Any], keep: str | None) -> tuple[Any, dict[str, Any]]:
+    """`--calibrate`: the head with its logits divided by the temperature that suits the validation images. keep: the
+    classifier for which it is saved for predictions and export (see `name_in_use`), None: for none."""
     found = classifiers.calibrate(run.model, run.loader("val"), head)
     note = {**note, "calibration": found, **run.note_of_choice("the temperature")}
     log.info("temperature %.3f: validation ECE %.4f before, %.4f after%s", found["temperature"], found["before"],
-             found["after"], "; kept for predictions and export" if keep else "")
+             found["after"], f"; kept for predictions and export with classifier {keep}" if keep else "")
     if keep and dist.is_main():
-        keep_temperature(run.path, run.checkpoint.get("epoch"), run.model, found)
-    return lambda outputs: head(outputs).float() / found["temperature"], note
+        keep_temperature(run.path, run.checkpoint.get("epoch"), run.model, found, keep)
+    return divided(head, found["temperature"]), note
 
 
 def with_prior(args: Namespace, run: Any, loader: Any, head: Any, note: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -16,7 +16,7 @@ from base.run_paths import RunPaths, run_of
 from data_loader.held_out import check_held_out, of_same_data, other_files
 from logger.log import get_logger
 from model.weights.remap import load_weights
-from tools.calibration import kept_temperature
+from tools.calibration import JOINT, kept_temperatures
 from tools.fallback import value_at
 from tools.parts import check_size, make_loader, make_model, settled
 from tools.session import config_of, data_facts, facts_of_checkpoint
@@ -25,7 +25,7 @@ from utils.checkpoint.store import load_checkpoint, recover_config
 from utils.config.check import constructor
 from utils.config.load import check_config, load_config
 from utils.config.outside import outside_names, short_name
-from utils.config.read import leaves
+from utils.config.read import flat
 from utils.config.schema import SECTIONS
 from utils.errors import ConfigError
 
@@ -68,15 +68,20 @@ class Run:
         return self.facts or data_facts(self.loader("test"))
 
     @cached_property
+    def temperatures(self) -> dict[str, float]:
+        """What `test.py --calibrate` found for these weights, by classifier (see tools.calibration.classifier_name)."""
+        return kept_temperatures(self.path, self.model)
+
+    @cached_property
     def temperature(self) -> float:
-        """What logits are divided by for probabilities: `test.py --calibrate`'s for this checkpoint, else 1; see
-        `temperature_for`."""
+        """`temperature_for` the trained classifier."""
         return self.temperature_for()
 
-    def temperature_for(self, *flags: str) -> float:
-        """`temperature`; 1, with a warning, if model or images are other ones than those that it was found with: by the
-        config, or by `flags` of a command (`--crops 5`)."""
-        found = kept_temperature(self.path, self.checkpoint.get("epoch"), self.model)
+    def temperature_for(self, classifier: str = JOINT, flags: Sequence[str] = ()) -> float:
+        """What a classifier's logits are divided by for probabilities: `test.py --calibrate`'s, else 1. Also 1, with a
+        warning, if model or images are other ones than those that it was found with: by the config, or by `flags` of a
+        command (`--crops 5`)."""
+        found = self.temperatures.get(classifier, 1.0)
         changes = [*self.changes(), *flags] if found != 1 else []
         if changes:
             log.warning("the temperature %.3f that test.py --calibrate found for %s isn't applied, as it was found "
@@ -95,7 +100,7 @@ class Run:
         size = size if isinstance(size, int) else trained
         before = with_images(own, size)
         now = with_images(self.config, size and getattr(self._loaders.get("test"), "image_size", size))
-        paths = [path for path in dict.fromkeys([*leaves(now), *leaves(before)])
+        paths = [path for path in dict.fromkeys([*flat(now), *flat(before)])
                  if is_within(path, (*MODEL, *more)) and path not in IDLE
                  and (holds_config or is_within(path, [item[0] for item in self.overrides]))]
         # Where one of the two has an object and the other a value, that value or the object's are named, not both.

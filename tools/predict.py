@@ -4,66 +4,25 @@
     python -m tools.predict -r CHECKPOINT holiday/ --topk 3 --gallery found.png
 
 Folders are searched recursively; hidden files and those that systems leave are skipped. Files that can't be read are
-listed at the end. CHECKPOINT may also be the ONNX file that tools.export made of one.
+listed at the end; the exit status is then 1, or 2 if none could be read. `--csv -` writes the table, and nothing else,
+to stdout. CHECKPOINT may also be the ONNX file that tools.export made of one.
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from argparse import Namespace
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
-from logger.metrics_csv import csv_text
 from logger.text import count_of
-from tools.classify import Prediction, Predictions, class_name, classify, detect, facts_of, find_images
-from tools.cli import check_file, parse_tool, tool_parser
+from tools.classify import Predictions, classified, detected, facts_of, find_images
+from tools.cli import check_file, parse_tool, tidied_when_stopped, tool_parser
 from tools.flags import add_classifier, check_classifier
+from tools.prediction_files import STDOUT, CsvWriter, JsonWriter, LineWriter, naming, rows, table_alone, writer
 from utils.cli import run_main
 from utils.errors import ConfigError, RunError
-
-# ---------------------------------------------------------------------- what is written
-
-def rows(done: Predictions, names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """One dict per image (detectors: per instance) with keys as the CSV's columns; None for what isn't known."""
-    from data_loader.images import shown
-    table = []
-    for one in done.found:
-        if isinstance(one, Prediction):
-            row = {"path": shown(one.path), "class": class_name(names, one.classes[0]),
-                   "probability": one.probabilities[0], "experts": one.experts, "agreement": one.agreement}
-            for k, (label, probability) in enumerate(zip(one.classes[1:], one.probabilities[1:]), 2):
-                row |= {f"class_{k}": class_name(names, label), f"probability_{k}": probability}
-            table.append(row)
-        else:
-            path, found = one
-            boxes = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist())
-            table += [{"path": shown(path), "class": class_name(names, label - 1), "probability": score,
-                       **dict(zip(("left", "top", "right", "bottom"), box))} for label, score, box in boxes] or [
-                           {"path": shown(path), "class": None, "probability": None}]
-    return table
-
-
-def as_csv(table: list[dict[str, Any]]) -> str:
-    """Rows as CSV; a column for every key, probabilities with six digits."""
-    return csv_text(list(dict.fromkeys(key for row in table for key in row)) or ["path", "class", "probability"],
-                    ({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()}
-                     for row in table))
-
-
-def as_line(row: dict[str, Any], width: int, num_experts: int) -> str:
-    """A row for the terminal: path, then each class with its probability in percent."""
-    if row["class"] is None:
-        return f"{row['path']:<{width}}  nothing found"
-    guesses = [("class", "probability")] + [(key, f"probability_{key[6:]}") for key in row if key.startswith("class_")
-                                            and row[f"probability_{key[6:]}"] >= 0.0005]  # less is shown as 0.0%
-    text = f"{row['path']:<{width}}  " + "  ".join(f"{row[c]} {100 * row[p]:.1f}%" for c, p in guesses)
-    if row.get("agreement") is not None:
-        text += f"  ({round(row['agreement'] * row['experts'])} of {row['experts']} experts agree)"
-    elif num_experts > 1 and "experts" in row:
-        text += f"  ({row['experts']} of {num_experts} experts used)"
-    return text
-
 
 # ---------------------------------------------------------------------- the command
 
@@ -71,7 +30,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     """The flags, with numbers converted and in range. Raises ConfigError."""
     parser = tool_parser("python -m tools.predict", "What a trained model sees in images.", __doc__.split("\n\n")[1])
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, or folders to search for them")
-    parser.add_argument("--csv", metavar="FILE", help="write a row an image: path, class, probability (a fraction) ...")
+    parser.add_argument("--csv", metavar="FILE", help="write a row an image: path, class, probability (a fraction) "
+                        "...; -: to stdout, all else to stderr")
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, unreadable files included")
     parser.add_argument("--gallery", metavar="PNG", help="write a sheet of the images with what was seen in them")
     parser.add_argument("--topk", metavar="K", default="5", help="classes an image (default 5)")
@@ -102,7 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         raise ConfigError("--threshold: must be a number from 0 to 1")
     for flag in ("csv", "json", "gallery"):
         target = getattr(args, flag)
-        if target == "":
+        if target == "" or (flag == "gallery" and target == "-"):
             raise ConfigError(f"--{flag}: needs the name of a file")
         if target is not None and (os.path.isdir(target) or not os.path.isdir(os.path.dirname(target) or ".")):
             raise ConfigError(f"--{flag}: {target} can't be written: "
@@ -130,54 +90,90 @@ def check_targets(args: Namespace, images: Sequence[str]) -> None:
         taken.append(os.path.realpath(target))
 
 
-def predict(args: Namespace) -> None:
-    """The command, step by step."""
+def predict(args: Namespace, out: TextIO) -> None:
+    """The command, step by step. out: standard output, for what is to be written there."""
     other: list[str] = []
     paths = find_images(args.paths, other)  # before torch is imported: a mistyped path answers at once
     check_targets(args, paths)
-    import torch
-
-    from data_loader.crops import with_crops
+    from data_loader.images import shown
     from logger.log import setup_logging
     from logger.progress import progress_bar
-    from model.norm import fold_norm
     from tools.exported import is_exported
     setup_logging(0)
     kind = is_exported(args.resume)
     model, facts = open_model(args) if kind is None else open_export(args, kind)
-    names = facts["class_names"]
-    with progress_bar(len(paths), unit=" images") as bar:
-        if facts["preprocess"].get("task") == "detection":
-            least = 0.5 if args.threshold is None else args.threshold
-            done = detect(model, paths, threads=args.num_workers, threshold=least,
-                          masks=most_pictures(args.gallery), advance=bar.update)
-        elif args.threshold is not None:
-            raise ConfigError(f"--threshold: is for detectors; {args.resume} classifies, leave it out")
-        else:
-            folded = fold_norm(model).to(memory_format=torch.channels_last) if kind is None else model
-            given = args.crops is not None or args.expand is not None
-            crops = (facts.get("crops") or 1) if args.crops is None else args.crops
-            expand = facts.get("expand") if args.expand is None and args.crops != 1 else args.expand
-            preprocess = with_crops(facts["preprocess"], crops, expand, "--" if given else "data_loader.args.")
-            done = classify(folded, paths, preprocess, head=facts.get("head"),
-                            temperature=facts.get("temperature", 1.0), topk=args.topk, batch_size=args.batch_size,
-                            threads=args.num_workers, advance=bar.update)
-    table = rows(done, names)
+    batches, count, most = found_by(args, model, facts, paths, folded=kind is not None), 0, most_pictures(args.gallery)
+    pictures: list[Any] = []
+    unreadable: list[tuple[str, str]] = []
+    with contextlib.ExitStack() as files, progress_bar(len(paths), unit=" images") as bar:
+        writers = [files.enter_context(writer(path, form, out))
+                   for path, form in ((args.csv, CsvWriter), (args.json, JsonWriter)) if path]
+        if not writers and not args.gallery:
+            writers = [LineWriter(out, min(60, max(len(shown(path)) for path in paths)), model.num_experts)]
+        for batch in batches:
+            table = rows(batch.found, facts["class_names"])
+            refuse_nonfinite(args, table)
+            count += len(batch.found)
+            unreadable += batch.unreadable
+            pictures += batch.found[:most - len(pictures)]
+            with bar.external_write_mode():
+                for one in writers:
+                    one.add(table)
+            bar.update(len(batch.found) + len(batch.unreadable))
+        for one in writers:     # also if no file could be read: old output mustn't pass for new
+            one.end(unreadable)
+    if args.gallery and pictures:
+        write_gallery(args.gallery, pictures, facts["class_names"])
+    report(args, count, len(pictures))
+    end(paths, count, unreadable, other)
+
+
+def found_by(args: Namespace, model: Any, facts: dict[str, Any], paths: Sequence[str], folded: bool,
+             ) -> Iterator[Predictions]:
+    """What the model finds in the images, batch by batch. folded: its norms are already."""
+    if facts["preprocess"].get("task") == "detection":
+        return detected(model, paths, threads=args.num_workers, masks=most_pictures(args.gallery),
+                        threshold=0.5 if args.threshold is None else args.threshold)
+    if args.threshold is not None:
+        raise ConfigError(f"--threshold: is for detectors; {args.resume} classifies, leave it out")
+    import torch
+
+    from data_loader.crops import with_crops
+    from model.norm import fold_norm
+    if not folded:
+        model = fold_norm(model).to(memory_format=torch.channels_last)
+    given = args.crops is not None or args.expand is not None
+    crops = (facts.get("crops") or 1) if args.crops is None else args.crops
+    expand = facts.get("expand") if args.expand is None and args.crops != 1 else args.expand
+    preprocess = with_crops(facts["preprocess"], crops, expand, "--" if given else "data_loader.args.")
+    return classified(model, paths, preprocess, head=facts.get("head"), temperature=facts.get("temperature", 1.0),
+                      topk=args.topk, batch_size=args.batch_size, threads=args.num_workers)
+
+
+def refuse_nonfinite(args: Namespace, table: list[dict[str, Any]]) -> None:
+    """Raise ConfigError where the model's outputs aren't finite."""
     broken = [row["path"] for row in table for value in row.values()
               if isinstance(value, float) and not math.isfinite(value)]
     if broken:
         raise ConfigError(f"-r {args.resume}: its outputs aren't finite numbers ({broken[0]}); give a checkpoint from "
                           "before its training went wrong")
-    if done.found or args.json or args.csv:    # also if no file could be read: old output mustn't pass for new
-        report(args, done, table, names, model.num_experts)
-    if done.unreadable and len(paths) > 1:
-        print(f"\n{len(done.unreadable)} of {len(paths)} files couldn't be read:")
-        print("\n".join(f"  {reason}" for _, reason in done.unreadable))
+
+
+def end(paths: Sequence[str], count: int, unreadable: Sequence[tuple[str, str]], other: Sequence[str]) -> None:
+    """Print which files couldn't be read or weren't used. Raises ConfigError where none of `paths` could be read,
+    RunError where `count` others could."""
+    some = f"{len(unreadable)} of {len(paths)} files couldn't be read"
+    if unreadable and len(paths) > 1:
+        print(f"\n{some}:")
+        print("\n".join(f"  {reason}" for _, reason in unreadable))
     if other:
         from data_loader.folders import not_images
         print(f"left out: {not_images(other)}")
-    if not done.found:
-        raise RunError("none of the files could be read" if len(paths) > 1 else done.unreadable[0][1])
+    if unreadable and not count:
+        raise ConfigError(unreadable[0][1] if len(paths) == 1 else
+                          f"none of the {len(paths)} files could be read; the first: {unreadable[0][1]}")
+    if unreadable:
+        raise RunError(f"{some}, such as {unreadable[0][1]}")
 
 
 def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
@@ -197,9 +193,8 @@ def open_model(args: Namespace) -> tuple[Any, dict[str, Any]]:
         if args.classifier != "joint" or args.prior:
             raise ConfigError(f"--classifier, --prior: are for classifiers; {args.resume} is a detector")
         return run.model, facts
-    temperature = run.temperature_for(*other) if args.classifier == "joint" else 1.0
-    head, _ = head_for_use(args, run, temperature)
-    return run.model, {**facts, "head": head, "temperature": temperature if head is None else 1.0}
+    head, _, temperature = head_for_use(args, run, *other)
+    return run.model, {**facts, "head": head, "temperature": temperature}
 
 
 def open_export(args: Namespace, kind: str) -> tuple[Any, dict[str, Any]]:
@@ -217,25 +212,12 @@ def open_export(args: Namespace, kind: str) -> tuple[Any, dict[str, Any]]:
     return model, {"preprocess": model.preprocess, "class_names": model.class_names}
 
 
-def report(args: Namespace, done: Predictions, table: list[dict[str, Any]], names: Sequence[str] | None,
-           num_experts: int) -> None:
-    """Print what was found, and write the files that were asked for."""
-    from utils.files import write_json, write_text
-    if not (args.csv or args.json or args.gallery):
-        width = min(60, max(len(row["path"]) for row in table))
-        print("\n".join(as_line(row, width, num_experts) for row in table))
-        return
-    unreadable = [{"path": path, "reason": reason} for path, reason in done.unreadable]
-    for path, write in ((args.csv, lambda: write_text(args.csv, as_csv(table))),
-                        (args.json, lambda: write_json(args.json, {"predictions": table, "unreadable": unreadable})),
-                        (args.gallery, lambda: write_gallery(args.gallery, done, names))):
-        if path and (done.found or path != args.gallery):
-            try:
-                written = write() or len(done.found)
-            except OSError as error:
-                raise ConfigError(f"{path}: can't be written: {error.strerror or error}") from None
-            print(("" if written == len(done.found) else f"the first {written:,} of ")
-                  + f"{count_of(len(done.found), 'image', 'images')}, written to {path}")
+def report(args: Namespace, count: int, pictures: int) -> None:
+    """Print which files were written, with `count` images, respectively `pictures` of them."""
+    for path, written in ((args.csv, count), (args.json, count), (args.gallery, pictures)):
+        if path and path not in STDOUT and (written or path != args.gallery):
+            print(("" if written == count else f"the first {written:,} of ")
+                  + f"{count_of(count, 'image', 'images')}, written to {path}")
 
 
 def most_pictures(path: str | None) -> int:
@@ -246,15 +228,18 @@ def most_pictures(path: str | None) -> int:
     return MOST
 
 
-def write_gallery(path: str, done: Predictions, names: Sequence[str] | None) -> int:
-    """Write the gallery; returns how many images are on it, as it has room for the first ones only."""
+def write_gallery(path: str, found: Sequence[Any], names: Sequence[str] | None) -> None:
+    """Write the gallery. Raises ConfigError where it can't be written."""
     from tools.gallery import gallery
-    return gallery(done.found, names, path)
+    with naming(path):
+        gallery(found, names, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises ConfigError and RunError."""
-    predict(parse(argv))
+    args = parse(argv)
+    with tidied_when_stopped(), table_alone(bool({args.csv, args.json}.intersection(STDOUT))) as out:
+        predict(args, out)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from base.run_paths import RunPaths
-from logger.figures.drawings import Drawing, percent
+from logger.figures.drawings import Drawing
 from logger.figures.facts import BY_IMAGE, RunFacts
 from logger.figures.style import to_svg
-from logger.text import count_of, duration
+from logger.text import count_of, duration, in_percent, percent
 from tools.page import render
 from tools.runs import RunRecord, data_of, evaluation_flags, experts_of, model_of
 from utils.errors import ConfigError
@@ -79,8 +79,8 @@ def _lead(facts: RunFacts) -> str:
     text = f"Of 100 {facts.images_name} this model names {100 * result['accuracy']:.0f} right."
     few, many = result.get("few_shot_acc"), result.get("many_shot_acc")
     if few is not None:
-        text += f" For classes with fewer than {facts.few} training images it's {percent(few)}"
-        text += f", for those with more than {facts.many} it's {percent(many)}." if many is not None else "."
+        text += f" For classes with fewer than {facts.few} training images it's {in_percent(few)}"
+        text += f", for those with more than {facts.many} it's {in_percent(many)}." if many is not None else "."
     return text
 
 
@@ -90,7 +90,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
 
     def headline(key: str) -> tuple[str, str]:
         value = result.get(key)
-        return ("–", "") if value is None else (f"{100 * value:.1f}", "%")
+        return ("–", "") if value is None else (percent(value), "%")
     if not facts.classifies:
         rows = [(key, key.replace("_", " "), "", "accent")
                 for key in ("bbox_AP", "bbox_AP50", "bbox_AP75", "segm_AP", "segm_AP50", "segm_AP75")]

@@ -7,8 +7,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from logger.text import percent
 from tools.published import PUBLISHED, SOURCES, Published
-from tools.run_table import Column, Row, cell, markdown, percent
+from tools.run_table import Column, Row, cell, markdown
 from tools.runs import RunRecord
 from utils.config.read import read_json
 from utils.errors import ConfigError

@@ -6,18 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logger.metrics_csv import csv_text
-from logger.text import duration
+from logger.text import duration, percent
 
 if TYPE_CHECKING:  # a second to import: only where a table is made
     from pandas import DataFrame
 
 #: A run, a mean or published figures: the columns' keys, `kind` ("run", "mean" or "published"), a mean's `<key>_sd`.
 Row = dict[str, Any]
-
-
-def percent(value: float) -> str:
-    """A fraction as percent with one decimal: 0.4567 -> "45.7"."""
-    return f"{100 * value:.1f}"
 
 
 @dataclass(frozen=True)

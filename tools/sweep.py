@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from base.stop import STOPS
+from logger.text import in_percent
 from tools.cli import Parser, check_device
 from tools.sweep_grid import Job, check_origins, check_unchanged, evaluation_command, read_sweep, train_command
 from utils.cli import run_main
@@ -159,7 +160,7 @@ def _accuracy(job: Job) -> str:
         value = read_run(job.paths.models).figures.get("accuracy")
     except ConfigError:
         return ""
-    return "" if value is None else f", {100 * value:.1f} % of the test images"
+    return "" if value is None else f", {in_percent(value)} of the test images"
 
 
 # ---------------------------------------------------------------------- the command

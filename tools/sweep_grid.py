@@ -17,7 +17,7 @@ from tools.compare import cosmetic
 from tools.fallback import as_begun
 from utils.config.load import Override, check_config, load_config
 from utils.config.outside import outside_flags, outside_names
-from utils.config.read import read_json
+from utils.config.read import flat, read_json
 from utils.errors import ConfigError, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +201,7 @@ def _changes(job: Job, before: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]
     begins = {key: match[1] for key, match in places.items() if match}      # key -> a method
     left_out = {"n_gpu", "arch.args.num_classes", "distill_arch.args.num_classes", *begins,
                 *(f"trainer.{key}" for key in cosmetic(job.effective))}
-    old, new = (_flat({**config}) for config in (before, job.effective))
+    old, new = (flat(config) for config in (before, job.effective))
     for key in sorted(old.keys() | new.keys()):
         if key not in left_out and old.get(key) != new.get(key) != "auto":  # a run's config has what "auto" became
             yield key, old.get(key), new.get(key)
@@ -222,13 +222,6 @@ def check_origins(jobs: Sequence[Job]) -> None:
             if not need.trained:
                 raise ConfigError(f"{job.paths.models}: began from {need.title}, which has to be trained (again) now; "
                                   "delete this folder too or give the sweep another name")
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """A nested dict flattened to dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
 
 
 # ---------------------------------------------------------------------- commands

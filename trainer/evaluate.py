@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from base.labels import WholeBatch
+from logger.text import percent
 from model.crops import forward_crops
 from model.metric import EvalState
 from trainer.meters import Means
@@ -151,8 +152,6 @@ def with_all_experts(model: nn.Module, loader: Any, result: dict[str, Any], **ho
 def format_result(result: dict[str, Any], title: str = "") -> str:
     """A table of the main figures, in percent: all, many, medium, few, and each expert's accuracy and
     share of the images."""
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
     header = f"{title:<16}" + "".join(f"{name:>9}" for name in ("all", "many", "medium", "few"))
     row = [percent(result["accuracy"])] + [percent(result[f"{g}_shot_acc"]) for g in GROUPS]
     classes = ["", str(result["many_class_num"]), str(result["medium_class_num"]), str(result["few_class_num"])]

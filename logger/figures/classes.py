@@ -22,7 +22,7 @@ from logger.figures.style import (
     stacked_bars,
     styled,
 )
-from logger.text import count_of
+from logger.text import count_of, in_percent
 from utils.class_counts import FEW, GROUPS, MANY
 
 RELIABILITY_BINS = 15
@@ -121,7 +121,7 @@ def group_bars(result: dict[str, Any]) -> Any:
             axes.barh(y, 100, color=LIGHT["grid"], height=0.56, alpha=0.6)
             axes.barh(y, 100 * (value or 0), color=colour, height=0.56)
             none = "untested" if number else "no classes"
-            axes.text(103, y, none if value is None else f"{100 * value:.1f} %", va="center",
+            axes.text(103, y, in_percent(value, none), va="center",
                       fontweight="bold" if value is not None else "normal", fontsize=9.5)
         axes.set_yticks(range(len(bars) - 1, -1, -1), ["all images", *(
             f"{name}\n{count_of(number, 'class', 'classes')}" for name, _, _, number in bars[1:])])

@@ -13,7 +13,7 @@ from logger.figures import matrices, training
 from logger.figures import norms as norm_figures
 from logger.figures.facts import RunFacts
 from logger.figures.style import GROUP_LABELS, to_array
-from logger.text import count_of
+from logger.text import count_of, in_percent
 from utils.class_counts import GROUPS
 
 MATRIX_CLASSES = 100  # with more classes than this no full confusion matrix is drawn
@@ -28,11 +28,6 @@ class Drawing:
     text: str
     draw: Callable[[], Any]
     half: bool = False
-
-
-def percent(value: float | None) -> str:
-    """A fraction as percent: 78.1 %."""
-    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def drawings(facts: RunFacts) -> Iterator[Drawing]:
@@ -118,7 +113,7 @@ def _classes_text(facts: RunFacts) -> str:
     line = " The line is the trend." if len(known) >= 12 else ""
     images = count_of(facts.counts[worst], "training image", "training images")
     return (f"Each dot is a class, rare ones on the left.{line} The weakest is “{facts.names[worst]}” "
-            f"({images}) with {percent(min(known)[0])}.")
+            f"({images}) with {in_percent(min(known)[0])}.")
 
 
 def _training_text(facts: RunFacts) -> str:
@@ -126,9 +121,9 @@ def _training_text(facts: RunFacts) -> str:
     if not rows:
         return "The figures after each epoch."
     best, last = max(rows, key=lambda row: row["val_accuracy"]), rows[-1]
-    end = f"Validation accuracy ended at {percent(last['val_accuracy'])} after epoch {last['epoch']:.0f}"
+    end = f"Validation accuracy ended at {in_percent(last['val_accuracy'])} after epoch {last['epoch']:.0f}"
     more = "." if best["val_accuracy"] <= last["val_accuracy"] else \
-        f"; its best was {percent(best['val_accuracy'])} in epoch {best['epoch']:.0f}."
+        f"; its best was {in_percent(best['val_accuracy'])} in epoch {best['epoch']:.0f}."
     losses = ("The training loss is the gates', the validation loss the cross-entropy of what they choose, which can't "
               "be compared." if facts.result.get("expert_share") else
               "The training loss may have terms that the validation loss hasn't.")
@@ -155,25 +150,25 @@ def _reliability_text(facts: RunFacts) -> str:
     gap = sure - right
     verdict = "about as sure as it should be" if abs(gap) < 0.02 else \
         f"{'over' if gap > 0 else 'under'}confident by {100 * abs(gap):.0f} points"
-    return (f"It is sure to {percent(sure)} on average and right in {percent(right)}: {verdict}. A dot under the "
+    return (f"It is sure to {in_percent(sure)} on average and right in {in_percent(right)}: {verdict}. A dot under the "
             "dashed line is overconfidence; bigger dots hold more images.")
 
 
 def _experts_text(facts: RunFacts, own: dict[str, list[float | None]]) -> str:
     together, best = facts.together()["all"], max(own["all"])
     gain = 100 * (together - best)
-    text = (f"All {len(own['all'])} experts together get {percent(together)} right, "
+    text = (f"All {len(own['all'])} experts together get {in_percent(together)} right, "
             f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'} than the best one alone.")
     differ = facts.result.get("expert_disagreement")
     if differ is None:
         return text
     why = ": what one misses another may know." if gain > 0 else "."
-    return f"{text} Two of them differ on {percent(differ)} of the images{why}"
+    return f"{text} Two of them differ on {in_percent(differ)} of the images{why}"
 
 
 def _share_text(shares: dict[str, list[float] | None]) -> str:
     def mean(key: str) -> float | None:
         return None if not shares.get(key) else float(np.dot(shares[key], np.arange(1, len(shares[key]) + 1)))
-    text = f"{percent(shares['all'][0])} of the images were settled by one expert; the mean is {mean('all'):.2f}."
+    text = f"{in_percent(shares['all'][0])} of the images were settled by one expert; the mean is {mean('all'):.2f}."
     groups = [f"{GROUP_LABELS[group]} {mean(group):.2f}" for group in GROUPS if mean(group) is not None]
     return f"{text} By group: {', '.join(groups)}. Rare classes should need more."

@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,8 +61,7 @@ def test_onnx_of_a_run(digits_run, tmp_path, run_cli, call_cli):
     from tools.opened import open_run
     run = open_run(digits_run.checkpoint)
     Image.fromarray(run.loader("test").raw_image(3)).save(tmp_path / "photo.jpg")
-    shown = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "own-data.md").read_text(), re.DOTALL)[1]
-    (tmp_path / "shown.py").write_text(shown)
+    (tmp_path / "shown.py").write_text(shown_program())
     said = run_cli([tmp_path / "shown.py"], cwd=tmp_path, check=True).stdout.strip()
     found = classify(run.model, [str(tmp_path / "photo.jpg")], run.data["preprocess"]).found[0]
     assert said == str(found.classes[0])
@@ -73,7 +73,59 @@ def test_onnx_of_a_run(digits_run, tmp_path, run_cli, call_cli):
     assert row["experts"] == "" == row["agreement"], "the file doesn't say how many there were"
 
 
-def test_pt2_of_expert_assignment(tmp_path):
+def shown_program(kind="onnx"):
+    """The program that the page on own data shows for an ONNX file, or for a `.pt2` with the lines that it gives."""
+    program, lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-data.md").read_text(), re.DOTALL)
+    if kind == "pt2":
+        opening, answer = lines.rsplit("\n\n", 1)
+        program = program.replace("import onnxruntime\n", "")
+        program = re.sub(r"session = .*\nabout = .*\n", lambda _: f"{opening}\n", program)
+        program = re.sub(r"logits = session.*\n", lambda _: answer, program)
+        assert "session" not in program
+    return program
+
+
+def photo_file(path, kind):
+    """A photo of 1283 x 961 pixels with fine detail, or another shape, as the file `path`, whatever its extension."""
+    shape = {"panorama": (181, 1283), "small": (30, 41)}.get(kind, (961, 1283))
+    grey = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    grey = np.maximum(grey // 2, np.linspace(0, 255, shape[1]).astype(np.uint8)[None, :, None])
+    image, exif = Image.fromarray(grey), Image.Exif()
+    exif[0x0112] = 6 if kind in ("turned", "tiff") else 1
+    if kind == "wide grey":
+        image = Image.fromarray(grey[..., 0].astype(np.uint16) * 257)
+    elif kind in ("CMYK", "RGBA", "L", "LA"):
+        image = image.convert(kind)
+    form = {"wide grey": "PNG", "RGBA": "PNG", "LA": "PNG", "tiff": "TIFF", "MPO": "MPO"}.get(kind, "JPEG")
+    image.save(path, form, exif=exif, **({"save_all": True, "append_images": [image]} if form == "MPO" else {}))
+
+
+@pytest.mark.parametrize("more", [{}, {"squash": True}, {"crop": False, "resize": 48}, {"interpolation": "bicubic"}],
+                         ids=str)
+@pytest.mark.parametrize("kind", ["plain", "turned", "wide grey", "panorama", "small", "CMYK", "RGBA", "L", "LA",
+                                  "tiff", "MPO"])
+def test_the_program_shown_sees_what_predict_sees(kind, more, tmp_path, monkeypatch):
+    """On photos as cameras write them: decoded smaller, on their side, of other modes and shapes."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    preprocess = {**PREPROCESS, "image_size": 48, "resize": 55, "crop": True, **more}
+    tiny_onnx(tmp_path / "model.onnx", {**ABOUT, "preprocess": json.dumps(preprocess)}, size=48)
+    photo_file(tmp_path / "photo.jpg", kind)
+    monkeypatch.chdir(tmp_path)
+    seen, session = [], onnxruntime.InferenceSession
+
+    class Watched(session):
+        def run(self, names, feed):
+            seen.append(feed["images"])
+            return super().run(names, feed)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Watched)
+    exec(compile(shown_program(), "own-data.md", "exec"), {})
+    predict.main(["-r", "model.onnx", "photo.jpg", "--csv", "found.csv"])
+    level = 1 / 255 / 0.25
+    assert seen[0].shape == seen[1].shape == (1, 3, 48, 48)
+    assert np.abs(seen[0] - seen[1]).max() < 1.01 * level, np.abs(seen[0] - seen[1]).max() / level
+
+
+def test_pt2_of_expert_assignment(tmp_path, monkeypatch, capsys):
     """All experts run, the gates choose: what the routed model answers, from a file with metadata."""
     run = small_run("ResNet10EAModel", num_experts=2, norm="NBN", use_norm=True)
     difference, written = export.export(run, "pt2", tmp_path / "m.pt2")
@@ -84,6 +136,12 @@ def test_pt2_of_expert_assignment(tmp_path):
     images = torch.randn(3, 3, 32, 32)
     assert torch.allclose(module(images), run.model(images)["output"], atol=1e-4)
     assert json.loads(json.loads(extra["metadata.json"])["class_names"]) == list("abcde")
+    photo_file(tmp_path / "photo.jpg", "turned")
+    written[0].rename(tmp_path / "model.pt2")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(shown_program("pt2"), "own-data.md", "exec"), {})
+    (found,) = classify(run.model, ["photo.jpg"], PREPROCESS).found
+    assert capsys.readouterr().out.split()[-1] == "abcde"[found.classes[0]]
 
 
 def test_nothing_is_left_where_the_file_is_wrong(tmp_path, monkeypatch):
@@ -94,6 +152,27 @@ def test_nothing_is_left_where_the_file_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="differs"):
         export.export(small_run(), "pt2", tmp_path / "m.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_where_it_is_stopped(digits_run, number, tmp_path, monkeypatch, call_cli):
+    """Neither by export nor, where it writes a table, by predict; what was there before stays."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("m.pt2", "found.csv"):
+        (tmp_path / name).write_text("before")
+
+    def stopped(model, example, about, path):
+        path.write_bytes(b"half a model")
+        signal.raise_signal(number)
+    monkeypatch.setitem(export.FORMATS, "pt2", (stopped, *export.FORMATS["pt2"][1:]))
+    monkeypatch.setattr(predict, "rows", lambda found, names: signal.raise_signal(number))
+    for words in (["export", "--format", "pt2", "--out", tmp_path / "m.pt2"],
+                  ["predict", tmp_path / "a.png", "--csv", tmp_path / "found.csv"]):
+        done = call_cli(["-m", f"tools.{words[0]}", "-r", digits_run.checkpoint, "-d", "cpu", *words[1:]])
+        assert (done.returncode, done.stderr) == (1, "interrupted\n"), words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "found.csv", "m.pt2"]
+    assert (tmp_path / "m.pt2").read_text() == (tmp_path / "found.csv").read_text() == "before"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_missing_package_is_named(monkeypatch):

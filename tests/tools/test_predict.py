@@ -1,8 +1,11 @@
 """python -m tools.predict: the same answers as the test loader's, from the checkpoint alone; open-set lists."""
 import csv
+import gc
+import io
 import json
+import os
 import shutil
-from argparse import Namespace
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,6 @@ from PIL import Image
 
 from tools.classify import (
     Prediction,
-    Predictions,
     classify,
     classify_list,
     detect,
@@ -20,7 +22,8 @@ from tools.classify import (
     find_images,
     read_open_set,
 )
-from tools.predict import as_csv, as_line, parse, predict, report, rows, write_gallery
+from tools.predict import main, parse, write_gallery
+from tools.prediction_files import CsvWriter, as_line, rows
 from utils.errors import ConfigError
 
 
@@ -47,7 +50,7 @@ def test_nothing_that_is_read_is_written_over(tmp_path):
                         (("--csv", "x", "--json", "x"), "--json: .*x is asked for twice")):
         flags = [str(tmp_path / flag) if not flag.startswith("--") else flag for flag in flags]
         with pytest.raises(ConfigError, match=said):
-            predict(parse(["-r", str(tmp_path / "model.pth"), str(tmp_path), *flags]))
+            main(["-r", str(tmp_path / "model.pth"), str(tmp_path), *flags])
     assert {file.read_bytes() for file in tmp_path.iterdir()} == {b"as it was"}
 
 
@@ -75,8 +78,10 @@ def test_folder_to_csv_json_and_gallery(digits_run, photos, tmp_path, run_cli):
     shutil.copy(digits_run.checkpoint, alone)
     out = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "json", "png")}
     done = run_cli(["-m", "tools.predict", "-r", alone, folder, "-d", "cpu", "--csv", out["csv"], "--json", out["json"],
-                    "--gallery", out["png"], "--topk", 3, "--batch_size", 4], check=True)
-    assert done.stderr == "" and "1 of 11 files couldn't be read" in done.stdout and "broken.jpg" in done.stdout
+                    "--gallery", out["png"], "--topk", 3, "--batch_size", 4])
+    assert "1 of 11 files couldn't be read" in done.stdout and "broken.jpg" in done.stdout
+    assert done.returncode == 1 and done.stderr.startswith("1 of 11 files couldn't be read, such as ")
+    assert done.stderr.count("\n") == 1 and "10 images, written to" in done.stdout
 
     table = list(csv.DictReader(out["csv"].open()))
     assert list(table[0])[:3] == ["path", "class", "probability"]
@@ -97,13 +102,14 @@ def test_folder_to_csv_json_and_gallery(digits_run, photos, tmp_path, run_cli):
     assert {row["experts"] for row in table} == {"3"}
 
     written = json.loads(out["json"].read_text())
+    assert out["json"].read_text() == json.dumps(written, indent=2) + "\n"
     assert len(written["predictions"]) == 10 and written["predictions"][0]["class"] == table[0]["class"]
     assert [item["path"] for item in written["unreadable"]] == [str(folder / "broken.jpg")]
     with Image.open(out["png"]) as sheet:
         assert sheet.format == "PNG" and sheet.width > 500
 
 
-@pytest.mark.parametrize("name, status, said", [("broken.jpg", 1, "broken.jpg"), ("gone.png", 2, "no such file"),
+@pytest.mark.parametrize("name, status, said", [("broken.jpg", 2, "broken.jpg"), ("gone.png", 2, "no such file"),
                                                 ("empty", 2, "no image")])
 def test_exit_status(digits_run, photos, call_cli, name, status, said):
     folder = photos[0]
@@ -121,11 +127,59 @@ def test_files_of_another_time_arent_left_where_nothing_can_be_read(digits_run, 
         (tmp_path / name).write_text("before")
     done = call_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, tmp_path, "-d", "cpu", "--json",
                      tmp_path / "out.json", "--csv", tmp_path / "out.csv"])
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none of the 2 files could be read" in done.stderr
     assert "left out: 3 files not named as images are" in done.stdout and ".heic 1" in done.stdout
-    written = json.loads((tmp_path / "out.json").read_text())
+    text = (tmp_path / "out.json").read_text()
+    written = json.loads(text)
+    assert text == json.dumps(written, indent=2) + "\n"
     assert written["predictions"] == [] and "EPS, which isn't pixels" in str(written["unreadable"][0]["reason"])
     assert (tmp_path / "out.csv").read_text() == "path,class,probability\n"
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--json"])
+def test_a_table_is_alone_on_stdout(digits_run, photos, tmp_path, run_cli, call_cli, flag):
+    """Even where some files can't be read, another isn't an image, and the command writes other files besides."""
+    other = {"--csv": "--json", "--json": "--csv"}[flag]
+    done = run_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, photos[0], "-d", "cpu", flag, "-", other,
+                    tmp_path / "other"])
+    call_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, photos[0], "-d", "cpu", flag, tmp_path / "table"])
+    assert done.stdout == (tmp_path / "table").read_text() and done.returncode == 1
+    for said in ("broken.jpg", "left out: 1 file", f"10 images, written to {tmp_path / 'other'}"):
+        assert said in done.stderr and "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "table"]
+    done = call_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, photos[0] / "broken.jpg", "-d", "cpu", flag,
+                     "-"])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def usual_collections():
+    """Garbage is collected as often as outside these tests."""
+    before = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*before)
+
+
+def test_memory_is_that_of_a_batch(tmp_path, usual_collections):
+    """Not of all images: what is kept of each is its path."""
+    pytest.importorskip("onnxruntime")
+    from tests.tools.test_export import ABOUT, tiny_onnx
+    tiny_onnx(tmp_path / "m.onnx", ABOUT)
+    peaks, folder = [], tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    for count in (64, 128, 1128):       # the first of these warms up
+        for n in range(1, count):
+            if not (folder / f"{n}.png").exists():
+                os.link(folder / "0.png", folder / f"{n}.png")
+        tracemalloc.start()
+        main(["-r", str(tmp_path / "m.onnx"), str(folder), "--csv", str(tmp_path / "x.csv"), "--json",
+              str(tmp_path / "x.json"), "--batch_size", "16", "--num_workers", "1"])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len((tmp_path / "x.csv").read_text().splitlines()) == count + 1
+    assert (peaks[2] - peaks[1]) / 1000 < 500, peaks
 
 
 def test_a_threshold_is_for_detectors(digits_run, photos, call_cli):
@@ -187,7 +241,7 @@ def test_expert_assignment_tells_experts_used(photos):
         eager = classify(model, paths, steps, batch_size=2, threads=0)
     assert [one.experts for one in lazy.found + eager.found] == [1, 1, 1, 2, 2, 2]
     assert all(one.agreement is None and len(one.classes) == 4 for one in lazy.found)
-    assert "1 of 2 experts used" in as_line(rows(lazy, None)[0], 5, 2)
+    assert "1 of 2 experts used" in as_line(rows(lazy.found, None)[0], 5, 2)
 
 
 class Finder(torch.nn.Module):
@@ -208,20 +262,21 @@ def test_detections_become_rows_and_pictures(photos, tmp_path):
     from tools.gallery import gallery
     done = detect(Finder(), find_images([str(photos[0])]), threshold=0.5, threads=0, masks=4)
     assert ["masks" in found for _, found in done.found] == [True] * 4 + [False] * 6
-    table = rows(done, ["cat", "dog"])
+    table = rows(done.found, ["cat", "dog"])
     assert len(table) == 10 and len(done.unreadable) == 1
     assert {key: table[0][key] for key in ("class", "left", "right")} == {"class": "dog", "left": 0.0, "right": 16.0}
     assert gallery(done.found, ["cat", "dog"], str(tmp_path / "sheet.png")) == 10
     nothing = detect(Finder(), [str(photos[0] / "0.png")], threshold=0.95)
-    assert rows(nothing, None) == [{"path": str(photos[0] / "0.png"), "class": None, "probability": None}]
+    assert rows(nothing.found, None) == [{"path": str(photos[0] / "0.png"), "class": None, "probability": None}]
 
 
-def test_a_full_gallery_says_how_many_are_on_it(tmp_path, capsys):
+def test_a_full_gallery_says_how_many_are_on_it(digits_run, tmp_path, call_cli):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    done = Predictions([Prediction(str(tmp_path / "0.png"), [0], [1.0])] * 125)
-    sheet = str(tmp_path / "sheet.png")
-    report(Namespace(csv=None, json=None, gallery=sheet), done, rows(done, None), None, 1)
-    assert capsys.readouterr().out == f"the first 120 of 125 images, written to {sheet}\n"
+    for n in range(1, 125):
+        os.link(tmp_path / "0.png", tmp_path / f"{n}.png")
+    done = call_cli(["-m", "tools.predict", "-r", digits_run.checkpoint, tmp_path, "-d", "cpu", "--gallery",
+                     tmp_path / "sheet.png"], check=True)
+    assert done.stdout == f"the first 120 of 125 images, written to {tmp_path / 'sheet.png'}\n"
 
 
 def test_half_a_gallery_is_never_left(tmp_path, monkeypatch):
@@ -233,14 +288,18 @@ def test_half_a_gallery_is_never_left(tmp_path, monkeypatch):
         file.write(b"half") if hasattr(file, "write") else Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        write_gallery(sheet, Predictions([Prediction(str(tmp_path / "a.png"), [0], [1.0])]), ["ant"])
+    with pytest.raises(ConfigError, match=r"sheet\.png: can't be written: No space"):
+        write_gallery(sheet, [Prediction(str(tmp_path / "a.png"), [0], [1.0])], ["ant"])
     assert sheet.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_csv_of_different_rows():
-    done = Predictions([Prediction("a,b.png", [1, 0], [0.75, 0.25]), Prediction("c.png", [0], [1.0], 3, 1 / 3)])
-    lines = as_csv(rows(done, ["x", "y"])).splitlines()
+    found = [Prediction("a,b.png", [1, 0], [0.75, 0.25]), Prediction("c.png", [0], [1.0], 3, 1 / 3)]
+    written = CsvWriter(io.StringIO())
+    for one in found:
+        written.add(rows([one], ["x", "y"]))
+    written.end([])
+    lines = written.handle.getvalue().splitlines()
     assert lines[0] == "path,class,probability,experts,agreement,class_2,probability_2"
     assert lines[1] == '"a,b.png",y,0.750000,1,,x,0.250000' and lines[2] == "c.png,x,1.000000,3,0.333333,,"
 

@@ -18,6 +18,7 @@ import torch
 
 from data_loader.detection import masks
 from data_loader.detection.lvis import is_federated
+from logger.text import percent
 from trainer.detection.federated import judged, unjudged
 from trainer.precision import autocast
 from trainer.tasks import Task
@@ -262,7 +263,7 @@ def format_detection(figures: dict[str, Any], title: str = "") -> str:
     lines = [f"{title:<8}" + "".join(f"{column:>11}" for column in columns)]
     for kind in KINDS:
         values = [figures.get(f"{kind}_{column}") for column in columns]
-        lines.append(f"{kind:<8}" + "".join(f"{'-' if v is None else f'{100 * v:.1f}':>11}" for v in values))
+        lines.append(f"{kind:<8}" + "".join(f"{percent(v):>11}" for v in values))
     return "\n".join(lines)
 
 

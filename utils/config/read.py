@@ -43,9 +43,9 @@ def _extended(path: str, flag: str, below: tuple[str, ...]) -> tuple[dict[str, A
         raise ConfigError(f"{flag} {path}: extends: must be the path of a JSON file, not {shown(base)}")
     file = os.path.join(os.path.dirname(path), base)
     merged, origin = _extended(file, f"{flag} {path}: extends", (*below, here))
-    origin = {**{key: file for key in leaves(merged)}, **origin}
-    own, merged = leaves(config), merge(merged, config)
-    return merged, {key: origin[key] for key in leaves(merged) if key in origin and key not in own}
+    origin = {**{key: file for key in flat(merged)}, **origin}
+    own, merged = flat(config), merge(merged, config)
+    return merged, {key: origin[key] for key in flat(merged) if key in origin and key not in own}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def leaves(config: Any, path: str = "") -> list[str]:
-    """The dotted keys of all values that aren't objects."""
+def flat(config: Any, path: str = "") -> dict[str, Any]:
+    """All values that aren't objects, by dotted key."""
     if not isinstance(config, Mapping) or not config:
-        return [path]
-    return [leaf for key, value in config.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
+        return {path: config}
+    return {k: v for key, item in config.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()}
 
 
 def read_json(path: str | os.PathLike, flag: str = "-c") -> dict[str, Any]:
