@@ -117,6 +117,22 @@ def test_workers_live_on(tmp_path: Path) -> None:
     assert pids[0] == pids[1] and len(pids[0]) == 2
 
 
+def test_processes_on_a_machine_share_its_cores_for_their_workers(tmp_path: Path, monkeypatch) -> None:
+    data = folders(tmp_path, train=[5, 4], test=[1, 1])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(16), raising=False)
+
+    def workers(wanted, size: int = 80) -> tuple[int | None, list[str]]:
+        loader = ImageFolderLTDataLoader(data, 4, num_workers=wanted, image_size=size, world_size=8)
+        return loader.files and loader.files.loader.num_workers, [x for x in loader.summary() if "num_workers" in x]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")         # each of the eight processes has a machine for itself
+    assert workers(24) == (24, [])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert workers(12) == (2, ["data_loader.args.num_workers: 2 for each training process instead of 12, as the "
+                               "processes on this machine share its cores"])
+    assert workers(1) == (1, []) and workers(0) == (0, []) and workers(None) == (2, [])
+    assert workers(12, size=16) == (None, [])           # in memory
+
+
 @pytest.mark.parametrize("size", [16, 48, 80])
 def test_test_batches_equal_the_test_transform(tmp_path: Path, size: int) -> None:
     loader = ImageFolderLTDataLoader(folders(tmp_path, train=[2, 2], test=[3, 3]), 6, training=False, image_size=size)
