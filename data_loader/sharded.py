@@ -15,7 +15,8 @@ from data_loader.folder_notes import SPLIT_NAMES, doubtful_classes
 from data_loader.folders import class_key
 from data_loader.images import shown
 from data_loader.places import KEY, key_of, name_in_shard
-from data_loader.shards import Index, open_index, patterns
+from data_loader.shard_names import patterns
+from data_loader.shards import Index, open_index
 from data_loader.splitting import Division
 from data_loader.tars import BESIDE, JSON_KEYS, UNCLEAR
 from logger.text import count_of

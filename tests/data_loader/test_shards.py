@@ -18,7 +18,8 @@ from PIL import Image
 from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
 from data_loader.images import read_rgb
 from data_loader.places import member_of, member_path, open_image
-from data_loader.shards import expand, open_index
+from data_loader.shard_names import expand
+from data_loader.shards import open_index
 from tools.shard import byte_count
 from tools.shard import main as shard
 from utils.errors import ConfigError
@@ -216,6 +217,28 @@ def test_an_index_is_made_once_and_again_where_a_shard_changed(tmp_path, monkeyp
     assert open_index("t-{0..1}.tar", str(tmp_path)).names == ["a/1.png", "b/2.png", "c/1.png"]
     file.write_bytes(b"no index")
     assert len(open_index("t-{0..1}.tar", str(tmp_path))) == 3
+
+
+def test_copied_shards_keep_their_index(tmp_path, monkeypatch):
+    """`cp` gives them other times; a shard rewritten in the same length, with other labels or photos, is no copy."""
+    members = {f"{i:03d}.{kind}": png(i) if kind == "png" else str(i % 2).encode()
+               for i in range(20) for kind in ("cls", "png")}
+    tar(tmp_path / "here" / "t-0.tar", members)
+    tar(tmp_path / "here" / "t-1.tar", {"notes.txt": b"no image"})
+    names = open_index("t-{0..1}.tar", str(tmp_path / "here")).names
+    for place in ("copied", "changed"):
+        (tmp_path / place).mkdir()
+        for file in (tmp_path / "here").iterdir():
+            shutil.copyfile(file, tmp_path / place / file.name)
+            os.utime(tmp_path / place / file.name, ns=(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("data_loader.shards.make_index", lambda *args: pytest.fail("made again"))
+        copied = open_index("t-{0..1}.tar", str(tmp_path / "copied"))
+    assert copied.names == names and [copied.kinds[k] for k in copied.kind] == ["0", "1"] * 10
+    assert open_image(copied.paths[3]).read() == png(3)
+    tar(tmp_path / "changed" / "t-0.tar", members | {"019.cls": b"2"})
+    changed = open_index("t-{0..1}.tar", str(tmp_path / "changed"))
+    assert [changed.kinds[k] for k in changed.kind] == ["0", "1"] * 9 + ["0", "2"]
 
 
 def test_an_index_that_cant_be_written_is_done_without(tmp_path, monkeypatch):
