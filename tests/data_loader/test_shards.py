@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -262,7 +263,10 @@ def test_an_index_that_cant_be_written_is_done_without(tmp_path, monkeypatch):
     ("cut.tar", r"cut.tar: ends within a/2.png; it is truncated"),
     ("short.tar", r"short.tar: has no end mark"),
     ("text.tar", r"text.tar: damaged or not a tar file"),
-    ("zipped.tar", r"zipped.tar: is compressed, .* gunzip"),
+    ("zipped.gz", r"zipped.gz: is compressed \(gzip\), .*: gunzip it, or unpack it \(tar -xf\) .* tools.shard"),
+    ("zipped.bz2", r"zipped.bz2: is compressed \(bzip2\), .*: bunzip2 it"),
+    ("zipped.xz", r"zipped.xz: is compressed \(xz\), .*: unxz it"),
+    ("zipped.zst", r"zipped.zst: is compressed \(zstd\), .*: unzstd it"),
     ("twice-{0,1}.tar", r"twice-1.tar: a/1.png is there twice, also in .*twice-0.tar"),
     ("flat.tar", r"flat.tar: 1.png has no label"),
     ("empty.tar", r"empty.tar: the 1 shards hold no image"),
@@ -286,8 +290,10 @@ def test_what_is_wrong_is_named(tmp_path, spec, message):
     (tmp_path / "cut.tar").write_bytes(whole[:3000])
     (tmp_path / "short.tar").write_bytes(whole[:2048])
     (tmp_path / "text.tar").write_bytes(b"hello" * 1000)
-    with tarfile.open(tmp_path / "zipped.tar", "w:gz") as packed:
-        packed.add(tmp_path / "text.tar", "a/1.png")
+    for form in ("gz", "bz2", "xz"):
+        with tarfile.open(tmp_path / f"zipped.{form}", f"w:{form}") as packed:
+            packed.add(tmp_path / "text.tar", "a/1.png")
+    (tmp_path / "zipped.zst").write_bytes(bytes.fromhex("28b52ffd2004210000") + b"tar!")
     for name in ("twice-0.tar", "twice-1.tar"):
         tar(tmp_path / name, {"a/1.png": png(1)})
     tar(tmp_path / "flat.tar", {"1.png": png(1)})
@@ -304,6 +310,29 @@ def test_what_is_wrong_is_named(tmp_path, spec, message):
     with pytest.raises(ConfigError, match=message) as caught:
         ImageFolderLTDataLoader(str(tmp_path), shards=spec, **SMALL)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax", "oldgnu"])
+def test_images_that_tar_stored_without_their_zeros_are_named(tmp_path, form):
+    """Other files may have this form. With its zeros, a file may be longer than the tar, which isn't truncated."""
+    for name in ("a/1.png", "b/1.bin"):
+        (tmp_path / name).parent.mkdir()
+        with open(tmp_path / name, "wb") as handle:
+            handle.truncate(1 << 20)
+            handle.seek(0, os.SEEK_END)
+            handle.write(b"end")
+
+    def pack(name: str, *members: str) -> None:
+        done = subprocess.run(["tar", "--sparse", f"--format={form}", "-cf", name, *members], cwd=tmp_path)
+        if done.returncode or (tmp_path / name).stat().st_size > 1 << 20:
+            pytest.skip("no tar with --sparse")
+    pack("t.tar", "a", "b")
+    with pytest.raises(ConfigError, match=r"t.tar: a/1.png is stored without its zeros; write the shard without tar's "
+                                          r"--sparse, or unpack it \(tar -xf\) .* tools.shard"):
+        open_index("t.tar", str(tmp_path))
+    (tmp_path / "a" / "1.png").write_bytes(png(1))
+    pack("t.tar", "a", "b")
+    assert open_index("t.tar", str(tmp_path)).names == ["a/1.png"]
 
 
 def test_an_image_or_a_shard_that_breaks_later_is_named(tmp_path):
