@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ def _rank(job, argument, rank, world_size, port, folder, depths):
     for name, of_stages in depths.items():
         FAMILIES[name]["depths"] = of_stages
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".*torch.distributed", category=FutureWarning)    # of deprecated calls
     torch.save(job(argument), Path(folder) / f"{rank}.pt")
 
 
