@@ -150,10 +150,11 @@ class Division:
 
 def sample_of(paths: Sequence[str], root: str) -> dict[str, int]:
     """{name below `root`: size in bytes} of at most 64 images (for images in shards, of their shards), to recognise the
-    same photos again."""
+    same photos again; without those that aren't there, as testing needs no training images."""
     step = max(1, len(paths) // 64)
     files = dict.fromkeys(file_of(path) for path in paths[::step][:64])
-    return {name_below(path, root): os.path.getsize(path) for path in files if "://" not in path}
+    return {name_below(path, root): os.path.getsize(path) for path in files
+            if "://" not in path and os.path.exists(path)}
 
 
 def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,21 @@ def test_own_lists(tmp_path: Path) -> None:
     (tmp_path / "train.txt").unlink()
     only = ListFileDataLoader(str(tmp_path), training=False, **SMALL)
     assert only.n_samples == 11 and only.num_classes == 3
+
+
+def test_testing_needs_the_training_list_but_not_its_images(tmp_path: Path) -> None:
+    train = ListFileDataLoader(lists(tmp_path), validation="holdout", **SMALL)
+    facts = {"cls_num_list": train.cls_num_list, "num_classes": 3, "class_names": None, "split": train.split_memory}
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(tmp_path / "val")
+    for known in (None, facts):
+        loader = ListFileDataLoader(str(tmp_path), training=False, facts=known, **SMALL)
+        assert sum(len(labels) for _, labels in loader) == 11 and loader.cls_num_list == [6, 3, 2]
+    with pytest.raises(ConfigError, match=r"train/0_0.jpg: no such image \(.*train.txt, line 1; 10 more are missing"):
+        ListFileDataLoader(str(tmp_path), **SMALL)
+    (tmp_path / "test" / "1_1.jpg").unlink()
+    with pytest.raises(ConfigError, match=r"test/1_1.jpg: no such image"):
+        ListFileDataLoader(str(tmp_path), training=False, **SMALL)
 
 
 @pytest.mark.parametrize(("loader", "name", "parts"), [
