@@ -26,7 +26,8 @@ from benchmarks.timing import finish, interleave, machine, parser, spread, timed
 from data_loader.data_loaders import ListFileDataLoader
 from data_loader.imbalance import img_num_per_cls
 from data_loader.places import stamp
-from data_loader.shards import Index, expand, index_file, open_index
+from data_loader.shard_names import expand
+from data_loader.shards import Index, index_file, open_index
 from data_loader.transforms import IMAGENET_STATISTICS, read_for_test, test_pixels, test_preprocess
 from utils.device import own_memory
 

@@ -54,7 +54,8 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
     """Read the splits from list files in `data_dir` (or `data_dir/folder`). Without a test list, val is the test split.
 
     lists: names of the train, val and test lists. find: finds the images, if they aren't files. known: the number of
-    classes of the checkpoint's model. Classes are 0 to the largest training label; their names come from classes.txt
+    classes of the checkpoint's model. Unless `training`, only the test images must be there, as of the others only
+    the counts are needed. Classes are 0 to the largest training label; their names come from classes.txt
     beside the lists, or from a third column. Raises ConfigError for missing lists or images and for bad labels.
     """
     root = list_folder(data_dir, lists, folder)
@@ -70,7 +71,7 @@ def read_lists(data_dir: str, lists: tuple[str, str | None, str | None], folder:
                               f"{needed}{spare}{'' if find else about_tars(root)}")
     notes: list[str] = []
     named: dict[int, str] = {}
-    more = (notes, named, find or find_files(root, Path(data_dir), allow_outside))
+    more = (notes, named, find or find_files(root, Path(data_dir), allow_outside, None if training else "test"))
     train = _read_split(root / train_name, "train", None, *more) if has[train_name] else None
     if training and (train.targets == train.targets[0]).all():
         raise ConfigError(f"{shown(str(root / train_name))}: lists 1 class, training needs two or more")
@@ -154,8 +155,9 @@ def _read_split(file: Path, split: str, limit: tuple[int, str] | None, notes: li
     return images.subset(np.delete(np.arange(len(images)), list(again))) if again else images
 
 
-def find_files(root: Path, data_dir: Path, allow_outside: bool) -> Find:
-    """The function that finds the files named by lists in `root`."""
+def find_files(root: Path, data_dir: Path, allow_outside: bool, only: str | None = None) -> Find:
+    """The function that finds the files named by lists in `root`. only: the split whose files must be there (None: all
+    splits'); of the others only names and labels are needed."""
     def find(names: Sequence[str], source: str, lines: Sequence[int], split: str) -> list[str]:
         # Places365's own lists begin paths with a slash, and Windows uses backslashes: both mean paths below data_dir.
         if not allow_outside:
@@ -165,6 +167,8 @@ def find_files(root: Path, data_dir: Path, allow_outside: bool) -> Find:
                 names = [name.lstrip("/") for name in names]
         # Paths are relative to data_dir; but official lists and their images may both be in a subfolder of it.
         base = root if not os.path.lexists(data_dir / names[0]) and os.path.lexists(root / names[0]) else data_dir
+        if only not in (None, split):
+            return [os.path.join(base, name) for name in names]
         return check_paths(base, names, allow_outside, source, lines)
     return find
 

@@ -42,7 +42,8 @@ class ImageDataLoader(PixelLoader):
     """Batches of (images [n, 3, S, S] float, labels [n] long) of a data set's training or test split.
 
     data_dir: the data set's folder. batch_size: over all ranks together. seed: for order and augmentation.
-    num_workers: processes that decode files (None: up to 8, by available cores; images in memory need none).
+    num_workers: processes that decode files (None: up to 8, by available cores; images in memory need none), for each
+        training process; where several share a machine, at most their share of its cores.
     training: the training split, augmented; false: the test split. shuffle: the training split only.
     balanced: class-balanced sampling. retain_epoch_size: if false, a class-balanced epoch (also by `sampler`) has
         (number of classes) x (size of the largest class) images.
@@ -295,4 +296,5 @@ class ImageDataLoader(PixelLoader):
 
         groups: the config's limits of the groups, such as {"many": 100, "few": 20}.
         """
-        return summary(self.cls_num_list, self._test_counts, self.class_names, self.notes, **(groups or {}))
+        notes = self.notes + self.worker_notes
+        return summary(self.cls_num_list, self._test_counts, self.class_names, notes, **(groups or {}))

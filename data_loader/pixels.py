@@ -18,7 +18,7 @@ from data_loader.images import read_rgb, short_side
 from data_loader.memory import MemoryImages, Recipe
 from data_loader.places import file_of, stamp
 from data_loader.transforms import LARGEST_RESIZED, Normalise, alternate_flips
-from data_loader.workers import FileBatches, Sources, decode_all, worker_count
+from data_loader.workers import FileBatches, Sources, decode_all, worker_count, worker_notes
 from utils.errors import ConfigError
 
 LARGEST_SMALL = 64          # up to this image_size, images are augmented in batches
@@ -38,6 +38,7 @@ class PixelLoader(BaseDataLoader):
             raise ConfigError(f"data_loader.args.data_dir: {self.data_dir}: the "
                               f"{'training' if self.training else 'evaluation'} split has no image")
         self.images, self.augment, self.store, self.files = images, augment, store, None
+        self.worker_notes: list[str] = []
         self.paths = images.paths
         files = images.pixels if images.paths is None else images.paths  # arrays of another size are treated like files
         self._draws: tuple[int, Any] = (0, None)
@@ -65,6 +66,8 @@ class PixelLoader(BaseDataLoader):
                              degrees=self.recipe.degrees, transform=self.transform if augment else None,
                              mode="base" if small else "train" if augment else "test")
             workers = worker_count(self.num_workers, self.world_size, in_memory=self.store is not None)
+            if self.store is None:
+                self.worker_notes = worker_notes(self.num_workers, workers)
             pin = self.device.type == "cuda" if self.pin_memory is None else self.pin_memory
             self.files = FileBatches(source, self.targets, workers, pin and torch.cuda.is_available(), self.prefetch)
 

@@ -19,6 +19,7 @@ from utils.errors import ConfigError
 
 KEY = "data_loader.args.shards"
 MEMBER = re.compile("([^\0]+)\0(\\d+)\\+(\\d+)\0(.*)", re.DOTALL)
+AROUND = 2048           # a member's header, with a label's beside it, is nearer to an image than this
 MOST_OPEN = 64          # the number of shards that a process keeps open
 #: Object stores' names for attributes that change with a file's content, the most reliable first.
 CHANGES = ("etag", "mtime", "lastmodified", "last_modified", "updated", "modified", "created")
@@ -115,6 +116,16 @@ def stamp(file: str, known: bool = False) -> tuple[int, int]:
         digest = hashlib.blake2b((change or "").encode(), digest_size=7).digest()
         _known[file] = size, int.from_bytes(digest, "little") if change else 0
     return _known[file]
+
+
+def digest_of(file: str, places: list[int]) -> bytes:
+    """A hash, 16 bytes, of what a file on a disk holds within AROUND bytes of each of `places`. Raises OSError."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb", buffering=0) as handle:
+        for place in places:
+            handle.seek(max(0, place - AROUND))
+            digest.update(handle.read(2 * AROUND))
+    return digest.digest()
 
 
 # ---------------------------------------------------------------------- shards that are open

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from data_loader.imbalance import sorted_by_class
 from utils.config.build import build, lookup
 from utils.config.signature import of_callable
 from utils.errors import ConfigError
@@ -44,14 +45,7 @@ class EpochSampler(Sampler):
 
     def _group_by_class(self, targets: np.ndarray) -> None:
         """Sort images by class: those of class j are `by_class[starts[j] : starts[j] + counts[j]]`."""
-        smallest, largest = int(targets.min()), int(targets.max())
-        if largest - smallest < 2**16:  # numpy sorts 16-bit integers by radix, ten times as fast
-            targets = (targets - smallest).astype(np.uint16)
-        self.by_class = np.argsort(targets, kind="stable")
-        in_order = targets[self.by_class]
-        first = np.concatenate([[True], in_order[1:] != in_order[:-1]])
-        self.starts = np.flatnonzero(first)
-        self.counts = np.diff(np.append(self.starts, len(targets)))
+        self.by_class, self.starts, self.counts = sorted_by_class(targets)
         self.num_classes = len(self.counts)
 
     def set_epoch(self, epoch: int) -> None:

@@ -15,9 +15,10 @@ from data_loader.folder_notes import SPLIT_NAMES, doubtful_classes
 from data_loader.folders import class_key
 from data_loader.images import shown
 from data_loader.places import KEY, key_of, name_in_shard
-from data_loader.shards import Index, open_index, patterns
+from data_loader.shard_names import patterns
+from data_loader.shards import Index, open_index
 from data_loader.splitting import Division
-from data_loader.tars import BESIDE, JSON_KEYS, UNCLEAR
+from data_loader.tars import BESIDE, JSON_KEYS, UNCLEAR, UNLABELLED
 from logger.text import count_of
 from utils.errors import ConfigError
 
@@ -101,7 +102,7 @@ def read_shards(data_dir: str, found: dict[str, Index], division: Division, whol
     notes += doubtful_classes(names, KEY)
     sets = {part: _image_set(*parts[part], names) for part in parts}
     if len(names) < (1 if whole else 2):
-        raise ConfigError(f"{DATA_DIR}: the shards hold {len(names)} class, training needs two or more")
+        raise ConfigError(f"{DATA_DIR}: the shards hold one class, {shown(names[0])}; training needs two or more")
     about = {"class_names": named, "num_classes": len(names)}
     if whole:
         return Splits(sets.get("train"), sets.get("test", sets.get("val")), notes=notes, **about)
@@ -121,7 +122,14 @@ def _by_folder(index: Index, split: str) -> dict[str, np.ndarray]:
 
 
 def _check_labels(index: Index, chosen: np.ndarray) -> None:
-    """Raises ConfigError for negative labels, and for labels that are shared by several photos."""
+    """Raises ConfigError for negative labels, for labels that are shared by several photos, and for images without one
+    among others that have one: their folder, such as `images/`, would be a class of its own."""
+    without = chosen[index.kind[chosen] == UNLABELLED]
+    if 0 < len(without) < len(chosen):
+        at = int(without[0])
+        more = f"; {len(without) - 1} more have none" if len(without) > 1 else ""
+        raise ConfigError(f"{index.shard_of(at)}: {shown(index.names[at])} has no label beside it (.cls or .json), but "
+                          f"other images of these shards have one; write its label or leave it out{more}")
     negative = [k for k, text in enumerate(index.kinds) if re.fullmatch(r"-\d+", text)]
     for at in chosen[np.isin(index.kind[chosen], [UNCLEAR, *negative])].tolist():
         where = f"{index.shard_of(at)}: {shown(index.names[at])}"

@@ -20,64 +20,17 @@ from typing import Any
 import numpy as np
 
 from data_loader.derived import afterwards, kept
-from data_loader.places import KEY, close_shards, member_path, open_image, stamp
+from data_loader.places import KEY, close_shards, digest_of, member_path, open_image, stamp
+from data_loader.shard_names import expand
 from data_loader.tars import BESIDE, read_tar
 from logger.log import get_logger
 from utils import dist
 from utils.errors import ConfigError
 from utils.files import atomic_write
 
-RANGE = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<words>[^{}]*,[^{}]*))\}")
 VERSION = 3             # of the index's layout and the way labels are read
-SPLITS = ("train", "val", "test")
+MARKED = 16             # images of each shard whose surroundings tell a copied shard from another one
 
-
-# ---------------------------------------------------------------------- which shards
-
-def expand(pattern: str) -> list[str]:
-    """The names that a pattern stands for: `{000..999}` is a range with leading zeros, `{a,b}` a list. Raises
-    ConfigError for anything but a non-empty string, for a descending range, and for repeated names.
-
-    >>> expand("t-{08..10}.tar")
-    ['t-08.tar', 't-09.tar', 't-10.tar']
-    """
-    if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"{KEY}: must be a pattern like \"train-{{000..999}}.tar\", or one for each split, "
-                          f"not {pattern!r}")
-    parts, at = [], 0
-    for found in RANGE.finditer(pattern):
-        parts.append([pattern[at:found.start()]])
-        at = found.end()
-        if found["words"] is not None:
-            parts.append(found["words"].split(","))
-            continue
-        first, last = int(found["first"]), int(found["last"])
-        if first > last:
-            raise ConfigError(f"{KEY}: {pattern}: {found[0]} counts down; write {{{found['last']}..{found['first']}}}")
-        parts.append([str(number).zfill(len(found["first"])) for number in range(first, last + 1)])
-    parts.append([pattern[at:]])
-    names = ["".join(words) for words in itertools.product(*parts)]
-    twice = next((name for one, name in itertools.pairwise(sorted(names)) if one == name), None)
-    if twice is not None:
-        raise ConfigError(f"{KEY}: {pattern}: names {twice} twice")
-    return names
-
-
-def patterns(spec: str | dict[str, str]) -> dict[str, str]:
-    """{split: pattern} for `data_loader.args.shards`; a single pattern, for all splits, has the key "". Raises
-    ConfigError for anything else, and without train or test shards."""
-    if isinstance(spec, str):
-        return {"": spec}
-    wrong = not isinstance(spec, dict) or not spec or set(spec) - set(SPLITS)
-    if wrong or not all(isinstance(value, str) for value in spec.values()):
-        raise ConfigError(f"{KEY}: must be a pattern like \"train-{{000..999}}.tar\", or an object of them with the "
-                          f"keys train, val and test, not {spec!r}")
-    if "train" not in spec and "test" not in spec:
-        raise ConfigError(f"{KEY}: has no train and no test shards")
-    return dict(spec)
-
-
-# ---------------------------------------------------------------------- the index
 
 @dataclass
 class Index:
@@ -116,20 +69,42 @@ class Index:
         """Write the index to `file`, atomically. Raises OSError."""
         with atomic_write(file) as handle:
             np.savez(handle, version=np.int64(VERSION), links=np.int64(self.links), stamps=self.stamps,
-                     shard=self.shard, offset=self.offset, size=self.size, kind=self.kind,
+                     marks=self._marks(np.arange(len(self.shards))), shard=self.shard, offset=self.offset,
+                     size=self.size, kind=self.kind,
                      **_packed("names", self.names), **_packed("kinds", self.kinds),
                      **_packed("shards", _known_as(self.shards, file)))
 
+    def _marks(self, which: np.ndarray) -> np.ndarray:
+        """Digests, uint8 [n, 16], of what lies around MARKED of the images (headers, labels, their first bytes) and at
+        the beginning of each shard of `which`: the same in copies, which have other times. 0 for URLs. Raises OSError.
+        """
+        order = np.lexsort((self.offset, self.shard))
+        starts = np.searchsorted(self.shard[order], np.arange(len(self.shards) + 1))
+        marks = np.zeros((len(which), 16), dtype=np.uint8)
+        for row, k in enumerate(which.tolist()):
+            own = order[starts[k]:starts[k + 1]]
+            if "://" not in self.shards[k]:
+                own = own[np.unique(np.linspace(0, len(own) - 1, MARKED).astype(int))] if len(own) else own
+                places = [0, *self.offset[own].tolist(), *(self.offset[own] + self.size[own]).tolist()]
+                marks[row] = np.frombuffer(digest_of(self.shards[k], places), np.uint8)
+        return marks
+
     @classmethod
     def load(cls, file: Path, shards: list[str], stamps: np.ndarray) -> Index | None:
-        """The index in `file`, if it belongs to these shards in their current state; else None."""
+        """The index in `file`, if it belongs to these shards in their current state, or to others of which they are
+        copies; else None."""
         try:
             with np.load(file) as found:  # refuses pickles by default
                 if int(found["version"]) != VERSION or _unpacked(found, "shards") != _known_as(shards, file) or \
-                        not np.array_equal(found["stamps"], stamps):
+                        not np.array_equal(found["stamps"][:, 0], stamps[:, 0]):
                     return None
-                return cls(shards, stamps, _unpacked(found, "names"), found["shard"], found["offset"], found["size"],
-                           _unpacked(found, "kinds"), found["kind"], int(found["links"]))
+                index = cls(shards, stamps, _unpacked(found, "names"), found["shard"], found["offset"], found["size"],
+                            _unpacked(found, "kinds"), found["kind"], int(found["links"]))
+                other = np.flatnonzero(found["stamps"][:, 1] != stamps[:, 1])
+                if len(other) and (any("://" in shards[k] for k in other) or
+                                   not np.array_equal(index._marks(other), found["marks"][other])):
+                    return None
+                return index
         except Exception:  # zipfile and NumPy raise nearly anything for a damaged file, which is then made again
             return None
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_loader.datasets import Splits
+from data_loader.imbalance import indices_by_class
 from data_loader.places import file_of, name_below
 from logger.text import count_of, first_of
 from utils.class_counts import FEW, MANY
@@ -28,8 +29,7 @@ def take_share(targets: np.ndarray, share: float, seed: int, keep_rare: int = 2)
     """
     rng = np.random.RandomState(seed)
     taken = []
-    for label in np.unique(targets):
-        own = rng.permutation(np.flatnonzero(targets == label))
+    for own in map(rng.permutation, indices_by_class(targets)):
         count = max(round(share * len(own)), int(len(own) >= keep_rare))
         taken.append(own[:min(count, len(own) - 1)])
     taken = np.sort(np.concatenate(taken)) if taken else np.empty(0, dtype=np.int64)
@@ -83,8 +83,7 @@ class Division:
         free = np.array([f"{what}:{name}" not in self.kept for name in names])
         under = (values < share) | np.array([f"{what}:{name}" in (self.taken or ()) for name in names])
         taken = np.zeros(len(names), dtype=bool)
-        for label in np.unique(images.targets):
-            own = np.flatnonzero(images.targets == label)
+        for own in indices_by_class(images.targets):
             candidates = own[free[own]]
             if len(own) < keep_rare or not len(candidates):
                 continue
@@ -151,10 +150,11 @@ class Division:
 
 def sample_of(paths: Sequence[str], root: str) -> dict[str, int]:
     """{name below `root`: size in bytes} of at most 64 images (for images in shards, of their shards), to recognise the
-    same photos again."""
+    same photos again; without those that aren't there, as testing needs no training images."""
     step = max(1, len(paths) // 64)
     files = dict.fromkeys(file_of(path) for path in paths[::step][:64])
-    return {name_below(path, root): os.path.getsize(path) for path in files if "://" not in path}
+    return {name_below(path, root): os.path.getsize(path) for path in files
+            if "://" not in path and os.path.exists(path)}
 
 
 def is_same_place(root: str, memory: dict[str, Any] | None) -> bool:
@@ -201,7 +201,7 @@ def holdout_of_spare(targets: np.ndarray, num_classes: int, cap: int | None, see
     counts = np.bincount(targets, minlength=num_classes)
     poorest = int(counts[counts > 0].min())
     count = min(poorest, cap or poorest) if poorest >= fewest or cap is None else cap
-    chosen = [rng.permutation(np.flatnonzero(targets == label))[:count] for label in range(num_classes)]
+    chosen = [rng.permutation(own)[:count] for own in indices_by_class(targets)]
     return np.concatenate(chosen), int((counts == 0).sum())
 
 

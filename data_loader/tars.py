@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import tarfile
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -14,6 +15,13 @@ from utils.errors import ConfigError
 JSON_KEYS = ("label", "cls", "class")
 AGAIN = "write or copy it again"
 BLOCK = 1 << 20
+#: How compressed files begin, each with its format and the command that decompresses it.
+COMPRESSED = (
+    (re.compile(rb"\x1f\x8b"), "gzip", "gunzip"),
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2", "bunzip2"),   # a tar may begin with a file called BZh1
+    (re.compile(rb"\xfd7zXZ\0"), "xz", "unxz"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd", "unzstd"),
+)
 #: In place of a label: the image has none; it shares the key of a labelled photo but isn't that photo (`1.seg.png`
 #: beside `1.jpg`); several images share one label, and it isn't clear which of them is the photo.
 UNLABELLED, BESIDE, UNCLEAR = -1, -2, -3
@@ -51,8 +59,11 @@ def read_tar(shard: str, length: int) -> Contents:
     found, texts = Contents(), {".cls": {}, ".json": {}}
     try:
         with _stream(shard) as handle:
-            if handle.read(2) == b"\x1f\x8b":
-                raise ConfigError(f"{shard}: is compressed, so images can't be read by position; unpack it with gunzip")
+            start = handle.read(16)
+            for begins, form, undo in COMPRESSED:
+                if begins.match(start):
+                    raise ConfigError(f"{shard}: is compressed ({form}), so images can't be read by position: "
+                                      f"{undo} it, or unpack it (tar -xf) and pack the folder with tools.shard")
             handle.seek(0)
             _read(handle, shard, length, found, texts)
     except ConfigError:
@@ -82,11 +93,13 @@ def _read(handle: BinaryIO, shard: str, length: int, found: Contents, texts: dic
             tar.members = []  # otherwise it would keep them all
             last = name = name_in_shard(member.name)
             ending = _ending(name)
-            if member.isfile() and member.offset_data + member.size > length:
+            if member.issparse():   # its size is that with the zeros
+                if ending in EXTENSIONS:
+                    raise ConfigError(f"{shard}: {name} is stored without its zeros; write the shard without tar's "
+                                      "--sparse, or unpack it (tar -xf) and pack the folder with tools.shard")
+            elif member.isfile() and member.offset_data + member.size > length:
                 raise ConfigError(f"{shard}: ends within {name}; it is truncated, {AGAIN}")
             if ending in EXTENSIONS:
-                if member.issparse():
-                    raise ConfigError(f"{shard}: {name} is stored without its zeros; write it without tar's --sparse")
                 found.links += member.islnk() or member.issym()
                 if member.isfile():
                     found.images.append((name, member.offset_data, member.size))

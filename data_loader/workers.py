@@ -42,14 +42,24 @@ Key = tuple[int, int, int]   # epoch, position in the epoch, index of the image
 
 
 def worker_count(wanted: int | None, world_size: int, in_memory: bool = False) -> int:
-    """The number of worker processes: 0 if the images are in memory; else `wanted`; else (None) this process's share of
-    the available cores, from 1 to 8."""
+    """The number of worker processes: 0 if the images are in memory; else `wanted`, where several training processes
+    are on this machine at most their share of its cores; else (None) this process's share, from 1 to 8."""
     if in_memory:
         return 0
-    if wanted is not None:
-        return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    share = max(1, cores // processes)
+    if wanted is None:
+        return min(8, share)
+    return wanted if processes == 1 else min(wanted, share)
+
+
+def worker_notes(wanted: int | None, count: int) -> list[str]:
+    """A line for the log if `worker_count` gives fewer than the `wanted` worker processes, else none."""
+    if wanted is None or count >= wanted:
+        return []
+    return [f"data_loader.args.num_workers: {count} for each training process instead of {wanted}, as the processes on "
+            "this machine share its cores"]
 
 
 @dataclass

@@ -6,7 +6,7 @@ import copy
 import torch
 from torch import nn
 
-from utils.dist import all_gather_with_grad
+from model.gather import all_gather_with_grad
 
 # add_bt -> number of encoder layers; 32 and 33 are one layer with a shared classifier.
 DEPTHS = {0: 0, 1: 1, 12: 8, 13: 6, 32: 1, 33: 1}

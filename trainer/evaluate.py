@@ -12,6 +12,7 @@ from torch import nn
 from base.labels import WholeBatch
 from logger.text import percent
 from model.crops import forward_crops
+from model.gather import all_gather_with_grad
 from model.metric import EvalState
 from trainer.meters import Means
 from trainer.precision import autocast
@@ -113,7 +114,7 @@ def evaluate(model: nn.Module, loader: Any, *, criterion: nn.Module | None = Non
     result = state.compute(loader.cls_num_list, **group_limits(groups))
     result.update(means.read(reduce=True))
     if whole_split:
-        everyone = [dist.all_gather_with_grad(torch.cat(part))[0] for part in zip(*probs)]
+        everyone = [all_gather_with_grad(torch.cat(part))[0] for part in zip(*probs)]
         values = {name: float(function(*everyone)) for name, function in whole_split.items()}
         result.update({name: value if math.isfinite(value) else None for name, value in values.items()})
     result["seconds"] = time.monotonic() - began

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -55,8 +56,8 @@ class FeatureStore:
     shape and how many of the V · N rows are done.
 
     key: see `feature_key`; features with another key are recomputed. shape: (V views, N images, E experts, D).
-    All ranks use the same file. A file of up to 256 MiB is held on `device`; from a larger one each batch's rows are
-    read, so that memory use doesn't grow with the file.
+    All ranks read the same file, which rank 0 writes. A file of up to 256 MiB is held on `device`; from a larger one
+    each batch's rows are read, so that memory use doesn't grow with the file.
     """
 
     def __init__(self, file: Path, key: str, shape: tuple[int, int, int, int], device: torch.device | str = "cpu"):
@@ -165,15 +166,22 @@ class FeatureStore:
         return feats.half()
 
     def _write(self, view: int, first: int, end: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Write this rank's part of rows [first, end) of a view; once all ranks are done, record the number of rows."""
-        begin = view * self.shape[1] + first
-        place = np.memmap(self.file, np.float16, "r+", 2 * begin * self.row, (end - first, *self.shape[2:]))
-        for positions, feats in parts:
-            place[positions - first] = feats
-        place.flush()
-        del place       # nothing stays mapped
-        dist.barrier()
-        dist.on_main(lambda: self._note(view * self.shape[1] + end))
+        """Write rows [first, end) of a view, this rank's of which are `parts`, and record the number of rows.
+
+        Rank 0 writes all ranks' rows, which alternate: on a network disk, several machines that write into the same
+        pages overwrite each other's rows.
+        """
+        everyone = dist.gather_objects(parts)
+
+        def write() -> None:
+            begin = view * self.shape[1] + first
+            place = np.memmap(self.file, np.float16, "r+", 2 * begin * self.row, (end - first, *self.shape[2:]))
+            for positions, feats in itertools.chain.from_iterable(everyone):
+                place[positions - first] = feats
+            place.flush()
+            del place       # nothing stays mapped
+            self._note(view * self.shape[1] + end)
+        dist.on_main(write)
 
     # ---- reading -----------------------------------------------------------------------------------------------
 

@@ -158,23 +158,3 @@ def on_main(work: Callable[[], T]) -> T:
         error.told = True
         raise error
     return value
-
-
-def all_gather_with_grad(features: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Concatenate every rank's `features` [n_r, ...] along dim 0, letting gradients flow back to their rank.
-
-    Ranks may hold different n_r. Returns (all [sum n_r, ...], offset of this rank's rows).
-    """
-    if not initialised():
-        return features, 0
-    import torch
-    import torch.distributed as dist
-    import torch.distributed.nn.functional as dist_nn
-    sizes = torch.zeros(world_size(), dtype=torch.long, device=features.device)
-    sizes[rank()] = features.shape[0]
-    dist.all_reduce(sizes)
-    sizes = sizes.tolist()
-    # all_gather wants equal shapes: pad to the largest, cut afterwards.
-    padding = features.new_zeros((max(sizes) - features.shape[0], *features.shape[1:]))
-    gathered = dist_nn.all_gather(torch.cat([features, padding]).contiguous())
-    return torch.cat([part[:n] for part, n in zip(gathered, sizes, strict=True)]), sum(sizes[:rank()])

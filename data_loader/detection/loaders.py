@@ -24,7 +24,7 @@ from data_loader.detection.digit_scenes import make_scenes
 from data_loader.detection.masks import mask_tools
 from data_loader.detection.splits import described, held_out, without_specks
 from data_loader.splitting import names_digest, sample_of
-from data_loader.workers import leave_stops_to_parent, loaded
+from data_loader.workers import leave_stops_to_parent, loaded, worker_count, worker_notes
 from logger.log import get_logger
 from utils.class_counts import FEW
 from utils.errors import ConfigError
@@ -113,7 +113,8 @@ class CocoDataLoader(BaseDataLoader):
         self.class_names, self.num_classes = split.class_names, len(split.categories)
         self.paths = [str(self.dataset.path(i)) for i in range(len(split.images))]
         self.preprocess = {"task": "detection"}
-        self.notes = split.notes
+        self.workers = worker_count(options["num_workers"], self.world_size)
+        self.notes = split.notes + worker_notes(options["num_workers"], self.workers)
 
     # ------------------------------------------------------------------ splits
 
@@ -253,9 +254,8 @@ class CocoDataLoader(BaseDataLoader):
         order = self.epoch_order(epoch)
         keys = [[(epoch, int(p), int(order[p])) for p in self.positions(batch)] for batch in batches]
         # A separate generator: DataLoader would draw from the global one, which a resumed run has already restored.
-        loader = DataLoader(self.dataset, batch_sampler=keys, num_workers=self.options["num_workers"],
-                            collate_fn=list, generator=generator(self.seed, epoch),
-                            worker_init_fn=leave_stops_to_parent)
+        loader = DataLoader(self.dataset, batch_sampler=keys, num_workers=self.workers, collate_fn=list,
+                            generator=generator(self.seed, epoch), worker_init_fn=leave_stops_to_parent)
         for samples in loaded(loader):
             for sample in samples:
                 if isinstance(sample, ConfigError):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,22 @@ def test_workers_live_on(tmp_path: Path) -> None:
             pass
         pids.append([worker.pid for worker in loader.files.loader._iterator._workers])
     assert pids[0] == pids[1] and len(pids[0]) == 2
+
+
+def test_processes_on_a_machine_share_its_cores_for_their_workers(tmp_path: Path, monkeypatch) -> None:
+    data = folders(tmp_path, train=[5, 4], test=[1, 1])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(16), raising=False)
+
+    def workers(wanted, size: int = 80) -> tuple[int | None, list[str]]:
+        loader = ImageFolderLTDataLoader(data, 4, num_workers=wanted, image_size=size, world_size=8)
+        return loader.files and loader.files.loader.num_workers, [x for x in loader.summary() if "num_workers" in x]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")         # each of the eight processes has a machine for itself
+    assert workers(24) == (24, [])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert workers(12) == (2, ["data_loader.args.num_workers: 2 for each training process instead of 12, as the "
+                               "processes on this machine share its cores"])
+    assert workers(1) == (1, []) and workers(0) == (0, []) and workers(None) == (2, [])
+    assert workers(12, size=16) == (None, [])           # in memory
 
 
 @pytest.mark.parametrize("size", [16, 48, 80])
@@ -268,6 +285,21 @@ def test_own_lists(tmp_path: Path) -> None:
     (tmp_path / "train.txt").unlink()
     only = ListFileDataLoader(str(tmp_path), training=False, **SMALL)
     assert only.n_samples == 11 and only.num_classes == 3
+
+
+def test_testing_needs_the_training_list_but_not_its_images(tmp_path: Path) -> None:
+    train = ListFileDataLoader(lists(tmp_path), validation="holdout", **SMALL)
+    facts = {"cls_num_list": train.cls_num_list, "num_classes": 3, "class_names": None, "split": train.split_memory}
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(tmp_path / "val")
+    for known in (None, facts):
+        loader = ListFileDataLoader(str(tmp_path), training=False, facts=known, **SMALL)
+        assert sum(len(labels) for _, labels in loader) == 11 and loader.cls_num_list == [6, 3, 2]
+    with pytest.raises(ConfigError, match=r"train/0_0.jpg: no such image \(.*train.txt, line 1; 10 more are missing"):
+        ListFileDataLoader(str(tmp_path), **SMALL)
+    (tmp_path / "test" / "1_1.jpg").unlink()
+    with pytest.raises(ConfigError, match=r"test/1_1.jpg: no such image"):
+        ListFileDataLoader(str(tmp_path), training=False, **SMALL)
 
 
 @pytest.mark.parametrize(("loader", "name", "parts"), [

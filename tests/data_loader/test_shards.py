@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from PIL import Image
 from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
 from data_loader.images import read_rgb
 from data_loader.places import member_of, member_path, open_image
-from data_loader.shards import expand, open_index
+from data_loader.shard_names import expand
+from data_loader.shards import open_index
 from tools.shard import byte_count
 from tools.shard import main as shard
 from utils.errors import ConfigError
@@ -218,6 +220,28 @@ def test_an_index_is_made_once_and_again_where_a_shard_changed(tmp_path, monkeyp
     assert len(open_index("t-{0..1}.tar", str(tmp_path))) == 3
 
 
+def test_copied_shards_keep_their_index(tmp_path, monkeypatch):
+    """`cp` gives them other times; a shard rewritten in the same length, with other labels or photos, is no copy."""
+    members = {f"{i:03d}.{kind}": png(i) if kind == "png" else str(i % 2).encode()
+               for i in range(20) for kind in ("cls", "png")}
+    tar(tmp_path / "here" / "t-0.tar", members)
+    tar(tmp_path / "here" / "t-1.tar", {"notes.txt": b"no image"})
+    names = open_index("t-{0..1}.tar", str(tmp_path / "here")).names
+    for place in ("copied", "changed"):
+        (tmp_path / place).mkdir()
+        for file in (tmp_path / "here").iterdir():
+            shutil.copyfile(file, tmp_path / place / file.name)
+            os.utime(tmp_path / place / file.name, ns=(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("data_loader.shards.make_index", lambda *args: pytest.fail("made again"))
+        copied = open_index("t-{0..1}.tar", str(tmp_path / "copied"))
+    assert copied.names == names and [copied.kinds[k] for k in copied.kind] == ["0", "1"] * 10
+    assert open_image(copied.paths[3]).read() == png(3)
+    tar(tmp_path / "changed" / "t-0.tar", members | {"019.cls": b"2"})
+    changed = open_index("t-{0..1}.tar", str(tmp_path / "changed"))
+    assert [changed.kinds[k] for k in changed.kind] == ["0", "1"] * 9 + ["0", "2"]
+
+
 def test_an_index_that_cant_be_written_is_done_without(tmp_path, monkeypatch):
     tar(tmp_path / "t.tar", {"a/1.png": png(1)})
 
@@ -239,7 +263,10 @@ def test_an_index_that_cant_be_written_is_done_without(tmp_path, monkeypatch):
     ("cut.tar", r"cut.tar: ends within a/2.png; it is truncated"),
     ("short.tar", r"short.tar: has no end mark"),
     ("text.tar", r"text.tar: damaged or not a tar file"),
-    ("zipped.tar", r"zipped.tar: is compressed, .* gunzip"),
+    ("zipped.gz", r"zipped.gz: is compressed \(gzip\), .*: gunzip it, or unpack it \(tar -xf\) .* tools.shard"),
+    ("zipped.bz2", r"zipped.bz2: is compressed \(bzip2\), .*: bunzip2 it"),
+    ("zipped.xz", r"zipped.xz: is compressed \(xz\), .*: unxz it"),
+    ("zipped.zst", r"zipped.zst: is compressed \(zstd\), .*: unzstd it"),
     ("twice-{0,1}.tar", r"twice-1.tar: a/1.png is there twice, also in .*twice-0.tar"),
     ("flat.tar", r"flat.tar: 1.png has no label"),
     ("empty.tar", r"empty.tar: the 1 shards hold no image"),
@@ -263,8 +290,10 @@ def test_what_is_wrong_is_named(tmp_path, spec, message):
     (tmp_path / "cut.tar").write_bytes(whole[:3000])
     (tmp_path / "short.tar").write_bytes(whole[:2048])
     (tmp_path / "text.tar").write_bytes(b"hello" * 1000)
-    with tarfile.open(tmp_path / "zipped.tar", "w:gz") as packed:
-        packed.add(tmp_path / "text.tar", "a/1.png")
+    for form in ("gz", "bz2", "xz"):
+        with tarfile.open(tmp_path / f"zipped.{form}", f"w:{form}") as packed:
+            packed.add(tmp_path / "text.tar", "a/1.png")
+    (tmp_path / "zipped.zst").write_bytes(bytes.fromhex("28b52ffd2004210000") + b"tar!")
     for name in ("twice-0.tar", "twice-1.tar"):
         tar(tmp_path / name, {"a/1.png": png(1)})
     tar(tmp_path / "flat.tar", {"1.png": png(1)})
@@ -281,6 +310,29 @@ def test_what_is_wrong_is_named(tmp_path, spec, message):
     with pytest.raises(ConfigError, match=message) as caught:
         ImageFolderLTDataLoader(str(tmp_path), shards=spec, **SMALL)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax", "oldgnu"])
+def test_images_that_tar_stored_without_their_zeros_are_named(tmp_path, form):
+    """Other files may have this form. With its zeros, a file may be longer than the tar, which isn't truncated."""
+    for name in ("a/1.png", "b/1.bin"):
+        (tmp_path / name).parent.mkdir()
+        with open(tmp_path / name, "wb") as handle:
+            handle.truncate(1 << 20)
+            handle.seek(0, os.SEEK_END)
+            handle.write(b"end")
+
+    def pack(name: str, *members: str) -> None:
+        done = subprocess.run(["tar", "--sparse", f"--format={form}", "-cf", name, *members], cwd=tmp_path)
+        if done.returncode or (tmp_path / name).stat().st_size > 1 << 20:
+            pytest.skip("no tar with --sparse")
+    pack("t.tar", "a", "b")
+    with pytest.raises(ConfigError, match=r"t.tar: a/1.png is stored without its zeros; write the shard without tar's "
+                                          r"--sparse, or unpack it \(tar -xf\) .* tools.shard"):
+        open_index("t.tar", str(tmp_path))
+    (tmp_path / "a" / "1.png").write_bytes(png(1))
+    pack("t.tar", "a", "b")
+    assert open_index("t.tar", str(tmp_path)).names == ["a/1.png"]
 
 
 def test_an_image_or_a_shard_that_breaks_later_is_named(tmp_path):

@@ -186,6 +186,24 @@ def test_labels_beside_metadata(tmp_path):
     assert loader.class_names == ["a", "b"]
 
 
+def test_a_photo_without_a_label_among_others_that_have_one_is_named(tmp_path):
+    """It isn't left out, and the folder in its name isn't a class beside the labels."""
+    for number in range(2):
+        members = {f"photos/{number}{n}.{kind}": png(10 * number + n) if kind == "png" else str(n % 2).encode()
+                   for n in range(4) for kind in ("png", "cls")}
+        for n in range(2 * number):
+            del members[f"photos/{number}{n}.cls"]
+        tar(tmp_path / f"t-{number:03d}.tar", members)
+    for spec in ("t-{000..001}.tar", {"train": "t-000.tar", "test": "t-001.tar"}):
+        for kind in (ImageFolderLTDataLoader, ListFileDataLoader):
+            with pytest.raises(ConfigError, match=r"t-001.tar: photos/10.png has no label beside it .*, but "
+                                                  r"other images .* have one; .*; 1 more have none$"):
+                kind(str(tmp_path), shards=spec, **SMALL)
+    tar(tmp_path / "bare.tar", {f"photos/{n}.png": png(n) for n in range(4)})
+    with pytest.raises(ConfigError, match="the shards hold one class, photos; training needs two or more"):
+        ImageFolderLTDataLoader(str(tmp_path), shards="bare.tar", **SMALL)
+
+
 def test_a_label_is_one_photo_s(tmp_path):
     """webdataset's samples hold more than the photo, and their keys may begin anew in each shard."""
     for number in range(2):

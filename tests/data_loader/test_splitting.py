@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import time
 import unicodedata
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from data_loader.class_names import match_classes
 from data_loader.data_loaders import DigitsLTDataLoader, ImageFolderLTDataLoader, ListFileDataLoader
 from data_loader.datasets import ImageSet
-from data_loader.splitting import Division, is_same_place, summary
+from data_loader.splitting import Division, holdout_of_spare, is_same_place, summary, take_share
 from utils.errors import ConfigError
 
 SMALL = dict(batch_size=4, image_size=8, num_workers=0)
@@ -69,6 +70,22 @@ def test_shares_are_about_the_wanted_ones_and_old_runs_keep_their_rule() -> None
     assert abs(len(taken) / 2000 - 0.2) < 0.03 and (abs(per_class / 400 - 0.2) < 0.08).all()
     _, old = division({}).divide(images(names), "test")   # a checkpoint that says nothing of a rule
     assert np.bincount(images(names).targets[old]).tolist() == [80] * 5
+
+
+def test_many_classes_are_split_in_the_time_that_their_images_take() -> None:
+    """Each class's images are found at once; comparing all labels with each class makes 2e10 comparisons here."""
+    targets = np.random.default_rng(0).permutation(np.repeat(np.arange(100_000), 2))
+    began = time.process_time()
+    kept, taken = take_share(targets, 0.2, 0)
+    chosen, missing = holdout_of_spare(targets, 100_001, 1, 0)
+    assert time.process_time() - began < 10
+    assert np.array_equal(np.sort(targets[kept]), np.arange(100_000)) and missing == 1
+    assert np.array_equal(targets[chosen], np.arange(100_000)) and len(taken) == 100_000
+
+    few = np.array([2, 0, 2, 5, 0, 2, 0, 2, 0, 2])     # one class after the other takes its share
+    rng = np.random.RandomState(3)
+    own = [rng.permutation(np.flatnonzero(few == label))[:count] for label, count in ((0, 2), (2, 2), (5, 0))]
+    assert np.array_equal(take_share(few, 0.5, 3)[1], np.sort(np.concatenate(own)))
 
 
 def test_a_folder_that_grows_moves_no_photo_from_training_to_test(tmp_path: Path) -> None:

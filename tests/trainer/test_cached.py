@@ -13,7 +13,7 @@ from base.freezing import freeze_plan
 from logger.metrics_csv import read_table
 from model.model import build_model
 from tests.trainer.conftest import load
-from tests.trainer.ranks import run_ranks, train_and_record
+from tests.trainer.ranks import run_ranks, train_and_record, train_where_one_writes
 from tools import opened
 from tools import parts as tool_parts
 from trainer import classifiers, feature_store
@@ -324,7 +324,8 @@ def test_a_stop_inside_the_pass_is_one_of_the_run(runs, stage1, same_state, monk
 
 
 def test_two_ranks_share_the_work_and_take_one_process_s_steps(shared_runs, stage1):
-    """23 images in batches of 10: 10, 10 and 3. On features, thawed after an epoch, and expert assignment."""
+    """23 images in batches of 10: 10, 10 and 3. On features, which one writes, thawed after an epoch, and expert
+    assignment."""
     uneven = {"data_loader": {"args": {"batch_size": 10}}}
     group = {"arch": {"args": {"norm": "GroupNorm"}}}
     kinds = [({**uneven, "trainer": CACHED}, ["--load_crt", stage1[1]]),
@@ -335,7 +336,7 @@ def test_two_ranks_share_the_work_and_take_one_process_s_steps(shared_runs, stag
         return [[str(part) for part in ("-c", shared_runs.config(**sections), "-d", "cpu", "--epochs", 2, "--lr", 1e-9,
                                         "--run_id", f"{who}-{i}", *flags)]
                 for i, (sections, flags) in enumerate(kinds)]
-    alone, ranks = train_and_record(commands("alone")), run_ranks(train_and_record, commands("ranks"))
+    alone, ranks = train_and_record(commands("alone")), run_ranks(train_where_one_writes, commands("ranks"))
     for i in range(len(kinds)):
         one, two = (np.fromfile(shared_runs.models(f"{who}-{i}") / "features" / "train.f16", np.float16)
                     for who in ("alone", "ranks"))

@@ -94,6 +94,15 @@ def test_missing_files_and_folders_are_named(coco_folder, tmp_path):
         CocoDataLoader(str(root), train_images="other")
 
 
+def test_processes_on_a_machine_share_its_cores_for_their_workers(coco_folder, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    loader = CocoDataLoader(str(coco_folder()), batch_size=2, num_workers=12, world_size=4)
+    assert [line for line in loader.summary() if "num_workers" in line] == [
+        "data_loader.args.num_workers: 1 for each training process instead of 12, as the processes on this machine "
+        "share its cores"]
+
+
 def test_unreadable_and_wrongly_sized_pictures_are_named(coco_folder):
     root = coco_folder()
     (root / "train2017" / "0.png").write_bytes(b"no picture")
