@@ -61,7 +61,7 @@ class Parts(NamedTuple):
         """(parent module, name) of each block of a plain vision transformer; [] for other networks."""
         holders = [getattr(part, "blocks", None) for part in (self.body, *self.tails)]
         found = [(holder, name) for holder in holders if holder is not None for name, block in holder.named_children()
-                 if not isinstance(block, nn.Identity)]     # an identity replaces a block that is in the tails
+                 if next(block.children(), None) is not None]     # an empty module replaces one that is in the tails
         whole = all(isinstance(getattr(getattr(getattr(*place), "attn", None), "qkv", None), nn.Linear)
                     for place in found)
         return found if whole and isinstance(self.body.blocks if found else None, nn.Sequential) else []

@@ -155,7 +155,7 @@ def test_nothing_is_left_where_the_file_is_wrong(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_nothing_is_left_where_it_is_stopped(digits_run, number, tmp_path, monkeypatch, call_cli):
+def test_nothing_is_left_where_it_is_stopped(digits_run, number, tmp_path, monkeypatch, call_cli, request):
     """Neither by export nor, where it writes a table, by predict; what was there before stays."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name in ("m.pt2", "found.csv"):
@@ -164,6 +164,9 @@ def test_nothing_is_left_where_it_is_stopped(digits_run, number, tmp_path, monke
     def stopped(model, example, about, path):
         path.write_bytes(b"half a model")
         signal.raise_signal(number)
+    own = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored where a shell started the tests with &
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     monkeypatch.setitem(export.FORMATS, "pt2", (stopped, *export.FORMATS["pt2"][1:]))
     monkeypatch.setattr(predict, "rows", lambda found, names: signal.raise_signal(number))
     for words in (["export", "--format", "pt2", "--out", tmp_path / "m.pt2"],
